@@ -1,0 +1,145 @@
+"""Riemannian Walk: running Fisher information plus a score of how much each weight helped along the path.
+
+Chaudhry, Dokania, Ajanthan, Torr, "Riemannian Walk for Incremental Learning: Understanding Forgetting and Intransigence",
+ECCV 2018, arXiv 1801.10112. Equation numbers are the paper's.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwalk import kernels
+from rwalk.anchor import Anchor
+from rwalk.importance._scale import WAYS, Normalize, divisors
+from rwalk.importance.base import Finish, Importance, Step, check, pick
+from rwalk.parameters import copies, zeros
+
+
+class Walk(NamedTuple):
+    """State of a walk. The first five fields are visited at every step; the totals only when a task ends.
+
+    Args:
+        fisher: F, the running Fisher information.
+        path: the path integral of the current window.
+        score: s, the score of the current task.
+        mark: the parameters at the start of the window.
+        previous: the gradient of the step before, zero at the start of a window.
+        total: S, the score of earlier tasks; None for a tensor that has not been trained in an earlier task.
+        total_fisher: with `alpha="mean"`, the Fisher information of earlier tasks; otherwise None.
+        seen: how many steps of this task gave the tensor a gradient.
+        steps: optimiser steps in this task.
+        scale: with `normalize="first"`, the scales of F and S kept from the first task; infinite before.
+    """
+
+    fisher: list[Tensor]
+    path: list[Tensor]
+    score: list[Tensor]
+    mark: list[Tensor]
+    previous: list[Tensor]
+    total: list[Tensor | None]
+    total_fisher: list[Tensor | None]
+    seen: list[int]
+    steps: int = 0
+    scale: tuple[float, float] = (math.inf, math.inf)
+
+
+@dataclass(frozen=True)
+class RWalk(Importance[Walk]):
+    """Riemannian Walk with the fields of the paper and of its authors' released code.
+
+    Args:
+        alpha: weight of the *new* squared gradient in the running Fisher information (equation 6), in [0, 1]; at 0.9 it rests
+            on little more than the last batch, and 0.001 to 0.01 is a running average in the usual sense. "mean" is the
+            mean over the steps of the task, started anew with each task.
+        delta_t: optimiser steps per window, counted per task; the unfinished window at a task's end counts too.
+        eps: added to the squared Riemannian distance in the score's denominator, positive (equation 7).
+        normalize: how F and S are scaled before they are added: by the maximum over "max" (all tensors, the paper), the "mean",
+            the maximum per "tensor", or the mean of the "first" task, kept.
+        accumulate: how a task's score joins that of earlier tasks: "average", (S + s) / 2, is the paper; "sum" is S + s. With
+            `alpha="mean"` the same is done to F.
+    """
+
+    alpha: float | Literal["mean"] = 0.9
+    delta_t: int = 10
+    eps: float = 1e-3
+    normalize: Normalize = "max"
+    accumulate: Literal["average", "sum"] = "average"
+
+    def __post_init__(self) -> None:
+        """Refuse fields outside their range."""
+        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool) and 0 <= self.alpha <= 1
+        check(number or self.alpha == "mean", self, "alpha", 'a number in [0, 1] or "mean"')
+        whole = isinstance(self.delta_t, int) and not isinstance(self.delta_t, bool)
+        check(whole and self.delta_t >= 1, self, "delta_t", "a whole number of steps, 1 or more")
+        check(0 < self.eps < math.inf, self, "eps", "a positive, finite number")
+        check(self.normalize in WAYS, self, "normalize", f"one of {', '.join(WAYS)}")
+        check(self.accumulate in ("average", "sum"), self, "accumulate", "average or sum")
+
+    def init(self, theta: list[Tensor]) -> Walk:
+        """Start at `theta` with no history: five tensors per parameter."""
+        none: list[Tensor | None] = [None] * len(theta)
+        fisher, path, score, previous = (zeros(theta) for _ in range(4))
+        return Walk(fisher, path, score, copies(theta), previous, none, list(none), [0] * len(theta))
+
+    def observe(self, state: Walk, step: Step) -> Walk:
+        """Extend the path and the Fisher information; every `delta_t` steps turn the window's path into score."""
+        if state.steps == 0:
+            torch._foreach_copy_(state.mark, step.theta)
+        elif state.steps % self.delta_t == 0:
+            self._settle(state, step.theta)
+        on, theta, grad = step.active()
+        fisher, path, mark, previous = (pick(c, on) for c in (state.fisher, state.path, state.mark, state.previous))
+        kernels.walk_(theta, grad, fisher, path, mark, previous, [self._weight(state, i) for i in on])
+        seen = [n + (g is not None) for n, g in zip(state.seen, step.grad, strict=True)]
+        return state._replace(seen=seen, steps=state.steps + 1)
+
+    def conclude(self, state: Walk, finish: Finish) -> tuple[Anchor, Walk]:
+        """Settle what remains, join the task's score with the earlier ones and normalise: omega = F/max F + S/max S."""
+        theta = list(finish.theta.values())
+        self._settle(state, theta)
+        for score in state.score:
+            score.clamp_(min=0)
+        total = self._join(state.total, state.score, state.seen)
+        mean = self.alpha == "mean"
+        total_fisher = self._join(state.total_fisher, state.fisher, state.seen) if mean else state.total_fisher
+        fisher = self._filled(total_fisher, theta) if mean else state.fisher
+        omega, scale = self._normalise(fisher, self._filled(total, theta), state.scale)
+        fresh = [*state.score, *(state.fisher if mean else ())]
+        for tensor in fresh:
+            tensor.zero_()
+        state = state._replace(total=total, total_fisher=total_fisher, seen=[0] * len(theta), steps=0, scale=scale)
+        return finish.anchor.renew(finish.theta, omega), state
+
+    def _settle(self, state: Walk, theta: list[Tensor]) -> None:
+        kernels.settle_(theta, state.fisher, state.path, state.score, state.mark, state.previous, self.eps)
+
+    def _weight(self, state: Walk, i: int) -> float:
+        """Return the new square's share for tensor i: all of it on its very first step."""
+        if self.alpha == "mean":
+            return 1 / (state.seen[i] + 1)
+        return 1.0 if state.seen[i] == 0 and state.total[i] is None else self.alpha
+
+    def _join(self, total: list[Tensor | None], task: list[Tensor], seen: list[int]) -> list[Tensor | None]:
+        """Join a task's values with those of earlier tasks; a tensor that took no part in the task keeps what it had."""
+
+        def join(old: Tensor | None, new: Tensor) -> Tensor:
+            if old is None:
+                return new.clone()
+            return old.add_(new).mul_(0.5) if self.accumulate == "average" else old.add_(new)
+
+        return [join(old, new) if n else old for old, new, n in zip(total, task, seen, strict=True)]
+
+    @staticmethod
+    def _filled(total: list[Tensor | None], theta: list[Tensor]) -> list[Tensor]:
+        return [zeros([t])[0] if s is None else s for s, t in zip(total, theta, strict=True)]
+
+    def _normalise(
+        self, fisher: list[Tensor], total: list[Tensor], first: tuple[float, float]
+    ) -> tuple[list[Tensor], tuple[float, float]]:
+        by_f, by_s = divisors(fisher, self.normalize, first[0]), divisors(total, self.normalize, first[1])
+        omega = [f / a + s / b for f, s, a, b in zip(fisher, total, by_f, by_s, strict=True)]
+        kept = (by_f[0], by_s[0]) if self.normalize == "first" and omega else first
+        return omega, kept

@@ -1,0 +1,124 @@
+"""Which parameters are protected, under which names, and how their tensors follow a model that grows."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Return the user's own module behind `torch.compile` and distributed wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def named(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Map the names of a model's parameters, as they are without compilation, to the parameters; tied ones appear once."""
+    return {name.replace("_orig_mod.", ""): p for name, p in bare(model).named_parameters()}
+
+
+def held(optimizer: Optimizer) -> list[nn.Parameter]:
+    """List the parameters of an optimiser in the order of its groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def state_dtype(theta: Tensor) -> torch.dtype:
+    """Return the precision of state: that of the parameter, float32 at the least."""
+    return torch.promote_types(theta.dtype, torch.float32)
+
+
+def zeros(theta: Sequence[Tensor]) -> list[Tensor]:
+    """Make zero state beside parameters: their shapes, devices and memory order."""
+    return [torch.zeros_like(t, dtype=state_dtype(t), requires_grad=False) for t in theta]
+
+
+def copies(theta: Sequence[Tensor]) -> list[Tensor]:
+    """Copy parameters into state precision."""
+    return [t.detach().to(state_dtype(t), copy=True) for t in theta]
+
+
+def grown(old: torch.Size, new: torch.Size) -> bool:
+    """Tell whether a tensor of shape `old` can be the leading block of one of shape `new`."""
+    return len(old) == len(new) and all(a <= b for a, b in zip(old, new, strict=True))
+
+
+def extend(old: Tensor, fresh: Tensor) -> Tensor:
+    """Write `old` into the leading block of `fresh`, a tensor at least as large, and return it."""
+    fresh[tuple(slice(n) for n in old.shape)] = old
+    return fresh
+
+
+@dataclass(frozen=True, eq=False)
+class Watch:
+    """What is protected: the parameters of a model that an optimiser moves, and those that it or another one moved before.
+
+    Args:
+        theta: the protected parameters by name.
+        inside: the names of those that the optimiser holds now.
+        shapes: the shapes at the time of the look.
+        fingerprint: what the optimiser held at the time of the look.
+    """
+
+    theta: dict[str, nn.Parameter] = field(default_factory=dict)
+    inside: frozenset[str] = frozenset()
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
+    fingerprint: list[Any] = field(default_factory=list)
+
+    def stale(self, optimizer: Optimizer) -> bool:
+        """Tell whether parameters joined the optimiser, were frozen, thawed, moved or grew since the look."""
+        return _fingerprint(held(optimizer)) != self.fingerprint
+
+    def lost(self, other: "Watch") -> list[str]:
+        """List the names whose history cannot be carried over to `other`: gone, or no longer the leading block."""
+        return [n for n, old in self.shapes.items() if n not in other.shapes or not grown(old, other.shapes[n])]
+
+
+def _fingerprint(parameters: list[nn.Parameter]) -> list[Any]:
+    return [(id(p), p.shape, p.dtype, p.device, p.requires_grad) for p in parameters]
+
+
+def look(model: nn.Module, optimizer: Optimizer, known: Collection[str] = ()) -> Watch:
+    """Find the parameters to protect: those of the model that the optimiser trains, and those of names already `known`."""
+    now = held(optimizer)
+    ids, trained = {id(p) for p in now}, {id(p) for p in now if p.requires_grad}
+    theta = {name: p for name, p in named(model).items() if name in known or id(p) in trained}
+    inside = frozenset(name for name, p in theta.items() if id(p) in ids)
+    return Watch(theta, inside, {name: p.shape for name, p in theta.items()}, _fingerprint(now))
+
+
+def regraft(state: Any, names: Sequence[str | None], fresh: Any, theta: Mapping[str, Tensor]) -> Any:
+    """Carry a rule's state over to other parameters.
+
+    Args:
+        state: the rule's state, a named tuple whose list fields run parallel to `names`.
+        names: the names that `state` is about, None where an entry is to be given up.
+        fresh: the rule's initial state for exactly the parameters of `theta`, used where there is no history.
+        theta: the parameters to be about from now on, by name, each as large as before or larger.
+
+    Returns:
+        The state with every known entry kept, leading blocks of grown tensors kept, and newcomers at their initial state.
+    """
+    place = {name: i for i, name in enumerate(names)}
+
+    def entry(old: list[Any], new: list[Any], i: int, name: str) -> Any:
+        if name not in place:
+            return new[i]
+        kept, now = old[place[name]], theta[name]
+        if not isinstance(kept, Tensor):
+            return kept
+        if kept.shape == now.shape:
+            return kept.to(now.device, state_dtype(now))
+        return extend(kept, zeros([now])[0] if new[i] is None else new[i])
+
+    def column(old: Any, new: Any) -> Any:
+        return [entry(old, new, i, name) for i, name in enumerate(theta)] if isinstance(old, list) else old
+
+    return type(state)(*(column(old, new) for old, new in zip(state, fresh, strict=True)))

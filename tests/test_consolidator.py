@@ -1,0 +1,276 @@
+"""The consolidator in loops as people write them, and every mistake it answers."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+
+from cases import Heads, assert_same_state, batches, mlp, train
+from rwalk import Consolidator, RWalk
+
+
+def attached(model=None, strength=1.0, **fields):
+    model = mlp() if model is None else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return model, optimizer, Consolidator(model, RWalk(**fields), strength=strength).attach(optimizer)
+
+
+def test_a_branch_unused_in_a_task_keeps_its_history():
+    model, optimizer, memory = attached(Heads())
+    train(model, optimizer, batches(0, 12))
+    memory.consolidate()
+    index = list(memory._watch.theta).index("heads.0.weight")
+    score, fisher = (column[index].clone() for column in (memory._state.total, memory._state.fisher))
+    model.on = 1
+    train(model, optimizer, batches(1, 12))
+    memory.consolidate()
+    assert torch.equal(memory._state.total[index], score)
+    assert torch.equal(memory._state.fisher[index], fisher)
+    assert memory.anchor.omega["heads.0.weight"].sum() > 0
+    assert memory.anchor.omega["heads.1.weight"].sum() > 0
+
+
+def test_a_gradient_that_is_none_on_some_steps_gives_the_path_of_the_steps_that_moved():
+    """Truth: the path summed step by step from stored parameters; with this eps the score times eps is the path."""
+    model, optimizer, memory = attached(Heads(), delta_t=4, eps=1e9, accumulate="sum")
+    head = model.heads[0].weight
+    truth = torch.zeros_like(head)
+    for i, (x, y) in enumerate(batches(0, 18)):
+        model.on = int(i % 3 == 1)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(torch.as_tensor(x)), torch.as_tensor(y)).backward()
+        grad, before = (None if head.grad is None else head.grad.clone()), head.detach().clone()
+        optimizer.step()
+        if grad is not None:
+            truth -= grad * (head.detach() - before)
+    memory.consolidate()
+    index = list(memory._watch.theta).index("heads.0.weight")
+    assert torch.allclose(memory._state.total[index] * 1e9, truth.clamp(min=0), rtol=1e-7, atol=1e-16)
+
+
+def test_another_optimiser_after_a_task_and_in_the_middle_of_one():
+    model, optimizer, memory = attached()
+    train(model, optimizer, batches(0, 5))
+    memory.consolidate()
+    second = torch.optim.Adam(model.parameters())
+    memory.attach(second)
+    train(model, optimizer, batches(1, 2))
+    assert memory._steps == 0
+    train(model, second, batches(1, 3))
+    with pytest.raises(RuntimeError, match="3 steps into a task"):
+        memory.attach(optimizer)
+    memory.detach()
+    memory.attach(optimizer)
+    train(model, optimizer, batches(2, 2))
+    assert memory._steps == 5
+    memory.consolidate()
+
+
+def test_an_optimiser_of_part_of_the_model_leaves_the_rest_its_history():
+    model, optimizer, memory = attached(Heads())
+    train(model, optimizer, batches(0, 12))
+    memory.consolidate()
+    trunk = memory.anchor.omega["trunk.weight"].clone()
+    head = torch.optim.SGD(model.heads[0].parameters(), lr=0.1)
+    memory.attach(head)
+    train(model, head, batches(1, 12))
+    memory.consolidate()
+    ratio = memory.anchor.omega["trunk.weight"] / trunk
+    assert ratio[trunk > 0].min() > 0
+    assert len(memory.anchor) == 6
+
+
+def test_a_frozen_layer_joins_when_it_thaws():
+    model, optimizer, memory = attached()
+    memory.detach()
+    model[0].requires_grad_(False)
+    memory = Consolidator(model, RWalk()).attach(optimizer)
+    train(model, optimizer, batches(0, 12))
+    memory.consolidate()
+    assert set(memory.anchor.point) == {"2.weight", "2.bias"}
+    model[0].requires_grad_(True)
+    train(model, optimizer, batches(1, 12))
+    memory.consolidate()
+    assert memory.anchor.omega["0.weight"].sum() > 0
+
+
+def test_a_module_that_goes_away_is_named():
+    model, optimizer, memory = attached(Heads())
+    train(model, optimizer, batches(0, 12))
+    memory.consolidate()
+    del model.heads[1]
+    with pytest.warns(UserWarning, match=r"heads\.1\.weight"):
+        memory.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    train(model, memory._optimizer, batches(1, 12))
+    memory.consolidate()
+    assert len(memory.anchor) == 4
+
+
+def test_weights_changed_between_tasks_are_no_part_of_the_path():
+    model, optimizer, memory = attached(eps=1e9)
+    train(model, optimizer, batches(0, 3))
+    memory.consolidate()
+    plain = copy.deepcopy(memory._state.total)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(100.0)
+    optimizer.param_groups[0]["lr"] = 0.0
+    memory.strength = 0.0
+    train(model, optimizer, batches(1, 3))
+    memory.consolidate()
+    for now, before in zip(memory._state.total, plain, strict=True):
+        assert torch.allclose(now, before / 2, rtol=1e-12)
+
+
+def test_a_compiled_model_keeps_the_names_of_the_plain_one():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    memory = Consolidator(torch.compile(model, backend="eager"), RWalk()).attach(optimizer)
+    train(model, optimizer, batches(0, 3))
+    memory.consolidate()
+    assert list(memory.anchor.point) == [name for name, _ in model.named_parameters()]
+
+
+def test_state_survives_a_file_of_plain_tensors_and_numbers():
+    model, optimizer, memory = attached(strength=2.0, normalize="first")
+    train(model, optimizer, batches(0, 13))
+    memory.consolidate()
+    train(model, optimizer, batches(1, 7))
+    file = io.BytesIO()
+    torch.save(memory.state_dict(), file)
+    file.seek(0)
+    other = Consolidator(model, RWalk(normalize="first"))
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert_same_state(memory, other)
+    assert other.strength == 2.0
+    assert float(other.penalty()) == float(memory.penalty())
+
+
+def test_a_state_dict_is_a_snapshot():
+    model, optimizer, memory = attached()
+    train(model, optimizer, batches(0, 5))
+    saved = memory.state_dict()
+    kept = copy.deepcopy(saved)
+    train(model, optimizer, batches(1, 5))
+    memory.consolidate()
+    assert all(torch.equal(a, b) for a, b in zip(saved["state"]["fisher"], kept["state"]["fisher"], strict=True))
+
+
+def test_loading_over_an_attached_consolidator_continues_from_there():
+    model, optimizer, memory = attached()
+    train(model, optimizer, batches(0, 5))
+    saved, weights = memory.state_dict(), copy.deepcopy(model.state_dict())
+    train(model, optimizer, batches(1, 9))
+    memory.consolidate()
+    first = memory.anchor
+    model.load_state_dict(weights)
+    memory.load_state_dict(saved)
+    train(model, optimizer, batches(1, 9))
+    memory.consolidate()
+    assert memory.tasks == 1
+    assert all(torch.equal(first.omega[n], memory.anchor.omega[n]) for n in first.omega)
+
+
+@pytest.mark.parametrize("fields", [
+    {"alpha": -0.1}, {"alpha": 1.5}, {"alpha": math.nan}, {"alpha": "average"}, {"delta_t": 0}, {"delta_t": 2.5}, {"eps": 0.0},
+    {"eps": -1.0}, {"eps": math.inf}, {"normalize": "min"}, {"accumulate": "last"},
+], ids=str)  # fmt: skip
+def test_fields_out_of_range(fields):
+    name = next(iter(fields))
+    with pytest.raises(ValueError, match=rf"Got RWalk\({name}=.*Expected `{name}` to be .*Pass"):
+        RWalk(**fields)
+
+
+@pytest.mark.parametrize("strength", [-1.0, math.nan, math.inf])
+def test_strength_out_of_range(strength):
+    with pytest.raises(ValueError, match=r"Got strength .*Expected .*Pass"):
+        Consolidator(mlp(), RWalk(), strength=strength)
+    memory = Consolidator(mlp(), RWalk(), strength=1.0)
+    with pytest.raises(ValueError, match="strength"):
+        memory.strength = strength
+    assert memory.strength == 1.0
+
+
+def test_a_rule_that_is_none():
+    with pytest.raises(TypeError, match="class `RWalk`"):
+        Consolidator(mlp(), RWalk)
+    with pytest.raises(TypeError, match="type `str`"):
+        Consolidator(mlp(), "rwalk")
+
+
+def test_attaching_twice():
+    model, optimizer, memory = attached()
+    for again in (memory, Consolidator(model, RWalk())):
+        with pytest.raises(RuntimeError, match="attached already"):
+            again.attach(optimizer)
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+    memory.detach()
+    memory.attach(optimizer)
+
+
+def test_an_optimiser_of_another_model():
+    memory = Consolidator(mlp(), RWalk())
+    optimizer = torch.optim.SGD(mlp().parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="none of the model's trainable parameters"):
+        memory.attach(optimizer)
+    assert not optimizer._optimizer_step_pre_hooks
+    with pytest.raises(TypeError, match="Got a `list`"):
+        memory.attach([1])
+
+
+def test_a_closure_is_refused_before_anything_changes():
+    model, optimizer, memory = attached()
+    train(model, optimizer, batches(0, 3))
+    before, weights = memory.state_dict(), copy.deepcopy(model.state_dict())
+    for call in (lambda: optimizer.step(lambda: 0.0), lambda: optimizer.step(closure=lambda: 0.0)):
+        with pytest.raises(RuntimeError, match=r"step\(closure\)"):
+            call()
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    other = Consolidator(model, RWalk())
+    other.load_state_dict(before)
+    assert_same_state(memory, other)
+
+
+def test_sparse_gradients_are_refused_before_anything_changes():
+    model = torch.nn.Sequential(torch.nn.Embedding(4, 3, sparse=True), torch.nn.Linear(3, 2))
+    _, optimizer, memory = attached(model)
+    model(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match=r"sparse gradients for `0\.weight`"):
+        optimizer.step()
+    assert memory._steps == 0
+    assert all((f == 0).all() for f in memory._state.fisher)
+
+
+def test_consolidating_before_attaching():
+    with pytest.raises(RuntimeError, match="before `attach`"):
+        Consolidator(mlp(), RWalk()).consolidate()
+
+
+@pytest.mark.parametrize("change", [
+    lambda s: s | {"rule": {**s["rule"], "alpha": 0.5}},
+    lambda s: s | {"rule": {"name": "EWC"}},
+    lambda s: s | {"format": 99},
+    lambda s: {k: v for k, v in s.items() if k != "anchor"},
+    lambda s: s | {"shapes": {"other": [1]}},
+    lambda s: s | {"shapes": {**s["shapes"], "0.weight": [9, 9]}},
+    lambda s: s | {"state": {k: v for k, v in s["state"].items() if k != "mark"}},
+    lambda s: s | {"state": {**s["state"], "mark": s["state"]["mark"][:1]}},
+    lambda s: s | {"state": {**s["state"], "mark": [torch.zeros(1)] * 4}},
+    lambda s: s | {"anchor": {"point": s["anchor"]["point"], "omega": {}}},
+    lambda s: s | {"strength": -1.0},
+    lambda _: [],
+])  # fmt: skip
+def test_a_state_that_does_not_fit_changes_nothing(change):
+    model, optimizer, memory = attached()
+    train(model, optimizer, batches(0, 12))
+    memory.consolidate()
+    other = copy.deepcopy(model)
+    second = Consolidator(other, RWalk(), strength=3.0).attach(torch.optim.SGD(other.parameters(), lr=0.1))
+    before = copy.deepcopy(second.state_dict())
+    with pytest.raises(ValueError, match=r"Got .* Expected .* (Pass|Build|Load) "):
+        second.load_state_dict(change(memory.state_dict()))
+    third = Consolidator(other, RWalk())
+    third.load_state_dict(before)
+    assert_same_state(second, third)

@@ -1,0 +1,12 @@
+"""Every law for every rule."""
+
+import pytest
+
+from laws import LAWS
+from rwalk.importance import rules
+
+
+@pytest.mark.parametrize("name", rules())
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+def test_law(law, name):
+    law(rules()[name]())

@@ -1,0 +1,60 @@
+"""Whole training runs against an independent float64 simulation of the paper's equations."""
+
+import numpy as np
+import pytest
+import torch
+
+from cases import batches, train
+from oracle import Simulation, softmax_gradient
+from rwalk import Consolidator, RWalk
+
+LOOPS = [
+    {},
+    {"momentum": 0.9},
+    {"momentum": 0.9, "weight_decay": 0.01},
+    {"strength": 0.0},
+    {"strength": 3.0, "lr": 0.02},
+]
+RULES = [
+    {},
+    {"alpha": 0.05, "delta_t": 1},
+    {"alpha": 0.3, "delta_t": 7, "eps": 1e-6},
+    {"alpha": "mean", "accumulate": "sum", "normalize": "first"},
+    {"alpha": "mean", "accumulate": "average", "normalize": "mean"},
+    {"normalize": "tensor", "eps": 1e-8},
+    {"accumulate": "sum", "delta_t": 1000},
+    {"normalize": "first", "alpha": 1.0},
+    {"normalize": "mean", "alpha": 0.0},
+]
+LENGTHS = (23, 20, 4, 1, 31)
+
+
+def close(ours, truth):
+    np.testing.assert_allclose(ours.detach().numpy(), truth, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_run_over_five_tasks_matches_the_equations(loop, rule):
+    model = torch.nn.Linear(5, 3).double()
+    truth = Simulation([p.detach().numpy().copy() for p in model.parameters()], **rule, **loop)
+    sgd = {key: value for key, value in loop.items() if key != "strength"}
+    optimizer = torch.optim.SGD(model.parameters(), **{"lr": 0.1, **sgd})
+    memory = Consolidator(model, RWalk(**rule), strength=loop.get("strength", 1.0)).attach(optimizer)
+    for seed, length in enumerate(LENGTHS):
+        train(model, optimizer, batches(seed, length))
+        truth.task(batches(seed, length))
+        memory.consolidate()
+        for i, (name, parameter) in enumerate(model.named_parameters()):
+            close(parameter, truth.theta[i])
+            close(memory.anchor.point[name], truth.point[i])
+            close(memory.anchor.omega[name], truth.omega[i])
+            close(memory._state.total[i], truth.total[i])
+            close(
+                memory._state.total_fisher[i] if rule.get("alpha") == "mean" else memory._state.fisher[i],
+                truth.total_fisher[i] if rule.get("alpha") == "mean" else truth.fisher[i],
+            )
+    train(model, optimizer, batches(9, 3))
+    for batch in batches(9, 3):
+        truth.step(softmax_gradient(*truth.theta, *batch))
+    assert float(memory.penalty()) == pytest.approx(truth.penalty(), rel=1e-9, abs=1e-15)
