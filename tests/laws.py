@@ -63,7 +63,7 @@ def a_zero_learning_rate_gives_finite_importance_and_moves_nothing(rule):
 
 
 def tasks_of_zero_or_few_steps_are_harmless(rule):
-    model, _, memory = trained(rule, steps=0)
+    _, _, memory = trained(rule, steps=0)
     assert all(torch.isfinite(omega).all() for omega in memory.anchor.omega.values())
     _, _, memory = trained(rule, steps=1)
     assert all(torch.isfinite(omega).all() for omega in memory.anchor.omega.values())

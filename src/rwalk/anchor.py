@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rwalk import kernels
-from rwalk.parameters import copies, extend, zeros
+from rwalk.parameters import copies, extend, state_dtype, zeros
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class Anchor:
 
     @staticmethod
     def _follow(old: Tensor, theta: Tensor, fresh: Callable[[list[Tensor]], list[Tensor]]) -> Tensor:
-        return old if old.shape == theta.shape else extend(old, fresh([theta])[0])
+        return old.to(theta.device, state_dtype(theta)) if old.shape == theta.shape else extend(old, fresh([theta])[0])
 
     @staticmethod
     def _lists(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: list[str]) -> tuple[list[Tensor], list[Tensor]]:

@@ -59,9 +59,7 @@ class Consolidator:
 
     @strength.setter
     def strength(self, value: float) -> None:
-        if not 0 <= value < math.inf:
-            raise ValueError(explain(f"strength {value}", "a finite number, 0 or more", "Pass such a `strength`."))
-        self._strength = float(value)
+        self._strength = check_strength(value)
 
     def attach(self, optimizer: Optimizer) -> "Consolidator":
         """Watch an optimiser from now on, and pull on its gradients once there is an anchor.
@@ -142,13 +140,13 @@ class Consolidator:
         _refuse_state(state_dict, self.rule, parameters)
         _refuse_tensors(state_dict, self._state._fields)
         theta = {name: parameters[name] for name in state_dict["shapes"]}
-        fresh = self.rule.init([p.detach() for p in theta.values()])
-        state = type(fresh)(**{key: _copied(value) for key, value in state_dict["state"].items()})
+        shapes = {name: p.shape for name, p in theta.items()}
+        state = type(self._state)(**{key: _copied(value) for key, value in state_dict["state"].items()})
+        state = regraft(state, list(shapes), shapes, theta, self.rule.init)
         anchor = Anchor(**_copied(dict(state_dict["anchor"]))).align(theta)
         self.strength = state_dict["strength"]  # refuses what is out of range, so it comes first
         self.tasks, self._steps = state_dict["tasks"], state_dict["steps"]
-        self._state, self.anchor = regraft(state, list(theta), fresh, theta), anchor
-        self._watch = Watch(theta, shapes={name: p.shape for name, p in theta.items()})
+        self._state, self.anchor, self._watch = state, anchor, Watch(theta, shapes=shapes)
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -178,11 +176,9 @@ class Consolidator:
                 ),
                 stacklevel=4,
             )
-        names = [None if name in lost else name for name in self._watch.theta]
-        kept = {name: p for name, p in watch.theta.items() if name not in lost}
-        fresh = self.rule.init([p.detach() for p in watch.theta.values()])
-        self._state = regraft(self._state, names, fresh, watch.theta)
-        self.anchor = self.anchor.align(kept)
+        known = {name: shape for name, shape in self._watch.shapes.items() if name not in lost}
+        self._state = regraft(self._state, list(self._watch.shapes), known, watch.theta, self.rule.init)
+        self.anchor = self.anchor.align({name: p for name, p in watch.theta.items() if name in known})
         self._watch = watch
 
     def _refuse_optimizer(self, optimizer: Optimizer) -> None:
@@ -209,6 +205,13 @@ class Consolidator:
                     "Call `consolidate()` first, or `detach()` to go on with this task under the new optimiser.",
                 )
             )
+
+
+def check_strength(value: float) -> float:
+    """Return a strength as a float, or raise a ValueError if it is negative or not finite."""
+    if not 0 <= value < math.inf:
+        raise ValueError(explain(f"strength {value}", "a finite number, 0 or more", "Pass such a `strength`."))
+    return float(value)
 
 
 def _refuse_nothing(watch: Watch) -> None:

@@ -1,6 +1,6 @@
 """Which parameters are protected, under which names, and how their tensors follow a model that grows."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,31 +94,41 @@ def look(model: nn.Module, optimizer: Optimizer, known: Collection[str] = ()) ->
     return Watch(theta, inside, {name: p.shape for name, p in theta.items()}, _fingerprint(now))
 
 
-def regraft(state: Any, names: Sequence[str | None], fresh: Any, theta: Mapping[str, Tensor]) -> Any:
+def regraft(
+    state: Any,
+    names: Sequence[str],
+    known: Mapping[str, torch.Size],
+    theta: Mapping[str, Tensor],
+    init: Callable[[list[Tensor]], Any],
+) -> Any:
     """Carry a rule's state over to other parameters.
 
     Args:
         state: the rule's state, a named tuple whose list fields run parallel to `names`.
-        names: the names that `state` is about, None where an entry is to be given up.
-        fresh: the rule's initial state for exactly the parameters of `theta`, used where there is no history.
-        theta: the parameters to be about from now on, by name, each as large as before or larger.
+        names: the names that `state` is about.
+        known: shapes of the entries whose history counts, by name.
+        theta: the parameters to be about from now on, by name; a known one is as large as before or larger.
+        init: the rule's `init`, called for those that are new or grew.
 
     Returns:
         The state with every known entry kept, leading blocks of grown tensors kept, and newcomers at their initial state.
     """
-    place = {name: i for i, name in enumerate(names)}
+    fresh_names = [name for name, now in theta.items() if known.get(name) != now.shape]
+    fresh = init([theta[name].detach() for name in fresh_names])
+    old_place, new_place = ({name: i for i, name in enumerate(ns)} for ns in (names, fresh_names))
 
-    def entry(old: list[Any], new: list[Any], i: int, name: str) -> Any:
-        if name not in place:
-            return new[i]
-        kept, now = old[place[name]], theta[name]
+    def entry(old: list[Any], new: list[Any], name: str) -> Any:
+        if name not in known:
+            return new[new_place[name]]
+        kept, now = old[old_place[name]], theta[name]
         if not isinstance(kept, Tensor):
             return kept
         if kept.shape == now.shape:
             return kept.to(now.device, state_dtype(now))
-        return extend(kept, zeros([now])[0] if new[i] is None else new[i])
+        start = new[new_place[name]]
+        return extend(kept, zeros([now])[0] if start is None else start)
 
     def column(old: Any, new: Any) -> Any:
-        return [entry(old, new, i, name) for i, name in enumerate(theta)] if isinstance(old, list) else old
+        return [entry(old, new, name) for name in theta] if isinstance(old, list) else old
 
     return type(state)(*(column(old, new) for old, new in zip(state, fresh, strict=True)))

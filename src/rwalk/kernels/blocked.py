@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rwalk.kernels import reference
@@ -37,7 +36,7 @@ def blocks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
     if vectors is None:
         yield tensors
         return
-    yield from (list(piece) for piece in zip(*(torch.split(v, BLOCK) for v in vectors), strict=True))
+    yield from (list(piece) for piece in zip(*(v.split(BLOCK) for v in vectors), strict=True))
 
 
 def _in_blocks(formula: Callable[..., None]) -> Callable[..., None]:

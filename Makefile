@@ -1,0 +1,40 @@
+# make demo: train on digits with and without RWalk, and print what was kept.
+# make test: everything that must hold before a change lands.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/.bench
+	$(BIN)/rwalk run permuted-digits --methods finetune,rwalk,joint --seeds 3 --strength 1 --epochs 5 --lr 0.1 --out runs/demo
+
+test: check
+	$(BIN)/python -m pytest -n 2
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing rwalk with its benchmark runner into $(VENV) (about a minute)"
+	$(PIP) -e '.[bench]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing rwalk with its development tools into $(VENV) (about a minute)"
+	$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.bench
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,7 @@
+"""`python -m rwalk` is the command line."""
+
+import sys
+
+from rwalk.cli import main
+
+sys.exit(main())

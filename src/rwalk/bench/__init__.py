@@ -1,0 +1,34 @@
+"""Benchmarks: streams of tasks, learners, metrics and records."""
+
+from typing import TYPE_CHECKING
+
+from rwalk._lazy import lazily
+
+if TYPE_CHECKING:
+    from rwalk.bench.experience import Experience, Part, permuted, rotated, split
+    from rwalk.bench.learners import FineTune, Joint, Learner, Protected, Training
+    from rwalk.bench.record import Record
+    from rwalk.bench.runner import run
+
+__all__ = [
+    "Experience",
+    "FineTune",
+    "Joint",
+    "Learner",
+    "Part",
+    "Protected",
+    "Record",
+    "Training",
+    "permuted",
+    "rotated",
+    "run",
+    "split",
+]
+
+_HOMES = {
+    "rwalk.bench.experience": ["Experience", "Part", "permuted", "rotated", "split"],
+    "rwalk.bench.learners": ["FineTune", "Joint", "Learner", "Protected", "Training"],
+    "rwalk.bench.record": ["Record"],
+    "rwalk.bench.runner": ["run"],
+}
+__getattr__ = lazily(__name__, {name: home for home, names in _HOMES.items() for name in names})

@@ -1,0 +1,201 @@
+"""Learners: anything with `fit(experience)` and `predict(x, seen)`; here fine-tuning, joint training and any rule."""
+
+import math
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD, Adam, Optimizer
+
+from rwalk._errors import explain
+from rwalk.bench.experience import Experience, Scenario
+from rwalk.consolidator import Consolidator
+from rwalk.importance.base import Importance
+
+Mask = Literal["auto", "task", "seen", "all"]
+OPTIMIZERS: dict[str, Callable[[Any, float], Optimizer]] = {
+    "sgd": lambda parameters, lr: SGD(parameters, lr=lr),
+    "momentum": lambda parameters, lr: SGD(parameters, lr=lr, momentum=0.9),
+    "adam": lambda parameters, lr: Adam(parameters, lr=lr),
+}
+AUTO: dict[Scenario, Mask] = {"task": "task", "domain": "all", "class": "seen"}
+
+
+@dataclass(frozen=True)
+class Training:
+    """How every method of a comparison trains.
+
+    Args:
+        epochs: Passes over each task's data.
+        batch_size: Examples per step.
+        lr: Learning rate.
+        optimizer: Plain SGD, SGD with momentum 0.9, or Adam; kept over all tasks.
+        hidden: Widths of the MLP's hidden layers.
+        mask: Labels that compete in the training softmax: those of the "task", those "seen" so far, "all", or "auto": task for
+            task-incremental, seen for class-incremental and all for domain-incremental streams.
+    """
+
+    epochs: int = 1
+    batch_size: int = 10
+    lr: float = 0.1
+    optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    hidden: tuple[int, ...] = (256, 256)
+    mask: Mask = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse fields outside their range."""
+        self._need(self.epochs >= 1, "epochs", "1 or more")
+        self._need(self.batch_size >= 1, "batch_size", "1 or more")
+        self._need(0 <= self.lr < math.inf, "lr", "a finite number, 0 or more")
+        self._need(self.optimizer in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}")
+        self._need(all(width >= 1 for width in self.hidden), "hidden", "positive widths")
+        self._need(self.mask in get_args(Mask), "mask", f"one of {', '.join(get_args(Mask))}")
+
+    def _need(self, holds: bool, name: str, expected: str) -> None:
+        if not holds:
+            raise ValueError(
+                explain(f"Training({name}={getattr(self, name)!r})", f"`{name}` to be {expected}", "Pass such a value.")
+            )
+
+    def resolved_mask(self, scenario: Scenario) -> Mask:
+        """Return the training softmax mask for a scenario."""
+        return AUTO[scenario] if self.mask == "auto" else self.mask
+
+
+class Learner(Protocol):
+    """What `rwalk.bench.run` can evaluate."""
+
+    def fit(self, experience: Experience) -> None:
+        """Learn one task."""
+
+    def predict(self, x: Tensor, seen: Collection[int]) -> Tensor:
+        """Return labels for inputs, chosen among the labels of `seen`."""
+
+
+class FineTune:
+    """Plain training on one task after another; also the loop that the other learners share.
+
+    Args:
+        build: makes the model.
+        training: epochs, batch size, optimiser and softmax mask.
+        seed: seed of the batch order.
+        tick: called after each step.
+    """
+
+    def __init__(
+        self, build: Callable[[], nn.Module], training: Training, seed: int = 0, tick: Callable[[], None] = lambda: None
+    ) -> None:
+        self.build = build
+        self.training = training
+        self.tick = tick
+        self.generator = torch.Generator().manual_seed(seed)
+        self.step_seconds: list[float] = []
+        self.seen: set[int] = set()
+        self._start()
+
+    def _start(self) -> None:
+        self.model = self.build()
+        self.optimizer = OPTIMIZERS[self.training.optimizer](self.model.parameters(), self.training.lr)
+
+    def fit(self, experience: Experience) -> None:
+        """Train on one task."""
+        self.seen |= set(experience.classes)
+        x, y = experience.train.read()
+        self._train(x, y, [self._allowed(experience)], torch.zeros_like(y))
+
+    def predict(self, x: Tensor, seen: Collection[int]) -> Tensor:
+        """Return the most likely label of each input among the labels of `seen`."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                logits = torch.cat([self.model(part) for part in x.split(2048)])
+        finally:
+            self.model.train(training)
+        labels = torch.tensor(sorted(seen))
+        return labels[logits[:, labels].argmax(1)]
+
+    def state_bytes(self) -> int:
+        """Bytes held beside model and optimiser."""
+        return 0
+
+    def stored_examples(self) -> int:
+        """Count the examples of earlier tasks that are kept."""
+        return 0
+
+    def step_milliseconds(self) -> float:
+        """Median CPU time of a step: forward, backward and optimiser, with all that hangs on it."""
+        return median(self.step_seconds) * 1e3 if self.step_seconds else 0.0
+
+    def _allowed(self, experience: Experience) -> Tensor:
+        """Return which outputs compete in the training softmax, as a boolean vector."""
+        mask = self.training.resolved_mask(experience.scenario)
+        labels = {"task": experience.classes, "seen": sorted(self.seen), "all": range(experience.outputs)}[mask]
+        allowed = torch.zeros(experience.outputs, dtype=torch.bool)
+        allowed[list(labels)] = True
+        return allowed
+
+    def _train(self, x: Tensor, y: Tensor, allowed: list[Tensor], origin: Tensor) -> None:
+        """Run the epochs; `origin` says for each example which of the `allowed` vectors holds."""
+        table = torch.stack(allowed)
+        shut = None if table.all() else ~table
+        for _ in range(self.training.epochs):
+            order = torch.randperm(len(y), generator=self.generator)
+            for rows in order.split(self.training.batch_size):
+                batch, labels, closed = x[rows], y[rows], None if shut is None else shut[origin[rows]]
+                before = time.process_time()
+                self._step(batch, labels, closed)
+                self.step_seconds.append(time.process_time() - before)
+                self.tick()
+
+    def _step(self, x: Tensor, y: Tensor, closed: Tensor | None) -> None:
+        self.optimizer.zero_grad()
+        logits = self.model(x)
+        if closed is not None:
+            logits = logits.masked_fill(closed, -math.inf)
+        F.cross_entropy(logits, y).backward()
+        self.optimizer.step()
+
+
+class Protected(FineTune):
+    """Fine-tuning under a rule: the same loop with a consolidator attached."""
+
+    def __init__(self, rule: Importance[Any], strength: float, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.memory = Consolidator(self.model, rule, strength=strength).attach(self.optimizer)
+
+    def fit(self, experience: Experience) -> None:
+        """Train on one task and consolidate."""
+        super().fit(experience)
+        self.memory.consolidate()
+
+    def state_bytes(self) -> int:
+        """Bytes held by rule and anchor."""
+        return self.memory.state_bytes
+
+
+class Joint(FineTune):
+    """A new model for each task, trained on the data of all tasks so far: the upper reference, and a* of intransigence."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._past: list[Experience] = []
+
+    def fit(self, experience: Experience) -> None:
+        """Train a new model on all tasks up to this one."""
+        self._past.append(experience)
+        self.seen |= set(experience.classes)
+        self._start()
+        data = [e.train.read() for e in self._past]
+        origin = torch.cat([torch.full((len(y),), i) for i, (_, y) in enumerate(data)])
+        x, y = (torch.cat(column) for column in zip(*data, strict=True))
+        self._train(x, y, [self._allowed(e) for e in self._past], origin)
+
+    def stored_examples(self) -> int:
+        """Count the examples kept: all of them."""
+        return sum(len(e.train) for e in self._past)

@@ -1,0 +1,144 @@
+"""A record is what one run measured, as a JSON file that can be read without the library."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import tempfile
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from rwalk._errors import explain
+from rwalk.bench import metrics
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run of one method on one stream with one seed.
+
+    Args:
+        method: what learned: "finetune", "joint" or the name of a rule.
+        stream: name of the stream, for example "permuted-digits".
+        seed: seed of initial weights, batch order and, for permuted and rotated streams, of the stream itself.
+        accuracy: a[k][j], accuracy on task j after training task k, fractions, None where not evaluated.
+        untrained: accuracy of the model on each task before training, None where not evaluated.
+        config: every setting: stream, training (with scenario and softmax mask), strength and fields of the rule.
+        timings: seconds of training and CPU milliseconds per step.
+        memory: bytes of the model's parameters and of the method's state, and the number of stored examples.
+        versions: of Python, torch and the library.
+        threads: CPU threads of the run.
+    """
+
+    method: str
+    stream: str
+    seed: int
+    accuracy: list[list[float | None]]
+    untrained: list[float | None] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    threads: int = 1
+    format: int = FORMAT
+
+    @property
+    def average_accuracy(self) -> float | None:
+        """Mean accuracy over all tasks after the last one."""
+        return metrics.average_accuracy(self.accuracy)
+
+    @property
+    def forgetting(self) -> float | None:
+        """Mean loss of accuracy on earlier tasks since their best."""
+        return metrics.forgetting(self.accuracy)
+
+    @property
+    def backward_transfer(self) -> float | None:
+        """Mean change of accuracy on earlier tasks since they were learned."""
+        return metrics.backward_transfer(self.accuracy)
+
+    @property
+    def forward_transfer(self) -> float | None:
+        """Mean gain of accuracy on later tasks before they are learned."""
+        return metrics.forward_transfer(self.accuracy, self.untrained) if self.untrained else None
+
+    def intransigence(self, joint: "Record") -> float | None:
+        """Accuracy on the last task that joint training reaches and this run does not."""
+        return metrics.intransigence(self.accuracy, joint.accuracy)
+
+    @property
+    def name(self) -> str:
+        """File name: readable, and the same for the same method, stream, seed and configuration."""
+        return file_name(self.stream, self.method, self.seed, self.config)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the record into a folder, whole or not at all, and return the file's path."""
+        path = Path(folder) / self.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(asdict(self), indent=1, allow_nan=False)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
+            try:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Record":
+        """Read a record.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is not a record of this format.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(_unreadable(path, f"not JSON ({error})")) from None
+        problem = _problem(content)
+        if problem:
+            raise ValueError(_unreadable(path, problem))
+        return cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})
+
+
+def file_name(stream: str, method: str, seed: int, config: dict[str, Any]) -> str:
+    """Name the file of a run; equal configurations give equal names."""
+    whole = json.dumps([stream, method, seed, config], sort_keys=True)
+    digest = hashlib.sha256(whole.encode()).hexdigest()[:10]
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{stream}-{method}-seed{seed}-{digest}.json")
+
+
+def _unreadable(path: str | Path, problem: str) -> str:
+    return explain(f"`{path}`: {problem}", "a record of `rwalk run`", "Move the file away and run again.")
+
+
+def _problem(content: Any) -> str:
+    """Say why JSON content is no record, or return nothing."""
+    if not isinstance(content, dict):
+        return "not a JSON object"
+    missing = {"method", "stream", "seed", "accuracy"} - content.keys()
+    if missing:
+        return f"without {', '.join(sorted(missing))}"
+    if content.get("format", FORMAT) != FORMAT:
+        return f"of format {content['format']}"
+    kinds = {"method": str, "stream": str, "seed": int, "accuracy": list, "untrained": list, "config": dict,
+             "timings": dict, "memory": dict, "versions": dict, "threads": int}  # fmt: skip
+    wrong = [key for key, kind in kinds.items() if key in content and not isinstance(content[key], kind)]
+    if wrong:
+        return f"whose `{wrong[0]}` is not of type {kinds[wrong[0]].__name__}"
+    rows = content["accuracy"]
+    if not all(isinstance(row, list) and len(row) == len(rows[0]) and all(map(_fraction, row)) for row in rows):
+        return "whose `accuracy` is not a matrix of fractions and nulls"
+    return ""
+
+
+def _fraction(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (number and math.isfinite(value) and 0 <= value <= 1)

@@ -1,0 +1,137 @@
+"""Run one method over one stream and record what it measured."""
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+import rwalk
+from rwalk._errors import explain
+from rwalk.bench.experience import Experience, check
+from rwalk.bench.learners import FineTune, Joint, Learner, Protected, Training
+from rwalk.bench.models import mlp
+from rwalk.bench.record import Record
+from rwalk.importance import rules
+from rwalk.importance.base import Importance
+
+Method = str | Importance[Any] | Learner
+
+
+def run(
+    stream: Sequence[Experience],
+    method: Method = "finetune",
+    strength: float = 1.0,
+    seed: int = 0,
+    training: Training | None = None,
+    tick: Callable[[], None] = lambda: None,
+) -> Record:
+    """Train on each task of a stream in turn, and after each evaluate on all tasks.
+
+    Args:
+        stream: the tasks, for example `rwalk.bench.split("digits", tasks=5)`.
+        method: "finetune", "joint", a rule such as `RWalk()`, or an object with `fit` and `predict`.
+        strength: factor of the penalty for a rule.
+        seed: seed of initial weights and batch order; equal seeds give equal results, bit for bit on one machine's CPU.
+        training: epochs, batch size, optimiser, hidden widths and softmax mask.
+        tick: called after each training step, for progress displays.
+
+    Returns:
+        The record. In class-incremental streams later tasks are not evaluated before they come.
+    """
+    check(stream)
+    training = training or Training()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        learner = _learner(stream, method, strength, seed, training, tick)
+        untrained = _evaluate(learner, stream, -1) if isinstance(learner, FineTune) else []
+        accuracy, seconds = [], 0.0
+        for k, experience in enumerate(stream):
+            start = time.perf_counter()
+            learner.fit(experience)
+            seconds += time.perf_counter() - start
+            accuracy.append(_evaluate(learner, stream, k))
+    return Record(
+        method=_name(method),
+        stream=stream[0].stream["name"],
+        seed=seed,
+        accuracy=accuracy,
+        untrained=untrained,
+        config=configuration(stream, method, strength, training),
+        timings={"train_seconds": seconds} | _step_time(learner),
+        memory=_memory(learner),
+        versions={"python": platform.python_version(), "torch": torch.__version__, "rwalk": rwalk.__version__},
+        threads=torch.get_num_threads(),
+    )
+
+
+def configuration(
+    stream: Sequence[Experience], method: Method, strength: float, training: Training | None = None
+) -> dict[str, Any]:
+    """Return every setting of a run but the method's name and the seed, as JSON values."""
+    training = training or Training()
+    settings = asdict(training) | {"hidden": list(training.hidden), "mask": training.resolved_mask(stream[0].scenario)}
+    ruled = {"strength": strength, "rule": asdict(method)} if isinstance(method, Importance) else {}
+    return {"stream": stream[0].stream, "training": settings} | ruled
+
+
+def _name(method: Method) -> str:
+    """Return the name of a method as records and the command line have it."""
+    if isinstance(method, str):
+        return method
+    return next((name for name, kind in rules().items() if type(method) is kind), type(method).__name__.lower())
+
+
+def _learner(
+    stream: Sequence[Experience],
+    method: Method,
+    strength: float,
+    seed: int,
+    training: Training,
+    tick: Callable[[], None],
+) -> Learner:
+    """Build the learner that a method names."""
+
+    def build() -> nn.Module:
+        return mlp(stream[0].train.x.shape[1:], stream[0].outputs, training.hidden)
+
+    common = (build, training, seed, tick)
+    if isinstance(method, Importance):
+        return Protected(method, strength, *common)
+    if isinstance(method, str):
+        if method not in LEARNERS:
+            known = ", ".join([*LEARNERS, *rules()])
+            raise ValueError(
+                explain(f"method `{method}`", f"one of {known}", "Pass such a name, or a rule object like `RWalk()`.")
+            )
+        return LEARNERS[method](*common)
+    return method
+
+
+LEARNERS: dict[str, type[FineTune]] = {"finetune": FineTune, "joint": Joint}
+
+
+def _evaluate(learner: Learner, stream: Sequence[Experience], last: int) -> list[float | None]:
+    """Return the accuracy on each task after training task number `last`; None for class-incremental tasks yet to come."""
+    seen = {label for e in stream[: last + 1] for label in e.classes}
+    return [_accuracy(learner, e, seen) if e.scenario != "class" or e.task <= last else None for e in stream]
+
+
+def _accuracy(learner: Learner, experience: Experience, seen: set[int]) -> float:
+    x, y = experience.test.read()
+    labels = seen if experience.scenario == "class" else experience.classes
+    return (learner.predict(x, labels) == y).double().mean().item()
+
+
+def _step_time(learner: Learner) -> dict[str, float]:
+    return {"step_ms": learner.step_milliseconds()} if isinstance(learner, FineTune) else {}
+
+
+def _memory(learner: Learner) -> dict[str, float]:
+    if not isinstance(learner, FineTune):
+        return {}
+    model = sum(p.numel() * p.element_size() for p in learner.model.parameters())
+    return {"model_bytes": model, "state_bytes": learner.state_bytes(), "stored_examples": learner.stored_examples()}

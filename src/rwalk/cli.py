@@ -1,0 +1,193 @@
+"""The command line: `rwalk run`, `rwalk list` and `rwalk report`."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import tyro
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+except ImportError as error:
+    raise SystemExit(f"rwalk: the command line needs the extra `bench` ({error}). Run: pip install 'rwalk[bench]'") from None
+
+import torch
+
+from rwalk._errors import explain
+from rwalk.bench.data import HUB, load
+from rwalk.bench.experience import STREAMS, Experience, Scenario, make, parse
+from rwalk.bench.learners import Training
+from rwalk.bench.record import Record, file_name
+from rwalk.bench.runner import LEARNERS, configuration, run
+from rwalk.consolidator import check_strength
+from rwalk.importance import rules
+from rwalk.importance.base import Importance
+from rwalk.report import read, show, summarise
+
+RULES = rules()
+RuleFields: Any = make_dataclass("RuleFields", [(name, kind, field(default_factory=kind)) for name, kind in RULES.items()])
+
+
+@dataclass(frozen=True)
+class Run:
+    """Train methods on a stream of tasks, write one record per run, and print a table.
+
+    Started again with the same arguments, it goes on with the first run that has no record yet.
+    """
+
+    stream: tyro.conf.Positional[str]
+    """Kind and data set: split-, permuted- or rotated-, then digits, a name such as mnist, or a folder of parquet files."""
+    methods: str = "finetune,rwalk"
+    """Comma-separated: finetune, joint, and rules (see `rwalk list`)."""
+    seeds: int = 3
+    """Number of seeds; each one sets initial weights, batch order and permutations."""
+    first_seed: int = 0
+    """The first seed."""
+    strength: float = 1.0
+    """Factor of the penalty, for rules."""
+    out: Path = Path("runs")
+    """Folder for the records."""
+    data: Path | None = None
+    """Folder in which folders of data sets lie; default: the environment variable RWALK_DATA."""
+    tasks: int | None = None
+    """Number of tasks; default: 5 for split and rotated, 10 for permuted."""
+    scenario: Scenario | None = None
+    """For split streams: what is known at test time; default: task."""
+    threads: int = 1
+    """CPU threads; small networks are fastest with one, and equal results need equal numbers."""
+    training: Annotated[Training, tyro.conf.arg(name="")] = field(default_factory=Training)
+    rules: Annotated[RuleFields, tyro.conf.arg(name="")] = field(default_factory=RuleFields)
+
+
+@dataclass(frozen=True)
+class List:
+    """List streams, data sets and methods."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Print tables of all records in a folder."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder written by `rwalk run --out`."""
+
+
+COMMANDS: Any = (
+    Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[List, tyro.conf.subcommand("list")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    console = Console()
+    try:
+        command = tyro.cli(COMMANDS, prog="rwalk", description=__doc__, args=arguments)
+        if isinstance(command, Run):
+            _run(command, console)
+        elif isinstance(command, Report):
+            _report(command.folder, console)
+        else:
+            _list(console)
+    except (ValueError, OSError) as error:
+        print(f"rwalk: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rwalk: interrupted. The same command continues with the first unfinished run.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(command: Run, console: Console) -> None:
+    """Do the runs that have no record yet, then print the table of all of them."""
+    methods = [_method(name.strip(), command.rules) for name in command.methods.split(",")]
+    seeds = range(command.first_seed, command.first_seed + command.seeds)
+    for option in ("seeds", "threads"):
+        if getattr(command, option) < 1:
+            raise ValueError(explain(f"--{option} {getattr(command, option)}", "1 or more", "Pass a larger number."))
+    check_strength(command.strength)
+    torch.set_num_threads(command.threads)
+    kind, name = parse(command.stream)
+    data = load(name, command.data)
+    streams = {seed: make(kind, data, seed, command.scenario, tasks=command.tasks) for seed in seeds}
+    done = []
+    with _progress(console) as progress:
+        overall = progress.add_task("all runs", total=len(seeds) * len(methods))
+        for seed, stream in streams.items():
+            for name, method in methods:
+                done.append(_one(command, stream, name, method, seed, progress))
+                progress.advance(overall)
+    show(summarise(done), console)
+    console.print(f"Records: {command.out}", highlight=False)
+
+
+def _one(
+    command: Run, stream: list[Experience], name: str, method: str | Importance[Any], seed: int, progress: Progress
+) -> Record:
+    """Return the record of one run: from disk if it is there, else by running it."""
+    config = configuration(stream, method, command.strength, command.training)
+    path = command.out / file_name(stream[0].stream["name"], name, seed, config)
+    if path.exists():
+        record = Record.load(path)
+        progress.console.print(f"{name} seed {seed}: {_result(record)} (on disk)", highlight=False)
+        return record
+    bar = progress.add_task(f"{name} seed {seed}", total=_steps(stream, name, command.training))
+    record = run(stream, method, command.strength, seed, command.training, lambda: progress.advance(bar))
+    progress.remove_task(bar)
+    record.save(command.out)
+    seconds = record.timings["train_seconds"]
+    progress.console.print(f"{name} seed {seed}: {_result(record)} in {seconds:.1f} s", highlight=False)
+    return record
+
+
+def _result(record: Record) -> str:
+    return f"average accuracy {record.average_accuracy:.2%}"
+
+
+def _steps(stream: list[Experience], name: str, training: Training) -> int:
+    """Count the steps of a run; joint training sees all earlier data again at each task."""
+    sizes = [len(e.train) for e in stream]
+    parts = [sum(sizes[: k + 1]) for k in range(len(sizes))] if name == "joint" else sizes
+    return sum(-(-size // training.batch_size) * training.epochs for size in parts)
+
+
+def _method(name: str, fields: Any) -> tuple[str, str | Importance[Any]]:
+    """Return a method's name and what `rwalk.bench.run` takes for it."""
+    key = name.replace("-", "_").lower()
+    if key not in LEARNERS and key not in RULES:
+        known = ", ".join([*LEARNERS, *RULES])
+        raise ValueError(explain(f"method `{name}`", f"one of {known}", "Correct `--methods`; `rwalk list` explains them."))
+    return key, getattr(fields, key) if key in RULES else key
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+def _list(console: Console) -> None:
+    """Print what the other commands know."""
+    console.print("Streams (STREAM is a kind, a hyphen, and a data set):", style="bold")
+    _entries(console, {kind: function.__doc__ for kind, function in STREAMS.items()})
+    console.print("\nData sets:", style="bold")
+    _entries(console, {"digits": "Comes with scikit-learn.", "FOLDER": "Parquet files in the Hugging Face schema.",
+                       ", ".join(HUB): "A folder of that name below --data or RWALK_DATA, else a download."})  # fmt: skip
+    console.print("\nMethods:", style="bold")
+    _entries(console, {name: kind.__doc__ for name, kind in {**LEARNERS, **RULES}.items()})
+
+
+def _entries(console: Console, entries: dict[str, str | None]) -> None:
+    for name, text in entries.items():
+        console.print(f"  [bold]{name}[/bold]  {(text or '').strip().splitlines()[0]}", highlight=False)
+
+
+def _report(folder: Path, console: Console) -> None:
+    """Print the tables of a folder, and name files that are no records."""
+    records, problems = read(folder)
+    for problem in problems:
+        print(f"rwalk: {problem}", file=sys.stderr)
+    if records:
+        show(summarise(records), console)

@@ -1,0 +1,6 @@
+"""Reports: records in, tables out; imports neither torch nor the code that made the records."""
+
+from rwalk.report.summary import Comparison, Line, read, summarise
+from rwalk.report.terminal import show
+
+__all__ = ["Comparison", "Line", "read", "show", "summarise"]

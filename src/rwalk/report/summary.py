@@ -1,0 +1,151 @@
+"""What a set of records says: runs of one setting side by side, each method as mean and spread over its seeds."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+from rwalk._errors import explain
+from rwalk.bench.record import Record
+
+
+class Spread(NamedTuple):
+    """Mean and sample standard deviation over seeds; the deviation is None for one seed."""
+
+    mean: float
+    deviation: float | None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method in a comparison.
+
+    Args:
+        method: name of the method.
+        strength: factor of the penalty, None for methods without one.
+        fields: the rule's fields.
+        seeds: the seeds that were run.
+        average_accuracy, forgetting, intransigence, backward_transfer, forward_transfer: fractions; None where not defined.
+        seconds: training time of a run.
+        step_ratio: CPU time of a step over that of fine-tuning, in runs of the same seed.
+        state: bytes of the method's state over those of the model's parameters.
+        stored_examples: examples of earlier tasks that the method keeps.
+    """
+
+    method: str
+    strength: float | None
+    fields: dict[str, Any]
+    seeds: list[int]
+    average_accuracy: Spread | None
+    forgetting: Spread | None
+    intransigence: Spread | None
+    backward_transfer: Spread | None
+    forward_transfer: Spread | None
+    seconds: Spread | None
+    step_ratio: Spread | None
+    state: Spread | None
+    stored_examples: Spread | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Methods that were trained in the same way on the same stream."""
+
+    stream: str
+    setting: dict[str, Any]
+    lines: list[Line]
+
+    def describe(self) -> str:
+        """Name every setting that moves the numbers."""
+        about, training = self.setting.get("stream", {}), self.setting.get("training", {})
+        words = [f"{about['tasks']} tasks"] if "tasks" in about else []
+        words += [f"{about['scenario']}-incremental"] if "scenario" in about else []
+        words += [f"softmax mask: {training['mask']}"] if "mask" in training else []
+        words += [f"{training['epochs']} epochs"] if "epochs" in training else []
+        words += [f"batch {training['batch_size']}"] if "batch_size" in training else []
+        words += [f"{training['optimizer']}, learning rate {training['lr']}"] if "optimizer" in training else []
+        words += [f"hidden {' + '.join(map(str, training['hidden']))}"] if "hidden" in training else []
+        return ", ".join(words)
+
+
+def read(folder: str | Path) -> tuple[list[Record], list[str]]:
+    """Read all records below a folder; return them and a message for each file that is none.
+
+    Raises:
+        FileNotFoundError: if the folder does not exist or holds no JSON file.
+    """
+    files = sorted(Path(folder).rglob("*.json")) if Path(folder).is_dir() else []
+    if not files:
+        raise FileNotFoundError(
+            explain(f"`{folder}`, in which there are no records", "a folder written by `rwalk run --out`", "Correct the path.")
+        )
+    records, problems = [], []
+    for file in files:
+        try:
+            records.append(Record.load(file))
+        except ValueError as error:
+            problems.append(str(error))
+    return records, problems
+
+
+def summarise(records: Iterable[Record]) -> list[Comparison]:
+    """Group records by stream and training, then by method, strength and fields of the rule, and average over seeds."""
+    comparisons: dict[str, list[Record]] = {}
+    for record in records:
+        about = {k: v for k, v in record.config.get("stream", {}).items() if k != "seed"}
+        setting = {"stream": about, "training": record.config.get("training", {})}
+        comparisons.setdefault(_key([record.stream, setting]), []).append(record)
+    return [_compare(group) for group in comparisons.values()]
+
+
+def _compare(records: list[Record]) -> Comparison:
+    methods: dict[str, list[Record]] = {}
+    for record in sorted(records, key=lambda r: (_rank(r.method), r.config.get("strength") or 0, r.seed)):
+        key = _key([record.method, record.config.get("strength"), record.config.get("rule")])
+        methods.setdefault(key, []).append(record)
+    references = {name: {r.seed: r for r in records if r.method == name} for name in ("finetune", "joint")}
+    lines = [_line(group, **references) for group in methods.values()]
+    return Comparison(records[0].stream, records[0].config, lines)
+
+
+def _rank(method: str) -> tuple[int, str]:
+    """Order methods: plain training first, joint training last."""
+    return {"finetune": 0, "joint": 2}.get(method, 1), method
+
+
+def _line(records: list[Record], finetune: dict[int, Record], joint: dict[int, Record]) -> Line:
+    first = records[0]
+    return Line(
+        method=first.method,
+        strength=first.config.get("strength"),
+        fields=first.config.get("rule", {}),
+        seeds=[r.seed for r in records],
+        average_accuracy=_spread(r.average_accuracy for r in records),
+        forgetting=_spread(None if r.method == "joint" else r.forgetting for r in records),
+        intransigence=_spread(r.intransigence(joint[r.seed]) if r.seed in joint else None for r in records),
+        backward_transfer=_spread(None if r.method == "joint" else r.backward_transfer for r in records),
+        forward_transfer=_spread(None if r.method == "joint" else r.forward_transfer for r in records),
+        seconds=_spread(r.timings.get("train_seconds") for r in records),
+        step_ratio=_spread(_ratio(r, finetune.get(r.seed)) for r in records),
+        state=_spread(_over(r.memory.get("state_bytes"), r.memory.get("model_bytes")) for r in records),
+        stored_examples=_spread(r.memory.get("stored_examples") for r in records),
+    )
+
+
+def _ratio(record: Record, reference: Record | None) -> float | None:
+    return _over(record.timings.get("step_ms"), reference.timings.get("step_ms")) if reference else None
+
+
+def _over(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None
+
+
+def _spread(values: Iterable[float | None]) -> Spread | None:
+    known = [v for v in values if v is not None]
+    return Spread(fmean(known), stdev(known) if len(known) > 1 else None) if known else None
+
+
+def _key(content: Any) -> str:
+    return json.dumps(content, sort_keys=True)

@@ -1,0 +1,178 @@
+"""Data sets from scikit-learn and from parquet files in the Hugging Face schema, whole and damaged."""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from rwalk.bench.data import download, load
+
+SHARED = Path(os.environ.get("RWALK_DATA") or Path(__file__).parents[2] / "shared" / "data")
+
+
+def png(array, mode="L"):
+    buffer = io.BytesIO()
+    Image.fromarray(array).convert(mode).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def features(**columns):
+    return {b"huggingface": json.dumps({"info": {"features": columns}}).encode()}
+
+
+def write(folder, name, columns, metadata=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pa.table(columns)
+    pq.write_table(table.replace_schema_metadata(metadata) if metadata else table, folder / name)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two grey images of class 3 and 7 for training, one for testing, with the hub's metadata."""
+    marked = features(image={"_type": "Image"}, label={"_type": "ClassLabel", "names": list("abcdefgh")})
+    dark, light = np.zeros((2, 3), np.uint8), np.full((2, 3), 255, np.uint8)
+    folder = tmp_path / "pictures"
+    write(folder, "train-00000-of-00001.parquet", {"image": [png(dark), png(light)], "label": [3, 7]}, marked)
+    write(folder, "test-00000-of-00001.parquet", {"image": [png(light)], "label": [7]}, marked)
+    return folder
+
+
+def test_digits_come_whole_and_split_the_same_way_each_time():
+    data = load("digits")
+    assert data.train_x.shape == (1433, 1, 8, 8)
+    assert data.test_x.shape == (364, 1, 8, 8)
+    assert 0 <= data.train_x.min() < data.train_x.max() <= 1
+    assert set(data.test_y.tolist()) == set(range(10))
+    assert data.digest() == load("digits").digest()
+
+
+def test_images_by_folder_and_by_name(pictures, monkeypatch):
+    data = load(str(pictures))
+    assert data.name == "pictures"
+    assert data.train_x.shape == (2, 1, 2, 3)
+    assert data.train_x[0].max() == 0
+    assert data.train_x[1].min() == 1
+    assert data.train_y.tolist() == [0, 1]
+    assert data.test_y.tolist() == [1]
+    assert data.classes == ("d", "h")
+    assert load("pictures", pictures.parent).digest() == data.digest()
+    assert load("pictures", pictures).digest() == data.digest()
+    monkeypatch.setenv("RWALK_DATA", str(pictures.parent))
+    assert load("pictures").digest() == data.digest()
+
+
+def test_a_download_goes_through_datasets_to_the_same_tensors(pictures, tmp_path, monkeypatch):
+    """The real loading code of Hugging Face `datasets`, pointed at a folder instead of the hub."""
+    import datasets
+
+    real = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: real(str(pictures), cache_dir=str(tmp_path / "cache")))
+    tables = download("someone/pictures")
+    assert tables["train"].column("label").to_pylist() == [3, 7]
+    monkeypatch.setattr("rwalk.bench.data.download", lambda name: tables)
+    assert load("someone/pictures").digest() == load(str(pictures)).digest()
+
+
+def test_a_name_that_nobody_has(monkeypatch):
+    def offline(name):
+        raise OSError("no network\nmore")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    with pytest.raises(ConnectionError, match=r"no data set `nothing` \(OSError: no network\).*--data"):
+        load("nothing")
+
+
+def test_mixed_grey_and_colour_images_become_colour(tmp_path):
+    grey, colour = np.full((2, 2), 10, np.uint8), np.zeros((2, 2, 3), np.uint8)
+    write(tmp_path / "d", "train.parquet", {"img": [png(grey), png(colour, "RGB")], "label": [0, 1]})
+    write(tmp_path / "d", "test.parquet", {"img": [png(grey)], "label": [0]})
+    data = load(str(tmp_path / "d"))
+    assert data.train_x.shape == (2, 3, 2, 2)
+    assert data.test_x.shape == (1, 3, 2, 2)
+
+
+def test_numeric_columns_and_lists_are_standardised_by_the_training_split(tmp_path):
+    rng = np.random.default_rng(0)
+    values = rng.normal(3, 5, (50, 2))
+    label = ["yes", "no"] * 25
+    write(tmp_path / "t", "train.parquet", {"a": values[:, 0], "b": values[:, 1], "c": [7] * 50, "target": label})
+    write(tmp_path / "t", "test.parquet", {"a": [3.0], "b": [3.0], "c": [7], "target": ["no"]})
+    data = load(str(tmp_path / "t"))
+    assert data.classes == ("no", "yes")
+    assert torch.allclose(data.train_x.mean(0), torch.zeros(3), atol=1e-5)
+    assert torch.allclose(data.train_x[:, :2].std(0, correction=0), torch.ones(2), atol=1e-4)
+    lists = [row.tolist() for row in values]
+    write(tmp_path / "l", "train.parquet", {"x": lists, "label": [0, 1] * 25})
+    write(tmp_path / "l", "validation.parquet", {"x": lists[:1], "label": [0]})
+    assert torch.allclose(load(str(tmp_path / "l")).train_x, data.train_x[:, :2])
+
+
+def fails(folder, kind, match):
+    with pytest.raises(kind, match=match) as caught:
+        load(str(folder))
+    assert "Got " in str(caught.value)
+    assert "Expected " in str(caught.value)
+
+
+def test_damaged_folders(tmp_path, pictures):
+    fails(tmp_path / "absent", FileNotFoundError, "does not exist")
+    (tmp_path / "empty").mkdir()
+    fails(tmp_path / "empty", FileNotFoundError, "no parquet file")
+    with pytest.raises(FileNotFoundError, match="Correct `--data`"):
+        load("mnist", tmp_path / "absent")
+    write(tmp_path / "lone", "train.parquet", {"x": [1.0], "label": [0]})
+    fails(tmp_path / "lone", FileNotFoundError, "test split")
+    whole = (pictures / "train-00000-of-00001.parquet").read_bytes()
+    for cut in (b"", whole[:40], whole[:-20], b"PAR1" + b"\0" * 100):
+        (pictures / "train-00000-of-00001.parquet").write_bytes(cut)
+        fails(pictures, ValueError, "cannot be read")
+
+
+@pytest.mark.parametrize(("columns", "match"), [
+    ({"text": ["a"], "label": [0]}, "images, a column of lists"),
+    ({"x": [1.0], "kind": [0]}, "column of labels"),
+    ({"x": [float("nan")], "label": [0]}, "missing or infinite"),
+    ({"x": [1.0], "label": [-1]}, "missing or -1"),
+    ({"x": [1.0], "label": [None]}, "missing or -1"),
+    ({"x": [1.0], "label": [0.5]}, "missing or -1"),
+    ({"x": [[1.0], [1.0, 2.0]], "label": [0, 1]}, "lists of numbers of one shape"),
+    ({"image": [{"bytes": b"no image", "path": None}], "label": [0]}, "cannot be read"),
+    ({"image": [png(np.zeros((2, 2), np.uint8)), png(np.zeros((3, 2), np.uint8))], "label": [0, 1]}, "sizes 2 x 2, 3 x 2"),
+], ids=str)  # fmt: skip
+def test_wrong_schemas(tmp_path, columns, match):
+    write(tmp_path / "d", "train.parquet", columns)
+    write(tmp_path / "d", "test.parquet", columns)
+    fails(tmp_path / "d", ValueError, match)
+
+
+def test_splits_that_do_not_belong_together(tmp_path):
+    write(tmp_path / "d", "train.parquet", {"x": [1.0, 2.0], "label": [0, 1]})
+    write(tmp_path / "d", "test.parquet", {"x": [1.0], "label": [2]})
+    fails(tmp_path / "d", ValueError, "test labels 2 that train lacks")
+    write(tmp_path / "d", "test.parquet", {"x": [1.0], "y": [1.0], "label": [1]})
+    fails(tmp_path / "d", ValueError, "one shape")
+    write(tmp_path / "d", "test.parquet", {"x": pa.array([], pa.float64()), "label": pa.array([], pa.int64())})
+    fails(tmp_path / "d", ValueError, "empty test split")
+
+
+@pytest.mark.skipif(not (SHARED / "mnist").is_dir(), reason="no folder mnist in RWALK_DATA")
+def test_mnist():
+    data = load("mnist", SHARED)
+    assert data.train_x.shape == (60000, 1, 28, 28)
+    assert data.test_x.shape == (10000, 1, 28, 28)
+    assert data.train_y[:8].tolist() == [5, 0, 4, 1, 9, 2, 1, 3]
+    assert data.train_x.mean().item() == pytest.approx(0.1307, abs=1e-4)
+
+
+@pytest.mark.skipif(not (SHARED / "tinyimagenet100a_32").is_dir(), reason="no folder tinyimagenet100a_32 in RWALK_DATA")
+def test_images_some_of_which_are_grey():
+    data = load("tinyimagenet100a_32", SHARED)
+    assert data.test_x.shape == (4000, 3, 32, 32)
+    assert len(data.classes) == 100

@@ -1,0 +1,87 @@
+"""The package as a whole: public names, what importing costs, and the documentation's promises."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rwalk
+from rwalk import bench
+from rwalk.importance import rules
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("module", [rwalk, bench], ids=lambda m: m.__name__)
+def test_public_names_exist(module):
+    for name in module.__all__:
+        assert getattr(module, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = module.nothing
+
+
+def test_the_core_imports_none_of_the_extras():
+    extras = {"sklearn", "pyarrow", "PIL", "datasets", "tyro", "rich", "pandas"}
+    code = f"import sys; from rwalk import Anchor, Consolidator, RWalk; sys.exit(bool({extras!r} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_rule_says_where_it_comes_from():
+    for name, rule in rules().items():
+        assert rule.__doc__, name
+        assert re.search(r"(19|20)\d\d", sys.modules[rule.__module__].__doc__), name
+
+
+def test_the_readmes_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) >= 2
+    scope = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), scope)
+
+
+def test_the_readmes_commands_run(tmp_path):
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+    mine = [line for line in commands if line.startswith("rwalk ")]
+    assert len(mine) >= 3
+    for command in mine:
+        words = [sys.executable, "-m", *command.split("#")[0].split()]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_makefile_has_the_readmes_targets():
+    targets = set(re.findall(r"^make (\w+)", README, re.M))
+    assert {"demo", "test"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
+
+
+def test_the_demo_command_is_one_that_the_command_line_takes(tmp_path):
+    dry = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = next(line for line in dry.splitlines() if " run permuted-digits" in line).split()
+    words = [sys.executable, "-m", "rwalk", *command[1:], "--seeds", "1", "--epochs", "1", "--tasks", "2"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "joint" in done.stdout
+
+
+def test_contributings_rule_is_found_by_laws_and_command_line(tmp_path):
+    """The example of CONTRIBUTING.md, dropped beside the other rules of a copy of the package, with no other edit."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+    shutil.copytree(ROOT / "src", tmp_path / "src")
+    shutil.copytree(ROOT / "tests", tmp_path / "tests")
+    (tmp_path / "src" / "rwalk" / "importance" / "plain.py").write_text(code)
+    place = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(tmp_path / "src")}, "capture_output": True, "text": True}
+    laws = subprocess.run([sys.executable, "-m", "pytest", "tests/test_laws.py", "-k", "plain"], check=False, **place)
+    assert laws.returncode == 0, laws.stdout
+    command = [sys.executable, "-m", "rwalk", "run", "split-digits", "--methods", "plain", "--seeds", "1", "--out", "out"]
+    done = subprocess.run(command, check=False, **place)
+    assert done.returncode == 0, done.stderr
+    assert '"method": "plain"' in next((tmp_path / "out").iterdir()).read_text()
