@@ -18,6 +18,12 @@ def softmax_gradient(weight, bias, x, y):
     return [p.T @ x, p.sum(0)]
 
 
+def softmax_squares(weight, bias, x, y):
+    """Mean over examples of the squared gradient of each example's own cross-entropy."""
+    each = [softmax_gradient(weight, bias, x[i : i + 1], y[i : i + 1]) for i in range(len(y))]
+    return [np.mean([g[k] ** 2 for g in each], axis=0) for k in range(2)]
+
+
 @dataclass
 class Simulation:
     """Train with SGD (momentum, weight decay) and Riemannian Walk exactly as the equations say."""
@@ -32,6 +38,7 @@ class Simulation:
     lr: float = 0.1
     momentum: float = 0.0
     weight_decay: float = 0.0
+    per_example: bool = False
     fisher: list = None
     total: list = None
     total_fisher: list = None
@@ -51,7 +58,8 @@ class Simulation:
             grad = softmax_gradient(*theta, x, y)
             alpha = 1 / n if self.alpha == "mean" else self.alpha
             old = self.fisher
-            self.fisher = [g**2 if old is None else alpha * g**2 + (1 - alpha) * old[i] for i, g in enumerate(grad)]
+            fresh = softmax_squares(*theta, x, y) if self.per_example else [g**2 for g in grad]
+            self.fisher = [q if old is None else alpha * q + (1 - alpha) * old[i] for i, q in enumerate(fresh)]
             before = [t.copy() for t in theta]
             self.step(grad)
             for i, t in enumerate(theta):

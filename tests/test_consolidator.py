@@ -133,6 +133,7 @@ def test_a_compiled_model_keeps_the_names_of_the_plain_one():
     assert list(memory.anchor.point) == [name for name, _ in model.named_parameters()]
 
 
+@pytest.mark.filterwarnings("ignore:Got strength")
 def test_state_survives_a_file_of_plain_tensors_and_numbers():
     model, optimizer, memory = attached(strength=2.0, normalize="first")
     train(model, optimizer, batches(0, 13))

@@ -25,6 +25,8 @@ RULES = [
     {"accumulate": "sum", "delta_t": 1000},
     {"normalize": "first", "alpha": 1.0},
     {"normalize": "mean", "alpha": 0.0},
+    {"fisher": "example", "alpha": 0.2},
+    {"fisher": "example", "alpha": "mean", "accumulate": "sum"},
 ]
 LENGTHS = (23, 20, 4, 1, 31)
 
@@ -33,11 +35,13 @@ def close(ours, truth):
     np.testing.assert_allclose(ours.detach().numpy(), truth, rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.filterwarnings("ignore:Got strength")  # explicit steps overshoot here, in the simulation just as in the library
 @pytest.mark.parametrize("loop", LOOPS, ids=str)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_a_run_over_five_tasks_matches_the_equations(loop, rule):
     model = torch.nn.Linear(5, 3).double()
-    truth = Simulation([p.detach().numpy().copy() for p in model.parameters()], **rule, **loop)
+    fields = {key: value for key, value in rule.items() if key != "fisher"} | {"per_example": rule.get("fisher") == "example"}
+    truth = Simulation([p.detach().numpy().copy() for p in model.parameters()], **fields, **loop)
     sgd = {key: value for key, value in loop.items() if key != "strength"}
     optimizer = torch.optim.SGD(model.parameters(), **{"lr": 0.1, **sgd})
     memory = Consolidator(model, RWalk(**rule), strength=loop.get("strength", 1.0)).attach(optimizer)

@@ -1,5 +1,6 @@
 """Runs over streams: what is trained and evaluated, seeds, masks and records."""
 
+import dataclasses
 import json
 import math
 
@@ -7,10 +8,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rwalk import Consolidator, RWalk, bench
-from rwalk.bench import FineTune, Joint, Record, Training
+from rwalk import EWC, Consolidator, RWalk, bench
+from rwalk.bench import FineTune, Joint, Protected, Record, Training
 from rwalk.bench.models import mlp
 from rwalk.bench.runner import configuration
+from rwalk.consolidator import resolve
+from rwalk.importance import rules
 
 SMALL = Training(hidden=(16,), batch_size=50)
 
@@ -117,7 +120,10 @@ def test_records_round_trip_and_name_their_configuration(tmp_path):
     assert content["config"]["rule"]["alpha"] == 0.5
     assert content["memory"]["state_bytes"] == 8 * content["memory"]["model_bytes"]
     assert content["timings"]["step_ms"] > 0
-    others = {bench.run(stream, RWalk(alpha=0.6), 3.0, 0, SMALL).name, bench.run(stream, RWalk(alpha=0.5), 4.0, 0, SMALL).name}
+    assert [set(d) for d in content["diagnostics"]] == [{"figures", "layers"}] * 2
+    assert content["diagnostics"][1]["figures"]["penalty / loss"] > 0
+    assert sum(layer["share"] for layer in content["diagnostics"][1]["layers"]) == pytest.approx(1)
+    others = {bench.run(stream, RWalk(alpha=0.6), 3.0, 0, SMALL).name, bench.run(stream, RWalk(alpha=0.5), 2.0, 0, SMALL).name}
     assert record.name not in others
 
 
@@ -145,3 +151,24 @@ def test_training_out_of_range(fields):
 def test_an_unknown_method():
     with pytest.raises(ValueError, match=r"method `ewcc`.*finetune, joint, .*rwalk"):
         bench.run(bench.split("digits", tasks=2), "ewcc")
+
+
+@pytest.mark.filterwarnings("ignore:Got strength")
+@pytest.mark.parametrize("name", [*rules(), "recipe"])
+def test_every_rule_runs_class_incrementally_under_its_mask(name):
+    stream = bench.split("digits", tasks=5, scenario="class")
+    method = name if name == "recipe" else rules()[name]()
+    record = bench.run(stream, method, training=Training(hidden=(16,), batch_size=50))
+    assert record.method == name
+    assert all(a is None or 0 <= a <= 1 for row in record.accuracy for a in row)
+    assert record.config["rule"].keys() == {f.name for f in dataclasses.fields(rules()["ewcpp" if name == "recipe" else name])}
+    assert record.config["pull"] == ("proximal" if name == "recipe" else "gradient")
+
+
+def test_fisher_information_of_a_masked_head_leaves_the_shut_outputs_alone():
+    stream = bench.split("digits", tasks=5)
+    learner = Protected(resolve(EWC()), lambda: mlp((1, 8, 8), 10, (16,)), SMALL)
+    learner.fit(stream[0])
+    omega = learner.memory.anchor.omega["3.weight"]
+    assert (omega[2:] == 0).all()
+    assert (omega[:2].sum(1) > 0).all()

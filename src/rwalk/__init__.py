@@ -7,17 +7,29 @@ from rwalk._lazy import lazily
 if TYPE_CHECKING:
     from rwalk.anchor import Anchor
     from rwalk.consolidator import Consolidator
+    from rwalk.importance.ewc import EWC
+    from rwalk.importance.ewcpp import EWCpp
+    from rwalk.importance.l2 import L2
+    from rwalk.importance.mas import MAS
+    from rwalk.importance.online_ewc import OnlineEWC
     from rwalk.importance.rwalk import RWalk
+    from rwalk.importance.si import SI
 
 __version__ = "0.1.0"
-__all__ = ["Anchor", "Consolidator", "RWalk"]
+__all__ = ["EWC", "L2", "MAS", "SI", "Anchor", "Consolidator", "EWCpp", "OnlineEWC", "RWalk"]
 
 __getattr__ = lazily(
     __name__,
     {
         "Anchor": "rwalk.anchor",
         "Consolidator": "rwalk.consolidator",
+        "EWC": "rwalk.importance.ewc",
+        "EWCpp": "rwalk.importance.ewcpp",
+        "L2": "rwalk.importance.l2",
+        "MAS": "rwalk.importance.mas",
+        "OnlineEWC": "rwalk.importance.online_ewc",
         "RWalk": "rwalk.importance.rwalk",
+        "SI": "rwalk.importance.si",
         "bench": "rwalk.bench",
         "kernels": "rwalk.kernels",
     },

@@ -2,12 +2,18 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rwalk import kernels
-from rwalk.parameters import copies, extend, state_dtype, zeros
+from rwalk._errors import explain
+from rwalk.parameters import copies, extend, grown, state_dtype, zeros
+
+FORMAT = "rwalk-anchor-1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +37,23 @@ class Anchor:
         names = list(point)
         return Anchor(dict(zip(names, copies(list(point.values())), strict=True)), dict(zip(names, omega, strict=True)))
 
+    def merge(self, point: Mapping[str, Tensor], omega: Sequence[Tensor]) -> "Anchor":
+        """Add a second quadratic exactly: the sum of two is one with omega = a + b at the weighted mean of their points.
+
+        Where both importances are 0 the newer point stands. The same weighted mean is Fisher merging of two models
+        (Matena and Raffel 2022). `omega` runs parallel to `point`; parameters that are new here simply join.
+        """
+        merged = {name: self._both(name, p, b) for (name, p), b in zip(point.items(), omega, strict=True)}
+        return Anchor({n: p for n, (p, _) in merged.items()}, {n: o for n, (_, o) in merged.items()})
+
+    def _both(self, name: str, point: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
+        (new,) = copies([point])
+        if name not in self.point:
+            return new, omega
+        total = self.omega[name] + omega
+        share = torch.where(total > 0, omega / total, 1.0).to(new.dtype)
+        return self.point[name].lerp(new, share), total
+
     def align(self, theta: Mapping[str, Tensor]) -> "Anchor":
         """Follow a model that changed, by name and leading block.
 
@@ -42,6 +65,54 @@ class Anchor:
             {name: self._follow(self.point[name], theta[name], copies) for name in both},
             {name: self._follow(self.omega[name], theta[name], zeros) for name in both},
         )
+
+    def match(self, theta: Mapping[str, Tensor], rename: Mapping[str, str] | Callable[[str], str] | None = None) -> "Match":
+        """Compare with a model by name and leading block.
+
+        Args:
+            theta: parameters by name.
+            rename: from this anchor's names to those of `theta`; names that a mapping lacks stay.
+        """
+        change = rename if callable(rename) else lambda name: (rename or {}).get(name, name)
+        names = {name: change(name) for name in self.point}
+        order = {name: i for i, name in enumerate(theta)}
+        known = sorted((old for old, new in names.items() if new in order), key=lambda old: order[names[old]])
+        fits = {old: names[old] for old in known if grown(self.point[old].shape, theta[names[old]].shape)}
+        same = [new for old, new in fits.items() if self.point[old].shape == theta[new].shape]
+        return Match(
+            same=same,
+            grown=[new for new in fits.values() if new not in same],
+            misfits=[names[old] for old in known if old not in fits],
+            unknown=[new for new in names.values() if new not in theta],
+            missing=[name for name in theta if name not in names.values()],
+            anchor=Anchor({n: self.point[o] for o, n in fits.items()}, {n: self.omega[o] for o, n in fits.items()}),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the anchor to a safetensors file, whole or not at all: entries `point/NAME` and `omega/NAME`."""
+        tensors = {f"point/{n}": t for n, t in self.point.items()} | {f"omega/{n}": t for n, t in self.omega.items()}
+        part = Path(f"{path}.part")
+        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, part, {"format": FORMAT})
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Anchor":
+        """Read an anchor from a file that `save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is damaged or something else.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                fits = (file.metadata() or {}).get("format") == FORMAT
+                tensors = {key: file.get_tensor(key) for key in file.keys()} if fits else {}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(_foreign(path, f"which cannot be read ({error})")) from None
+        parts = [{k.removeprefix(f"{p}/"): t for k, t in tensors.items() if k.startswith(f"{p}/")} for p in ("point", "omega")]
+        if not fits or {n: t.shape for n, t in parts[0].items()} != {n: t.shape for n, t in parts[1].items()}:
+            raise ValueError(_foreign(path, "which is no anchor of this format"))
+        return cls(*parts)
 
     def pull(self, theta: Mapping[str, Tensor], grad: Mapping[str, Tensor], strength: float) -> None:
         """Add the gradient of the penalty to the gradients of the parameters that the anchor holds (equation 8)."""
@@ -61,3 +132,39 @@ class Anchor:
     @staticmethod
     def _lists(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: list[str]) -> tuple[list[Tensor], list[Tensor]]:
         return [a[n] for n in names], [b[n] for n in names]
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """How an anchor fits a model, by the model's names.
+
+    Args:
+        same: parameters of the same shape.
+        grown: parameters whose leading block the anchor has.
+        misfits: parameters that are smaller than in the anchor, or have other dimensions.
+        unknown: names of the anchor that the model lacks.
+        missing: names of the model that the anchor lacks.
+        anchor: the entries that fit, under the model's names.
+    """
+
+    same: list[str]
+    grown: list[str]
+    misfits: list[str]
+    unknown: list[str]
+    missing: list[str]
+    anchor: Anchor
+
+    def __str__(self) -> str:
+        """Name what matched and what did not."""
+        words = {
+            "the same shape": self.same,
+            "grown": self.grown,
+            "of another shape": self.misfits,
+            "only in the anchor": self.unknown,
+            "only in the model": self.missing,
+        }
+        return "; ".join(f"{len(names)} {word} ({', '.join(names)})" for word, names in words.items() if names)
+
+
+def _foreign(path: str | Path, problem: str) -> str:
+    return explain(f"`{path}`, {problem}", "a file that `Anchor.save` wrote", "Pass such a file, or copy it again.")

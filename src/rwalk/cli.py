@@ -21,7 +21,7 @@ from rwalk.bench.experience import STREAMS, Experience, Scenario, make, parse
 from rwalk.bench.learners import Training
 from rwalk.bench.record import Record, file_name
 from rwalk.bench.runner import LEARNERS, configuration, run
-from rwalk.consolidator import check_strength
+from rwalk.consolidator import Average, Pull, resolve
 from rwalk.importance import rules
 from rwalk.importance.base import Importance
 from rwalk.report import read, show, summarise
@@ -40,13 +40,17 @@ class Run:
     stream: tyro.conf.Positional[str]
     """Kind and data set: split-, permuted- or rotated-, then digits, a name such as mnist, or a folder of parquet files."""
     methods: str = "finetune,rwalk"
-    """Comma-separated: finetune, joint, and rules (see `rwalk list`)."""
+    """Comma-separated: finetune, joint, recipe, and rules (see `rwalk list`)."""
     seeds: int = 3
     """Number of seeds; each one sets initial weights, batch order and permutations."""
     first_seed: int = 0
     """The first seed."""
-    strength: float = 1.0
-    """Factor of the penalty, for rules."""
+    strength: float | None = None
+    """Factor of the penalty; default: 1 for rules, 0.005 for the recipe."""
+    pull: Pull | None = None
+    """How rules pull: by the penalty's gradient, or by a proximal step; default: gradient, for the recipe proximal."""
+    average: Average | None = None
+    """Whether rules end a task at the average of its later iterates; default: none, for the recipe tail."""
     out: Path = Path("runs")
     """Folder for the records."""
     data: Path | None = None
@@ -108,7 +112,7 @@ def _run(command: Run, console: Console) -> None:
     for option in ("seeds", "threads"):
         if getattr(command, option) < 1:
             raise ValueError(explain(f"--{option} {getattr(command, option)}", "1 or more", "Pass a larger number."))
-    check_strength(command.strength)
+    resolve(None, command.strength)
     torch.set_num_threads(command.threads)
     kind, name = parse(command.stream)
     data = load(name, command.data)
@@ -128,14 +132,15 @@ def _one(
     command: Run, stream: list[Experience], name: str, method: str | Importance[Any], seed: int, progress: Progress
 ) -> Record:
     """Return the record of one run: from disk if it is there, else by running it."""
-    config = configuration(stream, method, command.strength, command.training)
+    options: dict[str, Any] = {"pull": command.pull, "average": command.average}
+    config = configuration(stream, method, command.strength, command.training, **options)
     path = command.out / file_name(stream[0].stream["name"], name, seed, config)
     if path.exists():
         record = Record.load(path)
         progress.console.print(f"{name} seed {seed}: {_result(record)} (on disk)", highlight=False)
         return record
     bar = progress.add_task(f"{name} seed {seed}", total=_steps(stream, name, command.training))
-    record = run(stream, method, command.strength, seed, command.training, lambda: progress.advance(bar))
+    record = run(stream, method, command.strength, seed, command.training, **options, tick=lambda: progress.advance(bar))
     progress.remove_task(bar)
     record.save(command.out)
     seconds = record.timings["train_seconds"]
@@ -157,8 +162,8 @@ def _steps(stream: list[Experience], name: str, training: Training) -> int:
 def _method(name: str, fields: Any) -> tuple[str, str | Importance[Any]]:
     """Return a method's name and what `rwalk.bench.run` takes for it."""
     key = name.replace("-", "_").lower()
-    if key not in LEARNERS and key not in RULES:
-        known = ", ".join([*LEARNERS, *RULES])
+    if key not in {*LEARNERS, "recipe", *RULES}:
+        known = ", ".join([*LEARNERS, "recipe", *RULES])
         raise ValueError(explain(f"method `{name}`", f"one of {known}", "Correct `--methods`; `rwalk list` explains them."))
     return key, getattr(fields, key) if key in RULES else key
 
@@ -176,7 +181,9 @@ def _list(console: Console) -> None:
     _entries(console, {"digits": "Comes with scikit-learn.", "FOLDER": "Parquet files in the Hugging Face schema.",
                        ", ".join(HUB): "A folder of that name below --data or RWALK_DATA, else a download."})  # fmt: skip
     console.print("\nMethods:", style="bold")
-    _entries(console, {name: kind.__doc__ for name, kind in {**LEARNERS, **RULES}.items()})
+    recipe = "The recommended recipe, `Consolidator(model)`: summed Fisher information, proximal pull, tail averaging."
+    docs = {name: kind.__doc__ for name, kind in {**LEARNERS, **RULES}.items()}
+    _entries(console, docs | {"recipe": recipe})
 
 
 def _entries(console: Console, entries: dict[str, str | None]) -> None:

@@ -1,56 +1,104 @@
 """The consolidator binds a model, a rule and an anchor to any training loop that calls `optimizer.step()`."""
 
-import math
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from rwalk import _refusals as refusals
+from rwalk import gradients, proximal
 from rwalk._errors import explain
-from rwalk.anchor import Anchor
-from rwalk.importance.base import Finish, Importance, Step
+from rwalk.anchor import Anchor, Match
+from rwalk.averaging import Tail, batch_norms, refresh_batch_norms
+from rwalk.importance.base import Finish, Gradients, Importance, Step, no_data
+from rwalk.importance.ewcpp import EWCpp
 from rwalk.parameters import Watch, look, named, regraft
+from rwalk.summary import Summary, layers
 
-FORMAT = 1
-"""Version of the layout of `Consolidator.state_dict`."""
+Pull = Literal["gradient", "proximal"]
+Average = Literal["none", "tail"]
+
+RECIPE = EWCpp(alpha="mean", accumulate="sum", normalize="first")
+"""The rule of the recommended recipe: the mean of squared gradients over each task, summed over tasks, in one scale."""
+RECIPE_STRENGTH = 0.005
+
+
+class Settings(NamedTuple):
+    """What a consolidator works with, defaults filled in."""
+
+    rule: Importance[Any]
+    strength: float
+    pull: Pull
+    average: Average
+
+
+def resolve(
+    rule: Importance[Any] | None, strength: float | None = None, pull: Pull | None = None, average: Average | None = None
+) -> Settings:
+    """Fill in defaults: those of the recommended recipe without a rule, those of the paper with one."""
+    refusals.refuse_rule(rule)
+    recipe = rule is None
+    pull = pull or ("proximal" if recipe else "gradient")
+    average = average or ("tail" if recipe else "none")
+    refusals.refuse_choice("pull", pull, get_args(Pull))
+    refusals.refuse_choice("average", average, get_args(Average))
+    default = RECIPE_STRENGTH if recipe else 1.0
+    return Settings(rule or RECIPE, refusals.check_strength(default if strength is None else strength), pull, average)
 
 
 class Consolidator:
     """Hold a model to what earlier tasks need, in a training loop that stays as it is.
 
+    `Consolidator(model)` is the recommended recipe: `RECIPE` as rule, strength 0.005, proximal pull and tail averaging.
+    `Consolidator(model, RWalk())` is Riemannian Walk as published. The arguments that are not given follow from this.
+
     Args:
         model: the network; parameters that the attached optimiser holds and that require gradients are protected.
         rule: how importance is measured, for example `RWalk()`.
         strength: factor of the penalty strength * sum of omega * (theta - point)^2, which has no half; at least 0.
+        pull: "gradient" adds the penalty's gradient before the optimiser's step; "proximal" moves the weights towards the
+            anchor after it, in the optimiser's own metric, and is stable for every strength.
+        average: "none", or "tail": the average of each task's later iterates becomes model and anchor at its end.
+        strict: for rules with `fisher="example"`: raise an error, instead of a warning, where a layer's per-example gradients
+            cannot be had.
 
     Attributes:
         anchor: what earlier tasks left behind: `anchor.point` and `anchor.omega` map parameter names to tensors.
         tasks: how many tasks have been consolidated.
     """
 
-    def __init__(self, model: nn.Module, rule: Importance[Any], strength: float = 1.0) -> None:
-        if not isinstance(rule, Importance):
-            came = f"the class `{rule.__name__}`" if isinstance(rule, type) else f"a rule of type `{type(rule).__name__}`"
-            raise TypeError(explain(came, "a rule such as `RWalk()`", "Pass an instance of a rule as second argument."))
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: Importance[Any] | None = None,
+        strength: float | None = None,
+        *,
+        pull: Pull | None = None,
+        average: Average | None = None,
+        strict: bool = False,
+    ) -> None:
         self.model = model
-        self.rule = rule
-        self.strength = strength
+        self.rule, self.strength, self.pull, self.average = resolve(rule, strength, pull, average)
+        self.strict = strict
         self.anchor = Anchor()
         self.tasks = 0
         self._steps = 0
         self._watch = Watch()
-        self._state: Any = rule.init([])
+        self._state: Any = self.rule.init([])
+        self._tail = Tail()
+        self._squares: gradients.Squares | None = None
+        self._moved: list[str] = []
         self._optimizer: Optimizer | None = None
-        self._handle: RemovableHandle | None = None
+        self._handles: list[RemovableHandle] = []
 
     def __repr__(self) -> str:
         """Show the configuration and how far the work has come."""
-        return f"Consolidator({self.rule}, strength={self.strength}, tasks={self.tasks}, tensors={len(self._watch.theta)})"
+        options = f"strength={self.strength}, pull={self.pull!r}, average={self.average!r}"
+        return f"Consolidator({self.rule}, {options}, tasks={self.tasks}, tensors={len(self._watch.theta)})"
 
     @property
     def strength(self) -> float:
@@ -59,7 +107,7 @@ class Consolidator:
 
     @strength.setter
     def strength(self, value: float) -> None:
-        self._strength = check_strength(value)
+        self._strength = refusals.check_strength(value)
 
     def attach(self, optimizer: Optimizer) -> "Consolidator":
         """Watch an optimiser from now on, and pull on its gradients once there is an anchor.
@@ -73,61 +121,164 @@ class Consolidator:
         """
         self._refuse_optimizer(optimizer)
         watch = look(self.model, optimizer, self._watch.theta)
-        _refuse_nothing(watch)
+        refusals.refuse_nothing(watch)
         self.detach()
         self._follow(watch)
         self._optimizer = optimizer
-        self._handle = optimizer.register_step_pre_hook(self._before_step)
+        self._handles = [optimizer.register_step_pre_hook(self._before_step)]
+        if self.pull == "proximal" or self.average == "tail":
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
         return self
 
     def detach(self) -> None:
         """Stop watching; what was learned stays, and `attach` continues from there."""
-        if self._handle is not None:
-            self._handle.remove()
-        self._optimizer = self._handle = None
+        for handle in self._handles:
+            handle.remove()
+        if self._squares is not None:
+            self._squares.close()
+        self._optimizer, self._handles, self._squares = None, [], None
 
     @torch.no_grad()
-    def consolidate(self) -> None:
+    def consolidate(
+        self,
+        data: Iterable[Any] | None = None,
+        *,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        logits: Callable[[Any], Tensor] | None = None,
+    ) -> None:
         """End a task: turn what was observed into importance, and hold to the weights as they are now.
 
+        Args:
+            data: batches of the task, `(inputs, labels)` as a loader yields them, for rules that measure on data and for
+                models with BatchNorm under tail averaging; iterated once for each of the two.
+            loss: negative log-likelihood of one example, called with the model's output and the target, for models that are no
+                classifiers; see `rwalk.gradients.over`.
+            logits: how to read logits of shape (batch, classes) from the model's output.
+
         Raises:
-            RuntimeError: if the consolidator was never attached to an optimiser.
+            RuntimeError: if the consolidator was never attached and the rule measures during training.
+            ValueError: if the rule measures on data and there is none.
         """
         if not self._watch.theta:
-            raise RuntimeError(
-                explain(
-                    "`consolidate()` before `attach`",
-                    "a consolidator that has watched an optimiser",
-                    "Call `attach(optimizer)` before training.",
-                )
-            )
-        self.anchor, self._state = self.rule.conclude(self._state, Finish(self._watch.theta, self.anchor))
+            refusals.refuse_early(self.rule, data)
+            self._follow(Watch.all(self.model))
+        if self.rule.measures == "data" and data is None:
+            no_data("true", torch.square)
+        raw = self._tail.swap(self._watch.theta) if self.average == "tail" else self._watch.theta
+        try:
+            if raw is not self._watch.theta:
+                self._refresh_batch_norms(data)
+            measured: Gradients = no_data
+            if data is not None and self.rule.measures == "data":
+                measured = gradients.over(self.model, self._watch.theta, data, loss=loss, logits=logits)
+            finish = Finish(raw, self._watch.theta, self.anchor, measured)
+            self.anchor, self._state = self.rule.conclude(self._state, finish)
+        except BaseException:
+            self._tail.swap(self._watch.theta)
+            raise
+        self._tail.restart()
         self.tasks += 1
         self._steps = 0
+
+    def estimate(
+        self,
+        data: Iterable[Any] | None = None,
+        *,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        logits: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        """Protect a pretrained model before any training: `consolidate` on data it already does well.
+
+        Needs no optimiser: all parameters that require gradients are protected. Arguments are those of `consolidate`.
+
+        Raises:
+            RuntimeError: if the rule measures during training.
+            ValueError: if the rule measures on data and there is none.
+        """
+        refusals.refuse_estimate(self.rule, self._steps)
+        if not self._watch.theta:
+            self._follow(Watch.all(self.model))
+        self.consolidate(data, loss=loss, logits=logits)
+
+    def adopt(self, anchor: Anchor, rename: Mapping[str, str] | Callable[[str], str] | None = None) -> Match:
+        """Hold to an anchor that was made elsewhere, for example `Anchor.load("anchor.safetensors")`.
+
+        Args:
+            anchor: the anchor; entries of tensors that grew since are taken over as leading block.
+            rename: from the anchor's names to this model's, for models that call their parameters otherwise.
+
+        Returns:
+            What matched, grew, and did not match; print it.
+
+        Raises:
+            ValueError: if no name and shape matches.
+        """
+        theta = named(self.model)
+        match = anchor.match(theta, rename)
+        refusals.refuse_mismatch(match)
+        if not self.rule.accumulates:
+            kind = type(self.rule).__name__
+            warnings.warn(
+                explain(
+                    f"an anchor for {kind}, which holds at a task's end what it measured itself",
+                    "a rule that adds to the anchor of earlier tasks",
+                    "It holds until the next `consolidate`; use EWC, OnlineEWC, SI, MAS or L2 to keep it longer.",
+                ),
+                stacklevel=2,
+            )
+        if not self._watch.theta:
+            self._follow(Watch.all(self.model, match.anchor.point))
+        self.anchor = match.anchor.align(self._watch.theta)
+        return match
 
     @torch.no_grad()
     def penalty(self) -> Tensor:
         """Return the current penalty, strength * sum of omega * (theta - point)^2, as a scalar for logging."""
         return torch.as_tensor(self.strength * self.anchor.penalty(self._watch.theta))
 
+    @torch.no_grad()
+    def summary(self, loss: float | Tensor | None = None) -> Summary:
+        """Return what is held and how it works, in figures; pass the current loss for the ratio of penalty to loss.
+
+        Besides the penalty: for `RWalk`, the share of windows and elements whose squared Riemannian distance exceeded eps, and
+        how much of the penalty comes from Fisher information and from score; for each layer, its share of the importance and
+        its drift from the anchor.
+        """
+        settings = {
+            "rule": self.rule,
+            "strength": self.strength,
+            "pull": self.pull,
+            "average": self.average,
+            "tasks": self.tasks,
+        }
+        if self.pull == "proximal" and self._optimizer is not None:
+            settings["metric of the pull"] = proximal.metric(self._optimizer)
+        figures = {"penalty": float(self.penalty())}
+        if loss is not None and float(loss):
+            figures["penalty / loss"] = figures["penalty"] / float(loss)
+        figures |= self.rule.report(self._state, self.anchor, self._watch.theta)
+        return Summary(settings, figures, layers(self.anchor, self._watch.theta))
+
     @property
     def state_bytes(self) -> int:
-        """Bytes of the tensors held for rule and anchor."""
-        columns = [*self._state, list(self.anchor.point.values()), list(self.anchor.omega.values())]
-        tensors = [t for column in columns if isinstance(column, list) for t in column if isinstance(t, Tensor)]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        """Bytes of the tensors held for rule, anchor and average."""
+        columns = [c for c in self._state if isinstance(c, list)]
+        columns += [list(d.values()) for d in (self.anchor.point, self.anchor.omega, self._tail.average)]
+        return sum(t.numel() * t.element_size() for column in columns for t in column if isinstance(t, Tensor))
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to continue, mid-task included, as plain tensors and numbers, copied."""
         return {
-            "format": FORMAT,
-            "rule": _description(self.rule),
+            "format": refusals.FORMAT,
+            "rule": refusals.description(self.rule),
             "strength": self.strength,
+            "average": self.average,
             "tasks": self.tasks,
             "steps": self._steps,
             "shapes": {name: list(shape) for name, shape in self._watch.shapes.items()},
             "state": {key: _copied(value) for key, value in self._state._asdict().items()},
             "anchor": {"point": _copied(self.anchor.point), "omega": _copied(self.anchor.omega)},
+            "tail": {"average": _copied(self._tail.average), "count": dict(self._tail.count)},
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -137,175 +288,111 @@ class Consolidator:
             ValueError: if the state is of another format, rule or model; the message names the difference.
         """
         parameters = named(self.model)
-        _refuse_state(state_dict, self.rule, parameters)
-        _refuse_tensors(state_dict, self._state._fields)
+        refusals.refuse_state(state_dict, self.rule, self.average, parameters)
+        refusals.refuse_tensors(state_dict, self._state._fields)
         theta = {name: parameters[name] for name in state_dict["shapes"]}
         shapes = {name: p.shape for name, p in theta.items()}
         state = type(self._state)(**{key: _copied(value) for key, value in state_dict["state"].items()})
         state = regraft(state, list(shapes), shapes, theta, self.rule.init)
         anchor = Anchor(**_copied(dict(state_dict["anchor"]))).align(theta)
+        tail = Tail()
+        tail.average, tail.count = _copied(state_dict["tail"]["average"]), dict(state_dict["tail"]["count"])
         self.strength = state_dict["strength"]  # refuses what is out of range, so it comes first
-        self.tasks, self._steps = state_dict["tasks"], state_dict["steps"]
+        self.tasks, self._steps, self._tail = state_dict["tasks"], state_dict["steps"], tail
         self._state, self.anchor, self._watch = state, anchor, Watch(theta, shapes=shapes)
+        if self._optimizer is not None:
+            self._follow(look(self.model, self._optimizer, theta))
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Observe the step that the optimiser is about to take, then add the pull to its gradients."""
-        _refuse_closure(args, kwargs)
+        refusals.refuse_closure(args, kwargs)
+        squares = self._squares.take() if self._squares is not None else None
         if self._watch.stale(optimizer):
             self._follow(look(self.model, optimizer, self._watch.theta))
         theta, inside = self._watch.theta, self._watch.inside
         grad = {name: p.grad for name, p in theta.items() if name in inside and p.grad is not None}
-        _refuse_sparse(grad)
+        refusals.refuse_sparse(grad)
+        self._moved = list(grad)
         if not grad:
             return
-        self._state = self.rule.observe(self._state, Step(list(theta.values()), [grad.get(name) for name in theta]))
-        self._steps += 1
-        if self.strength and len(self.anchor):
+        step = Step(list(theta.values()), [grad.get(name) for name in theta])
+        if squares is not None:
+            step = step._replace(squares=[squares.get(name) for name in theta])
+        self._state = self.rule.observe(self._state, step)
+        if self.pull == "gradient" and self.strength and len(self.anchor):
+            if self._steps == 0:
+                self._warn_of_overshoot(optimizer)
             self.anchor.pull(theta, grad, self.strength)
+        self._steps += 1
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
+        """Draw the parameters that the optimiser has just moved towards the anchor, and average them."""
+        theta = self._watch.theta
+        if self.pull == "proximal" and self.strength and len(self.anchor):
+            proximal.draw(optimizer, theta, self._moved, self.anchor, self.strength)
+        if self.average == "tail":
+            self._tail.update(theta, self._moved)
 
     def _follow(self, watch: Watch) -> None:
-        """Carry state and anchor over to the parameters of a new look."""
+        """Carry state, anchor and average over to the parameters of a new look."""
         lost = self._watch.lost(watch)
         if lost:
             warnings.warn(
                 explain(
-                    f"a model in which {_listed(lost)} went away or became smaller",
+                    f"a model in which {refusals.listed(lost)} went away or became smaller",
                     "parameters that stay or grow",
                     "Their history is dropped; give a new module a new name if it has nothing to do with the old one.",
                 ),
                 stacklevel=4,
             )
         known = {name: shape for name, shape in self._watch.shapes.items() if name not in lost}
+        if self.rule.per_example:
+            if self._squares is not None:
+                self._squares.close()
+            self._squares = gradients.Squares(self.model, watch.theta, self.strict)
         self._state = regraft(self._state, list(self._watch.shapes), known, watch.theta, self.rule.init)
-        self.anchor = self.anchor.align({name: p for name, p in watch.theta.items() if name in known})
+        self.anchor = self.anchor.align({name: p for name, p in watch.theta.items() if name not in lost})
+        if self.average == "tail":
+            self._tail.follow(watch.theta)
         self._watch = watch
 
+    def _refresh_batch_norms(self, data: Iterable[Any] | None) -> None:
+        """Bring running statistics in line with averaged weights, or say that they are not."""
+        if not batch_norms(self.model):
+            return
+        if data is not None:
+            refresh_batch_norms(self.model, data, gradients.forward)
+        else:
+            warnings.warn(
+                explain(
+                    "`consolidate()` without data for a model with BatchNorm under tail averaging",
+                    "a loader, to recompute the running statistics for the averaged weights",
+                    'Call `consolidate(loader)`, or build the consolidator with `average="none"`.',
+                ),
+                stacklevel=4,
+            )
+
+    def _warn_of_overshoot(self, optimizer: Optimizer) -> None:
+        """Warn when explicit steps along the penalty's gradient are longer than the way to the anchor."""
+        largest = max((float(omega.max()) for omega in self.anchor.omega.values() if omega.numel()), default=0.0)
+        lr = max(float(group["lr"]) for group in optimizer.param_groups)
+        if lr * 2 * self.strength * largest > 1:
+            warnings.warn(
+                explain(
+                    f"strength {self.strength:g} at learning rate {lr:g} and largest importance {largest:.3g}",
+                    "lr * 2 * strength * max omega of at most 1 for the gradient pull, beyond which steps overshoot the anchor",
+                    f'Build the consolidator with `pull="proximal"`, or with a strength below {0.5 / (lr * largest):.3g}.',
+                ),
+                stacklevel=4,
+            )
+
     def _refuse_optimizer(self, optimizer: Optimizer) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                explain(
-                    f"a `{type(optimizer).__name__}`", "a `torch.optim.Optimizer`", "Pass the optimiser that trains the model."
-                )
-            )
+        refusals.refuse_kind(optimizer)
         others = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values()]
-        if any(isinstance(o, Consolidator) and (o is self or o.model is self.model) for o in others):
-            raise RuntimeError(
-                explain(
-                    "`attach` on an optimiser that is attached already",
-                    "one consolidator for a model and optimiser, attached once",
-                    "Call `detach()` on the consolidator that watches it first, or leave this call out.",
-                )
-            )
-        if self._optimizer is not None and self._steps:
-            raise RuntimeError(
-                explain(
-                    f"`attach` to another optimiser {self._steps} steps into a task",
-                    "a finished task",
-                    "Call `consolidate()` first, or `detach()` to go on with this task under the new optimiser.",
-                )
-            )
-
-
-def check_strength(value: float) -> float:
-    """Return a strength as a float, or raise a ValueError if it is negative or not finite."""
-    if not 0 <= value < math.inf:
-        raise ValueError(explain(f"strength {value}", "a finite number, 0 or more", "Pass such a `strength`."))
-    return float(value)
-
-
-def _refuse_nothing(watch: Watch) -> None:
-    if not watch.inside:
-        raise ValueError(
-            explain(
-                "an optimiser that holds none of the model's trainable parameters",
-                "at least one in common",
-                "Build the optimiser from `model.parameters()` of the model that was given to the consolidator.",
-            )
-        )
-
-
-def _refuse_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if kwargs.get("closure") is not None or any(arg is not None for arg in args[1:]):
-        raise RuntimeError(
-            explain(
-                "`optimizer.step(closure)`",
-                "gradients that are ready when `step` is called",
-                "Call `loss.backward()` first and then `optimizer.step()` without arguments.",
-            )
-        )
-
-
-def _refuse_sparse(grad: Mapping[str, Tensor]) -> None:
-    sparse = [name for name, g in grad.items() if g.layout is not torch.strided]
-    if sparse:
-        raise RuntimeError(
-            explain(f"sparse gradients for {_listed(sparse)}", "dense gradients", "Build the embedding with `sparse=False`.")
-        )
-
-
-def _refuse_state(state_dict: Mapping[str, Any], rule: Importance[Any], parameters: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError that names the first difference between a state and the rule and model it is to be loaded for."""
-    came = state_dict.get("format") if isinstance(state_dict, Mapping) else None
-    keys = {"rule", "strength", "tasks", "steps", "shapes", "state", "anchor"}
-    if came != FORMAT or not keys <= set(state_dict):
-        raise ValueError(
-            explain(
-                f"a state of format {came}",
-                f"format {FORMAT}",
-                "Pass what `Consolidator.state_dict()` of this version returned.",
-            )
-        )
-    if state_dict["rule"] != _description(rule):
-        raise ValueError(
-            explain(
-                f"a state of the rule {state_dict['rule']}",
-                f"{_description(rule)}",
-                "Build the consolidator with the same rule.",
-            )
-        )
-    shapes = state_dict["shapes"]
-    unlike = [n for n, shape in shapes.items() if n not in parameters or list(parameters[n].shape) != list(shape)]
-    if unlike:
-        raise ValueError(
-            explain(
-                f"a state of another model: {_listed(unlike)} is missing here or has another shape",
-                "a model whose parameters have the same names and shapes",
-                "Load into the model as it was when saved, and let it grow afterwards.",
-            )
-        )
-
-
-def _refuse_tensors(state_dict: Mapping[str, Any], fields: tuple[str, ...]) -> None:
-    """Raise a ValueError unless every tensor of a state has a name, the shape of its parameter and a place in the rule."""
-    shapes = {name: torch.Size(shape) for name, shape in state_dict["shapes"].items()}
-    columns = {key: value for key, value in state_dict["state"].items() if isinstance(value, list)}
-    unlike = [
-        key
-        for key, column in columns.items()
-        if len(column) != len(shapes)
-        or any(isinstance(t, Tensor) and t.shape != shape for t, shape in zip(column, shapes.values(), strict=True))
-    ]
-    point, omega = state_dict["anchor"]["point"], state_dict["anchor"]["omega"]
-    unlike += [n for n, t in (*point.items(), *omega.items()) if n not in point or n not in omega or t.shape != shapes.get(n)]
-    unlike += sorted(set(fields) ^ set(state_dict["state"]))
-    if unlike:
-        raise ValueError(
-            explain(
-                f"a damaged state: {_listed(unlike)} is missing, left over or of the wrong shape",
-                "one tensor for each protected parameter",
-                "Pass what `Consolidator.state_dict()` returned, unchanged.",
-            )
-        )
-
-
-def _description(rule: Importance[Any]) -> dict[str, Any]:
-    return {"name": type(rule).__name__, **asdict(rule)}
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(f"`{name}`" for name in names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+        twice = any(isinstance(o, Consolidator) and (o is self or o.model is self.model) for o in others)
+        refusals.refuse_attachment(twice, self._steps if self._optimizer is not None else 0)
 
 
 def _copied(value: Any) -> Any:

@@ -72,6 +72,12 @@ class Watch:
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     fingerprint: list[Any] = field(default_factory=list)
 
+    @classmethod
+    def all(cls, model: nn.Module, also: Collection[str] = ()) -> "Watch":
+        """Watch every trainable parameter of a model, and those of some names, before there is an optimiser."""
+        theta = {name: p for name, p in named(model).items() if p.requires_grad or name in also}
+        return cls(theta, shapes={name: p.shape for name, p in theta.items()})
+
     def stale(self, optimizer: Optimizer) -> bool:
         """Tell whether parameters joined the optimiser, were frozen, thawed, moved or grew since the look."""
         return _fingerprint(held(optimizer)) != self.fingerprint

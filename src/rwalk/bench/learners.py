@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, Literal, Protocol, get_args
 
@@ -14,8 +14,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from rwalk._errors import explain
 from rwalk.bench.experience import Experience, Scenario
-from rwalk.consolidator import Consolidator
-from rwalk.importance.base import Importance
+from rwalk.consolidator import Consolidator, Settings
 
 Mask = Literal["auto", "task", "seen", "all"]
 OPTIMIZERS: dict[str, Callable[[Any, float], Optimizer]] = {
@@ -96,6 +95,8 @@ class FineTune:
         self.generator = torch.Generator().manual_seed(seed)
         self.step_seconds: list[float] = []
         self.seen: set[int] = set()
+        self.loss = torch.zeros(())
+        self.diagnostics: list[dict[str, Any]] = []
         self._start()
 
     def _start(self) -> None:
@@ -158,24 +159,36 @@ class FineTune:
         logits = self.model(x)
         if closed is not None:
             logits = logits.masked_fill(closed, -math.inf)
-        F.cross_entropy(logits, y).backward()
+        loss = F.cross_entropy(logits, y)
+        loss.backward()
         self.optimizer.step()
+        self.loss = loss.detach()
 
 
 class Protected(FineTune):
-    """Fine-tuning under a rule: the same loop with a consolidator attached."""
+    """Fine-tuning under a rule: the same loop with a consolidator attached.
 
-    def __init__(self, rule: Importance[Any], strength: float, *args: Any, **kwargs: Any) -> None:
+    Args:
+        settings: rule, strength, pull and averaging.
+    """
+
+    def __init__(self, settings: Settings, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.memory = Consolidator(self.model, rule, strength=strength).attach(self.optimizer)
+        self.memory = Consolidator(self.model, *settings[:2], pull=settings.pull, average=settings.average)
+        self.memory.attach(self.optimizer)
 
     def fit(self, experience: Experience) -> None:
-        """Train on one task and consolidate."""
+        """Train on one task and consolidate, over the outputs that compete in the training softmax."""
         super().fit(experience)
-        self.memory.consolidate()
+        summary = self.memory.summary(self.loss)
+        self.diagnostics.append({"figures": summary.figures, "layers": [asdict(layer) for layer in summary.layers]})
+        labels = self._allowed(experience).nonzero().squeeze(1)
+        x, y = experience.train.read()
+        data = list(zip(x.split(256), torch.searchsorted(labels, y).split(256), strict=True))
+        self.memory.consolidate(data, logits=lambda output: output[:, labels])
 
     def state_bytes(self) -> int:
-        """Bytes held by rule and anchor."""
+        """Bytes held by rule, anchor and average."""
         return self.memory.state_bytes
 
 

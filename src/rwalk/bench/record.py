@@ -29,6 +29,7 @@ class Record:
         config: every setting: stream, training (with scenario and softmax mask), strength and fields of the rule.
         timings: seconds of training and CPU milliseconds per step.
         memory: bytes of the model's parameters and of the method's state, and the number of stored examples.
+        diagnostics: for each task, at its end and before consolidation, a consolidator's figures and layers.
         versions: of Python, torch and the library.
         threads: CPU threads of the run.
     """
@@ -41,6 +42,7 @@ class Record:
     config: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     memory: dict[str, float] = field(default_factory=dict)
+    diagnostics: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     threads: int = 1
     format: int = FORMAT
@@ -78,7 +80,7 @@ class Record:
         """Write the record into a folder, whole or not at all, and return the file's path."""
         path = Path(folder) / self.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(asdict(self), indent=1, allow_nan=False)
+        text = json.dumps(_finite(asdict(self)), indent=1, allow_nan=False)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
             try:
                 file.write(text)
@@ -115,6 +117,15 @@ def file_name(stream: str, method: str, seed: int, config: dict[str, Any]) -> st
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{stream}-{method}-seed{seed}-{digest}.json")
 
 
+def _finite(value: Any) -> Any:
+    """Replace numbers that JSON lacks by null: a penalty may overflow where a run diverges."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return {k: _finite(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
 def _unreadable(path: str | Path, problem: str) -> str:
     return explain(f"`{path}`: {problem}", "a record of `rwalk run`", "Move the file away and run again.")
 
@@ -129,7 +140,7 @@ def _problem(content: Any) -> str:
     if content.get("format", FORMAT) != FORMAT:
         return f"of format {content['format']}"
     kinds = {"method": str, "stream": str, "seed": int, "accuracy": list, "untrained": list, "config": dict,
-             "timings": dict, "memory": dict, "versions": dict, "threads": int}  # fmt: skip
+             "timings": dict, "memory": dict, "diagnostics": list, "versions": dict, "threads": int}  # fmt: skip
     wrong = [key for key, kind in kinds.items() if key in content and not isinstance(content[key], kind)]
     if wrong:
         return f"whose `{wrong[0]}` is not of type {kinds[wrong[0]].__name__}"

@@ -4,7 +4,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from rwalk.bench.experience import Experience, check
 from rwalk.bench.learners import FineTune, Joint, Learner, Protected, Training
 from rwalk.bench.models import mlp
 from rwalk.bench.record import Record
+from rwalk.consolidator import Average, Pull, Settings, resolve
 from rwalk.importance import rules
 from rwalk.importance.base import Importance
 
@@ -24,19 +25,25 @@ Method = str | Importance[Any] | Learner
 def run(
     stream: Sequence[Experience],
     method: Method = "finetune",
-    strength: float = 1.0,
+    strength: float | None = None,
     seed: int = 0,
     training: Training | None = None,
+    *,
+    pull: Pull | None = None,
+    average: Average | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> Record:
     """Train on each task of a stream in turn, and after each evaluate on all tasks.
 
     Args:
         stream: the tasks, for example `rwalk.bench.split("digits", tasks=5)`.
-        method: "finetune", "joint", a rule such as `RWalk()`, or an object with `fit` and `predict`.
-        strength: factor of the penalty for a rule.
+        method: "finetune", "joint", "recipe" (`Consolidator(model)`), a rule such as `RWalk()`, or an object with `fit` and
+            `predict`.
+        strength: factor of the penalty for a rule; the consolidator's default when None.
         seed: seed of initial weights and batch order; equal seeds give equal results, bit for bit on one machine's CPU.
         training: epochs, batch size, optimiser, hidden widths and softmax mask.
+        pull: "gradient" or "proximal", for a rule; the consolidator's default when None.
+        average: "none" or "tail", for a rule; the consolidator's default when None.
         tick: called after each training step, for progress displays.
 
     Returns:
@@ -46,7 +53,7 @@ def run(
     training = training or Training()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        learner = _learner(stream, method, strength, seed, training, tick)
+        learner = _learner(stream, method, _settings(method, strength, pull, average), seed, training, tick)
         untrained = _evaluate(learner, stream, -1) if isinstance(learner, FineTune) else []
         accuracy, seconds = [], 0.0
         for k, experience in enumerate(stream):
@@ -60,22 +67,36 @@ def run(
         seed=seed,
         accuracy=accuracy,
         untrained=untrained,
-        config=configuration(stream, method, strength, training),
+        config=configuration(stream, method, strength, training, pull, average),
         timings={"train_seconds": seconds} | _step_time(learner),
         memory=_memory(learner),
+        diagnostics=getattr(learner, "diagnostics", []),
         versions={"python": platform.python_version(), "torch": torch.__version__, "rwalk": rwalk.__version__},
         threads=torch.get_num_threads(),
     )
 
 
 def configuration(
-    stream: Sequence[Experience], method: Method, strength: float, training: Training | None = None
+    stream: Sequence[Experience],
+    method: Method,
+    strength: float | None = None,
+    training: Training | None = None,
+    pull: Pull | None = None,
+    average: Average | None = None,
 ) -> dict[str, Any]:
     """Return every setting of a run but the method's name and the seed, as JSON values."""
     training = training or Training()
-    settings = asdict(training) | {"hidden": list(training.hidden), "mask": training.resolved_mask(stream[0].scenario)}
-    ruled = {"strength": strength, "rule": asdict(method)} if isinstance(method, Importance) else {}
-    return {"stream": stream[0].stream, "training": settings} | ruled
+    config = asdict(training) | {"hidden": list(training.hidden), "mask": training.resolved_mask(stream[0].scenario)}
+    settings = _settings(method, strength, pull, average)
+    ruled = settings._asdict() | {"rule": asdict(settings.rule)} if settings else {}
+    return {"stream": stream[0].stream, "training": config} | ruled
+
+
+def _settings(method: Method, strength: float | None, pull: Pull | None, average: Average | None) -> Settings | None:
+    """Return a consolidator's settings for a method that has one."""
+    if isinstance(method, Importance):
+        return resolve(method, strength, pull, average)
+    return resolve(None, strength, pull, average) if method == "recipe" else None
 
 
 def _name(method: Method) -> str:
@@ -88,7 +109,7 @@ def _name(method: Method) -> str:
 def _learner(
     stream: Sequence[Experience],
     method: Method,
-    strength: float,
+    settings: Settings | None,
     seed: int,
     training: Training,
     tick: Callable[[], None],
@@ -99,16 +120,16 @@ def _learner(
         return mlp(stream[0].train.x.shape[1:], stream[0].outputs, training.hidden)
 
     common = (build, training, seed, tick)
-    if isinstance(method, Importance):
-        return Protected(method, strength, *common)
+    if settings is not None:
+        return Protected(settings, *common)
     if isinstance(method, str):
         if method not in LEARNERS:
-            known = ", ".join([*LEARNERS, *rules()])
+            known = ", ".join([*LEARNERS, "recipe", *rules()])
             raise ValueError(
                 explain(f"method `{method}`", f"one of {known}", "Pass such a name, or a rule object like `RWalk()`.")
             )
         return LEARNERS[method](*common)
-    return method
+    return cast(Learner, method)
 
 
 LEARNERS: dict[str, type[FineTune]] = {"finetune": FineTune, "joint": Joint}

@@ -3,15 +3,22 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
+from rwalk import kernels
 from rwalk._errors import explain
 from rwalk.anchor import Anchor
 
 State = TypeVar("State", bound=tuple[Any, ...])
 Item = TypeVar("Item")
+Objective = Literal["true", "sample", "exact", "norm"]
+"""What a per-example gradient is of: the log-likelihood of the data's label, of one drawn from the model, of every label
+weighted by its probability, or the squared norm of the output."""
+
+Fisher = Literal["batch", "example"]
+"""What the running Fisher information averages: the square of the batch's gradient, or the squares of its examples'."""
 
 
 class Step(NamedTuple):
@@ -20,10 +27,13 @@ class Step(NamedTuple):
     Args:
         theta: the protected parameters.
         grad: the gradient of the task loss alone, parallel to `theta`; None where a parameter takes no part in this step.
+        squares: for rules whose `fisher` is "example": the mean over examples of the squared per-example gradient, parallel to
+            `theta`; None where it could not be had.
     """
 
     theta: list[Tensor]
     grad: list[Tensor | None]
+    squares: list[Tensor | None] | None = None
 
     def active(self) -> tuple[list[int], list[Tensor], list[Tensor]]:
         """Return positions, parameters and gradients of the parameters that take part in this step."""
@@ -36,18 +46,46 @@ def pick(column: list[Item], positions: list[int]) -> list[Item]:
     return [column[i] for i in positions]
 
 
+class Gradients(Protocol):
+    """Per-example gradients over a task's data, as `rwalk.gradients.over` makes them."""
+
+    def __call__(self, objective: Objective, of: Callable[[Tensor], Tensor], samples: int | None = None) -> list[Tensor]:
+        """Return the mean over examples of `of(gradient of the objective)`, parallel to the protected parameters."""
+
+
+def no_data(objective: Objective, of: Callable[[Tensor], Tensor], samples: int | None = None) -> list[Tensor]:  # noqa: ARG001
+    """Stand where the gradients over the task's data would be, and ask for the data."""
+    raise ValueError(
+        explain(
+            "`consolidate()` without data under a rule that measures importance on the task's data",
+            "a loader of the task's examples",
+            "Call `consolidate(loader)`, or choose a rule that measures during training, such as `RWalk()` or `SI()`.",
+        )
+    )
+
+
 class Finish(NamedTuple):
     """What a rule sees when a task ends.
 
     Args:
-        theta: the protected parameters by name, in the order of the rule's state.
+        theta: where the optimiser left the protected parameters, by name, in the order of the rule's state.
+        point: the parameters that will be kept: those of `theta`, or their average over the task.
         anchor: what earlier tasks left behind.
-        gradients: a callable over the task's data for rules that need it, or None when the user passed no data.
+        gradients: per-example gradients over the task's data; raises an error when the user passed no data.
     """
 
     theta: Mapping[str, Tensor]
+    point: Mapping[str, Tensor]
     anchor: Anchor
-    gradients: Callable[..., Any] | None = None
+    gradients: Gradients = no_data
+
+    def earlier(self) -> list[Tensor | None]:
+        """Return the importance that earlier tasks left, None for parameters that are new to the anchor."""
+        return [self.anchor.omega.get(name) for name in self.point]
+
+    def renew(self, omega: list[Tensor]) -> Anchor:
+        """Return an anchor at `point` with this importance, which runs parallel to it."""
+        return self.anchor.renew(self.point, omega)
 
 
 @dataclass(frozen=True)
@@ -56,7 +94,14 @@ class Importance(ABC, Generic[State]):
 
     The fields of a state are lists parallel to the protected parameters (of tensors, numbers or None) or plain values. Only
     `observe` and `conclude` may write into the tensors of the state they are given, and they touch no others.
+
+    Attributes:
+        measures: what the rule needs: "steps" of training, "data" at a task's end, or "nothing".
+        accumulates: whether `conclude` builds on the anchor it is given, whoever made it, and not only on the rule's state.
     """
+
+    measures: ClassVar[Literal["steps", "data", "nothing"]] = "steps"
+    accumulates: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, theta: list[Tensor]) -> State:
@@ -70,6 +115,15 @@ class Importance(ABC, Generic[State]):
     def conclude(self, state: State, finish: Finish) -> tuple[Anchor, State]:
         """End a task: return the anchor that protects all tasks so far, and the state for the next task."""
 
+    @property
+    def per_example(self) -> bool:
+        """Whether `observe` asks for squared per-example gradients."""
+        return False
+
+    def report(self, state: State, anchor: Anchor, theta: Mapping[str, Tensor]) -> dict[str, float]:  # noqa: ARG002
+        """Return figures about the rule's own workings, by name, for `Consolidator.summary`."""
+        return {}
+
 
 def check(holds: bool, rule: Importance[Any], name: str, expected: str) -> None:
     """Raise a ValueError about the field `name` of a rule unless `holds`."""
@@ -78,3 +132,27 @@ def check(holds: bool, rule: Importance[Any], name: str, expected: str) -> None:
         raise ValueError(
             explain(f"{kind}({name}={getattr(rule, name)!r})", f"`{name}` to be {expected}", f"Pass such a value to {kind}.")
         )
+
+
+def check_alpha(rule: Importance[Any]) -> None:
+    """Raise a ValueError unless the field `alpha` of a rule is a number in [0, 1] or "mean"."""
+    alpha: Any = getattr(rule, "alpha")  # noqa: B009
+    number = isinstance(alpha, int | float) and not isinstance(alpha, bool) and 0 <= alpha <= 1
+    check(number or alpha == "mean", rule, "alpha", 'a number in [0, 1] or "mean"')
+
+
+def blend_squares(fisher: list[Tensor], step: Step, on: list[int], weights: list[float]) -> None:
+    """Move Fisher information towards a step's squares: per-example ones where the step has them, else of the batch.
+
+    Args:
+        fisher: running Fisher information of the parameters at positions `on`.
+        step: the step.
+        on: positions of the parameters that take part in it.
+        weights: the new squares' shares, parallel to `on`.
+    """
+    for i, f, weight in zip(on, fisher, weights, strict=True):
+        squares, grad = step.squares[i] if step.squares else None, step.grad[i]
+        if squares is not None:
+            kernels.blend_([f], [squares], [weight])
+        elif grad is not None:
+            kernels.square_([f], [grad], [weight])

@@ -5,8 +5,9 @@ ECCV 2018, arXiv 1801.10112. Equation numbers are the paper's.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from rwalk import kernels
 from rwalk.anchor import Anchor
 from rwalk.importance._scale import WAYS, Normalize, divisors
-from rwalk.importance.base import Finish, Importance, Step, check, pick
+from rwalk.importance.base import Finish, Fisher, Importance, Step, blend_squares, check, check_alpha, pick
 from rwalk.parameters import copies, zeros
 
 
@@ -30,8 +31,10 @@ class Walk(NamedTuple):
         total: S, the score of earlier tasks; None for a tensor that has not been trained in an earlier task.
         total_fisher: with `alpha="mean"`, the Fisher information of earlier tasks; otherwise None.
         seen: how many steps of this task gave the tensor a gradient.
+        by_score: what S was divided by for the anchor; infinite before there is one.
         steps: optimiser steps in this task.
         scale: with `normalize="first"`, the scales of F and S kept from the first task; infinite before.
+        windows: elements times windows settled so far, and in how many of them the squared Riemannian distance exceeded eps.
     """
 
     fisher: list[Tensor]
@@ -42,8 +45,10 @@ class Walk(NamedTuple):
     total: list[Tensor | None]
     total_fisher: list[Tensor | None]
     seen: list[int]
+    by_score: list[float]
     steps: int = 0
     scale: tuple[float, float] = (math.inf, math.inf)
+    windows: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ class RWalk(Importance[Walk]):
             the maximum per "tensor", or the mean of the "first" task, kept.
         accumulate: how a task's score joins that of earlier tasks: "average", (S + s) / 2, is the paper; "sum" is S + s. With
             `alpha="mean"` the same is done to F.
+        fisher: "batch" squares the averaged gradient, as every published code does; "example" averages squared per-example
+            gradients, as the theory asks, gathered in the same backward.
     """
 
     alpha: float | Literal["mean"] = 0.9
@@ -67,54 +74,79 @@ class RWalk(Importance[Walk]):
     eps: float = 1e-3
     normalize: Normalize = "max"
     accumulate: Literal["average", "sum"] = "average"
+    fisher: Fisher = "batch"
 
     def __post_init__(self) -> None:
         """Refuse fields outside their range."""
-        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool) and 0 <= self.alpha <= 1
-        check(number or self.alpha == "mean", self, "alpha", 'a number in [0, 1] or "mean"')
+        check_alpha(self)
         whole = isinstance(self.delta_t, int) and not isinstance(self.delta_t, bool)
         check(whole and self.delta_t >= 1, self, "delta_t", "a whole number of steps, 1 or more")
         check(0 < self.eps < math.inf, self, "eps", "a positive, finite number")
         check(self.normalize in WAYS, self, "normalize", f"one of {', '.join(WAYS)}")
         check(self.accumulate in ("average", "sum"), self, "accumulate", "average or sum")
+        check(self.fisher in get_args(Fisher), self, "fisher", "batch or example")
+
+    @property
+    def per_example(self) -> bool:
+        """Whether squared per-example gradients are needed."""
+        return self.fisher == "example"
 
     def init(self, theta: list[Tensor]) -> Walk:
         """Start at `theta` with no history: five tensors per parameter."""
         none: list[Tensor | None] = [None] * len(theta)
         fisher, path, score, previous = (zeros(theta) for _ in range(4))
-        return Walk(fisher, path, score, copies(theta), previous, none, list(none), [0] * len(theta))
+        return Walk(fisher, path, score, copies(theta), previous, none, list(none), [0] * len(theta), [math.inf] * len(theta))
 
     def observe(self, state: Walk, step: Step) -> Walk:
         """Extend the path and the Fisher information; every `delta_t` steps turn the window's path into score."""
         if state.steps == 0:
             torch._foreach_copy_(state.mark, step.theta)
         elif state.steps % self.delta_t == 0:
-            self._settle(state, step.theta)
+            state = self._settle(state, step.theta)
         on, theta, grad = step.active()
         fisher, path, mark, previous = (pick(c, on) for c in (state.fisher, state.path, state.mark, state.previous))
-        kernels.walk_(theta, grad, fisher, path, mark, previous, [self._weight(state, i) for i in on])
+        weights = [self._weight(state, i) for i in on]
+        if step.squares is None:
+            kernels.walk_(theta, grad, fisher, path, mark, previous, weights)
+        else:
+            kernels.trace_(theta, grad, path, mark, previous)
+            blend_squares(fisher, step, on, weights)
         seen = [n + (g is not None) for n, g in zip(state.seen, step.grad, strict=True)]
         return state._replace(seen=seen, steps=state.steps + 1)
 
     def conclude(self, state: Walk, finish: Finish) -> tuple[Anchor, Walk]:
         """Settle what remains, join the task's score with the earlier ones and normalise: omega = F/max F + S/max S."""
-        theta = list(finish.theta.values())
-        self._settle(state, theta)
+        state = self._settle(state, list(finish.theta.values()))
         for score in state.score:
             score.clamp_(min=0)
         total = self._join(state.total, state.score, state.seen)
         mean = self.alpha == "mean"
         total_fisher = self._join(state.total_fisher, state.fisher, state.seen) if mean else state.total_fisher
-        fisher = self._filled(total_fisher, theta) if mean else state.fisher
-        omega, scale = self._normalise(fisher, self._filled(total, theta), state.scale)
-        fresh = [*state.score, *(state.fisher if mean else ())]
-        for tensor in fresh:
+        fisher = _filled(total_fisher, state.fisher) if mean else state.fisher
+        omega, by_f, by_s = self._normalise(fisher, _filled(total, state.score), state.scale)
+        for tensor in [*state.score, *(state.fisher if mean else ())]:
             tensor.zero_()
-        state = state._replace(total=total, total_fisher=total_fisher, seen=[0] * len(theta), steps=0, scale=scale)
-        return finish.anchor.renew(finish.theta, omega), state
+        if self.normalize == "first" and by_f:
+            state = state._replace(scale=(by_f[0], by_s[0]))
+        state = state._replace(total=total, total_fisher=total_fisher, by_score=by_s, seen=[0] * len(omega), steps=0)
+        return finish.renew(omega), state
 
-    def _settle(self, state: Walk, theta: list[Tensor]) -> None:
-        kernels.settle_(theta, state.fisher, state.path, state.score, state.mark, state.previous, self.eps)
+    def report(self, state: Walk, anchor: Anchor, theta: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the share of windows beyond eps, and the shares of the penalty that Fisher information and score bring."""
+        everything, far = state.windows
+        figures = {"windows beyond eps": far / everything} if everything else {}
+        whole = float(anchor.penalty(theta))
+        if whole > 0:
+            part = [s / d for s, d in zip(_filled(state.total, state.score), state.by_score, strict=True)]
+            score = float(Anchor(anchor.point, dict(zip(theta, part, strict=True))).penalty(theta)) / whole
+            figures |= {"penalty from Fisher": 1 - score, "penalty from score": score}
+        return figures
+
+    def _settle(self, state: Walk, theta: list[Tensor]) -> Walk:
+        """Settle a window and count in how many of its elements the squared Riemannian distance exceeded eps."""
+        far = kernels.settle_(theta, state.fisher, state.path, state.score, state.mark, state.previous, self.eps)
+        everything = sum(t.numel() for t in theta) if state.steps else 0
+        return state._replace(windows=(state.windows[0] + everything, state.windows[1] + far))
 
     def _weight(self, state: Walk, i: int) -> float:
         """Return the new square's share for tensor i: all of it on its very first step."""
@@ -132,14 +164,14 @@ class RWalk(Importance[Walk]):
 
         return [join(old, new) if n else old for old, new, n in zip(total, task, seen, strict=True)]
 
-    @staticmethod
-    def _filled(total: list[Tensor | None], theta: list[Tensor]) -> list[Tensor]:
-        return [zeros([t])[0] if s is None else s for s, t in zip(total, theta, strict=True)]
-
     def _normalise(
         self, fisher: list[Tensor], total: list[Tensor], first: tuple[float, float]
-    ) -> tuple[list[Tensor], tuple[float, float]]:
+    ) -> tuple[list[Tensor], list[float], list[float]]:
+        """Return F / its scale + S / its scale, and the scales by tensor."""
         by_f, by_s = divisors(fisher, self.normalize, first[0]), divisors(total, self.normalize, first[1])
-        omega = [f / a + s / b for f, s, a, b in zip(fisher, total, by_f, by_s, strict=True)]
-        kept = (by_f[0], by_s[0]) if self.normalize == "first" and omega else first
-        return omega, kept
+        return [f / a + s / b for f, s, a, b in zip(fisher, total, by_f, by_s, strict=True)], by_f, by_s
+
+
+def _filled(total: list[Tensor | None], like: list[Tensor]) -> list[Tensor]:
+    """Put zeros where a tensor has no history."""
+    return [torch.zeros_like(t) if s is None else s for s, t in zip(total, like, strict=True)]

@@ -6,6 +6,7 @@ Lists of one call run in parallel: the i-th entries belong together and share a 
 from collections.abc import Iterable, Sequence
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from rwalk._errors import explain
@@ -71,16 +72,37 @@ def blend_(average: Tensors, value: Tensors, weights: Iterable[float]) -> None:
 
 def settle_(
     theta: Tensors, fisher: Tensors, path: Tensors, score: Tensors, mark: Tensors, previous: Tensors, eps: float
-) -> None:
-    """End a window of Riemannian Walk: turn its path into score and start the next window where the parameters are now."""
-    for args in zip(theta, fisher, path, score, mark, previous, strict=True):
-        _backend.settle_(*args, eps)
+) -> int:
+    """End a window of Riemannian Walk: turn its path into score and start the next window where the parameters are now.
+
+    Returns for how many elements the squared Riemannian distance exceeded eps.
+    """
+    far = [_backend.settle_(*args, eps) for args in zip(theta, fisher, path, score, mark, previous, strict=True)]
+    return int(torch.stack([count.to(far[0].device) for count in far]).sum()) if far else 0
+
+
+def account_(total: Tensors, path: Tensors, start: Tensors, theta: Tensors, xi: float) -> None:
+    """Add a task's share of the path integral, path / (move^2 + xi), to an importance."""
+    for args in zip(total, path, start, theta, strict=True):
+        _backend.account_(*args, xi)
 
 
 def pull_(grad: Tensors, theta: Tensors, point: Tensors, omega: Tensors, strength: float) -> None:
     """Add the gradient of the penalty, 2 * strength * omega * (theta - point), to gradients."""
     for args in zip(grad, theta, point, omega, strict=True):
         _backend.pull_(*args, strength)
+
+
+def draw_(theta: Tensor, point: Tensor, omega: Tensor, step: float) -> None:
+    """Move one parameter towards the anchor: theta <- (theta + w * point) / (1 + w), w = step * omega."""
+    _backend.draw_(theta, point, omega, step)
+
+
+def draw_scaled_(
+    theta: Tensor, point: Tensor, omega: Tensor, second: Tensor, step: float, correction: float, eps: float
+) -> None:
+    """Move one parameter towards the anchor in the metric of Adam, whose second moment is `second` / `correction`."""
+    _backend.draw_scaled_(theta, point, omega, second, step, correction, eps)
 
 
 def penalty(theta: Tensors, point: Tensors, omega: Tensors) -> float | Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rwalk.kernels import reference
@@ -39,14 +40,15 @@ def blocks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
     yield from (list(piece) for piece in zip(*(v.split(BLOCK) for v in vectors), strict=True))
 
 
-def _in_blocks(formula: Callable[..., None]) -> Callable[..., None]:
-    """Turn an elementwise formula of the reference into one that goes block by block."""
+def _in_blocks(formula: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    """Turn an elementwise formula of the reference into one that goes block by block; scalars that it returns are summed."""
     tensors = sum(p.annotation is Tensor for p in inspect.signature(formula).parameters.values())
 
     @wraps(formula)
-    def blocked(*args: Any) -> None:
-        for piece in blocks(list(args[:tensors])):
-            formula(*piece, *args[tensors:])
+    def blocked(*args: Any) -> Tensor | None:
+        parts = [formula(*piece, *args[tensors:]) for piece in blocks(list(args[:tensors]))]
+        scalars = [part for part in parts if part is not None]
+        return torch.stack(scalars).sum() if scalars else None
 
     return blocked
 
@@ -57,9 +59,8 @@ square_ = _in_blocks(reference.square_)
 walk_ = _in_blocks(reference.walk_)
 blend_ = _in_blocks(reference.blend_)
 settle_ = _in_blocks(reference.settle_)
+account_ = _in_blocks(reference.account_)
 pull_ = _in_blocks(reference.pull_)
-
-
-def penalty(theta: Tensor, point: Tensor, omega: Tensor) -> Tensor:
-    """Sum `reference.penalty` over blocks."""
-    return sum((reference.penalty(*piece) for piece in blocks([theta, point, omega])), point.new_zeros(()))
+draw_ = _in_blocks(reference.draw_)
+draw_scaled_ = _in_blocks(reference.draw_scaled_)
+penalty = _in_blocks(reference.penalty)

@@ -40,19 +40,44 @@ def blend_(average: Tensor, value: Tensor, weight: float) -> None:
     average.mul_(1 - weight).add_(value, alpha=weight)
 
 
-def settle_(theta: Tensor, fisher: Tensor, path: Tensor, score: Tensor, mark: Tensor, previous: Tensor, eps: float) -> None:
-    """End a window: s <- s + path / (F * (theta - mark)^2 / 2 + eps), then start a new one at theta (equation 7)."""
+def settle_(theta: Tensor, fisher: Tensor, path: Tensor, score: Tensor, mark: Tensor, previous: Tensor, eps: float) -> Tensor:
+    """End a window: s <- s + path / (F * (theta - mark)^2 / 2 + eps), then start a new one at theta (equation 7).
+
+    Returns in how many elements the squared Riemannian distance, F * (theta - mark)^2 / 2, exceeded eps: a scalar.
+    """
     close_(theta, path, mark, previous)
     moved = theta - mark
     distance = moved.mul_(moved).mul_(fisher).mul_(0.5)
+    far = (distance > eps).sum()
     score.addcdiv_(path, distance.add_(eps))
     path.zero_()
     mark.copy_(theta)
+    return far
+
+
+def account_(total: Tensor, path: Tensor, start: Tensor, theta: Tensor, xi: float) -> None:
+    """Add a task's share of the path integral: total += relu(path / ((theta - start)^2 + xi)) (Zenke et al. 2017, eq. 5)."""
+    moved = theta - start
+    total.add_(path.div(moved.mul_(moved).add_(xi)).clamp_(min=0))
 
 
 def pull_(grad: Tensor, theta: Tensor, point: Tensor, omega: Tensor, strength: float) -> None:
     """Add the gradient of the penalty: grad += 2 * strength * omega * (theta - point) (equation 8)."""
     grad.addcmul_(omega, theta - point, value=2 * strength)
+
+
+def draw_(theta: Tensor, point: Tensor, omega: Tensor, step: float) -> None:
+    """Move towards the anchor, stably for every step: theta <- (theta + w * point) / (1 + w) with w = step * omega."""
+    w = omega * step
+    theta.lerp_(point.to(theta.dtype), (1 - 1 / w.add_(1)).to(theta.dtype))
+
+
+def draw_scaled_(
+    theta: Tensor, point: Tensor, omega: Tensor, second: Tensor, step: float, correction: float, eps: float
+) -> None:
+    """Move towards the anchor in Adam's metric: as `draw_`, with w = step * omega / (sqrt(second / correction) + eps)."""
+    w = (second / correction).sqrt_().add_(eps).reciprocal_().mul_(omega).mul_(step)
+    theta.lerp_(point.to(theta.dtype), (1 - 1 / w.add_(1)).to(theta.dtype))
 
 
 def penalty(theta: Tensor, point: Tensor, omega: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class Line:
     Args:
         method: name of the method.
         strength: factor of the penalty, None for methods without one.
-        fields: the rule's fields.
+        fields: the rule's fields, pull and averaging.
         seeds: the seeds that were run.
         average_accuracy, forgetting, intransigence, backward_transfer, forward_transfer: fractions; None where not defined.
         seconds: training time of a run.
@@ -103,11 +103,17 @@ def summarise(records: Iterable[Record]) -> list[Comparison]:
 def _compare(records: list[Record]) -> Comparison:
     methods: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda r: (_rank(r.method), r.config.get("strength") or 0, r.seed)):
-        key = _key([record.method, record.config.get("strength"), record.config.get("rule")])
+        key = _key([record.method, record.config.get("strength"), _fields(record)])
         methods.setdefault(key, []).append(record)
     references = {name: {r.seed: r for r in records if r.method == name} for name in ("finetune", "joint")}
     lines = [_line(group, **references) for group in methods.values()]
     return Comparison(records[0].stream, records[0].config, lines)
+
+
+def _fields(record: Record) -> dict[str, Any]:
+    """Return the rule's fields and the options of its consolidator."""
+    options = {key: record.config[key] for key in ("pull", "average") if key in record.config}
+    return dict(record.config.get("rule", {})) | options
 
 
 def _rank(method: str) -> tuple[int, str]:
@@ -120,7 +126,7 @@ def _line(records: list[Record], finetune: dict[int, Record], joint: dict[int, R
     return Line(
         method=first.method,
         strength=first.config.get("strength"),
-        fields=first.config.get("rule", {}),
+        fields=_fields(first),
         seeds=[r.seed for r in records],
         average_accuracy=_spread(r.average_accuracy for r in records),
         forgetting=_spread(None if r.method == "joint" else r.forgetting for r in records),

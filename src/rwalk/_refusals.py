@@ -1,0 +1,209 @@
+"""What the consolidator refuses, and how it says so: always before anything is changed."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rwalk._errors import explain
+from rwalk.anchor import Match
+from rwalk.importance.base import Importance
+from rwalk.parameters import Watch
+
+FORMAT = 1
+"""Version of the layout of `Consolidator.state_dict`."""
+
+
+def check_strength(value: float) -> float:
+    """Return a strength as a float, or raise a ValueError if it is negative or not finite."""
+    if not 0 <= value < math.inf:
+        raise ValueError(explain(f"strength {value}", "a finite number, 0 or more", "Pass such a `strength`."))
+    return float(value)
+
+
+def refuse_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Refuse a value that is not among those allowed."""
+    if value not in allowed:
+        raise ValueError(explain(f"{name}={value!r}", f"one of {', '.join(allowed)}", f"Pass such a `{name}`."))
+
+
+def refuse_rule(rule: Any) -> None:
+    """Refuse what is neither a rule nor None."""
+    if rule is not None and not isinstance(rule, Importance):
+        came = f"the class `{rule.__name__}`" if isinstance(rule, type) else f"a rule of type `{type(rule).__name__}`"
+        raise TypeError(explain(came, "a rule such as `RWalk()`", "Pass an instance of a rule as second argument."))
+
+
+def refuse_kind(optimizer: Any) -> None:
+    """Refuse what is not an optimiser."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            explain(f"a `{type(optimizer).__name__}`", "a `torch.optim.Optimizer`", "Pass the optimiser that trains the model.")
+        )
+
+
+def refuse_attachment(twice: bool, steps: int) -> None:
+    """Refuse a second consolidator on an optimiser, and another optimiser `steps` steps into a task."""
+    if twice:
+        raise RuntimeError(
+            explain(
+                "`attach` on an optimiser that is attached already",
+                "one consolidator for a model and optimiser, attached once",
+                "Call `detach()` on the consolidator that watches it first, or leave this call out.",
+            )
+        )
+    if steps:
+        raise RuntimeError(
+            explain(
+                f"`attach` to another optimiser {steps} steps into a task",
+                "a finished task",
+                "Call `consolidate()` first, or `detach()` to go on with this task under the new optimiser.",
+            )
+        )
+
+
+def refuse_early(rule: Importance[Any], data: Any) -> None:
+    """Refuse `consolidate` before `attach`, unless the rule can measure a pretrained model on data."""
+    if rule.measures == "steps" or data is None:
+        raise RuntimeError(
+            explain(
+                "`consolidate()` before `attach`",
+                "a consolidator that has watched an optimiser",
+                "Call `attach(optimizer)` before training; to protect a pretrained model use EWC() and `estimate(loader)`.",
+            )
+        )
+
+
+def refuse_estimate(rule: Importance[Any], steps: int) -> None:
+    """Refuse `estimate` for rules that measure during training, and in the middle of a task."""
+    if rule.measures == "steps":
+        raise RuntimeError(
+            explain(
+                f"`estimate` under {type(rule).__name__}, which measures during training",
+                "a rule that measures on data",
+                "Protect a pretrained model with EWC() or MAS() and a loader, or with L2().",
+            )
+        )
+    if steps:
+        raise RuntimeError(
+            explain(f"`estimate` {steps} steps into a task", "a model before training", "Call `consolidate` to end the task.")
+        )
+
+
+def refuse_mismatch(match: Match) -> None:
+    """Refuse an anchor of which nothing fits the model."""
+    if not match.same and not match.grown:
+        raise ValueError(
+            explain(
+                f"an anchor that fits nothing of the model: {match}",
+                "parameters of the same names, as large or larger",
+                "Pass `rename`, from the anchor's names to the model's.",
+            )
+        )
+
+
+def refuse_nothing(watch: Watch) -> None:
+    """Refuse an optimiser that moves no parameter of the model."""
+    if not watch.inside:
+        raise ValueError(
+            explain(
+                "an optimiser that holds none of the model's trainable parameters",
+                "at least one in common",
+                "Build the optimiser from `model.parameters()` of the model that was given to the consolidator.",
+            )
+        )
+
+
+def refuse_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse `optimizer.step(closure)`."""
+    if kwargs.get("closure") is not None or any(arg is not None for arg in args[1:]):
+        raise RuntimeError(
+            explain(
+                "`optimizer.step(closure)`",
+                "gradients that are ready when `step` is called",
+                "Call `loss.backward()` first and then `optimizer.step()` without arguments.",
+            )
+        )
+
+
+def refuse_sparse(grad: Mapping[str, Tensor]) -> None:
+    """Refuse sparse gradients."""
+    sparse = [name for name, g in grad.items() if g.layout is not torch.strided]
+    if sparse:
+        raise RuntimeError(
+            explain(f"sparse gradients for {listed(sparse)}", "dense gradients", "Build the embedding with `sparse=False`.")
+        )
+
+
+def refuse_state(state_dict: Mapping[str, Any], rule: Importance[Any], average: str, parameters: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError that names the first difference between a state and the rule and model it is to be loaded for."""
+    came = state_dict.get("format") if isinstance(state_dict, Mapping) else None
+    keys = {"rule", "strength", "average", "tasks", "steps", "shapes", "state", "anchor", "tail"}
+    if came != FORMAT or not keys <= set(state_dict):
+        raise ValueError(
+            explain(
+                f"a state of format {came}",
+                f"format {FORMAT}",
+                "Pass what `Consolidator.state_dict()` of this version returned.",
+            )
+        )
+    if state_dict["average"] != average:
+        raise ValueError(
+            explain(f"a state with average={state_dict['average']!r}", f"average={average!r}", "Build the consolidator alike.")
+        )
+    if state_dict["rule"] != description(rule):
+        raise ValueError(
+            explain(
+                f"a state of the rule {state_dict['rule']}",
+                f"{description(rule)}",
+                "Build the consolidator with the same rule.",
+            )
+        )
+    shapes = state_dict["shapes"]
+    unlike = [n for n, shape in shapes.items() if n not in parameters or list(parameters[n].shape) != list(shape)]
+    if unlike:
+        raise ValueError(
+            explain(
+                f"a state of another model: {listed(unlike)} is missing here or has another shape",
+                "a model whose parameters have the same names and shapes",
+                "Load into the model as it was when saved, and let it grow afterwards.",
+            )
+        )
+
+
+def refuse_tensors(state_dict: Mapping[str, Any], fields: tuple[str, ...]) -> None:
+    """Raise a ValueError unless every tensor of a state has a name, the shape of its parameter and a place in the rule."""
+    shapes = {name: torch.Size(shape) for name, shape in state_dict["shapes"].items()}
+    columns = {key: value for key, value in state_dict["state"].items() if isinstance(value, list)}
+    unlike = [
+        key
+        for key, column in columns.items()
+        if len(column) != len(shapes)
+        or any(isinstance(t, Tensor) and t.shape != shape for t, shape in zip(column, shapes.values(), strict=True))
+    ]
+    point, omega = state_dict["anchor"]["point"], state_dict["anchor"]["omega"]
+    unlike += [n for n, t in (*point.items(), *omega.items()) if n not in point or n not in omega or t.shape != shapes.get(n)]
+    unlike += sorted(set(fields) ^ set(state_dict["state"]))
+    if unlike:
+        raise ValueError(
+            explain(
+                f"a damaged state: {listed(unlike)} is missing, left over or of the wrong shape",
+                "one tensor for each protected parameter",
+                "Pass what `Consolidator.state_dict()` returned, unchanged.",
+            )
+        )
+
+
+def description(rule: Importance[Any]) -> dict[str, Any]:
+    """Return a rule as plain values: its name and fields."""
+    return {"name": type(rule).__name__, **asdict(rule)}
+
+
+def listed(names: list[str]) -> str:
+    """Write names for a message, the first five of them."""
+    shown = ", ".join(f"`{name}`" for name in names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -1,0 +1,99 @@
+"""Averaging of each task's later iterates, which become both model and anchor when the task ends."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from rwalk import kernels
+from rwalk.parameters import copies, extend
+
+ETA = 3
+"""Order of the polynomial average: larger forgets the start of a task sooner (Shamir and Zhang 2013, arXiv 1212.1824)."""
+
+
+class Tail:
+    """A running average of parameters, restarted with each task; needs no knowledge of the task's length.
+
+    After n steps avg <- avg + (eta + 1) / (n + eta) * (theta - avg), so that later iterates weigh more.
+
+    Attributes:
+        average: the average of each parameter, by name, in state precision.
+        count: how many steps went into it.
+    """
+
+    def __init__(self) -> None:
+        self.average: dict[str, Tensor] = {}
+        self.count: dict[str, int] = {}
+
+    def follow(self, theta: Mapping[str, Tensor]) -> None:
+        """Keep what is known of these parameters, by leading block where they grew, and drop the others."""
+        old, self.average = self.average, {}
+        for name, now in theta.items():
+            kept = old.get(name)
+            same = kept is not None and kept.shape == now.shape
+            (fresh,) = [kept.to(now.device)] if kept is not None and same else copies([now])
+            self.average[name] = extend(kept, fresh) if kept is not None and not same else fresh
+        self.count = {name: self.count.get(name, 0) for name in theta}
+
+    def update(self, theta: Mapping[str, Tensor], moved: Collection[str]) -> None:
+        """Take the parameters after an optimiser step into account."""
+        for name in moved:
+            self.count[name] += 1
+        weights = [(ETA + 1) / (self.count[name] + ETA) for name in moved]
+        kernels.blend_([self.average[n] for n in moved], [theta[n] for n in moved], weights)
+
+    def swap(self, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Exchange averages and parameters in place; return where the parameters were. A second call undoes the first."""
+        for name, parameter in theta.items():
+            if self.count.get(name):
+                raw = parameter.detach().clone()
+                parameter.detach().copy_(self.average[name])
+                self.average[name].copy_(raw)
+        return {name: self.average[name] if self.count.get(name) else p for name, p in theta.items()}
+
+    def restart(self) -> None:
+        """Begin a new task."""
+        self.count = dict.fromkeys(self.count, 0)
+
+
+def batch_norms(model: nn.Module) -> list[_NormBase]:
+    """List the modules of a model that keep running statistics of their inputs."""
+    return [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+
+
+@torch.no_grad()
+def refresh_batch_norms(model: nn.Module, data: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> None:
+    """Recompute running statistics over data, as plain means over its batches; modes and momenta are restored.
+
+    Args:
+        model: the model with its new weights.
+        data: batches.
+        forward: calls the model on a batch.
+    """
+    norms = batch_norms(model)
+    for norm in norms:
+        norm.reset_running_stats()
+    with _only_training(model, norms), torch.random.fork_rng():
+        for batch in data:
+            forward(model, batch)
+
+
+@contextmanager
+def _only_training(model: nn.Module, norms: list[_NormBase]) -> Iterator[None]:
+    """Put everything but some norms into eval mode, and let those average without forgetting."""
+    modes, momenta = [(m, m.training) for m in model.modules()], [n.momentum for n in norms]
+    try:
+        model.eval()
+        for norm in norms:
+            norm.train()
+            norm.momentum = None
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

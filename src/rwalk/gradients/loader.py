@@ -1,0 +1,370 @@
+"""Per-example gradients over data, for rules that measure importance at a task's end."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+from torch.nn import functional as F
+
+from rwalk._errors import explain
+from rwalk.gradients.undisturbed import undisturbed
+from rwalk.importance.base import Objective
+from rwalk.parameters import bare, state_dtype
+
+MEMORY = 2**28
+"""Bytes of per-example gradients that one chunk of a pass over data may hold."""
+
+CHUNK = 256
+"""Most examples in one chunk."""
+
+
+def over(
+    model: nn.Module,
+    theta: Mapping[str, nn.Parameter],
+    data: Iterable[Any],
+    *,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    logits: Callable[[Any], Tensor] | None = None,
+) -> Callable[..., list[Tensor]]:
+    """Prepare passes over data that average a function of per-example gradients.
+
+    Args:
+        model: the network; it may be compiled or wrapped for distributed training.
+        theta: the parameters of the model to differentiate, by name; everything else is constant.
+        data: batches: a mapping for `model(**batch)` with its target under "labels", a pair `(inputs, target)`, or inputs
+            alone. Inputs are a tensor, a tuple or list for `model(*inputs)`, or a mapping for `model(**inputs)`. The first
+            dimension of the tensors is that of the examples.
+        loss: called as `loss(output, target)` on batches of one example, returns a scalar; replaces -log p(y|x) of a
+            classifier for the objective "true".
+        logits: reads the logits from the model's output, which is otherwise a tensor or holds them as `logits`.
+
+    Returns:
+        A function `gradients(objective, of, samples=None)` that returns, for each parameter of `theta` in order and shape and
+        in state precision, the mean over examples of `of(gradient of the objective at one example)`. `of` works elementwise;
+        `samples` caps the number of examples. The objectives: "true", log p(y|x) of the data's labels; "sample", log p(y|x) of
+        a label drawn from the model; "exact", log p(c|x) for every class c, with `of` averaged under p(c|x); "norm", the sum of
+        squares of the outputs. The function raises a ValueError if there are no examples or the objective does not fit data,
+        outputs or `loss`, and a TypeError for batches and outputs of other kinds.
+    """
+    root = bare(model)
+
+    def gradients(objective: Objective, of: Callable[[Tensor], Tensor], samples: int | None = None) -> list[Tensor]:
+        _refuse_objective(objective, loss)
+        with undisturbed(model):
+            engine = _Engine(root, theta, _Score(objective, loss, logits), of)
+            for batch in _examples(data, samples, engine.device):
+                engine.add(batch)
+        if not engine.count:
+            raise ValueError(_nothing(data))
+        return [total.div_(engine.count) for total in engine.totals]
+
+    return gradients
+
+
+def _refuse_objective(objective: str, loss: Any) -> None:
+    if objective not in get_args(Objective):
+        known = ", ".join(f'"{name}"' for name in get_args(Objective))
+        raise ValueError(explain(f'objective "{objective}"', f"one of {known}", "Pass one of these."))
+    if loss is not None and objective in ("sample", "exact"):
+        raise ValueError(
+            explain(
+                f'a `loss` with the labels "{objective}"',
+                "a classifier, whose softmax says how likely each label is",
+                'Use `labels="true"` with a `loss` of your own, or leave `loss` out.',
+            )
+        )
+
+
+def _nothing(data: Any) -> str:
+    if isinstance(data, Iterator):
+        return explain(
+            f"an iterator (`{type(data).__name__}`) that is used up",
+            "data that can be gone through again",
+            "Pass the DataLoader itself or a list of batches.",
+        )
+    return explain("no examples", "data with at least one example", "Check the data set and the cap on the number of samples.")
+
+
+@dataclass
+class _Batch:
+    """Examples as the model takes them: all tensors have them in their first dimension, but for those whose id is `shared`."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    target: Any
+    size: int
+    shared: frozenset[int]
+
+    def cut(self, start: int, stop: int) -> "_Batch":
+        """Return the examples from `start` up to `stop`."""
+        stop = min(stop, self.size)
+        return self._each(lambda t: t[start:stop], stop - start)
+
+    def tree(self) -> tuple[Any, Any]:
+        """Return all that a model and a loss need, and for each tensor the dimension to map over: the examples, if at all."""
+        single = self._each(lambda t: t.unsqueeze(1), self.size)
+        parts = (single.args, single.kwargs, single.target)
+        return parts, _mapped(parts, lambda t: None if id(t) in self.shared else 0, lambda _: None)
+
+    def _each(self, function: Callable[[Tensor], Tensor], size: int) -> "_Batch":
+        def apply(t: Tensor) -> Tensor:
+            return t if id(t) in self.shared else function(t)
+
+        args, kwargs, target = (_mapped(part, apply) for part in (self.args, self.kwargs, self.target))
+        return _Batch(args, kwargs, target, size, self.shared)
+
+
+def _mapped(tree: Any, leaf: Callable[[Tensor], Any], other: Callable[[Any], Any] = lambda value: value) -> Any:
+    """Replace the tensors in nested tuples, lists and mappings, and what is neither by `other`; mappings become dicts."""
+    if isinstance(tree, Tensor):
+        return leaf(tree)
+    if isinstance(tree, Mapping):
+        return {key: _mapped(value, leaf, other) for key, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        values = [_mapped(value, leaf, other) for value in tree]
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+    return other(tree)
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """Go through the tensors in nested tuples, lists and mappings."""
+    if isinstance(tree, Tensor):
+        yield tree
+    parts = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, tuple | list) else ()
+    for part in parts:
+        yield from _tensors(part)
+
+
+def first_size(tree: Any) -> int | None:
+    """Return the first dimension of the first tensor that has one."""
+    return next((t.shape[0] for t in _tensors(tree) if t.dim()), None)
+
+
+def _examples(data: Iterable[Any], samples: int | None, device: torch.device) -> Iterator[_Batch]:
+    """Read batches, up to `samples` examples in all, onto the device."""
+    left = math.inf if samples is None else samples
+    if left <= 0:
+        return
+    for raw in data:
+        batch = _read_batch(raw, device)
+        batch = batch.cut(0, int(min(left, batch.size)))
+        if batch.size:
+            yield batch
+        left -= batch.size
+        if left <= 0:
+            return
+
+
+def _read_batch(raw: Any, device: torch.device) -> _Batch:
+    """Tell inputs from target in a batch, or raise a TypeError that names what came."""
+    inputs, target = raw, None
+    if isinstance(raw, Mapping):
+        target = raw.get("labels")
+    elif isinstance(raw, tuple | list):
+        if len(raw) not in (1, 2):
+            raise TypeError(_unreadable(f"a {type(raw).__name__} of {len(raw)}"))
+        inputs, target = raw[0], raw[1] if len(raw) == 2 else None
+    inputs, target = (_mapped(part, lambda t: t.to(device)) for part in (inputs, target))
+    if isinstance(inputs, Tensor):
+        inputs = (inputs,)
+    size = first_size(inputs)
+    if size is None:
+        raise TypeError(_unreadable(f"a batch whose inputs, a `{type(inputs).__name__}`, hold no tensor"))
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (tuple(inputs), {})
+    shared = frozenset(id(t) for t in _tensors((inputs, target)) if not t.dim() or t.shape[0] != size)
+    return _Batch(args, kwargs, target, size, shared)
+
+
+def _unreadable(came: str) -> str:
+    return explain(
+        came,
+        "batches that are a mapping of the model's arguments, a pair of inputs and target, or inputs as tensors",
+        "Let the DataLoader's `collate_fn` return one of these.",
+    )
+
+
+@dataclass(frozen=True)
+class _Score:
+    """What is differentiated at one example."""
+
+    objective: str
+    loss: Callable[[Any, Any], Tensor] | None
+    logits: Callable[[Any], Tensor] | None
+
+    def __call__(self, output: Any, target: Any) -> tuple[Tensor, Tensor]:
+        """Return scores to differentiate one by one and the weights of their gradients, both of shape (scores,)."""
+        if self.objective == "true" and target is None:
+            raise ValueError(_untargeted())
+        if self.objective == "true" and self.loss is not None:
+            score = _scalar(self.loss(output, target))
+        elif self.objective == "norm":
+            values = _read_output(output, self.logits)
+            score = values.masked_fill(values == -math.inf, 0).square().sum()  # a shut class is no output
+        else:
+            return self._likelihood(_classes(_read_output(output, self.logits)), target)
+        return score.reshape(1), torch.ones_like(score).reshape(1)
+
+    def _likelihood(self, z: Tensor, target: Any) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities of one example from logits of shape (1, classes)."""
+        score = F.log_softmax(z.to(state_dtype(z)), dim=1)[0]
+        p = score.detach().exp()
+        if self.objective == "exact":
+            return score, p
+        drawn = _draw(p) if self.objective == "sample" else _labels(target)
+        return -F.nll_loss(score.unsqueeze(0), drawn, reduction="sum").reshape(1), torch.ones_like(p[:1])
+
+
+def _untargeted() -> str:
+    return explain(
+        "a batch without a target",
+        "labels, which the true log-likelihood and a `loss` are about",
+        'Yield pairs `(inputs, target)` or mappings with "labels", or use labels drawn from the model.',
+    )
+
+
+def _scalar(value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a `{type(value).__name__}`"
+        raise ValueError(
+            explain(f"{came} from `loss`", "a scalar tensor for one example", "Let `loss` average or sum over its output.")
+        )
+    return value.reshape(())
+
+
+def _read_output(output: Any, logits: Callable[[Any], Tensor] | None) -> Tensor:
+    """Find the logits in a model's output."""
+    if logits is not None:
+        output = logits(output)
+    elif not isinstance(output, Tensor):
+        found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        output = output if found is None else found
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            explain(
+                f"a model output of type `{type(output).__name__}`",
+                "a tensor, or an object or mapping with `logits`",
+                "Pass `logits=`, a function that reads the logits from the output.",
+            )
+        )
+    return output
+
+
+def _classes(z: Tensor) -> Tensor:
+    if z.dim() != 2:
+        raise ValueError(
+            explain(
+                f"logits of shape {tuple(z.shape)} for one example",
+                "shape (batch, classes)",
+                "Pass `loss=`, the loss of one example, for a model that is no plain classifier.",
+            )
+        )
+    return z
+
+
+def _draw(p: Tensor) -> Tensor:
+    """Draw a class, shape (1,), with the chances p: of independent exponential times with rates p, the first is that of c."""
+    return (p / -torch.rand_like(p).log()).argmax().reshape(1)
+
+
+def _labels(target: Any) -> Tensor:
+    """Return the label of one example, shape (1,)."""
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.numel() != 1 or target.dim() > 1:
+        came = f"shape {tuple(target.shape)}, {target.dtype}" if isinstance(target, Tensor) else f"`{type(target).__name__}`"
+        raise ValueError(
+            explain(
+                f"a target of {came} for one example",
+                "one class index",
+                "Pass `loss=`, the loss of one example, for targets of another kind.",
+            )
+        )
+    return target.reshape(1).long()
+
+
+class _Engine:
+    """Sum a function of per-example gradients: many examples at once where the model allows it, else one by one."""
+
+    def __init__(
+        self, root: nn.Module, theta: Mapping[str, nn.Parameter], score: _Score, of: Callable[[Tensor], Tensor]
+    ) -> None:
+        real = {id(p): name for name, p in root.named_parameters()}  # compiled submodules have longer names than `theta` says
+        self.theta = {real[id(p)]: p for p in theta.values()}
+        self.totals = [torch.zeros_like(p, dtype=state_dtype(p), requires_grad=False) for p in theta.values()]
+        self.count = 0
+        self.device = next((p.device for p in theta.values()), torch.device("cpu"))
+        size = sum(total.numel() * total.element_size() for total in self.totals)
+        self._chunk = min(max(MEMORY // max(size, 1), 1), CHUNK)
+        self._root, self._score, self._of = root, score, of
+        self._mapped = True
+
+    def add(self, batch: _Batch) -> None:
+        """Add the examples of a batch."""
+        for start in range(0, batch.size, self._chunk):
+            chunk = batch.cut(start, start + self._chunk)
+            if not self._mapped or not self._together(chunk):
+                for i in range(chunk.size):
+                    self._alone(chunk.cut(i, i + 1))
+            self.count += chunk.size
+
+    def _together(self, chunk: _Batch) -> bool:
+        """Add a chunk by `vmap`; where the model cannot be mapped, return False and leave it at that from then on."""
+        examples, dims = chunk.tree()
+        theta = {name: p.detach() for name, p in self.theta.items()}
+        terms: dict[str, Tensor]
+        try:
+            terms = vmap(self._terms, in_dims=(None, dims), randomness="different")(theta, examples)
+        except (RuntimeError, NotImplementedError, ValueError, TypeError):  # `_alone` meets errors of the user's own again
+            self._mapped = False
+            return False
+        for total, name in zip(self.totals, self.theta, strict=True):
+            total.add_(terms[name].detach().sum(0))
+        return True
+
+    def _terms(self, theta: dict[str, Tensor], example: tuple[Any, Any, Any]) -> dict[str, Tensor]:
+        """Return what one example contributes for each parameter."""
+        args, kwargs, target = example
+
+        def scores(at: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            return self._score(functional_call(self._root, at, args, kwargs), target)
+
+        score, pull, weight = cast(tuple[Tensor, Callable[[Tensor], Any], Tensor], vjp(scores, theta, has_aux=True))
+        unit = torch.eye(score.shape[0], dtype=score.dtype, device=score.device)
+        terms: dict[str, Tensor] = {}
+        for i in range(score.shape[0]):
+            for name, g in pull(unit[i])[0].items():
+                term = self._weighted(g, weight[i])
+                terms[name] = terms[name] + term if i else term
+        return terms
+
+    def _weighted(self, g: Tensor, weight: Tensor) -> Tensor:
+        value = self._of(g.to(state_dtype(g)))
+        if self._score.objective != "exact":
+            return value
+        return torch.where(weight > 0, value * weight, 0)  # a shut class must not bring in 0 * inf
+
+    def _alone(self, example: _Batch) -> None:
+        """Add one example by plain autograd."""
+        leaves = list(self.theta.values())
+        frozen = [p for p in leaves if not p.requires_grad]
+        try:
+            for p in frozen:
+                p.requires_grad_(True)
+            score, weight = self._score(self._root(*example.args, **example.kwargs), example.target)
+            for i in range(score.shape[0] if score.requires_grad else 0):
+                grads = torch.autograd.grad(score[i], leaves, retain_graph=i + 1 < score.shape[0], allow_unused=True)
+                for total, g in zip(self.totals, grads, strict=True):
+                    if g is not None:
+                        total.add_(self._weighted(g, weight[i]).detach())
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
+
+
+def forward(model: nn.Module, batch: Any) -> Any:
+    """Call a model on the inputs of a batch, of any of the kinds that `over` takes."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    read = _read_batch(batch, device)
+    return model(*read.args, **read.kwargs)

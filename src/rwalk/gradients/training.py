@@ -1,0 +1,482 @@
+"""Squared per-example gradients, gathered during the user's own backward pass."""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rwalk._errors import explain
+from rwalk.gradients.loader import first_size
+from rwalk.gradients.undisturbed import set_aside
+from rwalk.parameters import bare, state_dtype
+
+BLOCK = 2**18
+"""Elements of a weight that are gathered at a time on a CPU: the block of one example and that of the sum stay in the cache."""
+
+HELD = {"cpu": 2**21}
+"""Elements of unfolded inputs or per-example weights that are held at a time: few where there is a cache to stay near."""
+
+HELD_ELSEWHERE = 2**25
+"""The same on all other devices, where few large operations are faster."""
+
+
+class _Sum:
+    """The sum of squared contributions to one parameter, times the number of examples.
+
+    The factor N is folded into every write, and a buffer is overwritten rather than cleared, so that a step touches the
+    buffer once.
+    """
+
+    def __init__(self, name: str, parameter: nn.Parameter) -> None:
+        self.name, self.parameter = name, parameter
+        self.examples = 0
+        self._buffer: Tensor | None = None
+        self._keep = 0.0
+
+    def open(self, examples: int) -> None:
+        """Expect the contributions of one backward pass; `examples` have been seen in all, these included."""
+        self._keep = examples / self.examples if self.examples else 0.0
+        self.examples = examples
+
+    def take(self, examples: int) -> Tensor:
+        """Return the buffer, scaled for `examples` in all, and start anew at the next write."""
+        buffer = self.buffer
+        if examples != self.examples:
+            buffer.mul_(examples / self.examples)
+        self.examples = 0
+        return buffer
+
+    @property
+    def buffer(self) -> Tensor:
+        """Contiguous, of the parameter's shape, in state precision."""
+        p = self.parameter
+        if self._buffer is None or self._buffer.shape != p.shape or self._buffer.device != p.device:
+            self._buffer = torch.empty(p.shape, dtype=state_dtype(p), device=p.device)
+        return self._buffer
+
+    def _kept(self, part: Tensor) -> Tensor:
+        return part.mul_(self._keep) if self._keep else part.zero_()
+
+    def add(self, c: Tensor) -> None:
+        """Add per-example contributions of shape (examples, *parameter)."""
+        c = c.to(self.buffer.dtype)
+        self._kept(self.buffer).add_(c.mul(c).sum(0), alpha=self.examples)
+        self._keep = 1.0
+
+    def add_outer(self, g: Tensor, x: Tensor) -> None:
+        """Add contributions g_i x_i^T for g of shape (examples, rows) and x of shape (examples, columns)."""
+        buffer = self.buffer
+        g, x = g.to(buffer.dtype), x.to(buffer.dtype)
+        buffer.addmm_(g.mul(g).t(), x.mul(x), beta=self._keep, alpha=self.examples)
+        self._keep = 1.0
+
+    def add_products(self, g: Tensor, x: Tensor) -> None:
+        """Add contributions g_i x_i for g, (examples, groups, rows, n), and x, (examples, groups, n, columns)."""
+        g, x = g.to(self.buffer.dtype), x.to(self.buffer.dtype)
+        if g.shape[1] == 1 and g.device.type == "cpu":
+            self._add_blocks(g[:, 0], x[:, 0])
+        else:
+            into = self._kept(self.buffer).view(g.shape[1], g.shape[2], x.shape[3])
+            for a, b in zip(*(t.split(_at_once(g.device, into.numel())) for t in (g, x)), strict=True):
+                into.add_(torch.matmul(a, b).square_().sum(0), alpha=self.examples)
+        self._keep = 1.0
+
+    def _add_blocks(self, g: Tensor, x: Tensor) -> None:
+        """Go through blocks of rows, so that product and sum of all examples meet in the cache."""
+        into = self.buffer.view(g.shape[1], x.shape[2])
+        rows = min(max(BLOCK // max(x.shape[2], 1), 1), g.shape[1])
+        scratch = into.new_empty(rows, x.shape[2])
+        pairs = list(zip(g, x, strict=True))
+        for start in range(0, g.shape[1], rows):
+            part = self._kept(into[start : start + rows])
+            product = scratch[: part.shape[0]]
+            for gi, xi in pairs:
+                torch.mm(gi[start : start + rows], xi, out=product)
+                part.addcmul_(product, product, value=self.examples)
+
+    def add_lookups(self, g: Tensor, tokens: Tensor, padding: int | None) -> None:
+        """Add contributions to the rows `tokens`, (examples, n), of a table, for g of shape (examples, n, columns)."""
+        rows = self.buffer.shape[0]
+        example = torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1)
+        keys, place = torch.unique(example * rows + tokens, return_inverse=True)
+        summed = self.buffer.new_zeros(len(keys), self.buffer.shape[1])
+        summed.index_add_(0, place.flatten(), g.to(self.buffer.dtype).flatten(0, 1))
+        keys = keys % rows
+        if padding is not None:
+            summed[keys == padding] = 0
+        self._kept(self.buffer).index_add_(0, keys, summed.square_(), alpha=self.examples)
+        self._keep = 1.0
+
+
+def _at_once(device: torch.device, elements: int) -> int:
+    """Return how many examples of so many elements may be held at a time."""
+    return max(HELD.get(device.type, HELD_ELSEWHERE) // max(elements, 1), 1)
+
+
+Gather = Callable[[Tensor, _Sum | None, _Sum | None], None]
+"""Adds what a gradient of a module's output means for the module's weight and bias."""
+
+Rule = Callable[[Any, Tensor], Gather]
+"""Keeps of a module and its input what the gradient will be met with."""
+
+
+def _linear(_: nn.Linear, x: Tensor) -> Gather:
+    def gather(g: Tensor, weight: _Sum | None, bias: _Sum | None) -> None:
+        places = math.prod(g.shape[1:-1])
+        if bias:
+            bias.add(g.flatten(1) if places == 1 else g.reshape(len(g), places, g.shape[-1]).sum(1))
+        if weight and places == 1:
+            weight.add_outer(g.flatten(1), x.flatten(1))
+        elif weight:
+            weight.add_products(g.reshape(len(g), 1, places, -1).mT, x.reshape(len(x), 1, places, -1))
+
+    return gather
+
+
+def _conv(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Gather:
+    def gather(g: Tensor, weight: _Sum | None, bias: _Sum | None) -> None:
+        flat = g.flatten(2)
+        if bias:
+            bias.add(flat.sum(2))
+        if weight:
+            count = _at_once(g.device, module.in_channels * math.prod(module.kernel_size) * flat.shape[2])
+            flat = flat.unflatten(1, (module.groups, -1))
+            for a, b in zip(flat.split(count), x.split(count), strict=True):
+                weight.add_products(a, _patches(module, b))
+
+    return gather
+
+
+def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    """Unfold a convolution's input to (examples, groups, places, inputs of a group * kernel)."""
+    x = F.pad(x, _padding(module), mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
+    dims = len(module.kernel_size)
+    settings = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+    for i, (size, stride, dilation) in enumerate(settings):
+        x = x.unfold(2 + i, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    x = x.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
+    return x.reshape(x.shape[0], module.groups, -1, math.prod(x.shape[-dims:])).mT
+
+
+def _padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
+    """Return a convolution's padding in the order of `F.pad`: both sides of the last dimension first."""
+    if module.padding == "valid":
+        return [0] * (2 * len(module.kernel_size))
+    if isinstance(module.padding, str):
+        whole = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        sides = [(n // 2, n - n // 2) for n in whole]
+    else:
+        sides = [(n, n) for n in module.padding]
+    return [n for pair in reversed(sides) for n in pair]
+
+
+def _normalised(trailing: bool, x: Callable[[], Tensor]) -> Gather:
+    """Gather for y = weight * x + bias with a normalised x; the parameters run along the trailing dimensions, or along 1."""
+
+    def gather(g: Tensor, weight: _Sum | None, bias: _Sum | None) -> None:
+        def add(to: _Sum, c: Tensor) -> None:
+            shape = to.parameter.shape
+            to.add(c.reshape(len(c), -1, *shape).sum(1) if trailing else c.reshape(len(c), *shape, -1).sum(2))
+
+        if weight:
+            add(weight, g * x())
+        if bias:
+            add(bias, g)
+
+    return gather
+
+
+def _layer_norm(module: nn.LayerNorm, x: Tensor) -> Gather:
+    return _normalised(True, lambda: F.layer_norm(x, module.normalized_shape, eps=module.eps))
+
+
+def _rms_norm(module: nn.RMSNorm, x: Tensor) -> Gather:
+    return _normalised(True, lambda: F.rms_norm(x, list(module.normalized_shape), eps=module.eps))
+
+
+def _group_norm(module: nn.GroupNorm, x: Tensor) -> Gather:
+    return _normalised(False, lambda: F.group_norm(x, module.num_groups, eps=module.eps))
+
+
+def _running(module: Any) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Copy the statistics that a module normalises with, if not those of its input: they move at the next forward pass."""
+    if module.training or module.running_mean is None:
+        return None, None
+    return module.running_mean.clone(), module.running_var.clone()
+
+
+def _batch_norm(module: Any, x: Tensor) -> Gather:
+    mean, var = _running(module)
+    return _normalised(False, lambda: F.batch_norm(x, mean, var, training=mean is None, eps=module.eps))
+
+
+def _instance_norm(module: Any, x: Tensor) -> Gather:
+    mean, var = _running(module)
+    return _normalised(False, lambda: F.instance_norm(x, mean, var, use_input_stats=mean is None, eps=module.eps))
+
+
+def _embedding(module: nn.Embedding, tokens: Tensor) -> Gather:
+    def gather(g: Tensor, weight: _Sum | None, _: _Sum | None) -> None:
+        if weight:
+            flat = tokens.reshape(len(tokens), -1)
+            weight.add_lookups(g.reshape(*flat.shape, -1), flat, module.padding_idx)
+
+    return gather
+
+
+RULES: dict[type[nn.Module], tuple[Rule, tuple[int, ...]]] = {
+    nn.Linear: (_linear, ()),
+    nn.Conv1d: (_conv, (3,)),
+    nn.Conv2d: (_conv, (4,)),
+    nn.Conv3d: (_conv, (5,)),
+    nn.LayerNorm: (_layer_norm, ()),
+    nn.RMSNorm: (_rms_norm, ()),
+    nn.GroupNorm: (_group_norm, ()),
+    nn.BatchNorm1d: (_batch_norm, (2, 3)),
+    nn.BatchNorm2d: (_batch_norm, (4,)),
+    nn.BatchNorm3d: (_batch_norm, (5,)),
+    nn.InstanceNorm1d: (_instance_norm, (3,)),
+    nn.InstanceNorm2d: (_instance_norm, (4,)),
+    nn.InstanceNorm3d: (_instance_norm, (5,)),
+    nn.Embedding: (_embedding, ()),
+}
+"""How each kind of module is gathered, and how many dimensions its input may have, if that depends on the kind alone."""
+
+
+def _unfit(module: nn.Module, x: Tensor, batch: int | None) -> str | None:
+    """Say why the gradient of a module with input x cannot be told by example."""
+    dims = RULES[type(module)][1]
+    own = 0 if isinstance(module, nn.Embedding) else len(getattr(module, "normalized_shape", (0,)))
+    if batch is None:
+        return "it is called outside of the model's forward, or the model takes no tensor"
+    if (dims and x.dim() not in dims) or x.dim() <= own:
+        return f"its input of shape {tuple(x.shape)} has no dimension for examples"
+    if x.shape[0] != batch:
+        return f"the first dimension of its input is {x.shape[0]}, that of the batch {batch}"
+    return None
+
+
+@dataclass
+class _Tap:
+    """A supported module and its sums; `fired` is the forward pass whose gradient came last."""
+
+    name: str
+    sums: dict[str, _Sum]
+    fired: int = 0
+    closed: bool = False
+
+    def wanted(self, which: str) -> _Sum | None:
+        """Return the sum for "weight" or "bias" unless it is not asked for or frozen."""
+        found = self.sums.get(which)
+        return found if found is not None and found.parameter.requires_grad else None
+
+
+@dataclass
+class _Passes:
+    """The forward passes of a model, numbered, and the examples whose gradients came since the last `take`."""
+
+    number: int = 0
+    batch: int | None = None
+    examples: int = 0
+    counted: set[int] = field(default_factory=set)
+
+    def count(self, number: int, batch: int) -> int:
+        """Count the examples of a forward pass once; return the count of all."""
+        if number not in self.counted:
+            self.counted.add(number)
+            self.examples += batch
+        return self.examples
+
+
+class Squares:
+    """Sum of squared per-example gradients, gathered while the user's own backward pass runs.
+
+    The loss must be the mean over the examples of a batch, unscaled; over several micro-batches between two calls of `take`,
+    the mean over all of their examples. The first dimension of inputs and outputs is that of the examples. A parameter is
+    gathered if one module alone uses it, once in a forward pass, and that module is one of `RULES`, exactly. All others have
+    no entry in what `take` returns and are reported once, in a UserWarning.
+
+    Args:
+        model: the network that is trained, called as a whole.
+        theta: the parameters to gather, by name; those that require no gradient are left out.
+        strict: raise a RuntimeError instead of the warning.
+
+    Raises:
+        RuntimeError: with `strict`, if a module can be told to be unsupported from its kind.
+    """
+
+    def __init__(self, model: nn.Module, theta: Mapping[str, nn.Parameter], strict: bool = False) -> None:
+        self.strict = strict
+        self._root = bare(model)
+        self._theta = {name: p for name, p in theta.items() if p.requires_grad}
+        self._passes = _Passes()
+        self._found: dict[str, str] = {}
+        self._reported: set[str] = set()
+        self._owner, self._taps = self._survey()
+        self._handles = [self._root.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        for module, tap in self._taps.items():
+            hook = partial(self._after, tap)
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
+        try:
+            self._report()
+        except (RuntimeError, Warning):
+            self.close()
+            raise
+
+    def __repr__(self) -> str:
+        """Show how much is gathered."""
+        return f"Squares(gathered={sum(len(t.sums) for t in self._open())}, of={len(self._theta)}, strict={self.strict})"
+
+    def take(self) -> dict[str, Tensor]:
+        """Return the mean over examples of the squared per-example gradient since the last call, and start anew.
+
+        Returns:
+            For each parameter gathered, by name, a tensor of its shape in state precision, valid until the next backward pass.
+
+        Raises:
+            RuntimeError: with `strict`, if a module turned out to be unsupported; the message names it.
+        """
+        passes = self._passes
+        sums = [s for tap in self._open() for s in tap.sums.values()]
+        self._find_idle({s.name for s in sums if s.examples})
+        with torch.no_grad():
+            taken = {s.name: s.take(passes.examples) for s in sums if s.examples}
+        passes.examples = 0
+        passes.counted.clear()
+        self._report()
+        return taken
+
+    def close(self) -> None:
+        """Remove the hooks from the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for tap in self._taps.values():
+            tap.closed = True
+
+    def _open(self) -> list[_Tap]:
+        return [tap for tap in self._taps.values() if not tap.closed]
+
+    def _survey(self) -> tuple[dict[str, str], dict[nn.Module, _Tap]]:
+        """Find the owner of every parameter, and the modules that can be gathered; note why others cannot."""
+        name_of = {id(p): name for name, p in self._theta.items()}
+        owners: dict[int, list[str]] = {}
+        for path, module in self._root.named_modules():
+            for p in module._parameters.values():
+                if id(p) in name_of:
+                    owners.setdefault(id(p), []).append(path.replace("_orig_mod.", ""))
+        taps: dict[nn.Module, _Tap] = {}
+        for path, module in self._root.named_modules():
+            mine = {key: p for key, p in module._parameters.items() if p is not None and id(p) in name_of}
+            if not mine:
+                continue
+            name = path.replace("_orig_mod.", "")
+            why = _unsupported(module, mine) or _tied(mine, owners)
+            if why:
+                self._found[name] = why
+            else:
+                taps[module] = _Tap(name, {key: _Sum(name_of[id(p)], p) for key, p in mine.items()})
+        return {name_of[key]: paths[0] for key, paths in owners.items()}, taps
+
+    def _begin(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+        """Number a forward pass of the whole model and note its batch size."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self._root in set_aside:
+            return
+        self._passes.number += 1
+        self._passes.batch = first_size((args, kwargs))
+
+    def _after(self, tap: _Tap, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Wait for the gradient of a module's output."""
+        if torch.compiler.is_compiling() or tap.closed or self._root in set_aside:
+            return
+        if not (torch.is_grad_enabled() and output.requires_grad):
+            return
+        x = (args[0] if args else kwargs["input"]).detach()
+        why = _unfit(module, x, self._passes.batch)
+        if why:
+            self._refuse(tap, why)
+        elif len(x):
+            rule = RULES[type(module)][0]
+            gather = partial(self._gather, tap, rule(module, x), output.shape, self._passes.number)
+            _unaltered(output).register_hook(gather)
+
+    @torch.no_grad()
+    def _gather(self, tap: _Tap, gather: Gather, shape: torch.Size, number: int, g: Tensor) -> None:
+        """Add the contributions of one backward pass."""
+        if tap.closed or self._root in set_aside:
+            return
+        if tap.fired == number:
+            self._refuse(tap, "it is used more than once in one forward pass of the model")
+            return
+        tap.fired = number
+        weight, bias = tap.wanted("weight"), tap.wanted("bias")
+        examples = self._passes.count(number, shape[0])
+        for one in (weight, bias):
+            if one is not None:
+                one.open(examples)
+        with torch.autocast(g.device.type, enabled=False) if torch.is_autocast_enabled(g.device.type) else nullcontext():
+            gather(g.detach().reshape(shape), weight, bias)
+
+    def _refuse(self, tap: _Tap, why: str) -> None:
+        tap.closed = True
+        tap.sums.clear()
+        self._found[tap.name] = why
+
+    def _find_idle(self, gathered: set[str]) -> None:
+        """Note the modules whose parameters got a gradient that passed by the module's own forward."""
+        if not self._passes.examples and any(tap.fired for tap in self._taps.values()):
+            return  # no backward pass since the last call: these are gradients of before
+        for name, p in self._theta.items():
+            owner = self._owner.get(name, name)
+            known = owner in self._found or name in gathered
+            if not known and p.requires_grad and p.grad is not None and p.grad.any():
+                self._found[owner] = "its parameters are used outside of its forward, or it is compiled"
+
+    def _report(self) -> None:
+        """Name the modules that were found to be unsupported since the last report."""
+        fresh = {name: why for name, why in self._found.items() if name not in self._reported}
+        self._reported.update(fresh)
+        if not fresh:
+            return
+        listed = "; ".join(f"`{name or type(self._root).__name__}`: {why}" for name, why in fresh.items())
+        came = f"modules whose per-example gradients cannot be gathered ({listed})"
+        expected = "layers such as Linear, Conv, Embedding or a norm, each used once in a forward pass on a batch of examples"
+        if self.strict:
+            raise RuntimeError(explain(came, expected, "Use such layers, freeze these parameters, or pass `strict=False`."))
+        remedy = "The square of their batch gradient is used instead; nothing need be done."
+        warnings.warn(explain(came, expected, remedy), stacklevel=3)
+
+
+def _unsupported(module: nn.Module, mine: Mapping[str, nn.Parameter]) -> str | None:
+    """Say why a module cannot be gathered, as far as can be told before it runs."""
+    if type(module) not in RULES:
+        return f"a `{type(module).__name__}`"
+    odd = sorted(set(mine) - {"weight", "bias"})
+    if odd:
+        return f"its parameter `{odd[0]}`"
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq or module.sparse):
+        return "an `Embedding` with max_norm, scale_grad_by_freq or sparse"
+    return None
+
+
+def _tied(mine: Mapping[str, nn.Parameter], owners: Mapping[int, list[str]]) -> str | None:
+    shared = next((owners[id(p)] for p in mine.values() if len(owners[id(p)]) > 1), None)
+    return None if shared is None else f"it shares a parameter with {', '.join(f'`{name}`' for name in shared)}"
+
+
+def _unaltered(output: Tensor) -> Tensor:
+    """Return the tensor whose gradient is that of a module's output even if the output is modified in place afterwards.
+
+    Modifying a view in place gives the view a new history without its hooks; hooks of its base stay where they are.
+    """
+    base = output._base if output._is_view() else None
+    if base is None or base.numel() != output.numel() or not (base.is_contiguous() and output.is_contiguous()):
+        return output
+    return base

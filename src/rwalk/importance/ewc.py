@@ -1,0 +1,59 @@
+"""Elastic weight consolidation: the Fisher information over each task's data, one anchor per task, merged exactly.
+
+Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017, arXiv 1612.00796. How the Fisher
+information is computed matters: van de Ven 2025, arXiv 2502.11756.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from rwalk.anchor import Anchor
+from rwalk.importance.base import Finish, Importance, Step, check
+
+Labels = Literal["exact", "sample", "true"]
+
+
+class Nothing(NamedTuple):
+    """State of a rule that does not watch training."""
+
+
+@dataclass(frozen=True)
+class EWC(Importance[Nothing]):
+    """Fisher information at the end of each task over its data, always per example.
+
+    A sum of quadratics is one quadratic, so one anchor per task needs no more memory than one anchor.
+
+    Args:
+        labels: "exact" weights every class by its probability, "sample" draws one label from the model, "true" takes the data's
+            labels (the empirical Fisher information); "exact" costs one backward pass per class.
+        samples: use only the first so many examples of the data; all of them when None.
+    """
+
+    measures: ClassVar[Literal["steps", "data", "nothing"]] = "data"
+    accumulates: ClassVar[bool] = True
+    labels: Labels = "exact"
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse fields outside their range."""
+        check(self.labels in get_args(Labels), self, "labels", f"one of {', '.join(get_args(Labels))}")
+        check(self.samples is None or self.samples >= 1, self, "samples", "1 or more, or None for all")
+
+    def init(self, theta: list[Tensor]) -> Nothing:  # noqa: ARG002
+        """Hold nothing beside the anchor."""
+        return Nothing()
+
+    def observe(self, state: Nothing, step: Step) -> Nothing:  # noqa: ARG002
+        """Look at nothing during training."""
+        return state
+
+    def conclude(self, state: Nothing, finish: Finish) -> tuple[Anchor, Nothing]:
+        """Add the task's quadratic, Fisher * (theta - point)^2, to those of earlier tasks."""
+        return finish.anchor.merge(finish.point, self.fisher(finish)), state
+
+    def fisher(self, finish: Finish) -> list[Tensor]:
+        """Return the Fisher information over the task's data."""
+        return finish.gradients(self.labels, torch.square, self.samples)

@@ -1,0 +1,87 @@
+"""EWC++: a running Fisher information from the gradients of training itself, no pass over the data.
+
+Chaudhry, Dokania, Ajanthan, Torr, ECCV 2018, arXiv 1801.10112, equation 6.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+from torch import Tensor
+
+from rwalk.anchor import Anchor
+from rwalk.importance._scale import WAYS, Normalize, divisors
+from rwalk.importance.base import Finish, Fisher, Importance, Step, blend_squares, check, check_alpha, pick
+from rwalk.parameters import zeros
+
+
+class Running(NamedTuple):
+    """State of a running Fisher information.
+
+    Args:
+        fisher: F.
+        seen: steps that went into F: of this task with `alpha="mean"`, else of all tasks.
+        scale: with `normalize="first"`, the scale kept from the first task; infinite before.
+    """
+
+    fisher: list[Tensor]
+    seen: list[int]
+    scale: float = math.inf
+
+
+@dataclass(frozen=True)
+class EWCpp(Importance[Running]):
+    """Importance is the running Fisher information; with `alpha="mean"`, "sum" and "first" it is the recommended recipe's rule.
+
+    Args:
+        alpha: weight of the new squared gradient, in [0, 1]; "mean" is the mean over a task's steps.
+        accumulate: "last" holds F as it stands (the paper), "sum" adds up the F of each task.
+        normalize: "none" (the paper), or divide F by the maximum over "max" (all tensors), the "mean", the maximum per
+            "tensor", or the mean of the "first" task, kept.
+        fisher: "batch" squares the averaged gradient; "example" averages squared per-example gradients, in the same backward.
+    """
+
+    alpha: float | Literal["mean"] = 0.9
+    accumulate: Literal["last", "sum"] = "last"
+    normalize: Literal["none"] | Normalize = "none"
+    fisher: Fisher = "batch"
+
+    def __post_init__(self) -> None:
+        """Refuse fields outside their range."""
+        check_alpha(self)
+        check(self.accumulate in ("last", "sum"), self, "accumulate", "last or sum")
+        check(self.normalize in ("none", *WAYS), self, "normalize", f"one of none, {', '.join(WAYS)}")
+        check(self.fisher in get_args(Fisher), self, "fisher", "batch or example")
+
+    @property
+    def per_example(self) -> bool:
+        """Whether squared per-example gradients are needed."""
+        return self.fisher == "example"
+
+    def init(self, theta: list[Tensor]) -> Running:
+        """Start without history: one tensor per parameter."""
+        return Running(zeros(theta), [0] * len(theta))
+
+    def observe(self, state: Running, step: Step) -> Running:
+        """Move the running Fisher information towards the new squared gradient."""
+        on, _, _ = step.active()
+        weights = [1 / (state.seen[i] + 1) if self.alpha == "mean" or state.seen[i] == 0 else self.alpha for i in on]
+        blend_squares(pick(state.fisher, on), step, on, weights)
+        return state._replace(seen=[n + (g is not None) for n, g in zip(state.seen, step.grad, strict=True)])
+
+    def conclude(self, state: Running, finish: Finish) -> tuple[Anchor, Running]:
+        """Hold to the running Fisher information, or add it to that of earlier tasks."""
+        scale = [1.0] * len(state.fisher)
+        if self.normalize != "none":
+            scale = divisors(state.fisher, self.normalize, state.scale)
+        omega = [f / c for f, c in zip(state.fisher, scale, strict=True)]
+        for i, (new, old) in enumerate(zip(omega, finish.earlier(), strict=True)):
+            if old is not None and (self.accumulate == "sum" or state.seen[i] == 0):
+                new.add_(old)  # a tensor that took no part in the task has a mean of zero, and keeps what it had
+        if self.normalize == "first" and scale:
+            state = state._replace(scale=scale[0])
+        if self.alpha == "mean":
+            for fisher in state.fisher:
+                fisher.zero_()
+            state = state._replace(seen=[0] * len(state.seen))
+        return finish.renew(omega), state

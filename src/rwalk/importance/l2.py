@@ -1,0 +1,51 @@
+"""L2: every weight matters alike, a plain pull to where the weights were.
+
+Towards pretrained weights it is L2-SP: Li, Grandvalet, Davoine, "Explicit inductive bias for transfer learning with
+convolutional networks", ICML 2018, arXiv 1802.01483.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwalk.anchor import Anchor
+from rwalk.importance.base import Finish, Importance, Step, check
+from rwalk.parameters import zeros
+
+
+class Nothing(NamedTuple):
+    """State of a rule that measures nothing."""
+
+
+@dataclass(frozen=True)
+class L2(Importance[Nothing]):
+    """Importance 1 for every weight.
+
+    Args:
+        toward: hold to the weights after the "last" task, or to the "first" anchor: with `Consolidator.estimate()` before
+            training those are the pretrained weights, which is L2-SP.
+    """
+
+    measures: ClassVar[Literal["steps", "data", "nothing"]] = "nothing"
+    accumulates: ClassVar[bool] = True
+    toward: Literal["last", "first"] = "last"
+
+    def __post_init__(self) -> None:
+        """Refuse fields outside their range."""
+        check(self.toward in ("last", "first"), self, "toward", "last or first")
+
+    def init(self, theta: list[Tensor]) -> Nothing:  # noqa: ARG002
+        """Hold nothing."""
+        return Nothing()
+
+    def observe(self, state: Nothing, step: Step) -> Nothing:  # noqa: ARG002
+        """Look at nothing."""
+        return state
+
+    def conclude(self, state: Nothing, finish: Finish) -> tuple[Anchor, Nothing]:
+        """Give every weight the importance 1."""
+        first = finish.anchor.point if self.toward == "first" else {}
+        point = {name: first.get(name, p) for name, p in finish.point.items()}
+        return finish.anchor.renew(point, [torch.ones_like(z) for z in zeros(list(point.values()))]), state

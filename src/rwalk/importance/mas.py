@@ -1,0 +1,47 @@
+"""Memory aware synapses: how strongly each weight moves the output, no labels needed.
+
+Aljundi et al., "Memory aware synapses: Learning what (not) to forget", ECCV 2018, arXiv 1711.09601.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from rwalk.anchor import Anchor
+from rwalk.importance.base import Finish, Importance, Step, check
+from rwalk.importance.ewc import Nothing
+
+
+@dataclass(frozen=True)
+class MAS(Importance[Nothing]):
+    """Mean over examples of the absolute gradient of the output's squared norm (equation 3), summed over tasks.
+
+    Args:
+        decay: what is kept of earlier tasks' importance, in [0, 1]; 1 is the paper's sum.
+        samples: use only the first so many examples of the data; all of them when None.
+    """
+
+    measures: ClassVar[Literal["steps", "data", "nothing"]] = "data"
+    accumulates: ClassVar[bool] = True
+    decay: float = 1.0
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse fields outside their range."""
+        check(0 <= self.decay <= 1, self, "decay", "a number in [0, 1]")
+        check(self.samples is None or self.samples >= 1, self, "samples", "1 or more, or None for all")
+
+    def init(self, theta: list[Tensor]) -> Nothing:  # noqa: ARG002
+        """Hold nothing beside the anchor."""
+        return Nothing()
+
+    def observe(self, state: Nothing, step: Step) -> Nothing:  # noqa: ARG002
+        """Look at nothing during training."""
+        return state
+
+    def conclude(self, state: Nothing, finish: Finish) -> tuple[Anchor, Nothing]:
+        """Add the task's importance to that of earlier tasks."""
+        pairs = zip(finish.earlier(), finish.gradients("norm", torch.abs, self.samples), strict=True)
+        return finish.renew([new if old is None else new.add_(old, alpha=self.decay) for old, new in pairs]), state

@@ -1,0 +1,33 @@
+"""Online EWC: one decaying Fisher information at the last weights.
+
+Schwarz et al., "Progress & Compress: A scalable framework for continual learning", ICML 2018, arXiv 1805.06370.
+"""
+
+from dataclasses import dataclass
+
+from rwalk.anchor import Anchor
+from rwalk.importance.base import Finish, check
+from rwalk.importance.ewc import EWC, Nothing
+
+
+@dataclass(frozen=True)
+class OnlineEWC(EWC):
+    """Importance gamma * omega + Fisher, at the weights after the last task.
+
+    Args:
+        gamma: what is kept of earlier tasks' importance, in [0, 1].
+        labels: as for `EWC`.
+        samples: as for `EWC`.
+    """
+
+    gamma: float = 0.95
+
+    def __post_init__(self) -> None:
+        """Refuse fields outside their range."""
+        super().__post_init__()
+        check(0 <= self.gamma <= 1, self, "gamma", "a number in [0, 1]")
+
+    def conclude(self, state: Nothing, finish: Finish) -> tuple[Anchor, Nothing]:
+        """Decay the importance of earlier tasks and add this one's."""
+        pairs = zip(finish.earlier(), self.fisher(finish), strict=True)
+        return finish.renew([new if old is None else new.add_(old, alpha=self.gamma) for old, new in pairs]), state

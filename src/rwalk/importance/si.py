@@ -1,0 +1,80 @@
+"""Synaptic intelligence: how much of the loss's fall each weight brought about, over how far it moved.
+
+Zenke, Poole, Ganguli, "Continual learning through synaptic intelligence", ICML 2017, arXiv 1703.04200.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwalk import kernels
+from rwalk.anchor import Anchor
+from rwalk.importance.base import Finish, Importance, Step, check, pick
+from rwalk.parameters import copies, zeros
+
+STRETCH = 64
+"""Steps after which the telescoped path is closed and marked anew. Its rounding error grows with the distance from the mark, so
+marking often keeps it as exact as storing the parameters of every step; marking costs one pass more."""
+
+
+class Path(NamedTuple):
+    """State of a path.
+
+    Args:
+        path: the path integral of the current task.
+        start: the parameters at the start of the task.
+        mark: the parameters at the start of the stretch.
+        previous: the gradient of the step before, zero at the start of a stretch.
+        steps: optimiser steps in this task.
+    """
+
+    path: list[Tensor]
+    start: list[Tensor]
+    mark: list[Tensor]
+    previous: list[Tensor]
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class SI(Importance[Path]):
+    """Importance omega += relu(path / (move^2 + xi)) (equation 5), with path and move taken over the whole task.
+
+    Args:
+        xi: damping of weights that hardly moved, positive, in units of a squared weight.
+    """
+
+    accumulates: ClassVar[bool] = True
+    xi: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse fields outside their range."""
+        check(0 < self.xi < math.inf, self, "xi", "a positive, finite number")
+
+    def init(self, theta: list[Tensor]) -> Path:
+        """Start at `theta` with an empty path: four tensors per parameter."""
+        return Path(zeros(theta), copies(theta), copies(theta), zeros(theta))
+
+    def observe(self, state: Path, step: Step) -> Path:
+        """Extend the path integral."""
+        if state.steps == 0:
+            torch._foreach_copy_(state.start, step.theta)
+            torch._foreach_copy_(state.mark, step.theta)
+        elif state.steps % STRETCH == 0:
+            kernels.close_(step.theta, state.path, state.mark, state.previous)
+            torch._foreach_copy_(state.mark, step.theta)
+        on, theta, grad = step.active()
+        kernels.trace_(theta, grad, *(pick(column, on) for column in (state.path, state.mark, state.previous)))
+        return state._replace(steps=state.steps + 1)
+
+    def conclude(self, state: Path, finish: Finish) -> tuple[Anchor, Path]:
+        """Add the task's importance to that of earlier tasks."""
+        theta = list(finish.theta.values())
+        kernels.close_(theta, state.path, state.mark, state.previous)
+        omega = [z if old is None else old.clone() for old, z in zip(finish.earlier(), zeros(theta), strict=True)]
+        kernels.account_(omega, state.path, state.start, theta, self.xi)
+        for path in state.path:
+            path.zero_()
+        return finish.renew(omega), state._replace(steps=0)

@@ -1,0 +1,660 @@
+"""Per-example gradients against plain autograd, one example at a time, in float64."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rwalk.gradients import Squares, loader, over, training, undisturbed
+from rwalk.parameters import named
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Threads that wait for each other cost more than these sizes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+# --- over a loader -----------------------------------------------------------------------------------------------------------
+
+
+def truth(model, theta, data, scores, of):
+    """Mean over (inputs, target) pairs of the weighted sum of of(gradient) of scores, one example and score at a time."""
+    model = model.eval()
+    totals, count = [torch.zeros_like(p) for p in theta.values()], 0
+    for x, y in data:
+        for i in range(len(x)):
+            count += 1
+            for score, weight in scores(model(x[i : i + 1]), y[i : i + 1]):
+                grads = torch.autograd.grad(score, list(theta.values()), retain_graph=True, allow_unused=True)
+                for total, g in zip(totals, grads, strict=True):
+                    if g is not None and weight:
+                        total += weight * of(g)
+    return [t / count for t in totals]
+
+
+def true(z, y):
+    return [(F.log_softmax(z, 1)[0, y[0]], 1.0)]
+
+
+def exact(z, y):
+    score = F.log_softmax(z, 1)[0]
+    return [(s, s.exp().item()) for s in score]
+
+
+def norm(z, y):
+    return [((z**2).sum(), 1.0)]
+
+
+SCORES = {"true": true, "exact": exact, "norm": norm}
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+
+
+def cnn():
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(4 * 5 * 5, 3),
+    ).double()
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(5, 4, batch_first=True)
+        self.head = nn.Linear(4, 3)
+        self.idle = nn.Linear(2, 2)
+        self.double()
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+class Branching(nn.Module):
+    """Looks at its values, which cannot be mapped over."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 3).double(), nn.Linear(5, 3).double()
+
+    def forward(self, x):
+        return self.a(x) if x.sum() > 0 else self.b(x)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 5).double(), nn.Linear(5, 5).double()
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+
+class Masked(nn.Module):
+    """Three of five classes open."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(5, 5).double()
+
+    def forward(self, x):
+        return self.net(x).masked_fill(torch.tensor([False, False, True, False, True]), -math.inf)
+
+
+def pairs(*shape, sizes=(4, 3), classes=3):
+    return [(torch.randn(n, *shape, dtype=torch.float64), torch.randint(classes, (n,))) for n in sizes]
+
+
+MODELS = {
+    "mlp": (mlp, (5,)),
+    "cnn": (cnn, (2, 5, 5)),
+    "lstm": (Recurrent, (6, 5)),
+    "branching": (Branching, (5,)),
+    "tied": (Tied, (5,)),
+}
+
+
+@pytest.mark.parametrize("objective", SCORES)
+@pytest.mark.parametrize("of", [torch.square, torch.abs])
+@pytest.mark.parametrize("name", MODELS)
+def test_objectives(name, objective, of):
+    make, shape = MODELS[name]
+    model, data = make(), pairs(*shape)
+    got = over(model, named(model), data)(objective, of)
+    close(got, truth(model, named(model), data, SCORES[objective], of))
+
+
+@pytest.mark.parametrize("make", [mlp, Branching], ids=["mapped", "alone"])
+def test_sampled_labels_follow_the_model(make):
+    model, theta = make(), None
+    theta = named(model)
+    x = torch.randn(1, 5, dtype=torch.float64)
+    many = [x.expand(4000, 5)] if make is mlp else [x.expand(600, 5)]
+    got = over(model, theta, many)("sample", torch.square)
+    want = truth(model, theta, [(x, torch.zeros(1))], exact, torch.square)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.3, atol=0.05 * b.max().item() if b.numel() else 0.0)
+
+
+@pytest.mark.parametrize("objective", ["true", "exact", "sample", "norm"])
+def test_shut_classes_contribute_nothing(objective):
+    model = Masked()
+    data = [(x, torch.tensor([0, 1, 3, 0])[: len(x)]) for x, _ in pairs(5)]
+    weight, bias = over(model, named(model), data)(objective, torch.square)
+    assert torch.isfinite(weight).all()
+    assert not weight[[2, 4]].any()
+    assert weight[[0, 1, 3]].all()
+    assert not bias[[2, 4]].any()
+    small = nn.Linear(5, 3).double()
+    small.load_state_dict({k: v[[0, 1, 3]] for k, v in model.net.state_dict().items()})
+    if objective == "exact":
+        close(weight[[0, 1, 3]], truth(small, named(small), data, exact, torch.square)[0])
+
+
+def test_subset_of_parameters_and_frozen_ones():
+    model, data = mlp(), pairs(5)
+    want = truth(model, {"w": model[2].weight}, data, true, torch.square)
+    model.requires_grad_(False)
+    close(over(model, {"2.weight": model[2].weight}, data)("true", torch.square), want)
+    slow = Branching()
+    want = truth(slow, {"a": slow.a.weight}, data, true, torch.square)
+    slow.requires_grad_(False)
+    close(over(slow, {"a.weight": slow.a.weight}, data)("true", torch.square), want)
+    assert not any(p.requires_grad for p in slow.parameters())
+
+
+def test_chunks_and_cap(monkeypatch):
+    model, data = mlp(), pairs(5, sizes=(7, 4))
+    monkeypatch.setattr(loader, "MEMORY", 3 * 8 * sum(p.numel() for p in model.parameters()))
+    close(over(model, named(model), data)("true", torch.square), truth(model, named(model), data, true, torch.square))
+    first = [(data[0][0], data[0][1]), (data[1][0][:2], data[1][1][:2])]
+    got = over(model, named(model), data)("true", torch.square, samples=9)
+    close(got, truth(model, named(model), first, true, torch.square))
+
+
+def test_cap_reads_no_further_batch():
+    def stream():
+        yield torch.ones(3, 5, dtype=torch.float64)
+        raise AssertionError("read on")
+
+    model = mlp()
+    assert len(over(model, named(model), stream())("norm", torch.abs, samples=3)) == 4
+
+
+class Scaled(nn.Module):
+    """Hugging Face style: keywords in, an output with logits; `scale` is shared by the examples and may look like a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x, scale, labels=None, flag=True):
+        assert flag is True
+        assert len(x) == 1
+        return {"logits": self.net(x) * scale.sum(), "labels": labels}
+
+
+def test_mappings_with_shared_tensors(monkeypatch):
+    model, data = Scaled(), pairs(5, sizes=(5, 4))
+    scale = torch.ones(2, dtype=torch.float64)
+    batches = [{"x": x, "scale": scale, "labels": y, "flag": True} for x, y in data]
+    monkeypatch.setattr(loader, "CHUNK", 2)
+    got = over(model, named(model), batches)("true", torch.square)
+    reference = nn.Sequential(model.net, Times(2.0))
+    close(got, truth(reference, named(model), data, true, torch.square))
+    close(over(model, named(model), [({"x": x, "scale": scale}, y) for x, y in data])("true", torch.square), got)
+    close(over(model, named(model), [((x, scale), y) for x, y in data])("true", torch.square), got)
+    close(over(model, named(model), [[(x, scale)] for x, _ in data])("norm", torch.abs), over_norm(model, batches))
+
+
+class Times(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return x * self.factor
+
+
+def over_norm(model, batches):
+    return over(model, named(model), batches)("norm", torch.abs, samples=None)
+
+
+def test_regression_and_reading_of_logits():
+    model = mlp()
+    data = [(x, torch.randn(len(x), 3, dtype=torch.float64)) for x, _ in pairs(5)]
+    got = over(model, named(model), data, loss=F.mse_loss)("true", torch.square)
+    close(got, truth(model, named(model), data, lambda z, y: [(((z - y) ** 2).mean(), 1.0)], torch.square))
+    halves = over(model, named(model), pairs(5), logits=lambda z: z[:, :2])("norm", torch.square)
+    assert not halves[3][2]
+
+
+def test_half_precision_state_is_float32():
+    model = nn.Linear(5, 3).bfloat16()
+    got = over(model, named(model), [torch.ones(2, 5, dtype=torch.bfloat16)])("exact", torch.square)
+    assert {t.dtype for t in got} == {torch.float32}
+
+
+def test_compiled_and_no_grad_callers():
+    model, data = mlp(), pairs(5)
+    want = over(model, named(model), data)("true", torch.square)
+    model[0] = torch.compile(model[0], backend="eager")
+    whole = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        close(over(whole, named(whole), data)("true", torch.square), want)
+    with torch.inference_mode():
+        got = over(whole, named(whole), data)("true", torch.square)
+    close(got, want)
+
+
+class Unruly(nn.Module):
+    """Moves a buffer, draws numbers and can fail."""
+
+    def __init__(self, fail_at=math.inf):
+        super().__init__()
+        self.net, self.calls, self.fail_at = cnn(), 0, fail_at
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen += float(x.sum()) + torch.rand(())
+        if self.calls > self.fail_at:
+            raise RuntimeError("broken")
+        return self.net(x)
+
+
+@pytest.mark.parametrize("fail_at", [math.inf, 3])
+def test_leaves_no_trace(fail_at):
+    model, data = Unruly(fail_at), pairs(2, 5, 5)
+    model.train()
+    model.net[1].eval()
+    model.net(data[0][0]).sum().backward()
+    state = copy.deepcopy(model.state_dict())
+    grads = {name: (p.grad, p.grad.clone()) for name, p in model.named_parameters()}
+    modes, rng = [m.training for m in model.modules()], torch.get_rng_state()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data[0]), batch_size=2, shuffle=True)
+    run = over(model, named(model), loader)
+    if fail_at < math.inf:
+        with pytest.raises(RuntimeError, match="broken"):
+            run("sample", torch.square)
+    else:
+        run("sample", torch.square)
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), rng)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    for name, p in model.named_parameters():
+        assert p.grad is grads[name][0]
+        assert torch.equal(p.grad, grads[name][1])
+
+
+def test_undisturbed_evaluates_with_gradients():
+    model = cnn()
+    with torch.no_grad(), undisturbed(model):
+        assert torch.is_grad_enabled()
+        assert not model[3].training
+    assert model[3].training
+
+
+@pytest.mark.parametrize(
+    ("batch", "objective", "options", "error", "match"),
+    [
+        ((torch.ones(2, 5),) * 3, "norm", {}, TypeError, "a tuple of 3"),
+        ("text", "norm", {}, TypeError, "`str`"),
+        (None, "norm", {}, TypeError, "`NoneType`"),
+        (torch.ones(2, 5), "true", {}, ValueError, "without a target"),
+        (torch.ones(2, 5), "true", {"loss": F.mse_loss}, ValueError, "without a target"),
+        (torch.ones(2, 5), "exact", {"loss": F.mse_loss}, ValueError, 'Use `labels="true"`'),
+        (torch.ones(2, 5), "sample", {"loss": F.mse_loss}, ValueError, 'Use `labels="true"`'),
+        (torch.ones(2, 5), "fisher", {}, ValueError, "one of"),
+        (torch.ones(2, 4, 5), "exact", {}, ValueError, "Pass `loss=`"),
+        ((torch.ones(2, 5), torch.ones(2, 3)), "true", {}, ValueError, "one class index"),
+        ((torch.ones(2, 5), ["a", "b"]), "true", {}, ValueError, "`list`"),
+        ((torch.ones(2, 5), torch.ones(2)), "true", {"loss": lambda z, y: z}, ValueError, "a scalar tensor"),
+        ((torch.ones(2, 5), torch.ones(2)), "true", {"loss": lambda z, y: 1.0}, ValueError, "`float`"),
+        (torch.ones(2, 5), "norm", {"logits": lambda z: "no"}, TypeError, "`str`"),
+    ],
+)
+def test_errors(batch, objective, options, error, match):
+    model = mlp().float()
+    with pytest.raises(error, match=match) as caught:
+        over(model, named(model), [batch], **options)(objective, torch.square)
+    assert str(caught.value).startswith("Got ")
+    assert "Expected " in str(caught.value)
+
+
+def test_no_examples():
+    model = mlp()
+    used_up = iter(pairs(5))
+    list(used_up)
+    for data, match in (([], "no examples"), (used_up, "used up"), ([torch.ones(0, 5).double()], "no examples")):
+        with pytest.raises(ValueError, match=match):
+            over(model, named(model), data)("norm", torch.square)
+
+
+# --- during training ---------------------------------------------------------------------------------------------------------
+
+
+def by_example(layer, x, readout):
+    """Mean squared per-example gradient: give every example its own copy of the parameters by repeating batches.
+
+    The layer runs on the whole batch, so that batch statistics are right, once for each example; of the output only that
+    example counts.
+    """
+    theta = dict(layer.named_parameters())
+    totals = {name: torch.zeros_like(p) for name, p in theta.items()}
+    for i in range(len(x)):
+        twin = copy.deepcopy(layer)
+        out = twin(x)
+        own = torch.autograd.grad(readout(out), out)[0]
+        grads = torch.autograd.grad(out, list(twin.parameters()), _only(own, i), allow_unused=True)
+        for name, g in zip(theta, grads, strict=True):
+            totals[name] += g**2
+    return {name: len(x) * t for name, t in totals.items()}
+
+
+def _only(g, i):
+    return torch.zeros_like(g).index_copy(0, torch.tensor([i]), g[i : i + 1])
+
+
+def readout(out):
+    """A mean over examples of something curved."""
+    places = torch.linspace(0.5, 1.5, out[0].numel(), dtype=out.dtype).reshape(out[0].shape)
+    return (torch.sin(out) * places + out**2).flatten(1).sum(1).mean()
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(5, 4), (5,)),
+    "linear without bias": (lambda: nn.Linear(5, 4, bias=False), (5,)),
+    "linear over a sequence": (lambda: nn.Linear(5, 4), (6, 5)),
+    "linear over two": (lambda: nn.Linear(5, 4), (2, 3, 5)),
+    "linear over one": (lambda: nn.Linear(5, 4), (1, 5)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, dilation=2), (4, 11)),
+    "conv2d": (lambda: nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(0, 1)), (3, 7, 6)),
+    "conv2d same": (lambda: nn.Conv2d(3, 4, 3, padding="same", dilation=2, bias=False), (3, 6, 6)),
+    "conv2d same, even": (lambda: nn.Conv2d(3, 4, (2, 3), padding="same"), (3, 6, 5)),
+    "conv2d valid": (lambda: nn.Conv2d(3, 4, 3, padding="valid"), (3, 6, 6)),
+    "conv2d groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), (4, 5, 5)),
+    "conv2d depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4, stride=2), (4, 6, 7)),
+    "conv2d circular": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), (3, 5, 5)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2, padding=1, stride=2), (2, 4, 3, 5)),
+    "layer norm": (lambda: nn.LayerNorm(5), (5,)),
+    "layer norm over a sequence": (lambda: nn.LayerNorm((3, 5)), (2, 3, 5)),
+    "layer norm without bias": (lambda: nn.LayerNorm(5, bias=False), (4, 5)),
+    "rms norm": (lambda: nn.RMSNorm(5), (4, 5)),
+    "group norm": (lambda: nn.GroupNorm(2, 4), (4, 3, 3)),
+    "group norm of vectors": (lambda: nn.GroupNorm(2, 4), (4,)),
+    "batch norm of vectors": (lambda: nn.BatchNorm1d(4), (4,)),
+    "batch norm 1d": (lambda: nn.BatchNorm1d(4), (4, 5)),
+    "batch norm 2d": (lambda: nn.BatchNorm2d(4), (4, 3, 3)),
+    "batch norm 2d, no statistics": (lambda: nn.BatchNorm2d(4, track_running_stats=False), (4, 3, 3)),
+    "batch norm 3d": (lambda: nn.BatchNorm3d(4), (4, 3, 2, 2)),
+    "batch norm, evaluating": (lambda: nn.BatchNorm2d(4).eval(), (4, 3, 3)),
+    "instance norm 1d": (lambda: nn.InstanceNorm1d(4, affine=True), (4, 5)),
+    "instance norm 2d": (lambda: nn.InstanceNorm2d(4, affine=True), (4, 3, 3)),
+    "instance norm 3d": (lambda: nn.InstanceNorm3d(4, affine=True), (4, 2, 3, 3)),
+    "instance norm, evaluating": (lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True).eval(), (4, 3, 3)),
+}
+
+
+def scrambled(layer):
+    """The layer in float64 with parameters and statistics that are nothing special."""
+    layer.double()
+    with torch.no_grad():
+        for t in (*layer.parameters(), *layer.buffers()):
+            if t.is_floating_point():
+                t.uniform_(0.5, 1.5)
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name, blocks, monkeypatch):
+    make, shape = LAYERS[name]
+    if blocks:
+        monkeypatch.setattr(training, "BLOCK", 30)
+        monkeypatch.setattr(training, "HELD", {"cpu": 150})
+    layer, x = scrambled(make()), torch.randn(4, *shape, dtype=torch.float64)
+    want = by_example(layer, x, readout)
+    squares = Squares(layer, named(layer), strict=True)
+    readout(layer(x)).backward()
+    assert set(squares.take()) == set(want)
+    for _ in range(2):
+        readout(layer(x)).backward()
+        close(squares.take(), want if "evaluating" in name or "batch" not in name else by_example(layer, x, readout))
+
+
+@pytest.mark.parametrize("shape", [(6,), ()])
+@pytest.mark.parametrize("padding", [None, 1])
+def test_embedding_sums_repeated_tokens(shape, padding):
+    layer, x = nn.Embedding(5, 3, padding_idx=padding).double(), torch.randint(5, (4, *shape))
+    want = by_example(layer, x, readout)
+    squares = Squares(layer, named(layer), strict=True)
+    for _ in range(2):
+        readout(layer(x)).backward()
+        close(squares.take(), want)
+
+
+class Net(nn.Module):
+    """Views, layouts and in-place operations of all kinds around the layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3, bias=False)
+        self.second.weight.requires_grad_(False)
+        self.last = nn.Linear(3, 3)
+        self.double()
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x.transpose(2, 3))), inplace=True)
+        x = self.first(x.flatten(2).transpose(1, 2))
+        x = F.relu(x, inplace=True)
+        return self.last(input=self.second(x).mean(1)).tanh_()
+
+
+def loop(model, x, y, examples):
+    """Squared per-example gradients of a model that treats examples alone, summed, and scaled as a mean over `examples`."""
+    theta = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    totals = {name: torch.zeros_like(p) for name, p in theta.items()}
+    for i in range(len(x)):
+        grads = torch.autograd.grad(F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]), list(theta.values()))
+        for name, g in zip(theta, grads, strict=True):
+            totals[name] += g**2 / examples
+    return totals
+
+
+def test_whole_model_and_micro_batches():
+    model = Net()
+    model.norm.eval()
+    (x, y), (x2, y2) = pairs(2, 4, 5, sizes=(4, 2))
+    whole = loop(model, torch.cat([x, x2]), torch.cat([y, y2]), 6)
+    one = loop(model, x, y, 4)
+    squares = Squares(model, named(model))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (F.cross_entropy(model(x), y) * 4 / 6).backward()
+        (F.cross_entropy(model(x2), y2) * 2 / 6).backward()
+        close(squares.take(), whole)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        close(squares.take(), one)
+        assert squares.take() == {}
+    (F.cross_entropy(model(x), y) * 4 / 6 + F.cross_entropy(model(x2), y2) * 2 / 6).backward()
+    close(squares.take(), whole)
+
+
+def test_float32_state_of_low_precision_under_autocast():
+    model = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+    squares = Squares(model, named(model), strict=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.randn(3, 6, 5)).float().square().sum((1, 2)).mean().backward()
+    taken = squares.take()
+    assert {t.dtype for t in taken.values()} == {torch.float32}
+    assert len(taken) == 6
+
+
+def test_empty_batch_and_no_grad_gather_nothing():
+    model = mlp()
+    squares = Squares(model, named(model), strict=True)
+    model(torch.ones(0, 5).double()).sum().backward()
+    with torch.no_grad():
+        model(torch.ones(3, 5).double())
+    with undisturbed(model):
+        model(torch.ones(3, 5).double()).sum().backward()
+    model(torch.ones(3, 5).double())  # no backward
+    model.zero_grad()
+    assert squares.take() == {}
+
+
+def test_close_removes_hooks():
+    model = mlp()
+    squares = Squares(model, named(model))
+    pending = model(torch.ones(3, 5).double()).sum()
+    squares.close()
+    pending.backward()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not squares._passes.examples
+
+
+class Wrong(nn.Module):
+    """One of each kind of trouble, beside a layer that works."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.fine, self.odd = nn.Linear(4, 4), nn.Linear(4, 4)
+        if kind == "kind":
+            self.odd = nn.MultiheadAttention(4, 2, batch_first=True)
+        if kind == "parameter":
+            self.odd.register_parameter("extra", nn.Parameter(torch.ones(4)))
+        if kind == "sparse":
+            self.odd = nn.Embedding(5, 4, max_norm=1.0)
+        if kind == "tied":
+            self.other = nn.Linear(4, 4)
+            self.other.weight = self.odd.weight
+        if kind == "positions":
+            self.odd = nn.Embedding(5, 4)
+        if kind == "trailing":
+            self.odd = nn.LayerNorm((3, 4))
+        self.double()
+
+    def forward(self, x):
+        x, odd = self.fine(x), self.odd
+        if self.kind == "kind":
+            return x + odd(x.unsqueeze(1), x.unsqueeze(1), x.unsqueeze(1))[0][:, 0]
+        if self.kind in ("positions", "sparse"):
+            return x + odd(torch.arange(4 if self.kind == "positions" else len(x))).sum(0)
+        if self.kind == "again":
+            return odd(torch.tanh(odd(x)))
+        if self.kind == "outside":
+            return F.linear(x, odd.weight, odd.bias)
+        if self.kind == "tied":
+            return self.other(odd(x))
+        if self.kind == "vectors":
+            return x + odd(x[0])
+        return odd(x) * (odd.extra if self.kind == "parameter" else 1)
+
+
+FROM_KIND = {"kind": "a `MultiheadAttention`", "parameter": "`extra`", "sparse": "max_norm", "tied": "shares a parameter"}
+WHEN_RUN = {
+    "positions": "is 4, that of the batch 3",
+    "again": "more than once",
+    "outside": "outside of its forward",
+    "vectors": "no dimension for examples",
+    "trailing": "no dimension for examples",
+}
+
+
+@pytest.mark.parametrize(("kind", "why"), FROM_KIND.items())
+def test_unsupported_by_kind(kind, why):
+    model, x = Wrong(kind), torch.randn(3, 4).double()
+    with pytest.warns(UserWarning, match=why) as caught:
+        squares = Squares(model, named(model))
+    assert len(caught) == 1
+    assert str(caught[0].message).startswith("Got modules")
+    assert caught[0].filename == __file__
+    for _ in range(2):
+        model(x).sum(1).mean().backward()
+        assert set(squares.take()) == {"fine.weight", "fine.bias"}
+    squares.close()
+    with pytest.raises(RuntimeError, match="`odd"):
+        Squares(model, named(model), strict=True)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(("kind", "why"), WHEN_RUN.items())
+def test_unsupported_when_run(kind, why):
+    model, x = Wrong(kind), torch.randn(3, 4).double()
+    squares = Squares(model, named(model))
+    model(x).sum(1).mean().backward()
+    with pytest.warns(UserWarning, match=why) as caught:
+        assert set(squares.take()) == {"fine.weight", "fine.bias"}
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    model(x).sum(1).mean().backward()
+    assert set(squares.take()) == {"fine.weight", "fine.bias"}
+    squares.close()
+    strict = Squares(model, named(model), strict=True)
+    model(x).sum(1).mean().backward()
+    with pytest.raises(RuntimeError, match="`odd`"):
+        strict.take()
+
+
+def test_unused_heads_and_compiled_models():
+    model = nn.ModuleDict({"a": nn.Linear(5, 3), "b": nn.Linear(5, 3)}).double()
+    model.forward = lambda x: model["a"](x)
+    squares = Squares(model, named(model), strict=True)
+    model(torch.ones(2, 5).double()).sum().backward()
+    assert set(squares.take()) == {"a.weight", "a.bias"}
+    compiled = torch.compile(mlp(), backend="eager")
+    squares = Squares(compiled, named(compiled))
+    compiled(torch.ones(2, 5).double()).sum().backward()
+    with pytest.warns(UserWarning, match="compiled"):
+        assert squares.take() == {}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing(reentrant):
+    model, ((x, y), *_) = mlp(), pairs(5)
+    want = loop(model, x, y, len(x))
+    model.forward = _checkpointed(model, reentrant)
+    squares = Squares(model, named(model), strict=True)
+    F.cross_entropy(model(x.requires_grad_()), y).backward()
+    close(squares.take(), want)
+
+
+def _checkpointed(model, reentrant):
+    plain = type(model).forward
+    return lambda x: torch.utils.checkpoint.checkpoint(lambda t: plain(model, t), x, use_reentrant=reentrant)
+
+
+def test_a_pass_over_data_leaves_the_gathering_alone():
+    model, data = mlp(), pairs(5)
+    squares = Squares(model, named(model), strict=True)
+    (x, y) = data[0]
+    want = loop(copy.deepcopy(model), x, y, len(x))
+    F.cross_entropy(model(x), y).backward()
+    over(model, named(model), data)("true", torch.square)
+    close(squares.take(), want)
+    assert "gathered=4, of=4" in repr(squares)

@@ -1,0 +1,178 @@
+"""The two pulls and tail averaging: formulas by hand, every strength, real optimisers."""
+
+import copy
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import optim
+
+from cases import batches, mlp, train
+from rwalk import L2, Consolidator, RWalk, proximal
+
+OPTIMIZERS = {
+    "sgd": (lambda p: optim.SGD(p, lr=0.1), "lr"),
+    "momentum": (lambda p: optim.SGD(p, lr=0.02, momentum=0.8), "lr / (1 - momentum)"),
+    "nesterov": (lambda p: optim.SGD(p, lr=0.02, momentum=0.8, nesterov=True), "lr / (1 - momentum)"),
+    "adam": (lambda p: optim.Adam(p, lr=0.01), "lr / (sqrt(v) + eps), per coordinate"),
+    "amsgrad": (lambda p: optim.Adam(p, lr=0.01, amsgrad=True), "lr / (sqrt(v) + eps), per coordinate"),
+    "adamw": (lambda p: optim.AdamW(p, lr=0.01, betas=(0.8, 0.95)), "lr / (sqrt(v) + eps), per coordinate"),
+    "rmsprop": (lambda p: optim.RMSprop(p, lr=0.01), "lr"),
+    "adagrad": (lambda p: optim.Adagrad(p, lr=0.05), "lr"),
+}
+
+
+def metric_by_hand(name, optimizer, parameter):
+    group = optimizer.param_groups[0]
+    if name in ("momentum", "nesterov"):
+        return 0.02 / (1 - 0.8)
+    if name in ("adam", "amsgrad", "adamw"):
+        state = optimizer.state[parameter]
+        v = state["max_exp_avg_sq" if name == "amsgrad" else "exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+        return group["lr"] / (np.sqrt(v.numpy()) + group["eps"])
+    return group["lr"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_proximal_step_is_the_weighted_mean_in_the_optimisers_metric(name):
+    make, words = OPTIMIZERS[name]
+    model = mlp()
+    optimizer = make(model.parameters())
+    memory = Consolidator(model, RWalk(), strength=0.7, pull="proximal").attach(optimizer)
+    train(model, optimizer, batches(0, 15))
+    memory.consolidate()
+    plain = copy.deepcopy(model)
+    other = make(plain.parameters())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for batch in batches(1, 4):
+        plain.load_state_dict(model.state_dict())
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        train(plain, other, [batch])
+        train(model, optimizer, [batch])
+        for (key, ours), free in zip(model.named_parameters(), plain.parameters(), strict=True):
+            w = 2 * metric_by_hand(name, other, free) * 0.7 * memory.anchor.omega[key].numpy()
+            expected = (free.detach().numpy() + w * memory.anchor.point[key].numpy()) / (1 + w)
+            np.testing.assert_allclose(ours.detach().numpy(), expected, rtol=1e-10, atol=1e-14)
+    assert proximal.metric(optimizer) == words
+    assert memory.summary().settings["metric of the pull"] == words
+
+
+def test_groups_have_their_own_learning_rates():
+    model = mlp()
+    optimizer = optim.SGD([{"params": model[0].parameters(), "lr": 0.1}, {"params": model[2].parameters(), "lr": 0.0}], lr=1.0)
+    memory = Consolidator(model, L2(), strength=5.0, pull="proximal")
+    memory.estimate()
+    memory.attach(optimizer)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        expected = memory.anchor.point[name] + 1 / (1 + 2 * (0.1 if name[0] == "0" else 0.0) * 5.0)
+        assert torch.allclose(parameter, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_strengths_up_to_1e8_stay_finite_and_hold_ever_harder(name):
+    drift = []
+    for strength in (0.0, 1e-2, 1.0, 1e2, 1e4, 1e6, 1e8):
+        model = mlp(torch.float32)
+        optimizer = OPTIMIZERS[name][0](model.parameters())
+        memory = Consolidator(model, L2(), strength, pull="proximal").attach(optimizer)
+        train(model, optimizer, [(x.astype(np.float32), y) for x, y in batches(0, 10)])
+        memory.consolidate()
+        train(model, optimizer, [(x.astype(np.float32), y) for x, y in batches(1, 40)])
+        moved = torch.cat([(p.detach() - memory.anchor.point[n]).flatten() for n, p in model.named_parameters()])
+        assert torch.isfinite(moved).all()
+        drift.append(float(moved.norm()))
+    assert all(b <= a * 1.001 for a, b in pairwise(drift)), drift
+    assert drift[-1] < 1e-3 * drift[0]
+
+
+def test_the_gradient_pull_warns_once_a_task_where_it_would_overshoot():
+    model = mlp()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    memory = Consolidator(model, L2(), strength=6.0)
+    memory.estimate()
+    memory.attach(optimizer)
+    with pytest.warns(UserWarning, match=r'strength 6 at learning rate 0\.1.*pull="proximal"') as caught:
+        train(model, optimizer, batches(0, 3))
+    assert len(caught) == 1
+    memory.consolidate()
+    memory.strength = 4.9
+    train(model, optimizer, batches(1, 3))
+
+
+def test_the_recipe_is_the_default_and_holds_four_tensors_per_parameter():
+    model = mlp(torch.float32)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    memory = Consolidator(model).attach(optimizer)
+    assert (memory.strength, memory.pull, memory.average) == (0.005, "proximal", "tail")
+    assert (memory.rule.alpha, memory.rule.accumulate, memory.rule.normalize) == ("mean", "sum", "first")
+    size = sum(p.numel() * 4 for p in model.parameters())
+    for task in range(3):
+        train(model, optimizer, [(x.astype(np.float32), y) for x, y in batches(task, 9)])
+        memory.consolidate()
+    assert memory.state_bytes == 4 * size
+    paper = Consolidator(model, RWalk())
+    assert (paper.strength, paper.pull, paper.average) == (1.0, "gradient", "none")
+
+
+@pytest.mark.parametrize("options", [{"pull": "both"}, {"average": "all"}, {"strength": -1.0}], ids=str)
+def test_unknown_options(options):
+    with pytest.raises(ValueError, match=rf"Got {next(iter(options))}.*Expected .*Pass such"):
+        Consolidator(mlp(), RWalk(), **options)
+
+
+def normed():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 3)
+    ).double()
+
+
+def test_averaging_recomputes_the_statistics_of_batchnorm_over_the_data():
+    model = normed()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    memory = Consolidator(model, RWalk(), average="tail").attach(optimizer)
+    train(model, optimizer, batches(0, 12))
+    loader = [(torch.as_tensor(x), torch.as_tensor(y)) for x, y in batches(0, 5)]
+    random = torch.get_rng_state()
+    memory.consolidate(loader)
+    assert torch.equal(random, torch.get_rng_state())
+    with torch.no_grad():
+        outputs = [model[0](x) for x, _ in loader]
+    mean = torch.stack([h.mean(0) for h in outputs]).mean(0)
+    variance = torch.stack([h.var(0) for h in outputs]).mean(0)
+    assert torch.allclose(model[1].running_mean, mean, rtol=1e-10)
+    assert torch.allclose(model[1].running_var, variance, rtol=1e-10)
+    assert model[1].momentum == 0.1
+    assert all(m.training for m in model.modules())
+
+
+def test_averaging_without_data_says_that_batchnorm_is_not_in_line():
+    model = normed()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    memory = Consolidator(model, RWalk(), average="tail").attach(optimizer)
+    train(model, optimizer, batches(0, 3))
+    with pytest.warns(UserWarning, match=r"BatchNorm under tail averaging.*consolidate\(loader\)"):
+        memory.consolidate()
+
+
+def test_the_path_ends_where_the_optimiser_was_not_at_the_average():
+    model = mlp()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    plain = Consolidator(model, RWalk()).attach(optimizer)
+    start = copy.deepcopy(model.state_dict())
+    train(model, optimizer, batches(0, 13))
+    plain.consolidate()
+    plain.detach()
+    model.load_state_dict(start)
+    averaged = Consolidator(model, RWalk(), average="tail").attach(optimizer)
+    train(model, optimizer, batches(0, 13))
+    averaged.consolidate()
+    for name, omega in plain.anchor.omega.items():
+        assert torch.equal(omega, averaged.anchor.omega[name])
+        assert not torch.equal(plain.anchor.point[name], averaged.anchor.point[name])

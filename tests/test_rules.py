@@ -1,0 +1,305 @@
+"""Each rule against its paper's equation, computed in float64 NumPy or by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from cases import batches, mlp, train
+from oracle import softmax_gradient, softmax_squares
+from rwalk import EWC, L2, MAS, SI, Anchor, Consolidator, EWCpp, OnlineEWC, RWalk, kernels
+from rwalk.importance.base import Finish, Step
+
+RATE = 0.05
+
+
+def linear(seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.Linear(5, 3).double()
+
+
+def numpy(model):
+    return [p.detach().numpy().copy() for p in model.parameters()]
+
+
+def data(seed, size=11):
+    ((x, y),) = batches(seed, 1, size=size)
+    return x, y, [(torch.as_tensor(x[:7]), torch.as_tensor(y[:7])), (torch.as_tensor(x[7:]), torch.as_tensor(y[7:]))]
+
+
+def close(ours, truth, rtol=1e-9):
+    np.testing.assert_allclose(ours.detach().numpy(), truth, rtol=rtol, atol=1e-14)
+
+
+def probabilities(weight, bias, x):
+    z = x @ weight.T + bias
+    p = np.exp(z - z.max(1, keepdims=True))
+    return p / p.sum(1, keepdims=True)
+
+
+def exact_fisher(weight, bias, x):
+    """Sum over classes of p(c) times the squared gradient of log p(c), mean over examples."""
+    p = probabilities(weight, bias, x)
+    total = [np.zeros_like(weight), np.zeros_like(bias)]
+    for i in range(len(x)):
+        for c in range(len(bias)):
+            one = [g**2 for g in softmax_gradient(weight, bias, x[i : i + 1], np.array([c]))]
+            total = [t + p[i, c] * g / len(x) for t, g in zip(total, one, strict=True)]
+    return total
+
+
+def omegas(memory):
+    return list(memory.anchor.omega.values())
+
+
+@pytest.mark.parametrize("labels", ["exact", "true"])
+def test_ewc_measures_the_fisher_information(labels):
+    model = linear()
+    memory = Consolidator(model, EWC(labels=labels))
+    x, y, loader = data(0)
+    memory.estimate(loader)
+    truth = exact_fisher(*numpy(model), x) if labels == "exact" else softmax_squares(*numpy(model), x, y)
+    for ours, expected in zip(omegas(memory), truth, strict=True):
+        close(ours, expected)
+
+
+def test_sampled_labels_agree_with_exact_ones_in_the_mean():
+    model = linear()
+    x, _, loader = data(0)
+    truth = exact_fisher(*numpy(model), x)
+    mean = [np.zeros_like(t) for t in truth]
+    for _ in range(300):
+        memory = Consolidator(model, EWC(labels="sample"))
+        memory.estimate(loader)
+        torch.rand(1)  # the measurement leaves the random state alone, so each round has to move it
+        mean = [m + o.numpy() / 300 for m, o in zip(mean, omegas(memory), strict=True)]
+    for ours, expected in zip(mean, truth, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=0.35, atol=0.02)
+
+
+def test_ewc_over_tasks_is_the_sum_of_their_quadratics():
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    memory = Consolidator(model, EWC(labels="true"), strength=0.3).attach(optimizer)
+    kept = []
+    for task in range(3):
+        train(model, optimizer, batches(task, 9))
+        x, y, loader = data(task + 50)
+        kept.append((numpy(model), softmax_squares(*numpy(model), x, y)))
+        memory.consolidate(loader)
+
+    def quadratics(theta):
+        return 0.3 * sum((f * (t - a) ** 2).sum() for at, fs in kept for t, a, f in zip(theta, at, fs, strict=True))
+
+    differences = []
+    for seed in range(4):
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(seed))
+        differences.append(float(memory.penalty()) - quadratics(numpy(model)))
+    np.testing.assert_allclose(differences, differences[0], rtol=1e-9)
+    assert memory.state_bytes == 2 * sum(p.numel() * 8 for p in model.parameters())
+
+
+def test_merging_keeps_the_newer_point_where_nothing_matters():
+    old = Anchor({"w": torch.tensor([1.0, 1.0, 1.0])}, {"w": torch.tensor([0.0, 2.0, 3.0])})
+    merged = old.merge({"w": torch.tensor([5.0, 5.0, 5.0])}, [torch.tensor([0.0, 0.0, 1.0])])
+    assert merged.point["w"].tolist() == [5.0, 1.0, 2.0]
+    assert merged.omega["w"].tolist() == [0.0, 2.0, 4.0]
+
+
+def test_online_ewc_decays():
+    model = linear()
+    memory = Consolidator(model, OnlineEWC(labels="true", gamma=0.25))
+    expected = 0
+    for task in range(3):
+        x, y, loader = data(task)
+        memory.consolidate(loader)
+        expected = 0.25 * expected + softmax_squares(*numpy(model), x, y)[0]
+    close(memory.anchor.omega["weight"], expected)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_mas_is_the_mean_absolute_gradient_of_the_squared_output(decay):
+    model = linear()
+    memory = Consolidator(model, MAS(decay=decay))
+    expected = [0, 0]
+    for task in range(2):
+        x, _, loader = data(task)
+        memory.consolidate(loader)
+        weight, bias = numpy(model)
+        f = x @ weight.T + bias
+        fresh = [np.abs(2 * f[:, :, None] * x[:, None, :]).mean(0), np.abs(2 * f).mean(0)]
+        expected = [decay * e + n for e, n in zip(expected, fresh, strict=True)]
+    for ours, truth in zip(omegas(memory), expected, strict=True):
+        close(ours, truth)
+
+
+def test_samples_caps_the_examples():
+    model = linear()
+    x, y, loader = data(0)
+    for rule, truth in ((EWC(labels="true", samples=5), softmax_squares(*numpy(model), x[:5], y[:5])[0]),
+                        (EWC(samples=8), exact_fisher(*numpy(model), x[:8])[0])):  # fmt: skip
+        memory = Consolidator(model, rule)
+        memory.estimate(loader)
+        close(memory.anchor.omega["weight"], truth)
+
+
+@pytest.mark.parametrize("toward", ["last", "first"])
+def test_l2_holds_to_the_last_or_the_pretrained_weights(toward):
+    model = linear()
+    start = numpy(model)
+    memory = Consolidator(model, L2(toward=toward), strength=0.1)
+    memory.estimate()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    memory.attach(optimizer)
+    train(model, optimizer, batches(0, 5))
+    memory.consolidate()
+    close(memory.anchor.point["weight"], start[0] if toward == "first" else model.weight.detach().numpy())
+    assert (memory.anchor.omega["weight"] == 1).all()
+
+
+def stored_path(theta, momentum, stream, strength=0.0, omega=None, point=None):
+    """Train by SGD in NumPy, storing the parameters of every step; return the path integral and the move."""
+    velocity = [np.zeros_like(t) for t in theta]
+    path = [np.zeros_like(t) for t in theta]
+    start = [t.copy() for t in theta]
+    for x, y in stream:
+        grad = softmax_gradient(*theta, x, y)
+        for i, t in enumerate(theta):
+            pull = 0 if omega is None else 2 * strength * omega[i] * (t - point[i])
+            velocity[i] = momentum * velocity[i] + grad[i] + pull
+            before = t.copy()
+            t -= RATE * velocity[i]
+            path[i] -= grad[i] * (t - before)
+    return path, [t - s for t, s in zip(theta, start, strict=True)]
+
+
+@pytest.mark.filterwarnings("ignore:Got strength")
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_si_over_three_tasks(momentum):
+    model = linear()
+    theta = numpy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=momentum)
+    memory = Consolidator(model, SI(xi=0.02), strength=0.5).attach(optimizer)
+    omega, point = None, None
+    for task, steps in enumerate((150, 64, 7)):
+        optimizer.state.clear()
+        train(model, optimizer, batches(task, steps))
+        memory.consolidate()
+        path, move = stored_path(theta, momentum, batches(task, steps), 0.5, omega, point)
+        fresh = [np.maximum(p / (d**2 + 0.02), 0) for p, d in zip(path, move, strict=True)]
+        omega = fresh if omega is None else [o + f for o, f in zip(omega, fresh, strict=True)]
+        point = [t.copy() for t in theta]
+        for ours, expected in zip(omegas(memory), omega, strict=True):
+            close(ours, expected, rtol=1e-8)
+
+
+def test_the_telescoped_path_is_as_exact_as_storing_the_old_parameters_over_ten_thousand_steps():
+    """Float32 against float64 on one and the same sequence of gradients and parameters."""
+    torch.manual_seed(0)
+    rule, size, steps = SI(), 64, 10_000
+    theta = torch.randn(size)
+    state = rule.init([theta])
+    truth, naive = torch.zeros(size, dtype=torch.float64), torch.zeros(size)
+    drift = torch.randn(size) * 1e-3
+    for _ in range(steps):
+        grad = torch.randn(size) * 0.1 + drift
+        state = rule.observe(state, Step([theta], [grad]))
+        after = theta - 0.01 * grad
+        truth -= grad.double() * (after.double() - theta.double())
+        naive -= grad * (after - theta)
+        theta = after
+    kernels.close_([theta], state.path, state.mark, state.previous)
+    ours = float((state.path[0] - truth).norm() / truth.norm())
+    stored = float((naive - truth).norm() / truth.norm())
+    assert ours < 3 * stored + 1e-6, (ours, stored)
+
+
+@pytest.mark.parametrize("normalize", ["none", "max", "first"])
+@pytest.mark.parametrize("accumulate", ["last", "sum"])
+@pytest.mark.parametrize("alpha", [0.9, 0.1, "mean"])
+@pytest.mark.parametrize("fisher", ["batch", "example"])
+@pytest.mark.filterwarnings("ignore:Got strength")
+def test_ewcpp(alpha, accumulate, normalize, fisher):
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    rule = EWCpp(alpha=alpha, accumulate=accumulate, normalize=normalize, fisher=fisher)
+    memory = Consolidator(model, rule, strength=0.0).attach(optimizer)
+    theta, running, omega, first = numpy(model), None, None, None
+    for task in range(3):
+        running = None if alpha == "mean" else running
+        for n, (x, y) in enumerate(batches(task, 8), start=1):
+            grad = softmax_gradient(*theta, x, y)
+            fresh = softmax_squares(*theta, x, y) if fisher == "example" else [g**2 for g in grad]
+            weight = 1 / n if alpha == "mean" else alpha
+            running = fresh if running is None else [weight * f + (1 - weight) * r for f, r in zip(fresh, running, strict=True)]
+            for t, g in zip(theta, grad, strict=True):
+                t -= RATE * g
+        everything = np.concatenate([r.ravel() for r in running])
+        first = first or everything.mean()
+        scale = {"none": 1, "max": everything.max(), "first": first}[normalize]
+        scaled = [r / scale for r in running]
+        omega = scaled if omega is None or accumulate == "last" else [o + s for o, s in zip(omega, scaled, strict=True)]
+        train(model, optimizer, batches(task, 8))
+        memory.consolidate()
+        for ours, expected in zip(omegas(memory), omega, strict=True):
+            close(ours, expected)
+
+
+@pytest.mark.filterwarnings("ignore:Got strength")
+def test_on_a_quadratic_with_small_steps_the_path_sums_to_the_loss_removed():
+    for rule, score in ((SI(xi=1e9), 1e9), (RWalk(eps=1e9, accumulate="sum"), 1e9)):
+        model = torch.nn.Linear(6, 1, bias=False).double()
+        curvature = torch.linspace(0.5, 3, 6).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+        memory = Consolidator(model, rule, strength=0.0).attach(optimizer)
+
+        def loss(model=model, curvature=curvature):
+            return 0.5 * (curvature * model.weight**2).sum()
+
+        before = float(loss().detach())
+        for _ in range(300):
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+        memory.consolidate()
+        raw = memory.anchor.omega["weight"] if isinstance(rule, SI) else memory._state.total[0]
+        assert float(raw.sum()) * score == pytest.approx(before - float(loss().detach()), rel=1e-3)
+
+
+def test_an_anchor_new_to_a_parameter_joins_without_decay():
+    anchor = Anchor({"a": torch.ones(1)}, {"a": torch.ones(1)})
+    point = {"a": torch.zeros(1), "b": torch.zeros(2)}
+    finish = Finish(
+        point, point, anchor, lambda objective, of, samples=None: [of(torch.full_like(p, -2.0)) for p in point.values()]
+    )
+    for rule, expected in ((OnlineEWC(gamma=0.5), [4.5, 4.0]), (MAS(decay=0.5), [2.5, 2.0]), (EWC(), [5.0, 4.0])):
+        result, _ = rule.conclude(rule.init(list(point.values())), finish)
+        assert [result.omega[n][0].item() for n in ("a", "b")] == expected
+
+
+@pytest.mark.parametrize("make", [
+    lambda: EWC(labels="both"), lambda: EWC(samples=0), lambda: OnlineEWC(gamma=1.5), lambda: OnlineEWC(labels="none"),
+    lambda: MAS(decay=-1.0), lambda: MAS(samples=-3), lambda: SI(xi=0.0), lambda: SI(xi=math.nan), lambda: L2(toward="middle"),
+    lambda: EWCpp(alpha=2.0), lambda: EWCpp(accumulate="average"), lambda: EWCpp(normalize="all"), lambda: EWCpp(fisher="one"),
+    lambda: RWalk(fisher="one"),
+])  # fmt: skip
+def test_fields_out_of_range(make):
+    with pytest.raises(ValueError, match=r"Got \w+\(.*Expected .* to be .*Pass such a value"):
+        make()
+
+
+def test_data_rules_ask_for_data_before_anything_changes():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    memory = Consolidator(model, EWC(), average="tail").attach(optimizer)
+    train(model, optimizer, batches(0, 4))
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"without data.*consolidate\(loader\)"):
+        memory.consolidate()
+    with pytest.raises((ValueError, TypeError)):
+        memory.consolidate([object()])
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert memory.tasks == 0
+    assert len(memory.anchor) == 0
