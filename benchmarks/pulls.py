@@ -53,7 +53,9 @@ def one(stream, strength, seed, training, pull, out):
     """Return the record of one run, from disk or by running it."""
     from pathlib import Path
 
-    path = Path(out) / file_name(stream[0].stream["name"], "rwalk", seed, configuration(stream, RWalk(), strength, training, pull))
+    path = Path(out) / file_name(
+        stream[0].stream["name"], "rwalk", seed, configuration(stream, RWalk(), strength, training, pull)
+    )
     if path.exists():
         return Record.load(path)
     record = bench.run(stream, RWalk(), strength, seed, training, pull=pull)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cases import batches, mlp, train
+from cases import batches, train
 from oracle import softmax_gradient, softmax_squares
 from rwalk import EWC, L2, MAS, SI, Anchor, Consolidator, EWCpp, OnlineEWC, RWalk, kernels
 from rwalk.importance.base import Finish, Step
@@ -290,16 +290,21 @@ def test_fields_out_of_range(make):
         make()
 
 
-def test_data_rules_ask_for_data_before_anything_changes():
-    model = mlp()
+def test_an_error_while_measuring_leaves_weights_statistics_and_anchor_as_they_were():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3)).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     memory = Consolidator(model, EWC(), average="tail").attach(optimizer)
     train(model, optimizer, batches(0, 4))
-    before = [p.detach().clone() for p in model.parameters()]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    x, _, _ = data(0)
     with pytest.raises(ValueError, match=r"without data.*consolidate\(loader\)"):
         memory.consolidate()
-    with pytest.raises((ValueError, TypeError)):
-        memory.consolidate([object()])
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    for broken in ([object()], [(torch.as_tensor(x), torch.zeros(11))], [(torch.as_tensor(x), torch.zeros(11).long()), 3]):
+        with pytest.raises((ValueError, TypeError), match=r"Got .*Expected"):
+            memory.consolidate(broken, logits=lambda output: output.unsqueeze(0))
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert memory.tasks == 0
     assert len(memory.anchor) == 0
+    memory.consolidate([(torch.as_tensor(x), torch.zeros(11).long())])
+    assert len(memory.anchor) == 6

@@ -65,6 +65,11 @@ def batch_norms(model: nn.Module) -> list[_NormBase]:
     return [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
 
 
+def statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Copy the running statistics of a model: pairs of a buffer and its value."""
+    return [(buffer, buffer.clone()) for norm in batch_norms(model) for buffer in norm.buffers(recurse=False)]
+
+
 @torch.no_grad()
 def refresh_batch_norms(model: nn.Module, data: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> None:
     """Recompute running statistics over data, as plain means over its batches; modes and momenta are restored.

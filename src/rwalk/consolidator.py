@@ -13,7 +13,7 @@ from rwalk import _refusals as refusals
 from rwalk import gradients, proximal
 from rwalk._errors import explain
 from rwalk.anchor import Anchor, Match
-from rwalk.averaging import Tail, batch_norms, refresh_batch_norms
+from rwalk.averaging import Tail, batch_norms, refresh_batch_norms, statistics
 from rwalk.importance.base import Finish, Gradients, Importance, Step, no_data
 from rwalk.importance.ewcpp import EWCpp
 from rwalk.parameters import Watch, look, named, regraft
@@ -164,9 +164,11 @@ class Consolidator:
             self._follow(Watch.all(self.model))
         if self.rule.measures == "data" and data is None:
             no_data("true", torch.square)
-        raw = self._tail.swap(self._watch.theta) if self.average == "tail" else self._watch.theta
+        averaged = self.average == "tail"
+        kept = statistics(self.model) if averaged else []
+        raw = self._tail.swap(self._watch.theta) if averaged else self._watch.theta
         try:
-            if raw is not self._watch.theta:
+            if averaged:
                 self._refresh_batch_norms(data)
             measured: Gradients = no_data
             if data is not None and self.rule.measures == "data":
@@ -175,6 +177,8 @@ class Consolidator:
             self.anchor, self._state = self.rule.conclude(self._state, finish)
         except BaseException:
             self._tail.swap(self._watch.theta)
+            for buffer, value in kept:
+                buffer.copy_(value)
             raise
         self._tail.restart()
         self.tasks += 1

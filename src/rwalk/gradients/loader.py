@@ -1,6 +1,7 @@
 """Per-example gradients over data, for rules that measure importance at a task's end."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast, get_args
@@ -315,7 +316,9 @@ class _Engine:
         theta = {name: p.detach() for name, p in self.theta.items()}
         terms: dict[str, Tensor]
         try:
-            terms = vmap(self._terms, in_dims=(None, dims), randomness="different")(theta, examples)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="There is a performance drop")  # where an operator is looped over
+                terms = vmap(self._terms, in_dims=(None, dims), randomness="different")(theta, examples)
         except (RuntimeError, NotImplementedError, ValueError, TypeError):  # `_alone` meets errors of the user's own again
             self._mapped = False
             return False

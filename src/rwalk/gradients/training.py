@@ -73,8 +73,10 @@ class _Sum:
     def add_outer(self, g: Tensor, x: Tensor) -> None:
         """Add contributions g_i x_i^T for g of shape (examples, rows) and x of shape (examples, columns)."""
         buffer = self.buffer
-        g, x = g.to(buffer.dtype), x.to(buffer.dtype)
-        buffer.addmm_(g.mul(g).t(), x.mul(x), beta=self._keep, alpha=self.examples)
+        g, x = (t.to(buffer.dtype).square() for t in (g, x))
+        rows = max(BLOCK // max(x.shape[1], 1), 1) if g.device.type == "cpu" else len(buffer)  # one product of all is slower
+        for part, some in zip(buffer.split(rows), g.t().split(rows), strict=True):
+            part.addmm_(some, x, beta=self._keep, alpha=self.examples)
         self._keep = 1.0
 
     def add_products(self, g: Tensor, x: Tensor) -> None:

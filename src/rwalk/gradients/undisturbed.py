@@ -6,6 +6,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rwalk.parameters import bare
 
@@ -31,6 +32,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices=sorted(devices)))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels of attention cannot be mapped over examples
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # cuDNN has no backward for RNNs in evaluation mode
         if any(hasattr(module, "_orig_mod") for module in root.modules()):
             stack.enter_context(torch.compiler.set_stance("force_eager"))

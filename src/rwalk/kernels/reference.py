@@ -67,17 +67,24 @@ def pull_(grad: Tensor, theta: Tensor, point: Tensor, omega: Tensor, strength: f
 
 
 def draw_(theta: Tensor, point: Tensor, omega: Tensor, step: float) -> None:
-    """Move towards the anchor, stably for every step: theta <- (theta + w * point) / (1 + w) with w = step * omega."""
-    w = omega * step
-    theta.lerp_(point.to(theta.dtype), (1 - 1 / w.add_(1)).to(theta.dtype))
+    """Move towards the anchor, stably for every step: theta <- (theta + w * point) / (1 + w) with w = step * omega.
+
+    The way towards the point, w / (1 + w), is taken as 1 / (1 + 1 / w), which is exact at both ends: 0 at w = 0, 1 at infinity.
+    """
+    _approach_(theta, point, (omega * step).reciprocal_())
 
 
 def draw_scaled_(
     theta: Tensor, point: Tensor, omega: Tensor, second: Tensor, step: float, correction: float, eps: float
 ) -> None:
     """Move towards the anchor in Adam's metric: as `draw_`, with w = step * omega / (sqrt(second / correction) + eps)."""
-    w = (second / correction).sqrt_().add_(eps).reciprocal_().mul_(omega).mul_(step)
-    theta.lerp_(point.to(theta.dtype), (1 - 1 / w.add_(1)).to(theta.dtype))
+    _approach_(theta, point, (second / correction).sqrt_().add_(eps).div_(omega * step))
+
+
+def _approach_(theta: Tensor, point: Tensor, inverse: Tensor) -> None:
+    """Go 1 / (1 + inverse) of the way from theta to the point; `inverse` is used up."""
+    way = inverse.add_(1).reciprocal_()
+    theta.lerp_(point.to(theta.dtype), way.to(theta.dtype))
 
 
 def penalty(theta: Tensor, point: Tensor, omega: Tensor) -> Tensor:
