@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from cases import assert_same_state, batches, mlp, train
+from cases import Heads, assert_same_state, batches, mlp, train
 from rwalk import Consolidator
 from rwalk.importance.base import Finish, Step
 
@@ -303,6 +303,32 @@ def tail_averaging_anchors_where_the_model_is_and_survives_saving(rule):
     resumed.load_state_dict(saved)
     resumed.consolidate(sample(0))
     assert_same_state(memory, resumed)
+
+
+def a_branch_unused_in_a_task_keeps_its_importance(rule):
+    model = Heads()
+    _, optimizer, memory = trained(rule, model, tasks=1)
+    before = memory.anchor.omega["heads.0.weight"].clone()
+    model.on = 1
+    train(model, optimizer, batches(1, 12))
+    memory.consolidate(sample(1))
+    after = memory.anchor.omega["heads.0.weight"]
+    assert torch.equal(after > 0, before > 0)
+    assert before.sum() > 0
+    assert memory.anchor.omega["heads.1.weight"].sum() > 0
+
+
+def a_new_head_for_each_task_joins_and_the_old_ones_stay(rule):
+    model = Heads(1)
+    _, _, memory = trained(rule, model, tasks=1)
+    for task in (1, 2):
+        model.heads.append(torch.nn.Linear(7, 3).double())
+        model.on = task
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        memory.attach(optimizer)
+        train(model, optimizer, batches(task, 12))
+        memory.consolidate(sample(task))
+        assert all(memory.anchor.omega[f"heads.{k}.weight"].sum() > 0 for k in range(task + 1))
 
 
 HELPERS = {"trained", "measured"}

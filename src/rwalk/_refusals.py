@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from rwalk._errors import explain
 from rwalk.anchor import Match
-from rwalk.importance.base import Importance
+from rwalk.importance.base import Importance, no_data
 from rwalk.parameters import Watch
 
 FORMAT = 1
@@ -66,9 +66,11 @@ def refuse_attachment(twice: bool, steps: int) -> None:
         )
 
 
-def refuse_early(rule: Importance[Any], data: Any) -> None:
-    """Refuse `consolidate` before `attach`, unless the rule can measure a pretrained model on data."""
-    if rule.measures == "steps" or data is None:
+def refuse_consolidation(rule: Importance[Any], data: Any, early: bool) -> None:
+    """Refuse to end a task without the data that a rule measures on, or before `attach` under any other rule."""
+    if rule.measures == "data" and data is None:
+        no_data("true", torch.square)
+    if early and rule.measures != "data":
         raise RuntimeError(
             explain(
                 "`consolidate()` before `attach`",

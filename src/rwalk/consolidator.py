@@ -159,11 +159,9 @@ class Consolidator:
             RuntimeError: if the consolidator was never attached and the rule measures during training.
             ValueError: if the rule measures on data and there is none.
         """
+        refusals.refuse_consolidation(self.rule, data, early=not self._watch.theta)
         if not self._watch.theta:
-            refusals.refuse_early(self.rule, data)
             self._follow(Watch.all(self.model))
-        if self.rule.measures == "data" and data is None:
-            no_data("true", torch.square)
         averaged = self.average == "tail"
         kept = statistics(self.model) if averaged else []
         raw = self._tail.swap(self._watch.theta) if averaged else self._watch.theta
@@ -200,7 +198,7 @@ class Consolidator:
             ValueError: if the rule measures on data and there is none.
         """
         refusals.refuse_estimate(self.rule, self._steps)
-        if not self._watch.theta:
+        if not self._watch.theta and self.rule.measures == "nothing":
             self._follow(Watch.all(self.model))
         self.consolidate(data, loss=loss, logits=logits)
 
