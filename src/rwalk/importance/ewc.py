@@ -5,23 +5,20 @@ information is computed matters: van de Ven 2025, arXiv 2502.11756.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from rwalk.anchor import Anchor
-from rwalk.importance.base import Finish, Importance, Step, check
+from rwalk.importance._stateless import Nothing, Stateless
+from rwalk.importance.base import Finish, check
 
 Labels = Literal["exact", "sample", "true"]
 
 
-class Nothing(NamedTuple):
-    """State of a rule that does not watch training."""
-
-
 @dataclass(frozen=True)
-class EWC(Importance[Nothing]):
+class EWC(Stateless):
     """Fisher information at the end of each task over its data, always per example.
 
     A sum of quadratics is one quadratic, so one anchor per task needs no more memory than one anchor.
@@ -33,7 +30,6 @@ class EWC(Importance[Nothing]):
     """
 
     measures: ClassVar[Literal["steps", "data", "nothing"]] = "data"
-    accumulates: ClassVar[bool] = True
     labels: Labels = "exact"
     samples: int | None = None
 
@@ -41,14 +37,6 @@ class EWC(Importance[Nothing]):
         """Refuse fields outside their range."""
         check(self.labels in get_args(Labels), self, "labels", f"one of {', '.join(get_args(Labels))}")
         check(self.samples is None or self.samples >= 1, self, "samples", "1 or more, or None for all")
-
-    def init(self, theta: list[Tensor]) -> Nothing:  # noqa: ARG002
-        """Hold nothing beside the anchor."""
-        return Nothing()
-
-    def observe(self, state: Nothing, step: Step) -> Nothing:  # noqa: ARG002
-        """Look at nothing during training."""
-        return state
 
     def conclude(self, state: Nothing, finish: Finish) -> tuple[Anchor, Nothing]:
         """Add the task's quadratic, Fisher * (theta - point)^2, to those of earlier tasks."""

@@ -5,22 +5,18 @@ convolutional networks", ICML 2018, arXiv 1802.01483.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from rwalk.anchor import Anchor
-from rwalk.importance.base import Finish, Importance, Step, check
+from rwalk.importance._stateless import Nothing, Stateless
+from rwalk.importance.base import Finish, check
 from rwalk.parameters import zeros
 
 
-class Nothing(NamedTuple):
-    """State of a rule that measures nothing."""
-
-
 @dataclass(frozen=True)
-class L2(Importance[Nothing]):
+class L2(Stateless):
     """Importance 1 for every weight.
 
     Args:
@@ -29,20 +25,11 @@ class L2(Importance[Nothing]):
     """
 
     measures: ClassVar[Literal["steps", "data", "nothing"]] = "nothing"
-    accumulates: ClassVar[bool] = True
     toward: Literal["last", "first"] = "last"
 
     def __post_init__(self) -> None:
         """Refuse fields outside their range."""
         check(self.toward in ("last", "first"), self, "toward", "last or first")
-
-    def init(self, theta: list[Tensor]) -> Nothing:  # noqa: ARG002
-        """Hold nothing."""
-        return Nothing()
-
-    def observe(self, state: Nothing, step: Step) -> Nothing:  # noqa: ARG002
-        """Look at nothing."""
-        return state
 
     def conclude(self, state: Nothing, finish: Finish) -> tuple[Anchor, Nothing]:
         """Give every weight the importance 1."""

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from rwalk.anchor import Anchor
-from rwalk.importance.base import Finish, Importance, Step, check
-from rwalk.importance.ewc import Nothing
+from rwalk.importance._stateless import Nothing, Stateless
+from rwalk.importance.base import Finish, check
 
 
 @dataclass(frozen=True)
-class MAS(Importance[Nothing]):
+class MAS(Stateless):
     """Mean over examples of the absolute gradient of the output's squared norm (equation 3), summed over tasks.
 
     Args:
@@ -24,7 +23,6 @@ class MAS(Importance[Nothing]):
     """
 
     measures: ClassVar[Literal["steps", "data", "nothing"]] = "data"
-    accumulates: ClassVar[bool] = True
     decay: float = 1.0
     samples: int | None = None
 
@@ -32,14 +30,6 @@ class MAS(Importance[Nothing]):
         """Refuse fields outside their range."""
         check(0 <= self.decay <= 1, self, "decay", "a number in [0, 1]")
         check(self.samples is None or self.samples >= 1, self, "samples", "1 or more, or None for all")
-
-    def init(self, theta: list[Tensor]) -> Nothing:  # noqa: ARG002
-        """Hold nothing beside the anchor."""
-        return Nothing()
-
-    def observe(self, state: Nothing, step: Step) -> Nothing:  # noqa: ARG002
-        """Look at nothing during training."""
-        return state
 
     def conclude(self, state: Nothing, finish: Finish) -> tuple[Anchor, Nothing]:
         """Add the task's importance to that of earlier tasks."""

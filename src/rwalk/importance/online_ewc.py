@@ -6,8 +6,9 @@ Schwarz et al., "Progress & Compress: A scalable framework for continual learnin
 from dataclasses import dataclass
 
 from rwalk.anchor import Anchor
+from rwalk.importance._stateless import Nothing
 from rwalk.importance.base import Finish, check
-from rwalk.importance.ewc import EWC, Nothing
+from rwalk.importance.ewc import EWC
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,27 @@
+"""What rules share that do not watch training: they look at the weights, or at data, when a task ends."""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor
+
+from rwalk.importance.base import Importance, Step
+
+
+class Nothing(NamedTuple):
+    """State of a rule that holds nothing beside the anchor."""
+
+
+@dataclass(frozen=True)
+class Stateless(Importance[Nothing]):
+    """A rule that only concludes."""
+
+    accumulates: ClassVar[bool] = True
+
+    def init(self, theta: list[Tensor]) -> Nothing:  # noqa: ARG002
+        """Hold nothing."""
+        return Nothing()
+
+    def observe(self, state: Nothing, step: Step) -> Nothing:  # noqa: ARG002
+        """Look at nothing during training."""
+        return state
