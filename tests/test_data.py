@@ -64,6 +64,7 @@ def test_images_by_folder_and_by_name(pictures, monkeypatch):
     assert data.classes == ("d", "h")
     assert load("pictures", pictures.parent).digest() == data.digest()
     assert load("pictures", pictures).digest() == data.digest()
+    assert load("another-name", pictures).digest() == data.digest()
     monkeypatch.setenv("RWALK_DATA", str(pictures.parent))
     assert load("pictures").digest() == data.digest()
 

@@ -60,7 +60,7 @@ def load(name: str, root: str | Path | None = None) -> DataSet:
     Args:
         name: "digits" (comes with scikit-learn), a folder with parquet files, or a name: a folder of that name below `root`,
             else a download through Hugging Face `datasets`.
-        root: where folders of data sets lie; the environment variable `RWALK_DATA` when not given.
+        root: where folders of data sets lie, or such a folder itself; the environment variable `RWALK_DATA` when not given.
 
     Raises:
         FileNotFoundError: if a folder is missing or has no parquet file of a needed split.
@@ -84,7 +84,7 @@ def find(name: str, root: str | Path | None = None) -> Path | None:
         )
     base = Path(root) if root else None
     places = [base / name] if base else []
-    places += [base] if base and base.resolve().name == name else []
+    places += [base] if base and (base.resolve().name == name or any(base.glob("*.parquet"))) else []
     places += [Path(name).expanduser()]
     for place in places:
         if place.is_dir():
