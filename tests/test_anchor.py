@@ -154,3 +154,53 @@ def test_windows_beyond_eps_are_counted_one_by_one():
             mark = now
     memory.consolidate()
     assert memory.summary().figures["windows beyond eps"] == far / everything
+
+
+def test_adopting_and_estimating_cover_the_model_beyond_the_optimiser():
+    model, memory = protected()
+    head = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    other = Consolidator(model, EWC(labels="true")).attach(head)
+    assert len(other.adopt(memory.anchor).same) == len(other.anchor) == 4
+    third = Consolidator(model, EWC(labels="true")).attach(torch.optim.SGD(model[2].parameters(), lr=0.1))
+    third.estimate([(torch.as_tensor(x), torch.as_tensor(y)) for x, y in batches(0, 2)])
+    assert len(third.anchor) == 4
+
+
+def test_a_module_replaced_between_two_estimates_is_measured_as_it_is_now():
+    model, memory = protected()
+    model[2] = torch.nn.Linear(7, 5).double()
+    model.append(torch.nn.Linear(5, 3).double())
+    memory.estimate([(torch.as_tensor(x), torch.as_tensor(y)) for x, y in batches(1, 2)])
+    assert memory.anchor.omega["2.weight"].shape == (5, 7)
+    assert memory.anchor.omega["3.weight"].sum() > 0
+
+
+def test_the_recipe_builds_on_an_adopted_anchor():
+    model, memory = protected()
+    recipe = Consolidator(model)
+    recipe.adopt(memory.anchor)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    recipe.attach(optimizer)
+    train(model, optimizer, batches(2, 5))
+    recipe.consolidate()
+    assert all((recipe.anchor.omega[n] >= memory.anchor.omega[n]).all() for n in memory.anchor.omega)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda a: Anchor(a.point, {n: -t - 1 for n, t in a.omega.items()}), lambda a: Anchor(a.point, {}),
+    lambda a: Anchor(a.point, {n: t * torch.nan for n, t in a.omega.items()}),
+    lambda a: Anchor(a.point, {n: t.flatten() for n, t in a.omega.items()}),
+])  # fmt: skip
+def test_anchors_made_by_hand_are_checked(spoil):
+    model, memory = protected()
+    with pytest.raises(ValueError, match=r"an anchor whose importance of `0\.weight`"):
+        Consolidator(model, EWC()).adopt(spoil(memory.anchor))
+    with pytest.raises(ValueError, match="one name to several"):
+        Consolidator(model, EWC()).adopt(memory.anchor, rename=lambda name: "0.weight")
+
+
+@pytest.mark.parametrize("wrap", [tuple, lambda p: torch.utils.data.TensorDataset(*p), lambda p: p[0]])
+def test_data_that_are_no_batches_are_refused(wrap):
+    x, y = (torch.as_tensor(t) for t in batches(0, 1)[0])
+    with pytest.raises(TypeError, match=r"as data.*list of batches such as `\[\(x, y\)\]`"):
+        Consolidator(mlp(), EWC()).estimate(wrap((x, y)))

@@ -99,6 +99,14 @@ def test_unknown_and_impossible_fields_are_refused(flag, value, capsys, tmp_path
     assert not any(tmp_path.iterdir())
 
 
+def test_an_output_that_is_a_file_is_refused_before_training(tmp_path, capsys):
+    (tmp_path / "f").touch()
+    assert run("split-digits", *QUICK, "--out", str(tmp_path / "f")) == 2
+    captured = capsys.readouterr()
+    assert "which is a file" in captured.err
+    assert "average accuracy" not in captured.out
+
+
 def test_a_broken_record_is_named_and_the_rest_reported(tmp_path, capsys):
     run("split-digits", *QUICK, "--methods", "finetune", "--out", str(tmp_path))
     (tmp_path / "bad.json").write_text("{")

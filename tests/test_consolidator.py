@@ -4,6 +4,7 @@ import copy
 import io
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -261,6 +262,15 @@ def test_consolidating_before_attaching():
     lambda s: s | {"state": {**s["state"], "mark": [torch.zeros(1)] * 4}},
     lambda s: s | {"anchor": {"point": s["anchor"]["point"], "omega": {}}},
     lambda s: s | {"strength": -1.0},
+    lambda s: s | {"strength": None},
+    lambda s: s | {"tasks": None},
+    lambda s: s | {"steps": -1},
+    lambda s: s | {"shapes": None},
+    lambda s: s | {"state": None},
+    lambda s: s | {"state": {**s["state"], "fisher": None}},
+    lambda s: s | {"anchor": {"point": s["anchor"]["point"]}},
+    lambda s: s | {"tail": None},
+    lambda s: s | {"average": "tail"},
     lambda _: [],
 ])  # fmt: skip
 def test_a_state_that_does_not_fit_changes_nothing(change):
@@ -275,3 +285,47 @@ def test_a_state_that_does_not_fit_changes_nothing(change):
     third = Consolidator(other, RWalk())
     third.load_state_dict(before)
     assert_same_state(second, third)
+
+
+def test_a_tensor_that_grew_in_place_is_taken_up_at_once():
+    model = torch.nn.Linear(5, 3).double()
+    model, optimizer, memory = attached(model)
+    train(model, optimizer, batches(0, 4))
+    memory.consolidate()
+    omega = memory.anchor.omega["weight"].clone()
+    weight, bias = model.weight.data.clone(), model.bias.data.clone()
+    model.weight.data, model.bias.data = torch.zeros(5, 5).double(), torch.zeros(5).double()
+    model.weight.data[:3], model.bias.data[:3] = weight, bias
+    assert float(memory.penalty()) == 0
+    assert torch.equal(memory.anchor.omega["weight"][:3], omega)
+    memory.consolidate()
+    assert memory.anchor.omega["weight"].shape == (5, 5)
+
+
+def test_an_optimiser_without_learning_rate():
+    class Still(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            super().__init__(parameters, {})
+
+        def step(self, closure=None):
+            pass
+
+    model = mlp()
+    memory = Consolidator(model, RWalk()).attach(Still(model.parameters()))
+    for task in range(2):
+        train(model, memory._optimizer, batches(task, 3))
+        memory.consolidate()
+
+
+@pytest.mark.parametrize("make", [
+    lambda: Consolidator(torch.optim.SGD(mlp().parameters(), lr=0.1), RWalk()), lambda: Consolidator([1], RWalk()),
+    lambda: Consolidator(mlp(), RWalk(), strength="1"), lambda: RWalk(eps=None), lambda: RWalk(eps="x"),
+    lambda: RWalk(alpha=None),
+])  # fmt: skip
+def test_values_of_wrong_types(make):
+    with pytest.raises((TypeError, ValueError), match=r"Got .*Expected .*Pass"):
+        make()
+
+
+def test_numpys_numbers_are_numbers():
+    assert RWalk(alpha=np.float32(0.5), delta_t=np.int64(5), eps=np.float64(1e-3)).delta_t == 5

@@ -137,12 +137,12 @@ def test_damaged_folders(tmp_path, pictures):
 
 
 @pytest.mark.parametrize(("columns", "match"), [
-    ({"text": ["a"], "label": [0]}, "images, a column of lists"),
+    ({"text": ["a"], "label": [0]}, "a column marked as Image"),
     ({"x": [1.0], "kind": [0]}, "column of labels"),
     ({"x": [float("nan")], "label": [0]}, "missing or infinite"),
     ({"x": [1.0], "label": [-1]}, "missing or -1"),
     ({"x": [1.0], "label": [None]}, "missing or -1"),
-    ({"x": [1.0], "label": [0.5]}, "missing or -1"),
+    ({"x": [1.0], "label": [0.5]}, "no whole numbers"),
     ({"x": [[1.0], [1.0, 2.0]], "label": [0, 1]}, "lists of numbers of one shape"),
     ({"image": [{"bytes": b"no image", "path": None}], "label": [0]}, "cannot be read"),
     ({"image": [png(np.zeros((2, 2), np.uint8)), png(np.zeros((3, 2), np.uint8))], "label": [0, 1]}, "sizes 2 x 2, 3 x 2"),
@@ -157,8 +157,15 @@ def test_splits_that_do_not_belong_together(tmp_path):
     write(tmp_path / "d", "train.parquet", {"x": [1.0, 2.0], "label": [0, 1]})
     write(tmp_path / "d", "test.parquet", {"x": [1.0], "label": [2]})
     fails(tmp_path / "d", ValueError, "test labels 2 that train lacks")
-    write(tmp_path / "d", "test.parquet", {"x": [1.0], "y": [1.0], "label": [1]})
-    fails(tmp_path / "d", ValueError, "one shape")
+    write(tmp_path / "d", "test.parquet", {"x": [1.0], "label": ["1"]})
+    fails(tmp_path / "d", ValueError, "test labels '1' that train lacks")
+    write(tmp_path / "d", "test.parquet", {"y": [1.0], "label": [1]})
+    fails(tmp_path / "d", ValueError, "the column `x` in the test split too")
+    write(tmp_path / "d", "test.parquet", {"x": [1.0]})
+    fails(tmp_path / "d", ValueError, "the column `label` in the test split too")
+    write(tmp_path / "e", "train.parquet", {"x": [[1.0], [2.0]], "label": [0, 1]})
+    write(tmp_path / "e", "test.parquet", {"x": [[1.0, 2.0]], "label": [1]})
+    fails(tmp_path / "e", ValueError, "one shape")
     write(tmp_path / "d", "test.parquet", {"x": pa.array([], pa.float64()), "label": pa.array([], pa.int64())})
     fails(tmp_path / "d", ValueError, "empty test split")
 
@@ -177,3 +184,54 @@ def test_images_some_of_which_are_grey():
     data = load("tinyimagenet100a_32", SHARED)
     assert data.test_x.shape == (4000, 3, 32, 32)
     assert len(data.classes) == 100
+
+
+def test_columns_belong_together_by_name_not_by_order(tmp_path):
+    write(
+        tmp_path / "d",
+        "train.parquet",
+        {"a": [0.0, 2.0], "flag": [True, False], "label": [0.0, 1.0], "__index_level_0__": [5, 6]},
+    )
+    write(tmp_path / "d", "test.parquet", {"label": [1], "__index_level_0__": [5], "flag": [False], "a": [2.0], "more": [3.0]})
+    data = load(str(tmp_path / "d"))
+    assert torch.equal(data.test_x, data.train_x[1:])
+    assert data.train_x.shape == (2, 2)
+    assert data.train_y.tolist() == [0, 1]
+
+
+def test_files_of_one_split_may_differ_in_width_but_not_in_columns(tmp_path):
+    write(tmp_path / "d", "test.parquet", {"x": [1.0], "label": [1]})
+    write(tmp_path / "d", "train-0.parquet", {"x": [1.0], "label": pa.array([0], pa.int32())})
+    write(tmp_path / "d", "train-1.parquet", {"x": pa.array([2.0], pa.float32()), "label": [1]})
+    assert load(str(tmp_path / "d")).train_y.tolist() == [0, 1]
+    write(tmp_path / "d", "train-1.parquet", {"z": [2.0], "label": [1]})
+    fails(tmp_path / "d", ValueError, "different columns: x, label and z, label")
+
+
+def test_a_folder_of_several_data_sets_is_refused(tmp_path, pictures):
+    import shutil
+
+    shutil.copytree(pictures, pictures.parent / "twice" / "a")
+    shutil.copytree(pictures, pictures.parent / "twice" / "b")
+    fails(pictures.parent / "twice", ValueError, "train files in a, b")
+    assert len(load(str(pictures.parent / "twice" / "a")).train_y) == 2
+
+
+def test_sixteen_bit_images_are_scaled(tmp_path):
+    images = []
+    for value in (0, 257 * 100, 65535):
+        buffer = io.BytesIO()
+        Image.fromarray(np.full((2, 2), value, np.uint16)).save(buffer, "PNG")
+        images.append({"bytes": buffer.getvalue(), "path": None})
+    for name in ("train.parquet", "test.parquet"):
+        write(tmp_path / "d", name, {"image": images, "label": [0, 1, 2]})
+    assert load(str(tmp_path / "d")).train_x[:, 0, 0, 0].tolist() == pytest.approx([0, 100 / 255, 1])
+
+
+def test_a_task_without_test_examples_is_refused(tmp_path):
+    from rwalk import bench
+
+    write(tmp_path / "d", "train.parquet", {"x": [1.0, 2.0, 3.0], "label": [0, 1, 2]})
+    write(tmp_path / "d", "test.parquet", {"x": [1.0, 2.0], "label": [0, 1]})
+    with pytest.raises(ValueError, match="no train or test example of the classes 2"):
+        bench.split(str(tmp_path / "d"), tasks=3)

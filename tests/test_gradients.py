@@ -438,6 +438,7 @@ def test_layers(name, blocks, monkeypatch):
     readout(layer(x)).backward()
     assert set(squares.take()) == set(want)
     for _ in range(2):
+        layer.zero_grad()
         readout(layer(x)).backward()
         close(squares.take(), want if "evaluating" in name or "batch" not in name else by_example(layer, x, readout))
 
@@ -500,6 +501,7 @@ def test_whole_model_and_micro_batches():
         F.cross_entropy(model(x), y).backward()
         close(squares.take(), one)
         assert squares.take() == {}
+    optimizer.zero_grad()
     (F.cross_entropy(model(x), y) * 4 / 6 + F.cross_entropy(model(x2), y2) * 2 / 6).backward()
     close(squares.take(), whole)
 

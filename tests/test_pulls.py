@@ -9,7 +9,7 @@ import torch
 from torch import optim
 
 from cases import batches, mlp, train
-from rwalk import L2, Consolidator, RWalk, proximal
+from rwalk import EWC, L2, Consolidator, RWalk, proximal
 
 OPTIMIZERS = {
     "sgd": (lambda p: optim.SGD(p, lr=0.1), "lr"),
@@ -176,3 +176,48 @@ def test_the_path_ends_where_the_optimiser_was_not_at_the_average():
     for name, omega in plain.anchor.omega.items():
         assert torch.equal(omega, averaged.anchor.omega[name])
         assert not torch.equal(plain.anchor.point[name], averaged.anchor.point[name])
+
+
+def test_statistics_that_cannot_be_recomputed_are_left_alone():
+    model = normed()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    memory = Consolidator(model, average="tail").attach(optimizer)
+    train(model, optimizer, batches(0, 5))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    x, y = (torch.as_tensor(t) for t in batches(0, 1)[0])
+    for data in (iter([]), [(x[:1], y[:1])]):
+        with pytest.raises(ValueError, match="no batch of more than one example"):
+            memory.consolidate(data)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    memory.consolidate([(x, y), (x[:1], y[:1])])
+    assert not torch.equal(model[1].running_mean, before["1.running_mean"])
+
+
+def test_statistics_stay_where_nothing_was_averaged_or_the_user_froze_them():
+    model = normed()
+    x, y = (torch.as_tensor(t) for t in batches(0, 1)[0])
+    model(x)
+    before = model[1].running_mean.clone()
+    memory = Consolidator(model, EWC(), average="tail")
+    memory.estimate([(x, y)])
+    assert torch.equal(model[1].running_mean, before)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    memory = Consolidator(model).attach(optimizer)
+    model[1].eval()
+    train(model, optimizer, batches(0, 3))
+    memory.consolidate([(x, y)])
+    assert torch.equal(model[1].running_mean, before)
+    assert not model[1].training
+
+
+def test_a_learning_rate_that_warms_up_is_warned_of_when_it_overshoots():
+    model = mlp()
+    optimizer = optim.SGD(model.parameters(), lr=1e-4)
+    memory = Consolidator(model, L2(), strength=6.0)
+    memory.estimate()
+    memory.attach(optimizer)
+    train(model, optimizer, batches(0, 2))
+    optimizer.param_groups[0]["lr"] = 0.1
+    with pytest.warns(UserWarning, match="strength 6 at learning rate 0.1"):
+        train(model, optimizer, batches(1, 1))
+    train(model, optimizer, batches(1, 2))

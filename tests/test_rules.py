@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cases import batches, train
+from cases import batches, mlp, train
 from oracle import softmax_gradient, softmax_squares
 from rwalk import EWC, L2, MAS, SI, Anchor, Consolidator, EWCpp, OnlineEWC, RWalk, kernels
 from rwalk.importance.base import Finish, Step
@@ -308,3 +308,73 @@ def test_an_error_while_measuring_leaves_weights_statistics_and_anchor_as_they_w
     assert len(memory.anchor) == 0
     memory.consolidate([(torch.as_tensor(x), torch.zeros(11).long())])
     assert len(memory.anchor) == 6
+
+
+def example_fisher(prepare, steps=1, strict=False):
+    """Importance after a few steps of EWC++ with per-example squares; `prepare` makes the gradients of a step."""
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    memory = Consolidator(model, EWCpp(alpha="mean", fisher="example"), strict=strict).attach(optimizer)
+    for x, y in batches(0, steps):
+        optimizer.zero_grad()
+        prepare(model, optimizer, torch.as_tensor(x), torch.as_tensor(y))
+        optimizer.step()
+    memory.consolidate()
+    return omegas(memory)
+
+
+def plain(model, optimizer, x, y):
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+
+
+def scaled(model, optimizer, x, y):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.nn.functional.cross_entropy(model(x), y)).backward()
+    scaler.unscale_(optimizer)
+
+
+def clipped(model, optimizer, x, y):
+    plain(model, optimizer, x, y)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+
+
+def dropped(model, optimizer, x, y):
+    plain(model, optimizer, 100 * x, y)
+    optimizer.zero_grad()
+    plain(model, optimizer, x, y)
+
+
+def explained(model, optimizer, x, y):
+    inputs = (50 * x).requires_grad_()
+    torch.autograd.grad(model(inputs).sum(), inputs)
+    plain(model, optimizer, x, y)
+
+
+def test_per_example_squares_follow_loss_scaling_and_clipping_by_norm():
+    truth = example_fisher(plain, steps=3)
+    for ours, expected in zip(example_fisher(scaled, steps=3), truth, strict=True):
+        close(ours, expected.numpy())
+    model = mlp()
+    x, y = (torch.as_tensor(t) for t in batches(0, 1)[0])
+    plain(model, None, x, y)
+    norm = float(torch.stack([p.grad.norm() for p in model.parameters()]).norm())
+    for ours, expected in zip(example_fisher(clipped), example_fisher(plain), strict=True):
+        close(ours, expected.numpy() * (1e-2 / norm) ** 2, rtol=1e-4)  # clipping itself adds 1e-6 to the norm
+
+
+@pytest.mark.parametrize("prepare", [dropped, explained])
+def test_passes_that_the_gradient_does_not_hold_fall_back_to_the_batch_with_a_warning(prepare):
+    with pytest.warns(UserWarning, match="do not sum to the gradient in use") as caught:
+        ours = example_fisher(prepare, steps=2)
+    assert len(caught) == 1
+    squares = [torch.zeros_like(o) for o in ours]
+    for x, y in batches(0, 2):
+        torch.manual_seed(0)
+        model = mlp()
+        plain(model, None, torch.as_tensor(x), torch.as_tensor(y))
+        squares = [s + p.grad**2 / 2 for s, p in zip(squares, model.parameters(), strict=True)]
+    for o, expected in zip(ours, squares, strict=True):
+        close(o, expected.numpy())
+    with pytest.raises(RuntimeError, match="do not sum"):
+        example_fisher(prepare, strict=True)

@@ -3,14 +3,16 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import Dataset
 
 from rwalk._errors import explain
-from rwalk.anchor import Match
+from rwalk.anchor import Anchor, Match
 from rwalk.importance.base import Importance, no_data
 from rwalk.parameters import Watch
 
@@ -20,8 +22,8 @@ FORMAT = 1
 
 def check_strength(value: float) -> float:
     """Return a strength as a float, or raise a ValueError if it is negative or not finite."""
-    if not 0 <= value < math.inf:
-        raise ValueError(explain(f"strength {value}", "a finite number, 0 or more", "Pass such a `strength`."))
+    if not isinstance(value, Real) or not 0 <= value < math.inf:
+        raise ValueError(explain(f"strength {value!r}", "a finite number, 0 or more", "Pass such a `strength`."))
     return float(value)
 
 
@@ -36,6 +38,39 @@ def refuse_rule(rule: Any) -> None:
     if rule is not None and not isinstance(rule, Importance):
         came = f"the class `{rule.__name__}`" if isinstance(rule, type) else f"a rule of type `{type(rule).__name__}`"
         raise TypeError(explain(came, "a rule such as `RWalk()`", "Pass an instance of a rule as second argument."))
+
+
+def refuse_model(model: Any) -> None:
+    """Refuse what is not a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(explain(f"a `{type(model).__name__}` as model", "a `torch.nn.Module`", "Pass the model first."))
+
+
+def refuse_anchor(anchor: Anchor) -> None:
+    """Refuse an anchor with importances that are negative, not finite or not of their point's shape."""
+    for name, point in anchor.point.items():
+        omega = anchor.omega.get(name)
+        if omega is None or omega.shape != point.shape or not bool((torch.isfinite(omega) & (omega >= 0)).all()):
+            raise ValueError(
+                explain(
+                    f"an anchor whose importance of `{name}` is missing, negative, not finite or of another shape",
+                    "a weight of 0 or more for each element of its point",
+                    "Correct `anchor.omega`.",
+                )
+            )
+
+
+def refuse_data(data: Any) -> None:
+    """Refuse what looks like data but yields no batches: a data set, or bare tensors."""
+    tensors = isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data)
+    if tensors or isinstance(data, Tensor | Dataset):
+        raise TypeError(
+            explain(
+                "a tuple of tensors as data" if tensors else f"a `{type(data).__name__}` as data",
+                "something that yields batches `(inputs, labels)`",
+                "Pass a DataLoader, or a list of batches such as `[(x, y)]`.",
+            )
+        )
 
 
 def refuse_kind(optimizer: Any) -> None:
@@ -68,6 +103,7 @@ def refuse_attachment(twice: bool, steps: int) -> None:
 
 def refuse_consolidation(rule: Importance[Any], data: Any, early: bool) -> None:
     """Refuse to end a task without the data that a rule measures on, or before `attach` under any other rule."""
+    refuse_data(data)
     if rule.measures == "data" and data is None:
         no_data("true", torch.square)
     if early and rule.measures != "data":
@@ -109,7 +145,10 @@ def refuse_mismatch(match: Match) -> None:
 
 
 def refuse_nothing(watch: Watch) -> None:
-    """Refuse an optimiser that moves no parameter of the model."""
+    """Refuse an optimiser that moves no parameter of the model, or complex ones."""
+    odd = [name for name, p in watch.theta.items() if p.is_complex()]
+    if odd:
+        raise ValueError(explain(f"complex parameters {listed(odd)}", "real parameters", "Hold their parts as real tensors."))
     if not watch.inside:
         raise ValueError(
             explain(
@@ -141,11 +180,39 @@ def refuse_sparse(grad: Mapping[str, Tensor]) -> None:
         )
 
 
-def refuse_state(state_dict: Mapping[str, Any], rule: Importance[Any], average: str, parameters: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError that names the first difference between a state and the rule and model it is to be loaded for."""
-    came = state_dict.get("format") if isinstance(state_dict, Mapping) else None
-    keys = {"rule", "strength", "average", "tasks", "steps", "shapes", "state", "anchor", "tail"}
-    if came != FORMAT or not keys <= set(state_dict):
+def refuse_state(
+    state_dict: Mapping[str, Any], rule: Importance[Any], average: str, parameters: Mapping[str, Tensor], state: Any
+) -> None:
+    """Raise a ValueError that names the first difference between a state and the rule and model it is to be loaded for.
+
+    Args:
+        state_dict: the state that came.
+        rule: the rule that it is to be loaded for.
+        average: the averaging that it is to be loaded for.
+        parameters: those of the model that it is to be loaded for.
+        state: a state of the rule, whose fields show what the one to be loaded has to look like.
+    """
+    try:
+        _refuse_origin(state_dict, rule, average)
+        _refuse_model(state_dict["shapes"], parameters)
+        damaged = _damage(state_dict, state)
+        check_strength(state_dict["strength"])
+    except (KeyError, TypeError, AttributeError) as error:
+        damaged = [f"{type(error).__name__} {error}"]
+    if damaged:
+        raise ValueError(
+            explain(
+                f"a damaged state: {listed(damaged)} is missing, left over or of another kind or shape",
+                "one tensor for each protected parameter, and whole numbers of tasks and steps",
+                "Pass what `Consolidator.state_dict()` returned, unchanged.",
+            )
+        )
+
+
+def _refuse_origin(state_dict: Mapping[str, Any], rule: Importance[Any], average: str) -> None:
+    """Refuse a state of another format, averaging or rule."""
+    came = state_dict.get("format") if isinstance(state_dict, Mapping) else f"of type {type(state_dict).__name__}"
+    if came != FORMAT:
         raise ValueError(
             explain(
                 f"a state of format {came}",
@@ -153,19 +220,17 @@ def refuse_state(state_dict: Mapping[str, Any], rule: Importance[Any], average: 
                 "Pass what `Consolidator.state_dict()` of this version returned.",
             )
         )
-    if state_dict["average"] != average:
-        raise ValueError(
-            explain(f"a state with average={state_dict['average']!r}", f"average={average!r}", "Build the consolidator alike.")
-        )
-    if state_dict["rule"] != description(rule):
-        raise ValueError(
-            explain(
-                f"a state of the rule {state_dict['rule']}",
-                f"{description(rule)}",
-                "Build the consolidator with the same rule.",
+    for key, mine in (("rule", description(rule)), ("average", average)):
+        if state_dict[key] != mine:
+            raise ValueError(
+                explain(
+                    f"a state with {key} {state_dict[key]}", f"{key} {mine}", f"Build the consolidator with the same {key}."
+                )
             )
-        )
-    shapes = state_dict["shapes"]
+
+
+def _refuse_model(shapes: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
+    """Refuse a state of another model."""
     unlike = [n for n, shape in shapes.items() if n not in parameters or list(parameters[n].shape) != list(shape)]
     if unlike:
         raise ValueError(
@@ -177,27 +242,28 @@ def refuse_state(state_dict: Mapping[str, Any], rule: Importance[Any], average: 
         )
 
 
-def refuse_tensors(state_dict: Mapping[str, Any], fields: tuple[str, ...]) -> None:
-    """Raise a ValueError unless every tensor of a state has a name, the shape of its parameter and a place in the rule."""
+def _damage(state_dict: Mapping[str, Any], state: Any) -> list[str]:
+    """List the parts of a state that are missing, left over, or of another kind or shape than they should be."""
     shapes = {name: torch.Size(shape) for name, shape in state_dict["shapes"].items()}
-    columns = {key: value for key, value in state_dict["state"].items() if isinstance(value, list)}
-    unlike = [
-        key
-        for key, column in columns.items()
-        if len(column) != len(shapes)
-        or any(isinstance(t, Tensor) and t.shape != shape for t, shape in zip(column, shapes.values(), strict=True))
-    ]
+    kept, fresh = state_dict["state"], state._asdict()
+    wrong = sorted(set(fresh) ^ set(kept))
+    for key in set(fresh) & set(kept):
+        fits = _fits(kept[key], shapes) if isinstance(fresh[key], list) else isinstance(kept[key], type(fresh[key]))
+        wrong += [] if fits else [key]
     point, omega = state_dict["anchor"]["point"], state_dict["anchor"]["omega"]
-    unlike += [n for n, t in (*point.items(), *omega.items()) if n not in point or n not in omega or t.shape != shapes.get(n)]
-    unlike += sorted(set(fields) ^ set(state_dict["state"]))
-    if unlike:
-        raise ValueError(
-            explain(
-                f"a damaged state: {listed(unlike)} is missing, left over or of the wrong shape",
-                "one tensor for each protected parameter",
-                "Pass what `Consolidator.state_dict()` returned, unchanged.",
-            )
-        )
+    wrong += [n for n, t in (*point.items(), *omega.items()) if n not in point or n not in omega or t.shape != shapes.get(n)]
+    wrong += [
+        n for n, t in state_dict["tail"]["average"].items() if n not in state_dict["tail"]["count"] or t.shape != shapes.get(n)
+    ]
+    wrong += [key for key in ("tasks", "steps") if not isinstance(state_dict[key], int) or state_dict[key] < 0]
+    return wrong
+
+
+def _fits(column: Any, shapes: Mapping[str, torch.Size]) -> bool:
+    """Tell whether a column of a state has one entry for each parameter, and its tensors their shapes."""
+    if not isinstance(column, list) or len(column) != len(shapes):
+        return False
+    return all(not isinstance(t, Tensor) or t.shape == shape for t, shape in zip(column, shapes.values(), strict=True))
 
 
 def description(rule: Importance[Any]) -> dict[str, Any]:

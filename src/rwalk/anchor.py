@@ -32,6 +32,10 @@ class Anchor:
         """Count the tensors held to."""
         return len(self.point)
 
+    def largest(self) -> float:
+        """Return the largest importance of any element, 0 for an empty anchor."""
+        return max((float(omega.max()) for omega in self.omega.values() if omega.numel()), default=0.0)
+
     def renew(self, point: Mapping[str, Tensor], omega: Sequence[Tensor]) -> "Anchor":
         """Make an anchor at other weights with another importance; `omega` runs parallel to `point`."""
         names = list(point)
@@ -75,6 +79,10 @@ class Anchor:
         """
         change = rename if callable(rename) else lambda name: (rename or {}).get(name, name)
         names = {name: change(name) for name in self.point}
+        if len(set(names.values())) < len(names):
+            raise ValueError(
+                explain("a `rename` that gives one name to several tensors", "different names", "Make its results differ.")
+            )
         order = {name: i for i, name in enumerate(theta)}
         known = sorted((old for old, new in names.items() if new in order), key=lambda old: order[names[old]])
         fits = {old: names[old] for old in known if grown(self.point[old].shape, theta[names[old]].shape)}

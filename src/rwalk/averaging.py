@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from rwalk import kernels
+from rwalk._errors import explain
 from rwalk.parameters import copies, extend
 
 ETA = 3
@@ -61,8 +62,9 @@ class Tail:
 
 
 def batch_norms(model: nn.Module) -> list[_NormBase]:
-    """List the modules of a model that keep running statistics of their inputs."""
-    return [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+    """List the modules of a model that keep running statistics, but those that its user keeps in eval mode during training."""
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+    return [m for m in norms if m.training or not model.training]
 
 
 def statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
@@ -76,15 +78,36 @@ def refresh_batch_norms(model: nn.Module, data: Iterable[Any], forward: Callable
 
     Args:
         model: the model with its new weights.
-        data: batches.
+        data: batches; one that is too small for a variance, such as a last batch of one example, is passed over.
         forward: calls the model on a batch.
+
+    Raises:
+        ValueError: if there is no batch, or none of more than one example.
     """
     norms = batch_norms(model)
     for norm in norms:
         norm.reset_running_stats()
     with _only_training(model, norms), torch.random.fork_rng():
-        for batch in data:
-            forward(model, batch)
+        used = sum(_normalised(model, batch, forward) for batch in data)
+    if not used:
+        raise ValueError(
+            explain(
+                "no batch of more than one example to recompute the statistics of BatchNorm from",
+                "data that can be gone through again, in batches of several examples",
+                "Pass a DataLoader with a larger `batch_size`, or a list of batches.",
+            )
+        )
+
+
+def _normalised(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any]) -> bool:
+    """Call the model on a batch; return False where the batch is too small for a variance."""
+    try:
+        forward(model, batch)
+    except ValueError as error:
+        if "more than 1 value per channel" in str(error):
+            return False
+        raise
+    return True
 
 
 @contextmanager

@@ -117,6 +117,9 @@ def _run(command: Run, console: Console) -> None:
     kind, name = parse(command.stream)
     data = load(name, command.data)
     streams = {seed: make(kind, data, seed, command.scenario, tasks=command.tasks) for seed in seeds}
+    if command.out.exists() and not command.out.is_dir():
+        raise ValueError(explain(f"`--out {command.out}`, which is a file", "a folder", "Name another folder."))
+    command.out.mkdir(parents=True, exist_ok=True)
     done = []
     with _progress(console) as progress:
         overall = progress.add_task("all runs", total=len(seeds) * len(methods))

@@ -1,7 +1,7 @@
 """The consolidator binds a model, a rule and an anchor to any training loop that calls `optimizer.step()`."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -81,6 +81,7 @@ class Consolidator:
         average: Average | None = None,
         strict: bool = False,
     ) -> None:
+        refusals.refuse_model(model)
         self.model = model
         self.rule, self.strength, self.pull, self.average = resolve(rule, strength, pull, average)
         self.strict = strict
@@ -92,6 +93,7 @@ class Consolidator:
         self._tail = Tail()
         self._squares: gradients.Squares | None = None
         self._moved: list[str] = []
+        self._largest: tuple[Anchor | None, float] = (None, 0.0)
         self._optimizer: Optimizer | None = None
         self._handles: list[RemovableHandle] = []
 
@@ -160,9 +162,10 @@ class Consolidator:
             ValueError: if the rule measures on data and there is none.
         """
         refusals.refuse_consolidation(self.rule, data, early=not self._watch.theta)
-        if not self._watch.theta:
-            self._follow(Watch.all(self.model))
-        averaged = self.average == "tail"
+        if self.rule.measures != "steps":
+            self._widen(() if self._watch.theta else [n for n, p in named(self.model).items() if p.requires_grad])
+        self._theta()
+        averaged = any(self._tail.count.values())
         kept = statistics(self.model) if averaged else []
         raw = self._tail.swap(self._watch.theta) if averaged else self._watch.theta
         try:
@@ -198,8 +201,8 @@ class Consolidator:
             ValueError: if the rule measures on data and there is none.
         """
         refusals.refuse_estimate(self.rule, self._steps)
-        if not self._watch.theta and self.rule.measures == "nothing":
-            self._follow(Watch.all(self.model))
+        refusals.refuse_consolidation(self.rule, data, early=False)
+        self._widen([name for name, p in named(self.model).items() if p.requires_grad])
         self.consolidate(data, loss=loss, logits=logits)
 
     def adopt(self, anchor: Anchor, rename: Mapping[str, str] | Callable[[str], str] | None = None) -> Match:
@@ -216,6 +219,7 @@ class Consolidator:
             ValueError: if no name and shape matches.
         """
         theta = named(self.model)
+        refusals.refuse_anchor(anchor)
         match = anchor.match(theta, rename)
         refusals.refuse_mismatch(match)
         if not self.rule.accumulates:
@@ -228,15 +232,15 @@ class Consolidator:
                 ),
                 stacklevel=2,
             )
-        if not self._watch.theta:
-            self._follow(Watch.all(self.model, match.anchor.point))
+        self._widen([*match.anchor.point, *(name for name, p in theta.items() if p.requires_grad)])
         self.anchor = match.anchor.align(self._watch.theta)
         return match
 
     @torch.no_grad()
     def penalty(self) -> Tensor:
         """Return the current penalty, strength * sum of omega * (theta - point)^2, as a scalar for logging."""
-        return torch.as_tensor(self.strength * self.anchor.penalty(self._watch.theta))
+        theta = self._theta()  # may carry the anchor over to tensors that grew
+        return torch.as_tensor(self.anchor.penalty(theta) * self.strength)
 
     @torch.no_grad()
     def summary(self, loss: float | Tensor | None = None) -> Summary:
@@ -290,8 +294,7 @@ class Consolidator:
             ValueError: if the state is of another format, rule or model; the message names the difference.
         """
         parameters = named(self.model)
-        refusals.refuse_state(state_dict, self.rule, self.average, parameters)
-        refusals.refuse_tensors(state_dict, self._state._fields)
+        refusals.refuse_state(state_dict, self.rule, self.average, parameters, self._state)
         theta = {name: parameters[name] for name in state_dict["shapes"]}
         shapes = {name: p.shape for name, p in theta.items()}
         state = type(self._state)(**{key: _copied(value) for key, value in state_dict["state"].items()})
@@ -299,9 +302,8 @@ class Consolidator:
         anchor = Anchor(**_copied(dict(state_dict["anchor"]))).align(theta)
         tail = Tail()
         tail.average, tail.count = _copied(state_dict["tail"]["average"]), dict(state_dict["tail"]["count"])
-        self.strength = state_dict["strength"]  # refuses what is out of range, so it comes first
-        self.tasks, self._steps, self._tail = state_dict["tasks"], state_dict["steps"], tail
-        self._state, self.anchor, self._watch = state, anchor, Watch(theta, shapes=shapes)
+        self.strength, self.tasks, self._steps = (state_dict[key] for key in ("strength", "tasks", "steps"))
+        self._state, self.anchor, self._tail, self._watch = state, anchor, tail, Watch(theta, shapes=shapes)
         if self._optimizer is not None:
             self._follow(look(self.model, self._optimizer, theta))
 
@@ -323,8 +325,7 @@ class Consolidator:
             step = step._replace(squares=[squares.get(name) for name in theta])
         self._state = self.rule.observe(self._state, step)
         if self.pull == "gradient" and self.strength and len(self.anchor):
-            if self._steps == 0:
-                self._warn_of_overshoot(optimizer)
+            self._warn_of_overshoot(optimizer)
             self.anchor.pull(theta, grad, self.strength)
         self._steps += 1
 
@@ -336,6 +337,20 @@ class Consolidator:
             proximal.draw(optimizer, theta, self._moved, self.anchor, self.strength)
         if self.average == "tail":
             self._tail.update(theta, self._moved)
+
+    def _widen(self, names: Collection[str]) -> None:
+        """Protect parameters of these names too, and take up modules that were replaced since the last look."""
+        known = {*self._watch.theta, *names}
+        optimizer = self._optimizer
+        watch = Watch.of(self.model, known) if optimizer is None else look(self.model, optimizer, known)
+        if not watch.same(self._watch):
+            self._follow(watch)
+
+    def _theta(self) -> Mapping[str, nn.Parameter]:
+        """Return the protected parameters, after taking up those that grew in place since the last look."""
+        if any(p.shape != self._watch.shapes[name] for name, p in self._watch.theta.items()):
+            self._widen(())
+        return self._watch.theta
 
     def _follow(self, watch: Watch) -> None:
         """Carry state, anchor and average over to the parameters of a new look."""
@@ -377,10 +392,13 @@ class Consolidator:
             )
 
     def _warn_of_overshoot(self, optimizer: Optimizer) -> None:
-        """Warn when explicit steps along the penalty's gradient are longer than the way to the anchor."""
-        largest = max((float(omega.max()) for omega in self.anchor.omega.values() if omega.numel()), default=0.0)
-        lr = max(float(group["lr"]) for group in optimizer.param_groups)
+        """Warn, once for an anchor, when steps along the penalty's gradient are longer than the way to the anchor."""
+        if self._largest[0] is not self.anchor:
+            self._largest = self.anchor, self.anchor.largest()
+        lr = max(proximal.rate(group) for group in optimizer.param_groups)
+        largest = self._largest[1]
         if lr * 2 * self.strength * largest > 1:
+            self._largest = self.anchor, 0.0
             warnings.warn(
                 explain(
                     f"strength {self.strength:g} at learning rate {lr:g} and largest importance {largest:.3g}",

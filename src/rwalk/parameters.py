@@ -73,14 +73,18 @@ class Watch:
     fingerprint: list[Any] = field(default_factory=list)
 
     @classmethod
-    def all(cls, model: nn.Module, also: Collection[str] = ()) -> "Watch":
-        """Watch every trainable parameter of a model, and those of some names, before there is an optimiser."""
-        theta = {name: p for name, p in named(model).items() if p.requires_grad or name in also}
+    def of(cls, model: nn.Module, names: Collection[str]) -> "Watch":
+        """Watch parameters by name, before there is an optimiser."""
+        theta = {name: p for name, p in named(model).items() if name in names}
         return cls(theta, shapes={name: p.shape for name, p in theta.items()})
 
     def stale(self, optimizer: Optimizer) -> bool:
         """Tell whether parameters joined the optimiser, were frozen, thawed, moved or grew since the look."""
         return _fingerprint(held(optimizer)) != self.fingerprint
+
+    def same(self, other: "Watch") -> bool:
+        """Tell whether another look found the same parameters, of the same shapes."""
+        return self.shapes == other.shapes and all(p is other.theta[name] for name, p in self.theta.items())
 
     def lost(self, other: "Watch") -> list[str]:
         """List the names whose history cannot be carried over to `other`: gone, or no longer the leading block."""

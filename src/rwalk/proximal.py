@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
 
 from rwalk import kernels
 from rwalk.anchor import Anchor
@@ -28,7 +28,7 @@ def draw(
             name = names.get(id(parameter))
             if name is not None:
                 place = (parameter, anchor.point[name], anchor.omega[name])
-                _draw_one(optimizer, group, *place, 2 * strength * float(group["lr"]))
+                _draw_one(optimizer, group, *place, 2 * strength * rate(group))
 
 
 def _draw_one(optimizer: Optimizer, group: dict[str, Any], theta: Tensor, point: Tensor, omega: Tensor, step: float) -> None:
@@ -53,9 +53,15 @@ def _momentum(optimizer: Optimizer, group: dict[str, Any]) -> float:
     return float(group["momentum"]) if isinstance(optimizer, SGD) else 0.0
 
 
+def rate(group: dict[str, Any]) -> float:
+    """Return the learning rate of a parameter group, 0 for an optimiser that has none."""
+    return float(group.get("lr") or 0.0)
+
+
 def metric(optimizer: Optimizer) -> str:
-    """Say in which metric `draw` works under an optimiser that has made a step."""
-    group = optimizer.param_groups[0]
-    if any(_second_moment(optimizer, g, p) is not None for g in optimizer.param_groups for p in g["params"]):
+    """Say in which metric `draw` works under an optimiser."""
+    groups = optimizer.param_groups
+    known = any(_second_moment(optimizer, group, p) is not None for group in groups for p in group["params"])
+    if known or isinstance(optimizer, Adam | AdamW | NAdam):
         return "lr / (sqrt(v) + eps), per coordinate"
-    return "lr / (1 - momentum)" if _momentum(optimizer, group) else "lr"
+    return "lr / (1 - momentum)" if any(_momentum(optimizer, group) for group in groups) else "lr"

@@ -133,24 +133,11 @@ def _digits() -> DataSet:
 
 def _read(folder: Path, split: str) -> Any:
     """Read the parquet files of a split: train.parquet, train-00000-of-00001.parquet, train/part.parquet and the like."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     files = sorted(folder.rglob("*.parquet"))
     for name in SPLITS[split]:
         mine = [f for f in files if f.stem.split("-")[0] == name or (f.parent != folder and f.parent.name == name)]
-        if not mine:
-            continue
-        try:
-            return pa.concat_tables([pq.read_table(f) for f in mine])
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(
-                explain(
-                    f"a file of `{folder}` that cannot be read ({str(error).splitlines()[0]})",
-                    f"whole parquet files of one schema for the {split} split",
-                    "Copy or download the file again.",
-                )
-            ) from error
+        if mine:
+            return _join(folder, split, mine)
     found = ", ".join(f.name for f in files[:5]) or "no parquet file"
     raise FileNotFoundError(
         explain(
@@ -161,14 +148,51 @@ def _read(folder: Path, split: str) -> Any:
     )
 
 
+def _join(folder: Path, split: str, files: list[Path]) -> Any:
+    """Read the files of a split as one table."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    places = sorted({str(f.parent.relative_to(folder)) for f in files})
+    if len(places) > 1:
+        raise ValueError(
+            explain(
+                f"the folder `{folder}` with {split} files in {', '.join(places[:5])}",
+                "the files of one data set",
+                "Point to one of these folders.",
+            )
+        )
+    try:
+        tables = [pq.read_table(f) for f in files]
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            explain(
+                f"a file of `{folder}` that cannot be read ({str(error).splitlines()[0]})",
+                f"whole parquet files for the {split} split",
+                "Copy or download the file again.",
+            )
+        ) from error
+    columns = {tuple(table.column_names) for table in tables}
+    if len(columns) > 1:
+        came = " and ".join(", ".join(names) for names in sorted(columns)[:2])
+        raise ValueError(
+            explain(f"{split} files of `{folder}` with different columns: {came}", "the same columns", "Make the files alike.")
+        )
+    return pa.concat_tables(tables, promote_options="permissive")
+
+
 def _assemble(name: str, tables: dict[str, Any]) -> DataSet:
     """Turn the Arrow tables of a train and a test split into tensors."""
     for split, table in tables.items():
         if len(table) == 0:
             raise ValueError(explain(f"an empty {split} split of `{name}`", "at least one example", "Check the files."))
     label = _label_column(name, tables["train"])
-    inputs = {split: _inputs(name, table, label) for split, table in tables.items()}
-    train_x, test_x = _same_form(name, inputs["train"], inputs["test"])
+    columns = _input_columns(name, tables["train"], label)
+    for split, table in tables.items():
+        lacking = [c for c in (label, *columns) if c not in table.column_names]
+        if lacking:
+            raise ValueError(_schema_error(name, table, f"the column `{lacking[0]}` in the {split} split too"))
+    train_x, test_x = _same_form(name, *(_inputs(name, tables[split], columns) for split in ("train", "test")))
     train_y, test_y, classes = _labels(name, tables, label)
     return DataSet(name, train_x, train_y, test_x, test_y, classes)
 
@@ -199,12 +223,16 @@ def _schema_error(name: str, table: Any, expected: str) -> str:
 
 def _labels(name: str, tables: dict[str, Any], column: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Number the labels from 0 on, in their sorted order."""
-    raw = {split: table.column(column).to_pylist() for split, table in tables.items() if column in table.column_names}
+    raw = {split: [_whole(v) for v in table.column(column).to_pylist()] for split, table in tables.items()}
     known = sorted(set(raw["train"]) - {None}, key=lambda v: (isinstance(v, str), v))
-    bad = None in raw["train"] or any(isinstance(v, float | dict | list) or v == -1 for v in known)
-    strange = sorted(set(map(str, raw.get("test", [None]))) - set(map(str, known)))
-    if bad or strange:
-        came = "labels that are missing or -1" if bad else f"test labels {', '.join(strange[:5])} that train lacks"
+    strange = sorted({repr(v) for v in raw["test"] if v not in set(known)})
+    if None in raw["train"] or -1 in known:
+        came = "labels that are missing or -1"
+    elif any(isinstance(v, float) for v in known):
+        came = "labels that are no whole numbers"
+    else:
+        came = f"test labels {', '.join(strange[:5])} that train lacks" if strange else ""
+    if came:
         raise ValueError(
             explain(f"`{name}` with {came}", "whole numbers or names, the same in train and test", "Check the label column.")
         )
@@ -214,26 +242,47 @@ def _labels(name: str, tables: dict[str, Any], column: str) -> tuple[Tensor, Ten
     return train, test, tuple(names[v] if isinstance(v, int) and v < len(names) else str(v) for v in known)
 
 
-def _inputs(name: str, table: Any, label: str) -> np.ndarray:
-    """Return the inputs of a table: its images, else its lists of numbers, else its numeric columns side by side."""
+def _whole(value: Any) -> Any:
+    """Turn 1.0 into 1, and what no label can be into text."""
+    if isinstance(value, dict | list):
+        return repr(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _input_columns(name: str, table: Any, label: str) -> list[str]:
+    """Choose the inputs: the images, else the lists of numbers, else all numeric columns but a stored row index."""
     import pyarrow.types as kinds
 
-    others = [f for f in table.schema if f.name != label]
-    marked = _features(table)
-    for f in others:
-        struct = kinds.is_struct(f.type) and any(f.type.field(i).name == "bytes" for i in range(f.type.num_fields))
-        described = isinstance(marked.get(f.name), dict) and marked[f.name].get("_type") == "Image"
-        if struct or (described and kinds.is_binary(f.type)):
-            return _images(name, table.column(f.name))
-    for f in others:
-        if kinds.is_list(f.type) or kinds.is_fixed_size_list(f.type) or kinds.is_large_list(f.type):
-            return _arrays(name, f.name, table.column(f.name))
-    numeric = [f.name for f in others if kinds.is_integer(f.type) or kinds.is_floating(f.type)]
+    others = [f for f in table.schema if f.name != label and not f.name.startswith("__index_level_")]
+    lists = [f.name for f in others if kinds.is_list(f.type) or kinds.is_fixed_size_list(f.type) or kinds.is_large_list(f.type)]
+    numeric = [f.name for f in others if any(k(f.type) for k in (kinds.is_integer, kinds.is_floating, kinds.is_boolean))]
     texts = any(kinds.is_string(f.type) or kinds.is_large_string(f.type) for f in others)
+    for candidates in ([f.name for f in others if _pictures(table, f.name)], lists):
+        if candidates:
+            return candidates[:1]
     if texts or not numeric:
-        raise ValueError(_schema_error(name, table, "a column of images, a column of lists of numbers, or numeric columns"))
-    columns = np.stack([table.column(c).to_numpy().astype(np.float32) for c in numeric], axis=1)
-    return _finite(name, columns)
+        expected = "images (a struct with `bytes`, or a column marked as Image), lists of numbers, or numeric columns"
+        raise ValueError(_schema_error(name, table, expected))
+    return numeric
+
+
+def _pictures(table: Any, column: str) -> bool:
+    """Tell whether a column holds encoded images."""
+    import pyarrow.types as kinds
+
+    kind, mark = table.schema.field(column).type, _features(table).get(column)
+    struct = kinds.is_struct(kind) and any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
+    return struct or (kinds.is_binary(kind) and isinstance(mark, dict) and mark.get("_type") == "Image")
+
+
+def _inputs(name: str, table: Any, columns: list[str]) -> np.ndarray:
+    """Return the inputs that some columns hold."""
+    first = table.column(columns[0])
+    if _pictures(table, columns[0]):
+        return _images(name, first)
+    if hasattr(first.type, "value_type"):
+        return _arrays(name, columns[0], first)
+    return _finite(name, np.stack([table.column(c).to_numpy().astype(np.float32) for c in columns], axis=1))
 
 
 def _finite(name: str, values: np.ndarray) -> np.ndarray:
@@ -256,20 +305,30 @@ def _images(name: str, column: Any) -> np.ndarray:
     from PIL import Image, UnidentifiedImageError
 
     raw = [value["bytes"] if isinstance(value, dict) else value for value in column.to_pylist()]
-    try:
-        opened = [Image.open(io.BytesIO(b)) for b in raw]
-        grey = all(image.mode in ("1", "L", "LA", "I;16") for image in opened)
-        arrays = [np.asarray(image.convert("L" if grey else "RGB")) for image in opened]
-    except (UnidentifiedImageError, OSError, TypeError) as error:
-        raise ValueError(
-            explain(f"`{name}` with an image that cannot be read ({error})", "encoded images", "Check the image column.")
-        ) from error
+    opened = []
+    for row, encoded in enumerate(raw):
+        try:
+            opened.append(Image.open(io.BytesIO(encoded)))
+            opened[-1].load()
+        except (UnidentifiedImageError, OSError, TypeError, SyntaxError):
+            came = f"`{name}` with an image in row {row} that cannot be read"
+            raise ValueError(explain(came, "encoded images (PNG, JPEG) in the file itself", "Check this row.")) from None
+    grey = all(image.mode in ("1", "L", "LA") or image.mode.startswith("I") for image in opened)
+    arrays = [_pixels(image, grey) for image in opened]
     sizes = {a.shape[:2] for a in arrays}
     if len(sizes) > 1:
         some = ", ".join(f"{h} x {w}" for h, w in sorted(sizes)[:3])
         raise ValueError(explain(f"`{name}` with images of sizes {some}", "images of one size", "Resize them beforehand."))
     whole = np.stack(arrays)
     return whole[..., None] if grey else whole
+
+
+def _pixels(image: Any, grey: bool) -> np.ndarray:
+    """Return an image's pixels as uint8: grey or colour, 16-bit ones scaled down."""
+    if image.mode.startswith("I"):
+        eight = (np.asarray(image) // 257).clip(0, 255).astype(np.uint8)
+        return eight if grey else np.repeat(eight[..., None], 3, axis=-1)
+    return np.asarray(image.convert("L" if grey else "RGB"))
 
 
 def _same_form(name: str, train: np.ndarray, test: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -228,6 +228,11 @@ def _about(kind: str, data: DataSet, tasks: int, scenario: Scenario, **more: Any
 def _group(data: DataSet, task: int, group: tuple[int, ...], scenario: Scenario, about: dict[str, Any]) -> Experience:
     shift = group[0] if scenario == "domain" else 0
     rows = [(torch.isin(y, torch.tensor(group))).nonzero().squeeze(1) for y in (data.train_y, data.test_y)]
+    if not all(map(len, rows)):
+        names = ", ".join(data.classes[label] for label in group)
+        raise ValueError(
+            explain(f"no train or test example of the classes {names}", "examples of every task", "Pass fewer tasks.")
+        )
     relabel = (lambda y: y - shift) if shift else None
     train, test = (
         Part(data.train_x, data.train_y, rows[0], relabel=relabel),

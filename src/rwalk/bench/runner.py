@@ -129,6 +129,10 @@ def _learner(
                 explain(f"method `{method}`", f"one of {known}", "Pass such a name, or a rule object like `RWalk()`.")
             )
         return LEARNERS[method](*common)
+    if isinstance(method, type) or not (hasattr(method, "fit") and hasattr(method, "predict")):
+        raise TypeError(
+            explain(f"method {method!r}", "a name, a rule, or an object with `fit` and `predict`", "For example `RWalk()`.")
+        )
     return cast(Learner, method)
 
 

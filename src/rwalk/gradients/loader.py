@@ -61,6 +61,14 @@ def over(
                 engine.add(batch)
         if not engine.count:
             raise ValueError(_nothing(data))
+        if not all(torch.isfinite(total).all() for total in engine.totals):
+            raise ValueError(
+                explain(
+                    "gradients over the data that are NaN or infinite",
+                    "finite inputs, weights and losses",
+                    "Look for NaN in the data and the model.",
+                )
+            )
         return [total.div_(engine.count) for total in engine.totals]
 
     return gradients
@@ -346,7 +354,7 @@ class _Engine:
         value = self._of(g.to(state_dtype(g)))
         if self._score.objective != "exact":
             return value
-        return torch.where(weight > 0, value * weight, 0)  # a shut class must not bring in 0 * inf
+        return torch.where(weight == 0, 0, value * weight)  # a shut class must not bring in 0 * inf
 
     def _alone(self, example: _Batch) -> None:
         """Add one example by plain autograd."""

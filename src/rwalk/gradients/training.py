@@ -27,6 +27,17 @@ HELD_ELSEWHERE = 2**25
 """The same on all other devices, where few large operations are faster."""
 
 
+TOLERANCE = 0.02
+"""Relative difference up to which contributions count as summing to the gradient; products in bfloat16 are that exact."""
+
+DIFFERENT = explain(
+    "per-example gradients that do not sum to the gradient in use",
+    "one backward pass of a mean loss for each gradient that the optimiser uses",
+    "The square of the batch's gradient is used for such steps; passes that are dropped, further gradients through the model "
+    "and clipping by value cause this.",
+)
+
+
 class _Sum:
     """The sum of squared contributions to one parameter, times the number of examples.
 
@@ -37,6 +48,8 @@ class _Sum:
     def __init__(self, name: str, parameter: nn.Parameter) -> None:
         self.name, self.parameter = name, parameter
         self.examples = 0
+        self.witness = False
+        self.total: Tensor | None = None
         self._buffer: Tensor | None = None
         self._keep = 0.0
 
@@ -67,6 +80,9 @@ class _Sum:
     def add(self, c: Tensor) -> None:
         """Add per-example contributions of shape (examples, *parameter)."""
         c = c.to(self.buffer.dtype)
+        if self.witness:
+            whole = c.sum(0)
+            self.total = whole if self.total is None else self.total + whole
         self._kept(self.buffer).add_(c.mul(c).sum(0), alpha=self.examples)
         self._keep = 1.0
 
@@ -322,6 +338,7 @@ class Squares:
         self._found: dict[str, str] = {}
         self._reported: set[str] = set()
         self._owner, self._taps = self._survey()
+        self._elect()
         self._handles = [self._root.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for module, tap in self._taps.items():
             hook = partial(self._after, tap)
@@ -349,11 +366,54 @@ class Squares:
         sums = [s for tap in self._open() for s in tap.sums.values()]
         self._find_idle({s.name for s in sums if s.examples})
         with torch.no_grad():
+            scale = self._scale(sums)
             taken = {s.name: s.take(passes.examples) for s in sums if s.examples}
+            for square in taken.values() if scale not in (0.0, 1.0) else ():
+                square.mul_(scale)
+        if scale == 0:
+            taken = {}
         passes.examples = 0
         passes.counted.clear()
         self._report()
         return taken
+
+    def _scale(self, sums: list[_Sum]) -> float:
+        """Compare what was gathered with the gradient in use: return the factor between their squares, 0 where they differ.
+
+        Contributions of examples sum to the gradient. For the smallest parameter whose sum is kept this is looked at: a
+        factor comes from loss scaling or from clipping by norm; anything else means that the gradient was made otherwise.
+        """
+        total = next((s.total for s in sums if s.witness and s.examples), None)
+        grad = next((s.parameter.grad for s in sums if s.witness and s.examples), None)
+        for s in sums:
+            s.total = None
+        if total is None or grad is None:
+            return 1.0
+        total, grad = total.flatten().double(), grad.flatten().double()
+        length = float(total @ total)
+        factor = float(total @ grad) / length if length else 1.0
+        rest = float((grad - factor * total).norm())
+        if not rest <= TOLERANCE * float(grad.norm()):  # also where something is NaN
+            self._say(DIFFERENT)
+            return 0.0
+        return 1.0 if abs(factor - 1) <= TOLERANCE else factor**2
+
+    def _say(self, text: str) -> None:
+        """Warn once, or raise an error with `strict`."""
+        if self.strict:
+            raise RuntimeError(text)
+        if text not in self._reported:
+            self._reported.add(text)
+            warnings.warn(text, stacklevel=4)
+
+    def _elect(self) -> None:
+        """Choose the smallest parameter whose contributions are laid out one by one as witness."""
+        candidates = [s for tap in self._open() for key, s in tap.sums.items() if key == "bias" or s.parameter.dim() == 1]
+        for s in candidates:
+            s.witness = False
+        trained = [s for s in candidates if s.parameter.requires_grad]
+        if trained:
+            min(trained, key=lambda s: s.parameter.numel()).witness = True
 
     def close(self) -> None:
         """Remove the hooks from the model."""
@@ -430,6 +490,7 @@ class Squares:
         tap.closed = True
         tap.sums.clear()
         self._found[tap.name] = why
+        self._elect()
 
     def _find_idle(self, gathered: set[str]) -> None:
         """Note the modules whose parameters got a gradient that passed by the module's own forward."""

@@ -1,7 +1,7 @@
 """What rules share that do not watch training: they look at the weights, or at data, when a task ends."""
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -16,7 +16,10 @@ class Nothing(NamedTuple):
 class Stateless(Importance[Nothing]):
     """A rule that only concludes."""
 
-    accumulates: ClassVar[bool] = True
+    @property
+    def accumulates(self) -> bool:
+        """Whether the anchor of earlier tasks enters the next one."""
+        return True
 
     def init(self, theta: list[Tensor]) -> Nothing:  # noqa: ARG002
         """Hold nothing."""

@@ -1,8 +1,10 @@
 """What every rule is: a frozen dataclass that watches training and says how much each weight mattered."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
@@ -97,11 +99,9 @@ class Importance(ABC, Generic[State]):
 
     Attributes:
         measures: what the rule needs: "steps" of training, "data" at a task's end, or "nothing".
-        accumulates: whether `conclude` builds on the anchor it is given, whoever made it, and not only on the rule's state.
     """
 
     measures: ClassVar[Literal["steps", "data", "nothing"]] = "steps"
-    accumulates: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, theta: list[Tensor]) -> State:
@@ -116,6 +116,11 @@ class Importance(ABC, Generic[State]):
         """End a task: return the anchor that protects all tasks so far, and the state for the next task."""
 
     @property
+    def accumulates(self) -> bool:
+        """Whether `conclude` builds on the anchor it is given, whoever made it, and not only on the rule's state."""
+        return False
+
+    @property
     def per_example(self) -> bool:
         """Whether `observe` asks for squared per-example gradients."""
         return False
@@ -123,6 +128,11 @@ class Importance(ABC, Generic[State]):
     def report(self, state: State, anchor: Anchor, theta: Mapping[str, Tensor]) -> dict[str, float]:  # noqa: ARG002
         """Return figures about the rule's own workings, by name, for `Consolidator.summary`."""
         return {}
+
+
+def positive(value: Any) -> bool:
+    """Tell whether a value is a positive, finite number."""
+    return isinstance(value, Real) and 0 < float(value) < math.inf
 
 
 def check(holds: bool, rule: Importance[Any], name: str, expected: str) -> None:
@@ -137,7 +147,7 @@ def check(holds: bool, rule: Importance[Any], name: str, expected: str) -> None:
 def check_alpha(rule: Importance[Any]) -> None:
     """Raise a ValueError unless the field `alpha` of a rule is a number in [0, 1] or "mean"."""
     alpha: Any = getattr(rule, "alpha")  # noqa: B009
-    number = isinstance(alpha, int | float) and not isinstance(alpha, bool) and 0 <= alpha <= 1
+    number = isinstance(alpha, Real) and not isinstance(alpha, bool) and 0 <= float(alpha) <= 1
     check(number or alpha == "mean", rule, "alpha", 'a number in [0, 1] or "mean"')
 
 

@@ -36,7 +36,12 @@ class EWC(Stateless):
     def __post_init__(self) -> None:
         """Refuse fields outside their range."""
         check(self.labels in get_args(Labels), self, "labels", f"one of {', '.join(get_args(Labels))}")
-        check(self.samples is None or self.samples >= 1, self, "samples", "1 or more, or None for all")
+        check(
+            self.samples is None or (isinstance(self.samples, int) and self.samples >= 1),
+            self,
+            "samples",
+            "1 or more, or None for all",
+        )
 
     def conclude(self, state: Nothing, finish: Finish) -> tuple[Anchor, Nothing]:
         """Add the task's quadratic, Fisher * (theta - point)^2, to those of earlier tasks."""

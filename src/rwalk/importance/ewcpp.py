@@ -54,6 +54,11 @@ class EWCpp(Importance[Running]):
         check(self.fisher in get_args(Fisher), self, "fisher", "batch or example")
 
     @property
+    def accumulates(self) -> bool:
+        """Whether the anchor of earlier tasks enters the next one."""
+        return self.accumulate == "sum"
+
+    @property
     def per_example(self) -> bool:
         """Whether squared per-example gradients are needed."""
         return self.fisher == "example"

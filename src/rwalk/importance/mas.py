@@ -29,7 +29,12 @@ class MAS(Stateless):
     def __post_init__(self) -> None:
         """Refuse fields outside their range."""
         check(0 <= self.decay <= 1, self, "decay", "a number in [0, 1]")
-        check(self.samples is None or self.samples >= 1, self, "samples", "1 or more, or None for all")
+        check(
+            self.samples is None or (isinstance(self.samples, int) and self.samples >= 1),
+            self,
+            "samples",
+            "1 or more, or None for all",
+        )
 
     def conclude(self, state: Nothing, finish: Finish) -> tuple[Anchor, Nothing]:
         """Add the task's importance to that of earlier tasks."""

@@ -16,7 +16,7 @@ class OnlineEWC(EWC):
     """Importance gamma * omega + Fisher, at the weights after the last task.
 
     Args:
-        gamma: what is kept of earlier tasks' importance, in [0, 1].
+        gamma: what is kept of earlier tasks' importance, in [0, 1]; that of a branch without use in a task decays too.
         labels: as for `EWC`.
         samples: as for `EWC`.
     """

@@ -7,6 +7,7 @@ ECCV 2018, arXiv 1801.10112. Equation numbers are the paper's.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from rwalk import kernels
 from rwalk.anchor import Anchor
 from rwalk.importance._scale import WAYS, Normalize, divisors
-from rwalk.importance.base import Finish, Fisher, Importance, Step, blend_squares, check, check_alpha, pick
+from rwalk.importance.base import Finish, Fisher, Importance, Step, blend_squares, check, check_alpha, pick, positive
 from rwalk.parameters import copies, zeros
 
 
@@ -79,9 +80,9 @@ class RWalk(Importance[Walk]):
     def __post_init__(self) -> None:
         """Refuse fields outside their range."""
         check_alpha(self)
-        whole = isinstance(self.delta_t, int) and not isinstance(self.delta_t, bool)
+        whole = isinstance(self.delta_t, Integral) and not isinstance(self.delta_t, bool)
         check(whole and self.delta_t >= 1, self, "delta_t", "a whole number of steps, 1 or more")
-        check(0 < self.eps < math.inf, self, "eps", "a positive, finite number")
+        check(positive(self.eps), self, "eps", "a positive, finite number")
         check(self.normalize in WAYS, self, "normalize", f"one of {', '.join(WAYS)}")
         check(self.accumulate in ("average", "sum"), self, "accumulate", "average or sum")
         check(self.fisher in get_args(Fisher), self, "fisher", "batch or example")

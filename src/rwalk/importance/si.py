@@ -3,16 +3,15 @@
 Zenke, Poole, Ganguli, "Continual learning through synaptic intelligence", ICML 2017, arXiv 1703.04200.
 """
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rwalk import kernels
 from rwalk.anchor import Anchor
-from rwalk.importance.base import Finish, Importance, Step, check, pick
+from rwalk.importance.base import Finish, Importance, Step, check, pick, positive
 from rwalk.parameters import copies, zeros
 
 STRETCH = 64
@@ -46,12 +45,16 @@ class SI(Importance[Path]):
         xi: damping of weights that hardly moved, positive, in units of a squared weight.
     """
 
-    accumulates: ClassVar[bool] = True
     xi: float = 0.1
 
     def __post_init__(self) -> None:
         """Refuse fields outside their range."""
-        check(0 < self.xi < math.inf, self, "xi", "a positive, finite number")
+        check(positive(self.xi), self, "xi", "a positive, finite number")
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether the anchor of earlier tasks enters the next one."""
+        return True
 
     def init(self, theta: list[Tensor]) -> Path:
         """Start at `theta` with an empty path: four tensors per parameter."""
