@@ -254,7 +254,15 @@ def an_adapter_added_between_tasks_joins_and_the_rest_keeps_its_importance(rule)
 
 
 def a_module_replaced_by_a_smaller_one_is_named_and_starts_anew(rule):
-    model, _, memory = trained(rule)
+    for average in ("none", "tail"):
+        replaced(rule, average)
+
+
+def replaced(rule, average):
+    model = mlp()
+    memory = Consolidator(model, rule, average=average).attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    train(model, memory._optimizer, batches(0, 12))
+    memory.consolidate(sample(0))
     model[2] = torch.nn.Linear(7, 2).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     with pytest.warns(UserWarning, match=r"2\.weight"):
@@ -331,7 +339,7 @@ def a_new_head_for_each_task_joins_and_the_old_ones_stay(rule):
         assert all(memory.anchor.omega[f"heads.{k}.weight"].sum() > 0 for k in range(task + 1))
 
 
-HELPERS = {"trained", "measured"}
+HELPERS = {"trained", "measured", "replaced"}
 LAWS = [
     law
     for name, law in list(globals().items())

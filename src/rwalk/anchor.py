@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rwalk import kernels
 from rwalk._errors import explain
-from rwalk.parameters import copies, extend, grown, state_dtype, zeros
+from rwalk.parameters import carry, copies, copy, grown, zero
 
 FORMAT = "rwalk-anchor-1"
 
@@ -51,7 +51,7 @@ class Anchor:
         return Anchor({n: p for n, (p, _) in merged.items()}, {n: o for n, (_, o) in merged.items()})
 
     def _both(self, name: str, point: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
-        (new,) = copies([point])
+        new = copy(point)
         if name not in self.point:
             return new, omega
         total = self.omega[name] + omega
@@ -66,8 +66,8 @@ class Anchor:
         """
         both = [name for name in theta if name in self.point]
         return Anchor(
-            {name: self._follow(self.point[name], theta[name], copies) for name in both},
-            {name: self._follow(self.omega[name], theta[name], zeros) for name in both},
+            {name: carry(self.point[name], theta[name], copy) for name in both},
+            {name: carry(self.omega[name], theta[name], zero) for name in both},
         )
 
     def match(self, theta: Mapping[str, Tensor], rename: Mapping[str, str] | Callable[[str], str] | None = None) -> "Match":
@@ -132,10 +132,6 @@ class Anchor:
         """Return sum of omega * (theta - point)^2, without the strength."""
         names = [name for name in theta if name in self.point]
         return kernels.penalty([theta[n] for n in names], *self._lists(self.point, self.omega, names))
-
-    @staticmethod
-    def _follow(old: Tensor, theta: Tensor, fresh: Callable[[list[Tensor]], list[Tensor]]) -> Tensor:
-        return old.to(theta.device, state_dtype(theta)) if old.shape == theta.shape else extend(old, fresh([theta])[0])
 
     @staticmethod
     def _lists(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: list[str]) -> tuple[list[Tensor], list[Tensor]]:

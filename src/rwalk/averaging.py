@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from rwalk import kernels
 from rwalk._errors import explain
-from rwalk.parameters import copies, extend
+from rwalk.parameters import carry, copy
 
 ETA = 3
 """Order of the polynomial average: larger forgets the start of a task sooner (Shamir and Zhang 2013, arXiv 1212.1824)."""
@@ -30,15 +30,11 @@ class Tail:
         self.average: dict[str, Tensor] = {}
         self.count: dict[str, int] = {}
 
-    def follow(self, theta: Mapping[str, Tensor]) -> None:
-        """Keep what is known of these parameters, by leading block where they grew, and drop the others."""
-        old, self.average = self.average, {}
-        for name, now in theta.items():
-            kept = old.get(name)
-            same = kept is not None and kept.shape == now.shape
-            (fresh,) = [kept.to(now.device)] if kept is not None and same else copies([now])
-            self.average[name] = extend(kept, fresh) if kept is not None and not same else fresh
-        self.count = {name: self.count.get(name, 0) for name in theta}
+    def follow(self, theta: Mapping[str, Tensor], lost: Collection[str] = ()) -> None:
+        """Keep what is known of these parameters, by leading block where they grew; drop all others, and those of `lost`."""
+        known = {name: average for name, average in self.average.items() if name not in lost}
+        self.average = {name: carry(known.get(name), now, copy) for name, now in theta.items()}
+        self.count = {name: self.count[name] if name in known else 0 for name in theta}
 
     def update(self, theta: Mapping[str, Tensor], moved: Collection[str]) -> None:
         """Take the parameters after an optimiser step into account."""

@@ -16,7 +16,7 @@ from rwalk.anchor import Anchor, Match
 from rwalk.averaging import Tail, batch_norms, refresh_batch_norms, statistics
 from rwalk.importance.base import Finish, Gradients, Importance, Step, no_data
 from rwalk.importance.ewcpp import EWCpp
-from rwalk.parameters import Watch, look, named, regraft
+from rwalk.parameters import Watch, look, named, regraft, trainable
 from rwalk.summary import Summary, layers
 
 Pull = Literal["gradient", "proximal"]
@@ -163,7 +163,7 @@ class Consolidator:
         """
         refusals.refuse_consolidation(self.rule, data, early=not self._watch.theta)
         if self.rule.measures != "steps":
-            self._widen(() if self._watch.theta else [n for n, p in named(self.model).items() if p.requires_grad])
+            self._widen(() if self._watch.theta else trainable(self.model))
         self._theta()
         averaged = any(self._tail.count.values())
         kept = statistics(self.model) if averaged else []
@@ -202,7 +202,7 @@ class Consolidator:
         """
         refusals.refuse_estimate(self.rule, self._steps)
         refusals.refuse_consolidation(self.rule, data, early=False)
-        self._widen([name for name, p in named(self.model).items() if p.requires_grad])
+        self._widen(trainable(self.model))
         self.consolidate(data, loss=loss, logits=logits)
 
     def adopt(self, anchor: Anchor, rename: Mapping[str, str] | Callable[[str], str] | None = None) -> Match:
@@ -232,7 +232,7 @@ class Consolidator:
                 ),
                 stacklevel=2,
             )
-        self._widen([*match.anchor.point, *(name for name, p in theta.items() if p.requires_grad)])
+        self._widen([*match.anchor.point, *trainable(self.model)])
         self.anchor = match.anchor.align(self._watch.theta)
         return match
 
@@ -372,7 +372,7 @@ class Consolidator:
         self._state = regraft(self._state, list(self._watch.shapes), known, watch.theta, self.rule.init)
         self.anchor = self.anchor.align({name: p for name, p in watch.theta.items() if name not in lost})
         if self.average == "tail":
-            self._tail.follow(watch.theta)
+            self._tail.follow(watch.theta, lost)
         self._watch = watch
 
     def _refresh_batch_norms(self, data: Iterable[Any] | None) -> None:

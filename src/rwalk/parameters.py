@@ -35,14 +35,24 @@ def state_dtype(theta: Tensor) -> torch.dtype:
     return torch.promote_types(theta.dtype, torch.float32)
 
 
+def zero(theta: Tensor) -> Tensor:
+    """Make zero state beside a parameter: its shape, device and memory order."""
+    return torch.zeros_like(theta, dtype=state_dtype(theta), requires_grad=False)
+
+
+def copy(theta: Tensor) -> Tensor:
+    """Copy a parameter into state precision."""
+    return theta.detach().to(state_dtype(theta), copy=True)
+
+
 def zeros(theta: Sequence[Tensor]) -> list[Tensor]:
-    """Make zero state beside parameters: their shapes, devices and memory order."""
-    return [torch.zeros_like(t, dtype=state_dtype(t), requires_grad=False) for t in theta]
+    """Make zero state beside parameters."""
+    return [zero(t) for t in theta]
 
 
 def copies(theta: Sequence[Tensor]) -> list[Tensor]:
     """Copy parameters into state precision."""
-    return [t.detach().to(state_dtype(t), copy=True) for t in theta]
+    return [copy(t) for t in theta]
 
 
 def grown(old: torch.Size, new: torch.Size) -> bool:
@@ -50,10 +60,25 @@ def grown(old: torch.Size, new: torch.Size) -> bool:
     return len(old) == len(new) and all(a <= b for a, b in zip(old, new, strict=True))
 
 
-def extend(old: Tensor, fresh: Tensor) -> Tensor:
-    """Write `old` into the leading block of `fresh`, a tensor at least as large, and return it."""
-    fresh[tuple(slice(n) for n in old.shape)] = old
-    return fresh
+def carry(old: Tensor | None, now: Tensor, fresh: Callable[[Tensor], Tensor]) -> Tensor:
+    """Carry state over to a parameter as it is now: as it was, or as the leading block of fresh state where `now` is larger.
+
+    Args:
+        old: state of the parameter as it was, None if there is none to keep.
+        now: the parameter, of the same shape or grown.
+        fresh: makes state for all of a parameter.
+    """
+    if old is not None and old.shape == now.shape:
+        return old.to(now.device, state_dtype(now))
+    whole = fresh(now)
+    if old is not None:
+        whole[tuple(slice(n) for n in old.shape)] = old
+    return whole
+
+
+def trainable(model: nn.Module) -> list[str]:
+    """List the names of the parameters that require gradients."""
+    return [name for name, p in named(model).items() if p.requires_grad]
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,10 +158,9 @@ def regraft(
         kept, now = old[old_place[name]], theta[name]
         if not isinstance(kept, Tensor):
             return kept
-        if kept.shape == now.shape:
-            return kept.to(now.device, state_dtype(now))
-        start = new[new_place[name]]
-        return extend(kept, zeros([now])[0] if start is None else start)
+
+        start = new[new_place[name]] if name in new_place else None
+        return carry(kept, now, zero if start is None else lambda _: start)
 
     def column(old: Any, new: Any) -> Any:
         return [entry(old, new, name) for name in theta] if isinstance(old, list) else old

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from rwalk.importance.base import Importance, Step
+from rwalk.importance.base import Importance, Step, check
 
 
 class Nothing(NamedTuple):
@@ -28,3 +28,9 @@ class Stateless(Importance[Nothing]):
     def observe(self, state: Nothing, step: Step) -> Nothing:  # noqa: ARG002
         """Look at nothing during training."""
         return state
+
+
+def check_samples(rule: Importance[Nothing]) -> None:
+    """Raise a ValueError unless the field `samples` of a rule that measures on data is a number of examples or None."""
+    samples = getattr(rule, "samples", None)
+    check(samples is None or (isinstance(samples, int) and samples >= 1), rule, "samples", "1 or more, or None for all")

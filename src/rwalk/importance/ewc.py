@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rwalk.anchor import Anchor
-from rwalk.importance._stateless import Nothing, Stateless
+from rwalk.importance._stateless import Nothing, Stateless, check_samples
 from rwalk.importance.base import Finish, check
 
 Labels = Literal["exact", "sample", "true"]
@@ -36,12 +36,7 @@ class EWC(Stateless):
     def __post_init__(self) -> None:
         """Refuse fields outside their range."""
         check(self.labels in get_args(Labels), self, "labels", f"one of {', '.join(get_args(Labels))}")
-        check(
-            self.samples is None or (isinstance(self.samples, int) and self.samples >= 1),
-            self,
-            "samples",
-            "1 or more, or None for all",
-        )
+        check_samples(self)
 
     def conclude(self, state: Nothing, finish: Finish) -> tuple[Anchor, Nothing]:
         """Add the task's quadratic, Fisher * (theta - point)^2, to those of earlier tasks."""

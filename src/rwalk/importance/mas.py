@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 
 from rwalk.anchor import Anchor
-from rwalk.importance._stateless import Nothing, Stateless
+from rwalk.importance._stateless import Nothing, Stateless, check_samples
 from rwalk.importance.base import Finish, check
 
 
@@ -29,12 +29,7 @@ class MAS(Stateless):
     def __post_init__(self) -> None:
         """Refuse fields outside their range."""
         check(0 <= self.decay <= 1, self, "decay", "a number in [0, 1]")
-        check(
-            self.samples is None or (isinstance(self.samples, int) and self.samples >= 1),
-            self,
-            "samples",
-            "1 or more, or None for all",
-        )
+        check_samples(self)
 
     def conclude(self, state: Nothing, finish: Finish) -> tuple[Anchor, Nothing]:
         """Add the task's importance to that of earlier tasks."""
