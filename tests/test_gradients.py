@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rwalk.gradients import Squares, loader, over, training, undisturbed
+from rwalk.gradients import Squares, layers, loader, over, undisturbed
 from rwalk.parameters import named
 
 
@@ -430,8 +430,8 @@ def scrambled(layer):
 def test_layers(name, blocks, monkeypatch):
     make, shape = LAYERS[name]
     if blocks:
-        monkeypatch.setattr(training, "BLOCK", 30)
-        monkeypatch.setattr(training, "HELD", {"cpu": 150})
+        monkeypatch.setattr(layers, "BLOCK", 30)
+        monkeypatch.setattr(layers, "HELD", {"cpu": 150})
     layer, x = scrambled(make()), torch.randn(4, *shape, dtype=torch.float64)
     want = by_example(layer, x, readout)
     squares = Squares(layer, named(layer), strict=True)
