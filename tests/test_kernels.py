@@ -1,29 +1,41 @@
-"""The backends against the reference formulas, and the blocks they are cut into."""
+"""Every backend against the formulas of the reference, through the seam: all parts of a visit, kinds of tensors and layouts."""
 
-import inspect
+import itertools
 
 import pytest
 import torch
 
 from rwalk import kernels
-from rwalk.kernels import blocked, reference
+from rwalk.kernels import After, Visit, blocked, reference
 
 SHAPES = [(), (0,), (3,), (blocked.BLOCK + 5,), (300, 257), (2, 3, 64, 111)]
-FORMULAS = ["walk_", "trace_", "close_", "square_", "blend_", "settle_", "pull_", "penalty"]
-NUMBERS = {"weight": 0.3, "eps": 1e-3, "strength": 2.0}
+PARTS = {"path", "settle", "fisher", "squares", "pull"}
+COMBINATIONS = [set(c) for n in range(len(PARTS) + 1) for c in itertools.combinations(sorted(PARTS), n)]
+COLUMNS = {
+    "path": ("path", "mark", "previous"),
+    "settle": ("path", "mark", "previous", "score", "fisher"),
+    "fisher": ("fisher",),
+    "squares": ("fisher", "squares"),
+    "pull": ("point", "omega"),
+}
+BACKENDS = ["blocked", "joined", "numba"]
 
 
-def arguments(name, shape, dtype, layout):
-    """Random tensors and fixed numbers for the parameters of a formula."""
-    made = []
-    for key, parameter in inspect.signature(getattr(reference, name)).parameters.items():
-        if parameter.annotation is not torch.Tensor:
-            made.append(NUMBERS[key])
-            continue
-        low = key in ("theta", "grad") and dtype is torch.bfloat16
-        tensor = torch.rand(shape, dtype=torch.float32 if dtype is torch.bfloat16 else dtype) + 0.1
-        made.append(layout(tensor.to(torch.bfloat16) if low else tensor, key))
-    return made
+@pytest.fixture
+def backend(request, monkeypatch):
+    """Choose a backend; "joined" is what `blocked` does on a GPU, with small batches, on the CPU."""
+    if request.param == "joined":
+        monkeypatch.setattr(blocked, "_pieces", lambda rows: blocked.batches(rows, 20_000))
+        kernels.use("blocked")
+    else:
+        pytest.importorskip("numba") if request.param == "numba" else None
+        kernels.use(request.param)
+    yield request.param
+    kernels.use("blocked")
+
+
+def dense(tensor, _):
+    return tensor
 
 
 def transposed(tensor, _):
@@ -38,21 +50,181 @@ def strided(tensor, _):
     return tensor.repeat_interleave(2, dim=-1)[..., ::2] if tensor.dim() else tensor
 
 
-@pytest.mark.parametrize(
-    "layout", [lambda t, _: t, transposed, mixed, strided], ids=["dense", "transposed", "mixed", "strided"]
-)
+def column(key, shapes, dtype, layout=dense):
+    low = key in ("theta", "grad") and dtype is torch.bfloat16
+    state = dtype if low or dtype is torch.float64 else torch.float32
+    return [layout((torch.rand(shape, dtype=torch.float64) + 0.1).to(state), key) for shape in shapes]
+
+
+def a_visit(shapes, dtype=torch.float32, layout=dense, parts=PARTS, **numbers):
+    """Make a visit with random columns; the first parameter gets all parts, later ones miss some."""
+    keys = {key for part in parts for key in COLUMNS[part]} | {"theta", "grad"}
+    columns = {key: column(key, shapes, dtype, layout) for key in sorted(keys)}
+    for key, place in (("grad", 2), ("squares", 1), ("point", 3), ("omega", 3)):
+        if key in columns and len(shapes) > place:
+            columns[key][place] = None
+    settings = {"close": "settle" in parts, "eps": 1e-3, "strength": 2.0, "weight": [0.3] * len(shapes), **numbers}
+    return Visit(**columns, **settings)
+
+
+def copy_of(visit):
+    return visit._replace(
+        **{
+            key: [None if t is None else t.clone() for t in value]
+            for key, value in visit._asdict().items()
+            if isinstance(value, list) and key != "weight"
+        }
+    )
+
+
+def close_to(ours, truth, dtype=torch.float32):
+    """Equal to rounding: in units of the last place of the less exact of state and parameter."""
+    assert ours.dtype == truth.dtype
+    limit = {torch.bfloat16: 1e-2, torch.float32: 2e-6, torch.float64: 1e-14}[ours.dtype]
+    scale = truth.double().abs().max() if truth.numel() else 1.0
+    assert torch.allclose(ours.double(), truth.double(), rtol=limit, atol=float(limit * scale))
+
+
+def check(visit, truth=None):
+    """Demand that the backend in use does to a visit's tensors what the reference does; return both."""
+    truth = copy_of(visit) if truth is None else truth
+    far = kernels.visit_(visit)
+    _, counts = reference.visit_(truth.rows(), truth)
+    assert (far is None) == (not counts)
+    if counts:
+        assert int(far) == sum(int(c) for c in counts)
+    for key, ours in visit._asdict().items():
+        if isinstance(ours, list) and key != "weight":
+            for a, b in zip(ours, getattr(truth, key), strict=True):
+                assert (a is None) == (b is None)
+                if a is not None:
+                    close_to(a, b)
+    return visit, truth
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("parts", COMBINATIONS, ids=lambda parts: "+".join(sorted(parts)) or "nothing")
+def test_every_combination_of_parts(parts, backend):
+    torch.manual_seed(0)
+    check(a_visit([(9, 7), (3,), (4, 2), (40_000,), ()], parts=parts))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("layout", [dense, transposed, mixed, strided], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", FORMULAS)
-def test_blocked_equals_reference(name, shape, dtype, layout):
+def test_every_kind_of_tensor(shape, dtype, layout, backend):
     torch.manual_seed(0)
-    ours = arguments(name, shape, dtype, layout)
-    truth = [t.clone() if isinstance(t, torch.Tensor) else t for t in ours]
-    a, b = getattr(blocked, name)(*ours), getattr(reference, name)(*truth)
-    for x, y in zip([*ours, a], [*truth, b], strict=True):
-        if isinstance(x, torch.Tensor):
-            exact = name != "penalty"
-            assert torch.equal(x, y) if exact else torch.allclose(x, y, rtol=1e-5)
+    check(a_visit([shape], dtype, layout))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("strength", [0.0, 0.7])
+def test_loss_scale_divides_what_is_observed_and_multiplies_what_is_added(strength, backend):
+    torch.manual_seed(0)
+    plain = a_visit([(5, 6), (7,)], strength=strength)
+    scaled = copy_of(plain)
+    scaled = scaled._replace(grad=[g * 1024 for g in scaled.grad], scale=torch.tensor(1024.0))
+    kernels.visit_(plain)
+    kernels.visit_(scaled)
+    for a, b in zip(plain.grad, scaled.grad, strict=True):
+        close_to(b / 1024, a)
+    for key in ("fisher", "path", "previous", "score"):
+        for a, b in zip(getattr(plain, key), getattr(scaled, key), strict=True):
+            close_to(b, a)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS], indirect=True)
+def test_a_skipped_visit_changes_nothing(backend):
+    visit = a_visit([(5, 6), (40_000,)], skip=torch.tensor(1.0))
+    before = copy_of(visit)
+    assert kernels.visit_(visit) is None
+    for ours, kept in zip(visit[:10], before[:10], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, kept, strict=True) if a is not None)
+    kernels.visit_(visit._replace(skip=torch.tensor(0.0)))
+    assert not torch.equal(visit.fisher[0], before.fisher[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_importance_and_fisher_in_bfloat16(backend):
+    """The random bits are the same on every backend, so that the results are too, but for ties that rounding decides."""
+    torch.manual_seed(0)
+    visit = a_visit([(9, 70), (40_000,), (3,)], tick=5)
+    visit = visit._replace(
+        **{key: [t if t is None else t.bfloat16() for t in getattr(visit, key)] for key in ("fisher", "omega")}
+    )
+    ours, truth = check(visit)
+    same = torch.cat([(a == b).view(-1) for a, b in zip(ours.fisher, truth.fisher, strict=True)])
+    assert same.double().mean() > 0.999
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS], indirect=True)
+def test_stochastic_rounding_keeps_a_slow_mean_that_rounding_to_nearest_would_lose(backend):
+    """F moves by a thousandth of the way from 1 to 4 at each step: less than half the distance of neighbours in bfloat16."""
+    fisher, weight, steps = torch.ones(20_000, dtype=torch.bfloat16), 0.001, 400
+    for tick in range(steps):
+        kernels.visit_(Visit([torch.zeros(20_000)], [torch.full((20_000,), 2.0)], fisher=[fisher], weight=[weight], tick=tick))
+    expected = 4 - 3 * (1 - weight) ** steps
+    assert abs(float(fisher.float().mean()) - expected) < 0.01 * expected
+    assert float(fisher.float().std()) < 0.1 * expected
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS], indirect=True)
+def test_rounding_is_unbiased(backend):
+    values = torch.tensor([1.0 + k / 1024 for k in range(8)]).repeat(4096)
+    fisher = torch.zeros(len(values), dtype=torch.bfloat16)
+    kernels.visit_(Visit([values], [values.sqrt()], fisher=[fisher], weight=[1.0], tick=3))
+    got = fisher.float().view(-1, 8).mean(0)
+    assert torch.allclose(got, values[:8], atol=4 * 2**-8 / 4096**0.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("parts", [("pull",), ("pull", "second"), ("average",), ("pull", "second", "average")], ids="+".join)
+def test_what_is_done_after_a_step(parts, dtype, backend):
+    torch.manual_seed(0)
+    rows = []
+    for shape in [(9, 7), (40_000,), (), (0,)]:
+        state = torch.float32 if dtype is torch.bfloat16 else dtype
+        theta, point, omega, second, average = (torch.rand(shape, dtype=state) + 0.1 for _ in range(5))
+        row = After(theta.to(dtype), step=0.3, correction=0.7, eps=1e-8, weight=0.2)
+        row = row._replace(point=point, omega=omega) if "pull" in parts else row
+        row = row._replace(second=second.to(dtype)) if "second" in parts else row
+        rows.append(row._replace(average=average) if "average" in parts else row)
+    truth = [After(*(v.clone() if isinstance(v, torch.Tensor) else v for v in row)) for row in rows]
+    kernels.after_(rows)
+    reference.after_(truth)
+    for ours, expected in zip(rows, truth, strict=True):
+        for a, b in zip(ours, expected, strict=True):
+            if isinstance(a, torch.Tensor):
+                close_to(a, b)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS], indirect=True)
+@pytest.mark.parametrize("step", [0.0, 1e-30, 1e30, float("inf")])
+def test_the_proximal_pull_is_exact_at_both_ends(step, backend):
+    theta, point = torch.tensor([1.0, 2.0]), torch.tensor([5.0, -3.0])
+    kernels.after_([After(theta, point, torch.tensor([1.0, 0.0]), step=step if step < 1e31 else 3e38)])
+    assert theta.tolist() == [1.0 if step < 1 else 5.0, 2.0]
+
+
+def test_threads_share_a_large_visit_and_change_no_result():
+    pytest.importorskip("numba")
+    torch.manual_seed(0)
+    visit = a_visit([(700, 1000), (5,)])
+    alone = copy_of(visit)
+    threads = torch.get_num_threads()
+    try:
+        kernels.use("numba")
+        torch.set_num_threads(1)
+        far = kernels.visit_(alone)
+        torch.set_num_threads(2)
+        assert int(kernels.visit_(visit)) == int(far)
+    finally:
+        torch.set_num_threads(threads)
+        kernels.use("blocked")
+    for a, b in zip(visit[:10], alone[:10], strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True) if x is not None)
 
 
 def test_blocks_cover_every_element_once_and_share_storage():
@@ -67,11 +239,23 @@ def test_blocks_cover_every_element_once_and_share_storage():
 def test_choosing_a_backend():
     assert kernels.current() == "blocked"
     try:
-        kernels.use("reference")
-        assert kernels.current() == "reference"
+        for name in kernels.available():
+            kernels.use(name)
+            assert kernels.current() == name
         kernels.use("auto")
-        assert kernels.current() == "blocked"
+        assert kernels.current().endswith("blocked")
+        assert ("numba" in kernels.current()) == ("numba" in kernels.available())
     finally:
         kernels.use("blocked")
-    with pytest.raises(ValueError, match=r"Got backend `fast`.*auto, reference, blocked"):
+    with pytest.raises(ValueError, match=r"Got backend `fast`.*auto, reference, blocked, numba, triton"):
         kernels.use("fast")
+
+
+def test_a_backend_that_is_not_installed_explains_itself(monkeypatch):
+    def missing(name):
+        raise ImportError("No module named 'numba'")
+
+    monkeypatch.setattr(kernels, "import_module", missing)
+    with pytest.raises(ImportError, match=r"Got backend `numba`.*pip install 'rwalk\[fast\]'"):
+        kernels.use("numba")
+    assert kernels.current() == "blocked"

@@ -210,7 +210,7 @@ def test_the_telescoped_path_is_as_exact_as_storing_the_old_parameters_over_ten_
         truth -= grad.double() * (after.double() - theta.double())
         naive -= grad * (after - theta)
         theta = after
-    kernels.close_([theta], state.path, state.mark, state.previous)
+    kernels.visit_(kernels.Visit([theta], path=state.path, mark=state.mark, previous=state.previous, close=True))
     ours = float((state.path[0] - truth).norm() / truth.norm())
     stored = float((naive - truth).norm() / truth.norm())
     assert ours < 3 * stored + 1e-6, (ours, stored)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +15,14 @@ from rwalk._errors import explain
 from rwalk.parameters import carry, copies, copy, grown, zero
 
 FORMAT = "rwalk-anchor-1"
+
+
+class Pull(NamedTuple):
+    """The pull of an anchor at one step: columns of `rwalk.kernels.Visit`, None for parameters that it does not hold."""
+
+    point: list[Tensor | None]
+    omega: list[Tensor | None]
+    strength: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,20 +131,15 @@ class Anchor:
             raise ValueError(_foreign(path, "which is no anchor of this format"))
         return cls(*parts)
 
-    def pull(self, theta: Mapping[str, Tensor], grad: Mapping[str, Tensor], strength: float) -> None:
-        """Add the gradient of the penalty to the gradients of the parameters that the anchor holds (equation 8)."""
-        names = [name for name in grad if name in self.point]
-        kernels.pull_(*self._lists(grad, theta, names), *self._lists(self.point, self.omega, names), strength)
+    def pull(self, names: Sequence[str], strength: float) -> Pull:
+        """Say where parameters of these names are pulled, for `rwalk.kernels.visit_` to add to their gradients (equation 8)."""
+        return Pull([self.point.get(name) for name in names], [self.omega.get(name) for name in names], strength)
 
     @torch.no_grad()
     def penalty(self, theta: Mapping[str, Tensor]) -> float | Tensor:
         """Return sum of omega * (theta - point)^2, without the strength."""
         names = [name for name in theta if name in self.point]
-        return kernels.penalty([theta[n] for n in names], *self._lists(self.point, self.omega, names))
-
-    @staticmethod
-    def _lists(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: list[str]) -> tuple[list[Tensor], list[Tensor]]:
-        return [a[n] for n in names], [b[n] for n in names]
+        return kernels.penalty(*([column[n] for n in names] for column in (theta, self.point, self.omega)))
 
 
 @dataclass(frozen=True, eq=False)

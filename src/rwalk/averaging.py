@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from rwalk import kernels
 from rwalk._errors import explain
+from rwalk.kernels import After
 from rwalk.parameters import carry, copy
 
 ETA = 3
@@ -36,12 +36,14 @@ class Tail:
         self.average = {name: carry(known.get(name), now, copy) for name, now in theta.items()}
         self.count = {name: self.count[name] if name in known else 0 for name in theta}
 
-    def update(self, theta: Mapping[str, Tensor], moved: Collection[str]) -> None:
-        """Take the parameters after an optimiser step into account."""
-        for name in moved:
+    def averaged(self, rows: Mapping[str, After]) -> dict[str, After]:
+        """Count an optimiser step for some parameters, and have their visits take them into the average."""
+        for name in rows:
             self.count[name] += 1
-        weights = [(ETA + 1) / (self.count[name] + ETA) for name in moved]
-        kernels.blend_([self.average[n] for n in moved], [theta[n] for n in moved], weights)
+        return {
+            name: row._replace(average=self.average[name], weight=(ETA + 1) / (self.count[name] + ETA))
+            for name, row in rows.items()
+        }
 
     def swap(self, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Exchange averages and parameters in place; return where the parameters were. A second call undoes the first."""

@@ -10,12 +10,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from rwalk import _refusals as refusals
-from rwalk import gradients, proximal
+from rwalk import gradients, kernels, proximal
 from rwalk._errors import explain
 from rwalk.anchor import Anchor, Match
 from rwalk.averaging import Tail, batch_norms, refresh_batch_norms, statistics
 from rwalk.importance.base import Finish, Gradients, Importance, Step, no_data
 from rwalk.importance.ewcpp import EWCpp
+from rwalk.kernels import After
 from rwalk.parameters import Watch, look, named, regraft, trainable
 from rwalk.summary import Summary, layers
 
@@ -320,23 +321,28 @@ class Consolidator:
         self._moved = list(grad)
         if not grad:
             return
-        step = Step(list(theta.values()), [grad.get(name) for name in theta])
-        if squares is not None:
-            step = step._replace(squares=[squares.get(name) for name in theta])
-        self._state = self.rule.observe(self._state, step)
-        if self.pull == "gradient" and self.strength and len(self.anchor):
+        pulling = self.pull == "gradient" and self.strength and len(self.anchor)
+        if pulling:
             self._warn_of_overshoot(optimizer)
-            self.anchor.pull(theta, grad, self.strength)
+        step = Step(
+            list(theta.values()),
+            [grad.get(name) for name in theta],
+            squares=None if squares is None else [squares.get(name) for name in theta],
+            pull=self.anchor.pull(list(theta), self.strength) if pulling else None,
+        )
+        self._state = self.rule.observe(self._state, step)
+        step.finish()
         self._steps += 1
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
         """Draw the parameters that the optimiser has just moved towards the anchor, and average them."""
-        theta = self._watch.theta
+        rows = {name: After(self._watch.theta[name]) for name in self._moved}
         if self.pull == "proximal" and self.strength and len(self.anchor):
-            proximal.draw(optimizer, theta, self._moved, self.anchor, self.strength)
+            rows = proximal.drawn(rows, optimizer, self.anchor, self.strength)
         if self.average == "tail":
-            self._tail.update(theta, self._moved)
+            rows = self._tail.averaged(rows)
+        kernels.after_(rows.values())
 
     def _widen(self, names: Collection[str]) -> None:
         """Protect parameters of these names too, and take up modules that were replaced since the last look."""

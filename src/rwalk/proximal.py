@@ -1,44 +1,46 @@
 """The proximal pull: after the optimiser's step, move towards the anchor by a weighted mean that no strength can overshoot."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
 
-from rwalk import kernels
 from rwalk.anchor import Anchor
+from rwalk.kernels import After
 
 
-def draw(
-    optimizer: Optimizer, theta: Mapping[str, nn.Parameter], moved: Collection[str], anchor: Anchor, strength: float
-) -> None:
-    """Move theta to (theta + w * point) / (1 + w), with w = 2 * m * strength * omega and m the optimiser's own metric.
+def drawn(rows: Mapping[str, After], optimizer: Optimizer, anchor: Anchor, strength: float) -> dict[str, After]:
+    """Have the visits of parameters that have just moved draw them to (theta + w * point) / (1 + w).
+
+    w is 2 * m * strength * omega, with m the optimiser's own metric: Adam's per coordinate, that of momentum, or the learning
+    rate.
 
     Args:
+        rows: what is done to each parameter after the step, by name.
         optimizer: the optimiser that has just made its step; m is read from it, group by group.
-        theta: the protected parameters by name.
-        moved: names of those that took part in the step.
         anchor: where to, and with which importance.
         strength: factor of the penalty.
     """
-    names = {id(theta[name]): name for name in moved if name in anchor.point}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            name = names.get(id(parameter))
-            if name is not None:
-                place = (parameter, anchor.point[name], anchor.omega[name])
-                _draw_one(optimizer, group, *place, 2 * strength * rate(group))
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    return {
+        name: _drawn(row, optimizer, groups[id(row.theta)], strength)._replace(
+            point=anchor.point[name], omega=anchor.omega[name]
+        )
+        if name in anchor.point
+        else row
+        for name, row in rows.items()
+    }
 
 
-def _draw_one(optimizer: Optimizer, group: dict[str, Any], theta: Tensor, point: Tensor, omega: Tensor, step: float) -> None:
-    """Draw one parameter in the metric of its group: Adam's per coordinate, that of momentum, or the learning rate."""
-    second = _second_moment(optimizer, group, theta)
-    if second is not None:
-        correction = 1 - float(group["betas"][1]) ** float(optimizer.state[theta]["step"])
-        kernels.draw_scaled_(theta, point, omega, second, step, correction, float(group["eps"]))
-    else:
-        kernels.draw_(theta, point, omega, step / (1 - _momentum(optimizer, group)))
+def _drawn(row: After, optimizer: Optimizer, group: dict[str, Any], strength: float) -> After:
+    """Fill in the metric of a parameter's group."""
+    step = 2 * strength * rate(group)
+    second = _second_moment(optimizer, group, row.theta)
+    if second is None:
+        return row._replace(step=step / (1 - _momentum(optimizer, group)))
+    correction = 1 - float(group["betas"][1]) ** float(optimizer.state[row.theta]["step"])
+    return row._replace(second=second, step=step, correction=correction, eps=float(group["eps"]))
 
 
 def _second_moment(optimizer: Optimizer, group: dict[str, Any], theta: Tensor) -> Tensor | None:
@@ -59,7 +61,7 @@ def rate(group: dict[str, Any]) -> float:
 
 
 def metric(optimizer: Optimizer) -> str:
-    """Say in which metric `draw` works under an optimiser."""
+    """Say in which metric `drawn` works under an optimiser."""
     groups = optimizer.param_groups
     known = any(_second_moment(optimizer, group, p) is not None for group in groups for p in group["params"])
     if known or isinstance(optimizer, Adam | AdamW | NAdam):

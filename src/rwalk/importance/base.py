@@ -11,10 +11,9 @@ from torch import Tensor
 
 from rwalk import kernels
 from rwalk._errors import explain
-from rwalk.anchor import Anchor
+from rwalk.anchor import Anchor, Pull
 
 State = TypeVar("State", bound=tuple[Any, ...])
-Item = TypeVar("Item")
 Objective = Literal["true", "sample", "exact", "norm"]
 """What a per-example gradient is of: the log-likelihood of the data's label, of one drawn from the model, of every label
 weighted by its probability, or the squared norm of the output."""
@@ -23,29 +22,47 @@ Fisher = Literal["batch", "example"]
 """What the running Fisher information averages: the square of the batch's gradient, or the squares of its examples'."""
 
 
-class Step(NamedTuple):
-    """What a rule sees of one optimiser step, just before the optimiser moves.
+@dataclass
+class Step:
+    """What a rule sees of one optimiser step, just before the optimiser moves, and its one visit of the parameters' memory.
 
     Args:
         theta: the protected parameters.
-        grad: the gradient of the task loss alone, parallel to `theta`; None where a parameter takes no part in this step.
+        grad: the gradient of the task loss alone, parallel to `theta`, multiplied by `scale`; None where a parameter takes no
+            part in this step.
         squares: for rules whose `fisher` is "example": the mean over examples of the squared per-example gradient, parallel to
             `theta`; None where it could not be had.
+        pull: the pull to the anchor, which `visit` adds to the gradients once it has looked at them.
+        scale: what a loss scaler has multiplied the gradients by, one element; None for 1.
+        skip: one element, not 0 if the optimiser is going to leave out this step; None for 0.
     """
 
     theta: list[Tensor]
     grad: list[Tensor | None]
     squares: list[Tensor | None] | None = None
+    pull: Pull | None = None
+    scale: Tensor | None = None
+    skip: Tensor | None = None
 
-    def active(self) -> tuple[list[int], list[Tensor], list[Tensor]]:
-        """Return positions, parameters and gradients of the parameters that take part in this step."""
-        on = [i for i, g in enumerate(self.grad) if g is not None]
-        return on, pick(self.theta, on), [g for g in self.grad if g is not None]
+    def visit(self, **columns: Any) -> Tensor | None:
+        """Do all of a rule's elementwise work at this step, and the pull, in one visit of memory; call it last in `observe`.
 
+        Args:
+            columns: fields of `rwalk.kernels.Visit`: lists of the rule's state parallel to `theta`, and numbers.
 
-def pick(column: list[Item], positions: list[int]) -> list[Item]:
-    """Return the entries of a list at some positions."""
-    return [column[i] for i in positions]
+        Returns:
+            What `rwalk.kernels.visit_` returns.
+        """
+        pull, self.pull = self.pull, None
+        more = pull._asdict() if pull is not None else {}
+        return kernels.visit_(
+            kernels.Visit(self.theta, self.grad, squares=self.squares, scale=self.scale, skip=self.skip, **more, **columns)
+        )
+
+    def finish(self) -> None:
+        """Add the pull if the rule has not visited the parameters."""
+        if self.pull is not None:
+            self.visit()
 
 
 class Gradients(Protocol):
@@ -149,20 +166,3 @@ def check_alpha(rule: Importance[Any]) -> None:
     alpha: Any = getattr(rule, "alpha")  # noqa: B009
     number = isinstance(alpha, Real) and not isinstance(alpha, bool) and 0 <= float(alpha) <= 1
     check(number or alpha == "mean", rule, "alpha", 'a number in [0, 1] or "mean"')
-
-
-def blend_squares(fisher: list[Tensor], step: Step, on: list[int], weights: list[float]) -> None:
-    """Move Fisher information towards a step's squares: per-example ones where the step has them, else of the batch.
-
-    Args:
-        fisher: running Fisher information of the parameters at positions `on`.
-        step: the step.
-        on: positions of the parameters that take part in it.
-        weights: the new squares' shares, parallel to `on`.
-    """
-    for i, f, weight in zip(on, fisher, weights, strict=True):
-        squares, grad = step.squares[i] if step.squares else None, step.grad[i]
-        if squares is not None:
-            kernels.blend_([f], [squares], [weight])
-        elif grad is not None:
-            kernels.square_([f], [grad], [weight])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rwalk.anchor import Anchor
 from rwalk.importance._scale import WAYS, Normalize, divisors
-from rwalk.importance.base import Finish, Fisher, Importance, Step, blend_squares, check, check_alpha, pick
+from rwalk.importance.base import Finish, Fisher, Importance, Step, check, check_alpha
 from rwalk.parameters import zeros
 
 
@@ -69,9 +69,8 @@ class EWCpp(Importance[Running]):
 
     def observe(self, state: Running, step: Step) -> Running:
         """Move the running Fisher information towards the new squared gradient."""
-        on, _, _ = step.active()
-        weights = [1 / (state.seen[i] + 1) if self.alpha == "mean" or state.seen[i] == 0 else self.alpha for i in on]
-        blend_squares(pick(state.fisher, on), step, on, weights)
+        weight = [1 / (n + 1) if self.alpha == "mean" or n == 0 else self.alpha for n in state.seen]
+        step.visit(fisher=state.fisher, weight=weight, tick=max(state.seen, default=0))
         return state._replace(seen=[n + (g is not None) for n, g in zip(state.seen, step.grad, strict=True)])
 
     def conclude(self, state: Running, finish: Finish) -> tuple[Anchor, Running]:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from rwalk import kernels
 from rwalk.anchor import Anchor
 from rwalk.importance._scale import WAYS, Normalize, divisors
-from rwalk.importance.base import Finish, Fisher, Importance, Step, blend_squares, check, check_alpha, pick, positive
+from rwalk.importance.base import Finish, Fisher, Importance, Step, check, check_alpha, positive
 from rwalk.parameters import copies, zeros
 
 
@@ -35,7 +35,8 @@ class Walk(NamedTuple):
         by_score: what S was divided by for the anchor; infinite before there is one.
         steps: optimiser steps in this task.
         scale: with `normalize="first"`, the scales of F and S kept from the first task; infinite before.
-        windows: elements times windows settled so far, and in how many of them the squared Riemannian distance exceeded eps.
+        windows: elements times windows settled so far.
+        far: in how many of them the squared Riemannian distance exceeded eps, one element; it stays on the parameters' device.
     """
 
     fisher: list[Tensor]
@@ -47,9 +48,10 @@ class Walk(NamedTuple):
     total_fisher: list[Tensor | None]
     seen: list[int]
     by_score: list[float]
+    far: Tensor
     steps: int = 0
     scale: tuple[float, float] = (math.inf, math.inf)
-    windows: tuple[int, int] = (0, 0)
+    windows: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,28 +98,20 @@ class RWalk(Importance[Walk]):
         """Start at `theta` with no history: five tensors per parameter."""
         none: list[Tensor | None] = [None] * len(theta)
         fisher, path, score, previous = (zeros(theta) for _ in range(4))
-        return Walk(fisher, path, score, copies(theta), previous, none, list(none), [0] * len(theta), [math.inf] * len(theta))
+        counts, scales, far = [0] * len(theta), [math.inf] * len(theta), torch.zeros((), dtype=torch.int64)
+        return Walk(fisher, path, score, copies(theta), previous, none, list(none), counts, scales, far)
 
     def observe(self, state: Walk, step: Step) -> Walk:
-        """Extend the path and the Fisher information; every `delta_t` steps turn the window's path into score."""
-        if state.steps == 0:
-            torch._foreach_copy_(state.mark, step.theta)
-        elif state.steps % self.delta_t == 0:
-            state = self._settle(state, step.theta)
-        on, theta, grad = step.active()
-        fisher, path, mark, previous = (pick(c, on) for c in (state.fisher, state.path, state.mark, state.previous))
-        weights = [self._weight(state, i) for i in on]
-        if step.squares is None:
-            kernels.walk_(theta, grad, fisher, path, mark, previous, weights)
-        else:
-            kernels.trace_(theta, grad, path, mark, previous)
-            blend_squares(fisher, step, on, weights)
+        """Extend the path and the Fisher information; every `delta_t` steps turn the window's path into score first."""
+        close = state.steps % self.delta_t == 0  # before the first step too: an empty path only moves its mark
+        far = step.visit(close=close, weight=[self._weight(state, i) for i in range(len(step.theta))], **self._columns(state))
         seen = [n + (g is not None) for n, g in zip(state.seen, step.grad, strict=True)]
-        return state._replace(seen=seen, steps=state.steps + 1)
+        return self._count(state, step.theta, far)._replace(seen=seen, steps=state.steps + 1)
 
     def conclude(self, state: Walk, finish: Finish) -> tuple[Anchor, Walk]:
         """Settle what remains, join the task's score with the earlier ones and normalise: omega = F/max F + S/max S."""
-        state = self._settle(state, list(finish.theta.values()))
+        theta = list(finish.theta.values())
+        state = self._count(state, theta, kernels.visit_(kernels.Visit(theta, close=True, **self._columns(state))))
         for score in state.score:
             score.clamp_(min=0)
         total = self._join(state.total, state.score, state.seen)
@@ -134,8 +128,7 @@ class RWalk(Importance[Walk]):
 
     def report(self, state: Walk, anchor: Anchor, theta: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the share of windows beyond eps, and the shares of the penalty that Fisher information and score bring."""
-        everything, far = state.windows
-        figures = {"windows beyond eps": far / everything} if everything else {}
+        figures = {"windows beyond eps": float(state.far) / state.windows} if state.windows else {}
         whole = float(anchor.penalty(theta))
         if whole > 0:
             part = [s / d for s, d in zip(_filled(state.total, state.score), state.by_score, strict=True)]
@@ -143,11 +136,16 @@ class RWalk(Importance[Walk]):
             figures |= {"penalty from Fisher": 1 - score, "penalty from score": score}
         return figures
 
-    def _settle(self, state: Walk, theta: list[Tensor]) -> Walk:
-        """Settle a window and count in how many of its elements the squared Riemannian distance exceeded eps."""
-        far = kernels.settle_(theta, state.fisher, state.path, state.score, state.mark, state.previous, self.eps)
-        everything = sum(t.numel() for t in theta) if state.steps else 0
-        return state._replace(windows=(state.windows[0] + everything, state.windows[1] + far))
+    def _columns(self, state: Walk) -> dict[str, Any]:
+        """Return the state as columns of a visit."""
+        columns = {key: getattr(state, key) for key in ("path", "mark", "previous", "score", "fisher")}
+        return {**columns, "eps": self.eps, "tick": state.steps}
+
+    def _count(self, state: Walk, theta: list[Tensor], far: Tensor | None) -> Walk:
+        """Count the elements of a window that has ended, and those whose squared Riemannian distance exceeded eps."""
+        if far is None or not state.steps:
+            return state
+        return state._replace(windows=state.windows + sum(t.numel() for t in theta), far=state.far + far)
 
     def _weight(self, state: Walk, i: int) -> float:
         """Return the new square's share for tensor i: all of it on its very first step."""

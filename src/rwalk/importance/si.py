@@ -11,12 +11,12 @@ from torch import Tensor
 
 from rwalk import kernels
 from rwalk.anchor import Anchor
-from rwalk.importance.base import Finish, Importance, Step, check, pick, positive
+from rwalk.importance.base import Finish, Importance, Step, check, positive
 from rwalk.parameters import copies, zeros
 
 STRETCH = 64
 """Steps after which the telescoped path is closed and marked anew. Its rounding error grows with the distance from the mark, so
-marking often keeps it as exact as storing the parameters of every step; marking costs one pass more."""
+marking often keeps it as exact as storing the parameters of every step."""
 
 
 class Path(NamedTuple):
@@ -64,18 +64,14 @@ class SI(Importance[Path]):
         """Extend the path integral."""
         if state.steps == 0:
             torch._foreach_copy_(state.start, step.theta)
-            torch._foreach_copy_(state.mark, step.theta)
-        elif state.steps % STRETCH == 0:
-            kernels.close_(step.theta, state.path, state.mark, state.previous)
-            torch._foreach_copy_(state.mark, step.theta)
-        on, theta, grad = step.active()
-        kernels.trace_(theta, grad, *(pick(column, on) for column in (state.path, state.mark, state.previous)))
+        close = state.steps % STRETCH == 0  # before the first step too: an empty path only moves its mark
+        step.visit(path=state.path, mark=state.mark, previous=state.previous, close=close)
         return state._replace(steps=state.steps + 1)
 
     def conclude(self, state: Path, finish: Finish) -> tuple[Anchor, Path]:
         """Add the task's importance to that of earlier tasks."""
         theta = list(finish.theta.values())
-        kernels.close_(theta, state.path, state.mark, state.previous)
+        kernels.visit_(kernels.Visit(theta, path=state.path, mark=state.mark, previous=state.previous, close=True))
         omega = [z if old is None else old.clone() for old, z in zip(finish.earlier(), zeros(theta), strict=True)]
         kernels.account_(omega, state.path, state.start, theta, self.xi)
         for path in state.path:

@@ -1,111 +1,101 @@
-"""The one seam between the library and its arithmetic: typed functions over lists of tensors, forwarded to a backend.
+"""The one seam between the library and its arithmetic: typed functions over tensors, forwarded to the backends in use.
 
-Lists of one call run in parallel: the i-th entries belong together and share a shape. The formulas stand in `reference`.
+The formulas stand in `reference`; `blocked` runs them in plain PyTorch, `numba` and `triton` in one fused pass. A fused backend
+takes the parameters that it can work on and leaves the others to the next one, so every call does all of its work.
 """
 
 from collections.abc import Iterable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from rwalk._errors import explain
-from rwalk.kernels import blocked, reference
+from rwalk.kernels import blocked
+from rwalk.kernels.visits import After, Visit
+
+__all__ = ["BACKENDS", "After", "Visit", "account_", "after_", "available", "current", "penalty", "use", "visit_"]
 
 Tensors = Sequence[Tensor]
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "blocked": blocked}
-_backend: ModuleType = blocked
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "reference": ("reference",),
+    "blocked": ("blocked",),
+    "numba": ("numba", "blocked"),
+    "triton": ("triton", "blocked"),
+}
+"""What `use` takes, and the modules that share the work under each name, in order."""
+
+_name = "blocked"
+_chain: tuple[ModuleType, ...] = (blocked,)
 
 
 def use(name: str) -> None:
-    """Choose the backend of this process: "blocked" (the default), "reference", or "auto" for the best one here."""
-    global _backend
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(
-            explain(f"backend `{name}`", f"one of auto, {', '.join(BACKENDS)}", "Pass one of these names to `kernels.use`.")
-        )
-    _backend = BACKENDS.get(name, blocked)
+    """Choose how the arithmetic is done in this process.
+
+    Args:
+        name: "blocked" is the default and needs nothing but PyTorch; "numba" fuses on CPUs and comes with the extra `fast`;
+            "triton" fuses on GPUs and comes with PyTorch for CUDA; "auto" is what of these works here, by the device of each
+            parameter; "reference" is the slow truth.
+
+    Raises:
+        ValueError: if there is no such backend.
+        ImportError: if what it needs is not installed.
+    """
+    global _name, _chain
+    if name == "auto":
+        chosen: tuple[str, ...] = (*(extra for extra in ("numba", "triton") if extra in available()), "blocked")
+    elif name in BACKENDS:
+        chosen = BACKENDS[name]
+    else:
+        known = ", ".join(["auto", *BACKENDS])
+        raise ValueError(explain(f"backend `{name}`", f"one of {known}", "Pass one of these names to `kernels.use`."))
+    try:
+        chain = tuple(import_module(f"{__name__}.{module}") for module in chosen)
+    except ImportError as error:
+        remedy = "Run: pip install 'rwalk[fast]'" if name == "numba" else "Install PyTorch for CUDA, or use another backend."
+        raise ImportError(explain(f"backend `{name}` ({error})", f"the package `{name}`", remedy)) from None
+    _name, _chain = name if name != "auto" else "+".join(chosen), chain
 
 
 def current() -> str:
-    """Return the name of the backend in use."""
-    return next(name for name, backend in BACKENDS.items() if backend is _backend)
+    """Return the name of the backend in use; under "auto" those that share the work, such as "numba+blocked"."""
+    return _name
 
 
-def walk_(
-    theta: Tensors,
-    grad: Tensors,
-    fisher: Tensors,
-    path: Tensors,
-    mark: Tensors,
-    previous: Tensors,
-    weights: Iterable[float],
-) -> None:
-    """Extend the path and the running Fisher information by one step; `weights` holds the new square's share per tensor."""
-    for args in zip(theta, grad, fisher, path, mark, previous, weights, strict=True):
-        _backend.walk_(*args)
+def available() -> list[str]:
+    """List the backends that work on this machine, as `use` takes them."""
+    works = {"numba": find_spec("numba") is not None, "triton": find_spec("triton") is not None and torch.cuda.is_available()}
+    return [name for name in BACKENDS if works.get(name, True)]
 
 
-def trace_(theta: Tensors, grad: Tensors, path: Tensors, mark: Tensors, previous: Tensors) -> None:
-    """Extend the path integral by one step."""
-    for args in zip(theta, grad, path, mark, previous, strict=True):
-        _backend.trace_(*args)
+def visit_(visit: Visit) -> Tensor | None:
+    """Do what is to be done before an optimiser step, or at a task's end, in one visit of each parameter's memory.
 
-
-def close_(theta: Tensors, path: Tensors, mark: Tensors, previous: Tensors) -> None:
-    """End a stretch of the path where the parameters are now."""
-    for args in zip(theta, path, mark, previous, strict=True):
-        _backend.close_(*args)
-
-
-def square_(fisher: Tensors, grad: Tensors, weights: Iterable[float]) -> None:
-    """Move the running Fisher information towards new squared gradients."""
-    for args in zip(fisher, grad, weights, strict=True):
-        _backend.square_(*args)
-
-
-def blend_(average: Tensors, value: Tensors, weights: Iterable[float]) -> None:
-    """Move running averages towards new values."""
-    for args in zip(average, value, weights, strict=True):
-        _backend.blend_(*args)
-
-
-def settle_(
-    theta: Tensors, fisher: Tensors, path: Tensors, score: Tensors, mark: Tensors, previous: Tensors, eps: float
-) -> int:
-    """End a window of Riemannian Walk: turn its path into score and start the next window where the parameters are now.
-
-    Returns for how many elements the squared Riemannian distance exceeded eps.
+    Returns for how many elements of finished windows the squared Riemannian distance exceeded eps, None where no window ended.
     """
-    far = [_backend.settle_(*args, eps) for args in zip(theta, fisher, path, score, mark, previous, strict=True)]
-    return int(torch.stack([count.to(far[0].device) for count in far]).sum()) if far else 0
+    rows, counts = list(visit.rows()), []
+    for backend in _chain:
+        rows, far = backend.visit_(rows, visit)
+        counts += far
+    return torch.stack([count.to(counts[0].device) for count in counts]).sum() if counts else None
+
+
+def after_(rows: Iterable[After]) -> None:
+    """Do what is to be done after an optimiser step, in one visit of each parameter's memory."""
+    left = list(rows)
+    for backend in _chain:
+        left = backend.after_(left)
 
 
 def account_(total: Tensors, path: Tensors, start: Tensors, theta: Tensors, xi: float) -> None:
     """Add a task's share of the path integral, path / (move^2 + xi), to an importance."""
     for args in zip(total, path, start, theta, strict=True):
-        _backend.account_(*args, xi)
-
-
-def pull_(grad: Tensors, theta: Tensors, point: Tensors, omega: Tensors, strength: float) -> None:
-    """Add the gradient of the penalty, 2 * strength * omega * (theta - point), to gradients."""
-    for args in zip(grad, theta, point, omega, strict=True):
-        _backend.pull_(*args, strength)
-
-
-def draw_(theta: Tensor, point: Tensor, omega: Tensor, step: float) -> None:
-    """Move one parameter towards the anchor: theta <- (theta + w * point) / (1 + w), w = step * omega."""
-    _backend.draw_(theta, point, omega, step)
-
-
-def draw_scaled_(
-    theta: Tensor, point: Tensor, omega: Tensor, second: Tensor, step: float, correction: float, eps: float
-) -> None:
-    """Move one parameter towards the anchor in the metric of Adam, whose second moment is `second` / `correction`."""
-    _backend.draw_scaled_(theta, point, omega, second, step, correction, eps)
+        blocked.account_(*args, xi=xi)
 
 
 def penalty(theta: Tensors, point: Tensors, omega: Tensors) -> float | Tensor:
     """Return the sum of omega * (theta - point)^2 over all tensors, a scalar."""
-    terms: list[Tensor] = [_backend.penalty(*args) for args in zip(theta, point, omega, strict=True)]
+    terms: list[Tensor] = [blocked.penalty(*args) for args in zip(theta, point, omega, strict=True)]
     return sum(terms)

@@ -1,21 +1,51 @@
-"""The formulas of `reference`, run over blocks that fit the cache: the default, in plain PyTorch.
+"""The formulas of `reference`, run over pieces that fit the cache: the default, in plain PyTorch.
 
 An elementwise formula of five operations reads its tensors five times. Cut into blocks of 2^15 elements, the first operation
-brings a block into the cache and the others find it there, so each tensor crosses the memory bus once.
+brings a block into the cache and the others find it there, so each tensor crosses the memory bus once. On a GPU the pieces are
+larger, and all that have the same work to do go through each operation together, in one launch.
 """
 
-import inspect
-from collections.abc import Callable, Iterator
-from functools import wraps
-from typing import Any
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from rwalk.kernels import reference
+from rwalk.kernels.many import Many
+from rwalk.kernels.visits import After, Row, Visit
 
 BLOCK = 2**15
-"""Elements per block: five float32 streams of this length fit the second-level cache of the processors in use."""
+"""Elements per block on a CPU: the float32 streams of a visit at this length fit the second-level cache."""
+BATCH = 2**21
+"""Elements per launch on a GPU: a handful of float32 streams of this length fit the second-level cache of a data-centre GPU."""
+
+AnyRow = TypeVar("AnyRow", Row, After)
+
+
+def visit_(rows: Iterable[Row], visit: Visit) -> tuple[list[Row], list[Tensor]]:
+    """Visit parameters before a step: see `Visit`. Returns the rows left to do (none), and counts as `settle_` returns."""
+    if visit.skip is not None and bool(visit.skip):
+        return [], []
+    far = [reference.visit_one_(piece, visit, start) for start, piece in _pieces(rows)]
+    return [], [count for count in far if count is not None]
+
+
+def after_(rows: Iterable[After]) -> list[After]:
+    """Visit parameters after a step: see `After`. Returns the rows left to do: none."""
+    for _, piece in _pieces(rows):
+        reference.after_one_(piece)
+    return []
+
+
+def blocks(tensors: list[Tensor], size: int = BLOCK) -> Iterator[list[Tensor]]:
+    """Cut tensors of one shape into pieces of a size; what is small or not dense stays whole."""
+    vectors = None if tensors[0].numel() <= size else flat(tensors)
+    if vectors is None:
+        yield tensors
+    else:
+        yield from (list(piece) for piece in zip(*(v.split(size) for v in vectors), strict=True))
 
 
 def flat(tensors: list[Tensor]) -> list[Tensor] | None:
@@ -30,37 +60,68 @@ def flat(tensors: list[Tensor]) -> list[Tensor] | None:
     return [t.view(-1) for t in ordered] if ordered[0].is_contiguous() else None
 
 
-def blocks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Cut tensors of one shape into pieces that fit the cache; what is small, on a device or not dense stays whole."""
-    first = tensors[0]
-    vectors = None if first.numel() <= BLOCK or first.device.type != "cpu" else flat(tensors)
-    if vectors is None:
-        yield tensors
-        return
-    yield from (list(piece) for piece in zip(*(v.split(BLOCK) for v in vectors), strict=True))
+def _pieces(rows: Iterable[AnyRow]) -> Iterator[tuple[int, AnyRow]]:
+    """Cut rows into pieces, each with the position of its first element; on a GPU, join those that have the same work to do."""
+    rows = list(rows)
+    for row in rows:
+        if row.theta.device.type == "cpu":
+            yield from _cut(row, BLOCK)
+    yield from batches([row for row in rows if row.theta.device.type != "cpu"])
 
 
-def _in_blocks(formula: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
-    """Turn an elementwise formula of the reference into one that goes block by block; scalars that it returns are summed."""
-    tensors = sum(p.annotation is Tensor for p in inspect.signature(formula).parameters.values())
-
-    @wraps(formula)
-    def blocked(*args: Any) -> Tensor | None:
-        parts = [formula(*piece, *args[tensors:]) for piece in blocks(list(args[:tensors]))]
-        scalars = [part for part in parts if part is not None]
-        return torch.stack(scalars).sum() if scalars else None
-
-    return blocked
+def _cut(row: AnyRow, size: int) -> Iterator[tuple[int, AnyRow]]:
+    present = [i for i, value in enumerate(row) if isinstance(value, Tensor)]
+    start = 0
+    for piece in blocks([cast(Tensor, row[i]) for i in present], size):
+        values: list[Any] = list(row)
+        for i, tensor in zip(present, piece, strict=True):
+            values[i] = tensor
+        yield start, type(row)(*values)
+        start += piece[0].numel()
 
 
-trace_ = _in_blocks(reference.trace_)
-close_ = _in_blocks(reference.close_)
-square_ = _in_blocks(reference.square_)
-walk_ = _in_blocks(reference.walk_)
-blend_ = _in_blocks(reference.blend_)
-settle_ = _in_blocks(reference.settle_)
-account_ = _in_blocks(reference.account_)
-pull_ = _in_blocks(reference.pull_)
-draw_ = _in_blocks(reference.draw_)
-draw_scaled_ = _in_blocks(reference.draw_scaled_)
-penalty = _in_blocks(reference.penalty)
+def batches(rows: Iterable[AnyRow], size: int = BATCH) -> Iterator[tuple[int, AnyRow]]:
+    """Join the pieces of rows that have the same work to do: rows whose columns are lists of tensors that act as one tensor."""
+    pieces = [(start, piece) for row in rows for start, piece in _cut(row, size)]
+    for _, alike in groupby(sorted(pieces, key=_work), key=_work):
+        batch: list[AnyRow] = []
+        room = size
+        for start, piece in alike:
+            if coarse(piece):
+                yield start, piece  # stochastic rounding works on single tensors
+                continue
+            if batch and piece.theta.numel() > room:
+                yield 0, _joined(batch)
+                batch, room = [], size
+            batch.append(piece)
+            room -= piece.theta.numel()
+        if batch:
+            yield 0, _joined(batch)
+
+
+def coarse(row: Row | After) -> bool:
+    """Tell whether the Fisher information of a row is in bfloat16."""
+    return isinstance(row, Row) and row.fisher is not None and row.fisher.dtype is torch.bfloat16
+
+
+def _work(item: tuple[int, AnyRow]) -> str:
+    """Describe what there is to do for a row: which tensors of which kinds it has, and its numbers."""
+    kinds = [(str(v.dtype), str(v.device)) if isinstance(v, Tensor) else v for v in item[1]]
+    return repr(kinds)
+
+
+def _joined(batch: list[AnyRow]) -> AnyRow:
+    columns = zip(*batch, strict=True)
+    values: list[Any] = [Many(list(column)) if isinstance(column[0], Tensor) else column[0] for column in columns]
+    return type(batch[0])(*values)
+
+
+def account_(total: Tensor, path: Tensor, start: Tensor, theta: Tensor, xi: float) -> None:
+    """Add a task's share of the path integral to an importance: see the reference."""
+    for total_part, path_part, start_part, theta_part in blocks([total, path, start, theta]):
+        reference.account_(total_part, path_part, start_part, theta_part, xi)
+
+
+def penalty(theta: Tensor, point: Tensor, omega: Tensor) -> Tensor:
+    """Return the sum of omega * (theta - point)^2 as a scalar."""
+    return torch.stack([reference.penalty(*piece) for piece in blocks([theta, point, omega])]).sum()

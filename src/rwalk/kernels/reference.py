@@ -1,10 +1,66 @@
 """Every elementwise formula of the library, one tensor at a time and in the letters of the papers: the specification.
 
 Arguments of one call have one shape. Names ending in an underscore write into their first state tensors; state is never of
-lower precision than the parameter, so gradients and parameters are converted where they meet state.
+lower precision than the parameter, but for `fisher` and `omega` where the user asks for bfloat16, so gradients and parameters
+are converted where they meet state. The formulas of a visit serve a list of tensors on a GPU as well (see `many`).
 """
 
+from collections.abc import Iterable
+from functools import cache
+
+import torch
 from torch import Tensor
+
+from rwalk.kernels.visits import After, Row, Visit
+
+NOISE = 2**16
+"""Length of the table of random bits for stochastic rounding, after which they repeat within a tensor."""
+
+
+def visit_(rows: Iterable[Row], visit: Visit) -> tuple[list[Row], list[Tensor]]:
+    """Visit parameters before a step: see `Visit`. Returns the rows left to do (none), and counts as `settle_` returns."""
+    if visit.skip is not None and bool(visit.skip):
+        return [], []
+    return [], [far for row in rows if (far := visit_one_(row, visit)) is not None]
+
+
+def after_(rows: Iterable[After]) -> list[After]:
+    """Visit parameters after a step: see `After`. Returns the rows left to do: none."""
+    for row in rows:
+        after_one_(row)
+    return []
+
+
+def visit_one_(row: Row, visit: Visit, start: int = 0) -> Tensor | None:
+    """Visit one parameter, or a piece of it that begins at element `start`. Returns what `settle_` does, if that was called."""
+    far = None
+    if visit.close and row.path is not None and row.mark is not None and row.previous is not None:
+        if row.score is not None and row.fisher is not None:
+            far = settle_(row.theta, row.fisher, row.path, row.score, row.mark, row.previous, visit.eps)
+        else:
+            close_(row.theta, row.path, row.mark, row.previous)
+    if row.grad is None:
+        return far
+    g = row.grad if visit.scale is None else row.grad.to(torch.promote_types(row.grad.dtype, torch.float32)) / visit.scale
+    if row.path is not None and row.mark is not None and row.previous is not None:
+        trace_(row.theta, g, row.path, row.mark, row.previous)
+    if row.fisher is not None:
+        update_(row.fisher, g, row.squares, row.weight, start, visit.tick)
+    if row.point is not None and row.omega is not None:
+        omega = row.omega if visit.scale is None else row.omega * visit.scale
+        pull_(row.grad, row.theta, row.point, omega, visit.strength)
+    return far
+
+
+def after_one_(row: After) -> None:
+    """Draw one parameter towards the anchor and average it."""
+    if row.point is not None and row.omega is not None:
+        if row.second is None:
+            draw_(row.theta, row.point, row.omega, row.step)
+        else:
+            draw_scaled_(row.theta, row.point, row.omega, row.second, row.step, row.correction, row.eps)
+    if row.average is not None:
+        blend_(row.average, row.theta, row.weight)
 
 
 def trace_(theta: Tensor, grad: Tensor, path: Tensor, mark: Tensor, previous: Tensor) -> None:
@@ -18,9 +74,36 @@ def trace_(theta: Tensor, grad: Tensor, path: Tensor, mark: Tensor, previous: Te
 
 
 def close_(theta: Tensor, path: Tensor, mark: Tensor, previous: Tensor) -> None:
-    """End a stretch of the path: path -= g_previous * (theta - mark), so that it holds the whole path integral."""
+    """End a stretch of the path: path -= g_previous * (theta - mark), so that it holds the whole path integral; mark anew."""
     path.addcmul_(previous, theta - mark, value=-1)
     previous.zero_()
+    mark.copy_(theta)
+
+
+def settle_(theta: Tensor, fisher: Tensor, path: Tensor, score: Tensor, mark: Tensor, previous: Tensor, eps: float) -> Tensor:
+    """End a window: s <- s + path / (F * (theta - mark)^2 / 2 + eps), then start a new one at theta (equation 7).
+
+    Returns in how many elements the squared Riemannian distance, F * (theta - mark)^2 / 2, exceeded eps: a scalar.
+    """
+    moved = theta - mark
+    close_(theta, path, mark, previous)
+    distance = moved.mul_(moved).mul_(fisher).mul_(0.5)
+    far = (distance > eps).sum()
+    score.addcdiv_(path, distance.add_(eps))
+    path.zero_()
+    return far
+
+
+def update_(fisher: Tensor, grad: Tensor, squares: Tensor | None, weight: float, start: int, tick: int) -> None:
+    """Move the running Fisher information towards g^2, or towards squares given; round stochastically if it is in bfloat16."""
+    coarse = fisher.dtype is torch.bfloat16
+    wide = fisher.float() if coarse else fisher
+    if squares is None:
+        square_(wide, grad, weight)
+    else:
+        blend_(wide, squares, weight)
+    if coarse:
+        fisher.copy_(rounded(wide, bits(wide, start, tick)))
 
 
 def square_(fisher: Tensor, grad: Tensor, weight: float) -> None:
@@ -29,30 +112,39 @@ def square_(fisher: Tensor, grad: Tensor, weight: float) -> None:
     fisher.mul_(1 - weight).addcmul_(g, g, value=weight)
 
 
-def walk_(theta: Tensor, grad: Tensor, fisher: Tensor, path: Tensor, mark: Tensor, previous: Tensor, weight: float) -> None:
-    """Take one step of Riemannian Walk into account: `trace_` and `square_` in one visit of the gradient."""
-    trace_(theta, grad, path, mark, previous)
-    square_(fisher, grad, weight)
-
-
 def blend_(average: Tensor, value: Tensor, weight: float) -> None:
     """Move a running average towards a new value: average <- weight * value + (1 - weight) * average."""
     average.mul_(1 - weight).add_(value, alpha=weight)
 
 
-def settle_(theta: Tensor, fisher: Tensor, path: Tensor, score: Tensor, mark: Tensor, previous: Tensor, eps: float) -> Tensor:
-    """End a window: s <- s + path / (F * (theta - mark)^2 / 2 + eps), then start a new one at theta (equation 7).
+def rounded(value: Tensor, noise: Tensor) -> Tensor:
+    """Round float32 to bfloat16 up or down, so that the mean over noise of 0 to 2^16 - 1 is the value itself.
 
-    Returns in how many elements the squared Riemannian distance, F * (theta - mark)^2 / 2, exceeded eps: a scalar.
+    Rounding to nearest would lose every change of less than one part in 512: a running mean would stand still.
     """
-    close_(theta, path, mark, previous)
-    moved = theta - mark
-    distance = moved.mul_(moved).mul_(fisher).mul_(0.5)
-    far = (distance > eps).sum()
-    score.addcdiv_(path, distance.add_(eps))
-    path.zero_()
-    mark.copy_(theta)
-    return far
+    return (value.view(torch.int32) + noise).bitwise_and_(-65536).view(torch.float32)
+
+
+def bits(like: Tensor, start: int, tick: int) -> Tensor:
+    """Return 16 random bits for each element, from its position and the number of the visit: the same on every backend."""
+    table = noise(like.device)
+    first = (noise_start(tick) + start) % NOISE
+    if first + like.numel() <= len(table):
+        return table[first : first + like.numel()].view(like.shape)
+    places = torch.arange(first, first + like.numel(), device=like.device) % NOISE
+    return table[places].view(like.shape)
+
+
+def noise_start(tick: int) -> int:
+    """Say where in the table of noise a visit begins."""
+    return (tick * 2654435761 >> 7) % NOISE
+
+
+@cache
+def noise(device: torch.device) -> Tensor:
+    """Return the table of noise, with its beginning repeated at its end so that no block wraps around."""
+    table = torch.randint(0, NOISE, (NOISE,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    return torch.cat([table, table]).to(device)
 
 
 def account_(total: Tensor, path: Tensor, start: Tensor, theta: Tensor, xi: float) -> None:
@@ -71,7 +163,7 @@ def draw_(theta: Tensor, point: Tensor, omega: Tensor, step: float) -> None:
 
     The way towards the point, w / (1 + w), is taken as 1 / (1 + 1 / w), which is exact at both ends: 0 at w = 0, 1 at infinity.
     """
-    _approach_(theta, point, (omega * step).reciprocal_())
+    _approach_(theta, point, (omega.to(point.dtype) * step).reciprocal_())
 
 
 def draw_scaled_(

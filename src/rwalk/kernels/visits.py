@@ -1,0 +1,105 @@
+"""What is done to each protected parameter at an optimiser step: one visit of its memory before the step, and one after.
+
+A visit is a table: its columns are lists that run parallel to the parameters, or None where a column is not wanted at all.
+Single entries may be None too: then that part of the work is left out for that parameter. The formulas stand in `reference`.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+Column = Sequence[Tensor | None] | None
+
+
+class Row(NamedTuple):
+    """The tensors of one parameter in a `Visit`, all of one shape, and its numbers."""
+
+    theta: Tensor
+    grad: Tensor | None = None
+    path: Tensor | None = None
+    mark: Tensor | None = None
+    previous: Tensor | None = None
+    score: Tensor | None = None
+    fisher: Tensor | None = None
+    squares: Tensor | None = None
+    point: Tensor | None = None
+    omega: Tensor | None = None
+    weight: float = 0.0
+
+
+class Visit(NamedTuple):
+    """Before the optimiser moves: end a stretch of the path, extend the path, update the Fisher information, add the pull.
+
+    Args:
+        theta: the parameters.
+        grad: their gradients, multiplied by `scale`; None at a task's end or where a parameter takes no part in the step.
+        path: the path integral of the current stretch.
+        mark: the parameters at its start.
+        previous: the gradient of the step before, 0 at its start.
+        score: where the path of a finished stretch goes as a score; without it the path stays and only its mark moves on.
+        fisher: running Fisher information, in state precision or bfloat16, then rounded stochastically.
+        squares: what to average in `fisher`; None for the square of `grad`.
+        point: where the pull leads.
+        omega: how strongly, in state precision or lower.
+        weight: the new square's share in `fisher`, one number for each parameter.
+        close: whether a stretch ends here, before anything else is done.
+        eps: damping in the score's denominator.
+        strength: factor of the penalty.
+        scale: what a loss scaler has multiplied the gradients by: one element, on their device; None for 1.
+        skip: one element, not 0 if the optimiser is going to leave out this step, and so shall the visit; None for 0.
+        tick: the number of this visit, from which the random bits of stochastic rounding follow.
+    """
+
+    theta: Sequence[Tensor]
+    grad: Column = None
+    path: Column = None
+    mark: Column = None
+    previous: Column = None
+    score: Column = None
+    fisher: Column = None
+    squares: Column = None
+    point: Column = None
+    omega: Column = None
+    weight: Sequence[float] | None = None
+    close: bool = False
+    eps: float = 0.0
+    strength: float = 0.0
+    scale: Tensor | None = None
+    skip: Tensor | None = None
+    tick: int = 0
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the parameters for which there is something to do."""
+        missing = [None] * len(self.theta)
+        columns = [missing if column is None else column for column in self[1:10]]
+        weights = [0.0] * len(self.theta) if self.weight is None else self.weight
+        for row in zip(self.theta, *columns, weights, strict=True):
+            if row[1] is not None or self.close:
+                yield Row(*row)
+
+
+class After(NamedTuple):
+    """One parameter after the optimiser's step: draw it towards the anchor, then average it.
+
+    Args:
+        theta: the parameter.
+        point: where the proximal pull leads; None for no pull.
+        omega: how strongly, parallel to `point`.
+        second: the optimiser's running mean of squared gradients, for the metric of Adam; None for `step` alone.
+        average: the running average of the parameter; None for no average.
+        step: 2 * strength * learning rate, or what takes its place.
+        correction: what `second` is divided by.
+        eps: what Adam adds to the root of `second`.
+        weight: the share of the parameter in `average`.
+    """
+
+    theta: Tensor
+    point: Tensor | None = None
+    omega: Tensor | None = None
+    second: Tensor | None = None
+    average: Tensor | None = None
+    step: float = 0.0
+    correction: float = 1.0
+    eps: float = 0.0
+    weight: float = 0.0
