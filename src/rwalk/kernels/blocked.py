@@ -60,6 +60,11 @@ def flat(tensors: list[Tensor]) -> list[Tensor] | None:
     return [t.view(-1) for t in ordered] if ordered[0].is_contiguous() else None
 
 
+def one_order(tensors: list[Tensor]) -> bool:
+    """Tell whether tensors of one shape are dense and in one order, so that they can be walked through as vectors."""
+    return all(t.is_contiguous() for t in tensors) or flat(tensors) is not None
+
+
 def _pieces(rows: Iterable[AnyRow]) -> Iterator[tuple[int, AnyRow]]:
     """Cut rows into pieces, each with the position of its first element; on a GPU, join those that have the same work to do."""
     rows = list(rows)

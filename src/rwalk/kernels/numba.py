@@ -11,14 +11,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from numba import carray, extending, njit, types
 from torch import Tensor
 
-from rwalk.kernels.blocked import flat
+from rwalk.kernels.blocked import AnyRow, one_order
 from rwalk.kernels.reference import NOISE, noise, noise_start
 from rwalk.kernels.visits import After, Row, Visit
 
@@ -31,7 +31,6 @@ WIDE, COARSE = 1, 2
 """Kinds of a column in a table: in state precision, or in bfloat16; 0 where there is none."""
 CPU = torch.device("cpu")
 
-AnyRow = TypeVar("AnyRow", Row, After)
 Compiled = Callable[..., Any]
 intrinsic: Callable[[Compiled], Compiled] = extending.intrinsic
 
@@ -81,7 +80,7 @@ def _fits(tensors: list[Tensor]) -> bool:
     kinds = {t.dtype for t in tensors}
     if not (kinds <= {torch.float32, torch.bfloat16} or kinds == {torch.float64}):
         return False
-    return all(t.is_contiguous() for t in tensors) or flat(tensors) is not None
+    return one_order(tensors)
 
 
 def _tables(rows: list[AnyRow], columns: int) -> Iterator[tuple[Any, ...]]:

@@ -1,0 +1,196 @@
+"""One launch over all parameters on a GPU, compiled by Triton: the formulas of `reference`, fused.
+
+Tensors come in as addresses in a table on the device, so that any number of them takes one launch; a list of chunks says which
+program works on which piece of which tensor. Loss scale and the flag of a skipped step are read on the device: the host waits
+for nothing. With the environment variable TRITON_INTERPRET=1 the same code runs on the CPU, slowly, for tests.
+"""
+
+import os
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rwalk.kernels.blocked import AnyRow, one_order
+from rwalk.kernels.reference import NOISE, noise, noise_start
+from rwalk.kernels.visits import After, Row, Visit
+
+CHUNK = 2**12
+"""Elements per program: enough loads in flight for each column, and few enough registers."""
+DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+KINDS = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+ROW_COLUMNS, AFTER_COLUMNS = 10, 5
+"""How many of the fields of `Row` and `After` are tensors."""
+
+
+def visit_(rows: Iterable[Row], visit: Visit) -> tuple[list[Row], list[Tensor]]:
+    """Visit parameters before a step: see `Visit`. Returns the rows left to the next backend, and counts as `settle_` does."""
+    groups, left = _sort(rows, ROW_COLUMNS)
+    far = []
+    for kinds, mine in groups.items():
+        device = mine[0].theta.device
+        count = torch.zeros((), dtype=torch.int64, device=device)
+        flags = {"SCALED": visit.scale is not None, "SKIPS": visit.skip is not None}
+        _launch(
+            _visit, mine, kinds, ROW_COLUMNS, _on(visit.scale, count), _on(visit.skip, count), noise(device), count,
+            visit.eps, 2 * visit.strength, noise_start(visit.tick), CLOSE=visit.close, NOISE_LENGTH=NOISE, **flags,
+        )  # fmt: skip
+        far += [count] if visit.close and kinds[5] is not None else []
+    return left, far
+
+
+def after_(rows: Iterable[After]) -> list[After]:
+    """Visit parameters after a step: see `After`. Returns the rows left to the next backend."""
+    groups, left = _sort(rows, AFTER_COLUMNS)
+    for kinds, mine in groups.items():
+        _launch(_after, mine, kinds, AFTER_COLUMNS)
+    return left
+
+
+def _sort(rows: Iterable[AnyRow], columns: int) -> tuple[dict[tuple[Any, ...], list[AnyRow]], list[AnyRow]]:
+    """Group rows that one launch can take, by device and kinds of their columns; return the others too."""
+    groups: dict[tuple[Any, ...], list[AnyRow]] = {}
+    left: list[AnyRow] = []
+    for row in rows:
+        tensors = [t for t in row if isinstance(t, Tensor)]
+        known = all(t.dtype in KINDS and t.device == row.theta.device for t in tensors)
+        if row.theta.device.type in DEVICES and known and one_order(tensors):
+            kinds = tuple(KINDS[t.dtype] if isinstance(t, Tensor) else None for t in row[:columns])
+            groups.setdefault((*kinds, row.theta.device), []).append(row)
+        else:
+            left.append(row)
+    return groups, left
+
+
+def _launch(kernel: Any, rows: list[Any], kinds: tuple[Any, ...], columns: int, *rest: Any, **flags: Any) -> None:
+    """Start one program for each chunk of the rows."""
+    device = rows[0].theta.device
+    sizes = tuple(row.theta.numel() for row in rows)
+    addresses = tuple(tuple(0 if t is None else t.data_ptr() for t in row[:columns]) for row in rows)
+    numbers = tuple(tuple(float(n) for n in row[columns:]) for row in rows)
+    chunks = _chunks(sizes, device)
+    if len(chunks):
+        table, scalars = _on_device(addresses, torch.int64, device), _on_device(numbers, torch.float64, device)
+        lengths = _on_device(sizes, torch.int64, device)
+        options = {"num_warps": 8, "enable_fp_fusion": True}
+        kernel[(len(chunks),)](
+            table, chunks, lengths, scalars, *rest, KINDS=kinds[:columns], CHUNK_LENGTH=CHUNK, **flags, **options
+        )
+
+
+@lru_cache(maxsize=16)
+def _on_device(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Bring a table to the device without waiting for it; gradients are often where they were the step before."""
+    there = device.type == "cuda"
+    return torch.tensor(values, dtype=dtype, pin_memory=there).to(device, non_blocking=there)
+
+
+@lru_cache(maxsize=16)
+def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """List the chunks of tensors of some sizes: pairs of a tensor's place and a chunk's number in it."""
+    counts = torch.tensor([-(-size // CHUNK) for size in sizes])
+    place = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    return torch.stack([place, torch.arange(len(place)) - first], 1).to(device, torch.int32)
+
+
+def _on(flag: Tensor | None, stand_in: Tensor) -> Tensor:
+    """Return a flag of one element on the device of its stand-in, or the stand-in."""
+    return stand_in if flag is None else flag.to(stand_in.device)
+
+
+@triton.jit
+def _pointer(table, row, column: tl.constexpr, KINDS: tl.constexpr):
+    """Find the tensor of a column."""
+    return tl.load(table + row * len(KINDS) + column).to(tl.pointer_type(KINDS[column]))
+
+
+@triton.jit
+def _visit(
+    table, chunks, sizes, weights, scale, skip, noise, far, eps, pull, first,
+    KINDS: tl.constexpr, CHUNK_LENGTH: tl.constexpr, NOISE_LENGTH: tl.constexpr,
+    CLOSE: tl.constexpr, SCALED: tl.constexpr, SKIPS: tl.constexpr,
+):  # fmt: skip
+    """Visit one chunk of one parameter; columns are those of `Row`."""
+    row = tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
+    at = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * CHUNK_LENGTH + tl.arange(0, CHUNK_LENGTH)
+    size = tl.load(sizes + row)
+    if SKIPS:
+        size = tl.where(tl.load(skip) == 0, size, 0)
+    inside = at < size
+    STATE: tl.constexpr = tl.float64 if KINDS[0] == tl.float64 else tl.float32
+    theta = tl.load(_pointer(table, row, 0, KINDS) + at, mask=inside, other=0).to(STATE)
+    if KINDS[6] is not None:
+        fisher = tl.load(_pointer(table, row, 6, KINDS) + at, mask=inside, other=0).to(STATE)
+    if KINDS[2] is not None:
+        path = tl.load(_pointer(table, row, 2, KINDS) + at, mask=inside, other=0)
+        previous = tl.load(_pointer(table, row, 4, KINDS) + at, mask=inside, other=0)
+        moved = theta - tl.load(_pointer(table, row, 3, KINDS) + at, mask=inside, other=0)
+        if CLOSE:
+            path -= previous * moved
+            if KINDS[5] is not None:
+                distance = 0.5 * fisher * moved * moved
+                score = tl.load(_pointer(table, row, 5, KINDS) + at, mask=inside, other=0)
+                tl.store(_pointer(table, row, 5, KINDS) + at, score + path / (distance + eps), mask=inside)
+                tl.atomic_add(far, tl.sum((inside & (distance > eps)).to(tl.int64)))
+                path = path * 0
+            tl.store(_pointer(table, row, 3, KINDS) + at, theta, mask=inside)
+            moved = moved * 0
+            previous = previous * 0
+    if KINDS[1] is not None:
+        grad = tl.load(_pointer(table, row, 1, KINDS) + at, mask=inside, other=0).to(STATE)
+        g = grad
+        if SCALED:
+            g = grad / tl.load(scale)
+        if KINDS[2] is not None:
+            path += (g - previous) * moved
+            previous = g
+        if KINDS[6] is not None:
+            weight = tl.load(weights + row).to(STATE)
+            if KINDS[7] is not None:
+                fresh = tl.load(_pointer(table, row, 7, KINDS) + at, mask=inside, other=0).to(STATE)
+            else:
+                fresh = g * g
+            fisher = (1 - weight) * fisher + weight * fresh
+            if KINDS[6] == tl.bfloat16:
+                noisy = tl.load(noise + (first + at) % NOISE_LENGTH)
+                fisher = ((fisher.to(tl.int32, bitcast=True) + noisy) & -65536).to(tl.float32, bitcast=True)
+            tl.store(_pointer(table, row, 6, KINDS) + at, fisher.to(KINDS[6]), mask=inside)
+        if KINDS[9] is not None:
+            point = tl.load(_pointer(table, row, 8, KINDS) + at, mask=inside, other=0)
+            omega = tl.load(_pointer(table, row, 9, KINDS) + at, mask=inside, other=0).to(STATE)
+            if SCALED:
+                omega = omega * tl.load(scale)
+            grad += pull * omega * (theta - point)
+            tl.store(_pointer(table, row, 1, KINDS) + at, grad.to(KINDS[1]), mask=inside)
+    if KINDS[2] is not None:
+        tl.store(_pointer(table, row, 2, KINDS) + at, path, mask=inside)
+        tl.store(_pointer(table, row, 4, KINDS) + at, previous, mask=inside)
+
+
+@triton.jit
+def _after(table, chunks, sizes, numbers, KINDS: tl.constexpr, CHUNK_LENGTH: tl.constexpr):
+    """Visit one chunk of one parameter after a step; columns are those of `After`."""
+    row = tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
+    at = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * CHUNK_LENGTH + tl.arange(0, CHUNK_LENGTH)
+    inside = at < tl.load(sizes + row)
+    STATE: tl.constexpr = tl.float64 if KINDS[0] == tl.float64 else tl.float32
+    theta = tl.load(_pointer(table, row, 0, KINDS) + at, mask=inside, other=0).to(STATE)
+    if KINDS[2] is not None:
+        omega = tl.load(_pointer(table, row, 2, KINDS) + at, mask=inside, other=0).to(STATE)
+        way = 1 / (omega * tl.load(numbers + 4 * row).to(STATE))
+        if KINDS[3] is not None:
+            second = tl.load(_pointer(table, row, 3, KINDS) + at, mask=inside, other=0).to(STATE)
+            way *= tl.sqrt(second / tl.load(numbers + 4 * row + 1).to(STATE)) + tl.load(numbers + 4 * row + 2).to(STATE)
+        point = tl.load(_pointer(table, row, 1, KINDS) + at, mask=inside, other=0)
+        theta += (point - theta) / (1 + way)
+        tl.store(_pointer(table, row, 0, KINDS) + at, theta.to(KINDS[0]), mask=inside)
+    if KINDS[4] is not None:
+        average = tl.load(_pointer(table, row, 4, KINDS) + at, mask=inside, other=0)
+        weight = tl.load(numbers + 4 * row + 3).to(STATE)
+        average = (1 - weight) * average + weight * theta.to(KINDS[0]).to(STATE)
+        tl.store(_pointer(table, row, 4, KINDS) + at, average, mask=inside)
