@@ -132,7 +132,8 @@ def test_loss_scale_divides_what_is_observed_and_multiplies_what_is_added(streng
     torch.manual_seed(0)
     plain = a_visit([(5, 6), (7,)], strength=strength)
     scaled = copy_of(plain)
-    scaled = scaled._replace(grad=[g * 1024 for g in scaled.grad], scale=torch.tensor(1024.0))
+    larger = {"grad": [g * 1024 for g in scaled.grad], "squares": [q if q is None else q * 1024**2 for q in scaled.squares]}
+    scaled = scaled._replace(**larger, scale=torch.tensor(1024.0))
     kernels.visit_(plain)
     kernels.visit_(scaled)
     for a, b in zip(plain.grad, scaled.grad, strict=True):

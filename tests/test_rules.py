@@ -351,6 +351,24 @@ def explained(model, optimizer, x, y):
     plain(model, optimizer, x, y)
 
 
+def zeroed(model, optimizer, x, y):
+    plain(model, optimizer, 100 * x, y)
+    optimizer.zero_grad(set_to_none=False)
+    plain(model, optimizer, x, y)
+
+
+def explained_late(model, optimizer, x, y):
+    plain(model, optimizer, x, y)
+    inputs = (50 * x).requires_grad_()
+    torch.autograd.grad(model(inputs).sum(), inputs)
+
+
+@pytest.mark.parametrize("prepare", [dropped, explained])
+def test_passes_whose_gradient_was_thrown_away_leave_nothing(prepare):
+    for ours, expected in zip(example_fisher(prepare, steps=3, strict=True), example_fisher(plain, steps=3), strict=True):
+        close(ours, expected.numpy())
+
+
 def test_per_example_squares_follow_loss_scaling_and_clipping_by_norm():
     truth = example_fisher(plain, steps=3)
     for ours, expected in zip(example_fisher(scaled, steps=3), truth, strict=True):
@@ -363,7 +381,7 @@ def test_per_example_squares_follow_loss_scaling_and_clipping_by_norm():
         close(ours, expected.numpy() * (1e-2 / norm) ** 2, rtol=1e-4)  # clipping itself adds 1e-6 to the norm
 
 
-@pytest.mark.parametrize("prepare", [dropped, explained])
+@pytest.mark.parametrize("prepare", [zeroed, explained_late])
 def test_passes_that_the_gradient_does_not_hold_fall_back_to_the_batch_with_a_warning(prepare):
     with pytest.warns(UserWarning, match="do not sum to the gradient in use") as caught:
         ours = example_fisher(prepare, steps=2)

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from rwalk import _refusals as refusals
-from rwalk import gradients, kernels, proximal
+from rwalk import gradients, guard, kernels, proximal
 from rwalk._errors import explain
 from rwalk.anchor import Anchor, Match
 from rwalk.averaging import Tail, batch_norms, refresh_batch_norms, statistics
@@ -18,10 +18,12 @@ from rwalk.importance.base import Finish, Gradients, Importance, Step, no_data
 from rwalk.importance.ewcpp import EWCpp
 from rwalk.kernels import After
 from rwalk.parameters import Watch, look, named, regraft, trainable
+from rwalk.storage import Storage
 from rwalk.summary import Summary, layers
 
 Pull = Literal["gradient", "proximal"]
 Average = Literal["none", "tail"]
+Nonfinite = Literal["raise", "skip"]
 
 RECIPE = EWCpp(alpha="mean", accumulate="sum", normalize="first")
 """The rule of the recommended recipe: the mean of squared gradients over each task, summed over tasks, in one scale."""
@@ -64,12 +66,19 @@ class Consolidator:
         pull: "gradient" adds the penalty's gradient before the optimiser's step; "proximal" moves the weights towards the
             anchor after it, in the optimiser's own metric, and is stable for every strength.
         average: "none", or "tail": the average of each task's later iterates becomes model and anchor at its end.
+        nonfinite: what happens when a gradient is not finite: "raise" an error, or "skip" the step, the optimiser's too. Either
+            way the memory stays as it was. On a GPU the error comes one step late, since nothing waits for the device; steps
+            that a `GradScaler` skips are left out without a word.
+        state_dtype: `torch.bfloat16` keeps importance and running Fisher information in two bytes an element instead of four,
+            the latter rounded stochastically; what it costs in accuracy is in the README.
+        state_device: "cpu" keeps the anchor, and what is read only when a task ends, off the accelerator.
         strict: for rules with `fisher="example"`: raise an error, instead of a warning, where a layer's per-example gradients
             cannot be had.
 
     Attributes:
         anchor: what earlier tasks left behind: `anchor.point` and `anchor.omega` map parameter names to tensors.
         tasks: how many tasks have been consolidated.
+        skipped: how many steps were left out, by a loss scaler or because gradients were not finite.
     """
 
     def __init__(
@@ -80,20 +89,28 @@ class Consolidator:
         *,
         pull: Pull | None = None,
         average: Average | None = None,
+        nonfinite: Nonfinite = "raise",
+        state_dtype: torch.dtype | None = None,
+        state_device: torch.device | str | None = None,
         strict: bool = False,
     ) -> None:
         refusals.refuse_model(model)
+        refusals.refuse_choice("nonfinite", nonfinite, get_args(Nonfinite))
         self.model = model
         self.rule, self.strength, self.pull, self.average = resolve(rule, strength, pull, average)
+        self.nonfinite: Nonfinite = nonfinite
         self.strict = strict
         self.anchor = Anchor()
         self.tasks = 0
+        self.skipped = 0
+        self._storage = Storage.of(state_dtype, state_device)
         self._steps = 0
         self._watch = Watch()
         self._state: Any = self.rule.init([])
         self._tail = Tail()
         self._squares: gradients.Squares | None = None
         self._moved: list[str] = []
+        self._doubt: guard.Doubt | None = None
         self._largest: tuple[Anchor | None, float] = (None, 0.0)
         self._optimizer: Optimizer | None = None
         self._handles: list[RemovableHandle] = []
@@ -163,6 +180,7 @@ class Consolidator:
             ValueError: if the rule measures on data and there is none.
         """
         refusals.refuse_consolidation(self.rule, data, early=not self._watch.theta)
+        self._resolve()
         if self.rule.measures != "steps":
             self._widen(() if self._watch.theta else trainable(self.model))
         self._theta()
@@ -175,8 +193,9 @@ class Consolidator:
             measured: Gradients = no_data
             if data is not None and self.rule.measures == "data":
                 measured = gradients.over(self.model, self._watch.theta, data, loss=loss, logits=logits)
-            finish = Finish(raw, self._watch.theta, self.anchor, measured)
-            self.anchor, self._state = self.rule.conclude(self._state, finish)
+            theta = list(self._watch.theta.values())
+            finish = Finish(raw, self._watch.theta, self.anchor.align(self._watch.theta), measured)
+            self._hold(*self.rule.conclude(self._storage.fetch(self.rule, self._state, theta), finish))
         except BaseException:
             self._tail.swap(self._watch.theta)
             for buffer, value in kept:
@@ -234,7 +253,7 @@ class Consolidator:
                 stacklevel=2,
             )
         self._widen([*match.anchor.point, *trainable(self.model)])
-        self.anchor = match.anchor.align(self._watch.theta)
+        self.anchor = self._storage.keep_anchor(match.anchor.align(self._watch.theta))
         return match
 
     @torch.no_grad()
@@ -260,7 +279,8 @@ class Consolidator:
         }
         if self.pull == "proximal" and self._optimizer is not None:
             settings["metric of the pull"] = proximal.metric(self._optimizer)
-        figures = {"penalty": float(self.penalty())}
+        self._resolve()
+        figures = {"penalty": float(self.penalty())} | ({"steps left out": float(self.skipped)} if self.skipped else {})
         if loss is not None and float(loss):
             figures["penalty / loss"] = figures["penalty"] / float(loss)
         figures |= self.rule.report(self._state, self.anchor, self._watch.theta)
@@ -275,6 +295,7 @@ class Consolidator:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to continue, mid-task included, as plain tensors and numbers, copied."""
+        self._resolve()
         return {
             "format": refusals.FORMAT,
             "rule": refusals.description(self.rule),
@@ -304,7 +325,8 @@ class Consolidator:
         tail = Tail()
         tail.average, tail.count = _copied(state_dict["tail"]["average"]), dict(state_dict["tail"]["count"])
         self.strength, self.tasks, self._steps = (state_dict[key] for key in ("strength", "tasks", "steps"))
-        self._state, self.anchor, self._tail, self._watch = state, anchor, tail, Watch(theta, shapes=shapes)
+        self._tail, self._watch, self._doubt = tail, Watch(theta, shapes=shapes), None
+        self._hold(anchor, state)
         if self._optimizer is not None:
             self._follow(look(self.model, self._optimizer, theta))
 
@@ -312,14 +334,17 @@ class Consolidator:
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Observe the step that the optimiser is about to take, then add the pull to its gradients."""
         refusals.refuse_closure(args, kwargs)
+        self._resolve()
         squares = self._squares.take() if self._squares is not None else None
         if self._watch.stale(optimizer):
             self._follow(look(self.model, optimizer, self._watch.theta))
         theta, inside = self._watch.theta, self._watch.inside
         grad = {name: p.grad for name, p in theta.items() if name in inside and p.grad is not None}
         refusals.refuse_sparse(grad)
-        self._moved = list(grad)
-        if not grad:
+        scale, skip = guard.scaling(optimizer)
+        doubt = self._look_for_doubt(optimizer, grad, skip)
+        self._moved = [] if doubt is None else list(grad)
+        if doubt is None or not grad:
             return
         pulling = self.pull == "gradient" and self.strength and len(self.anchor)
         if pulling:
@@ -329,14 +354,42 @@ class Consolidator:
             [grad.get(name) for name in theta],
             squares=None if squares is None else [squares.get(name) for name in theta],
             pull=self.anchor.pull(list(theta), self.strength) if pulling else None,
+            scale=scale,
+            skip=doubt.flag if doubt.open else None,
         )
         self._state = self.rule.observe(self._state, step)
         step.finish()
         self._steps += 1
+        self._doubt = doubt if doubt.open else None
+
+    def _look_for_doubt(self, optimizer: Optimizer, grad: Mapping[str, Tensor], skip: Tensor | None) -> guard.Doubt | None:
+        """Tell whether a step counts, as far as is known without waiting for a device; None if it does not."""
+        doubt = guard.Doubt.of(self._state, grad, skip, self._steps + 1)
+        if doubt.open and not (self.nonfinite == "skip" and doubt.norms is not None):
+            return doubt
+        if not bool(doubt.flag):
+            return doubt.settled()
+        if self.nonfinite == "raise":
+            doubt.refuse()
+        elif doubt.norms is not None:
+            optimizer.zero_grad(set_to_none=True)  # an optimiser passes over parameters without a gradient
+        self.skipped += 1
+        return None
+
+    def _resolve(self) -> None:
+        """Take back what was counted for the last step, if it has turned out not to count."""
+        doubt, self._doubt = self._doubt, None
+        if doubt is not None and bool(doubt.flag):
+            self._state = doubt.before
+            self._steps -= 1
+            self.skipped += 1
+            doubt.refuse()
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
         """Draw the parameters that the optimiser has just moved towards the anchor, and average them."""
+        if self._doubt is not None and bool(self._doubt.flag):
+            return
         rows = {name: After(self._watch.theta[name]) for name in self._moved}
         if self.pull == "proximal" and self.strength and len(self.anchor):
             rows = proximal.drawn(rows, optimizer, self.anchor, self.strength)
@@ -375,11 +428,15 @@ class Consolidator:
             if self._squares is not None:
                 self._squares.close()
             self._squares = gradients.Squares(self.model, watch.theta, self.strict)
-        self._state = regraft(self._state, list(self._watch.shapes), known, watch.theta, self.rule.init)
-        self.anchor = self.anchor.align({name: p for name, p in watch.theta.items() if name not in lost})
+        state = regraft(self._state, list(self._watch.shapes), known, watch.theta, self.rule.init)
+        self._hold(self.anchor.align({name: p for name, p in watch.theta.items() if name not in lost}), state)
         if self.average == "tail":
             self._tail.follow(watch.theta, lost)
         self._watch = watch
+
+    def _hold(self, anchor: Anchor, state: Any) -> None:
+        """Keep a new anchor and state, where and as exactly as was asked for."""
+        self.anchor, self._state = self._storage.keep_anchor(anchor), self._storage.keep(self.rule, state)
 
     def _refresh_batch_norms(self, data: Iterable[Any] | None) -> None:
         """Bring running statistics in line with averaged weights, or say that they are not."""

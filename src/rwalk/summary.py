@@ -68,7 +68,8 @@ def layers(anchor: Anchor, theta: Mapping[str, Tensor]) -> list[Layer]:
         Layer(
             module,
             sum(float(anchor.omega[n].sum()) for n in names) / whole,
-            _norm([theta[n] - anchor.point[n] for n in names]) / (_norm([anchor.point[n] for n in names]) or 1.0),
+            _norm([theta[n] - anchor.point[n].to(theta[n].device) for n in names])
+            / (_norm([anchor.point[n] for n in names]) or 1.0),
         )
         for module, names in held.items()
     ]

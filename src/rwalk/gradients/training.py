@@ -1,5 +1,6 @@
 """Squared per-example gradients, gathered during the user's own backward pass."""
 
+import math
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -151,11 +152,13 @@ class Squares:
         total, grad = total.flatten().double(), grad.flatten().double()
         length = float(total @ total)
         factor = float(total @ grad) / length if length else 1.0
-        rest = float((grad - factor * total).norm())
-        if not rest <= TOLERANCE * float(grad.norm()):  # also where something is NaN
+        rest, whole = float((grad - factor * total).norm()), float(grad.norm())
+        if not math.isfinite(whole):
+            return 0.0  # no step to measure
+        if not rest <= TOLERANCE * whole:  # also where a sum is not finite
             self._say(DIFFERENT)
             return 0.0
-        return 1.0 if abs(factor - 1) <= TOLERANCE else factor**2
+        return 1.0 if abs(factor - 1) <= TOLERANCE else factor * factor  # which may be infinite
 
     def _say(self, text: str) -> None:
         """Warn once, or raise an error with `strict`."""
@@ -210,8 +213,18 @@ class Squares:
         """Number a forward pass of the whole model and note its batch size."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self._root in set_aside:
             return
+        self._drop_what_was_dropped()
         self._passes.number += 1
         self._passes.batch = first_size((args, kwargs))
+
+    def _drop_what_was_dropped(self) -> None:
+        """Start anew if the gradient of earlier passes was thrown away, as for a step that a loss scaler skipped."""
+        sums = [s for tap in self._open() for s in tap.sums.values() if s.examples]
+        if sums and all(s.parameter.grad is None for s in sums):
+            for s in sums:
+                s.examples, s.total = 0, None
+            self._passes.examples = 0
+            self._passes.counted.clear()
 
     def _after(self, tap: _Tap, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Wait for the gradient of a module's output."""

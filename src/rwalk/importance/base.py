@@ -116,9 +116,13 @@ class Importance(ABC, Generic[State]):
 
     Attributes:
         measures: what the rule needs: "steps" of training, "data" at a task's end, or "nothing".
+        coarse: fields of its state that may be kept in bfloat16: what only `Step.visit` writes, and `conclude` gets in full.
+        slow: fields of its state that may be kept on another device between tasks: what only `conclude` reads.
     """
 
     measures: ClassVar[Literal["steps", "data", "nothing"]] = "steps"
+    coarse: ClassVar[tuple[str, ...]] = ()
+    slow: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def init(self, theta: list[Tensor]) -> State:

@@ -5,7 +5,7 @@ Chaudhry, Dokania, Ajanthan, Torr, ECCV 2018, arXiv 1801.10112, equation 6.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
@@ -41,6 +41,7 @@ class EWCpp(Importance[Running]):
         fisher: "batch" squares the averaged gradient; "example" averages squared per-example gradients, in the same backward.
     """
 
+    coarse: ClassVar[tuple[str, ...]] = ("fisher",)
     alpha: float | Literal["mean"] = 0.9
     accumulate: Literal["last", "sum"] = "last"
     normalize: Literal["none"] | Normalize = "none"

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -72,6 +72,8 @@ class RWalk(Importance[Walk]):
             gradients, as the theory asks, gathered in the same backward.
     """
 
+    coarse: ClassVar[tuple[str, ...]] = ("fisher",)
+    slow: ClassVar[tuple[str, ...]] = ("total", "total_fisher")
     alpha: float | Literal["mean"] = 0.9
     delta_t: int = 10
     eps: float = 1e-3

@@ -4,7 +4,7 @@ The formulas stand in `reference`; `blocked` runs them in plain PyTorch, `numba`
 takes the parameters that it can work on and leaves the others to the next one, so every call does all of its work.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -26,6 +26,9 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "triton": ("triton", "blocked"),
 }
 """What `use` takes, and the modules that share the work under each name, in order."""
+
+FETCH = 2**26
+"""Bytes that are brought to a device at a time."""
 
 _name = "blocked"
 _chain: tuple[ModuleType, ...] = (blocked,)
@@ -75,18 +78,41 @@ def visit_(visit: Visit) -> Tensor | None:
 
     Returns for how many elements of finished windows the squared Riemannian distance exceeded eps, None where no window ended.
     """
-    rows, counts = list(visit.rows()), []
-    for backend in _chain:
-        rows, far = backend.visit_(rows, visit)
-        counts += far
+    counts: list[Tensor] = []
+    for rows in fetched(visit.rows()):
+        for backend in _chain:
+            rows, far = backend.visit_(rows, visit)
+            counts += far
     return torch.stack([count.to(counts[0].device) for count in counts]).sum() if counts else None
 
 
 def after_(rows: Iterable[After]) -> None:
     """Do what is to be done after an optimiser step, in one visit of each parameter's memory."""
-    left = list(rows)
-    for backend in _chain:
-        left = backend.after_(left)
+    for left in fetched(rows):
+        for backend in _chain:
+            left = backend.after_(left)
+
+
+def fetched(rows: Iterable[blocked.AnyRow], limit: int = FETCH) -> Iterator[list[blocked.AnyRow]]:
+    """Yield rows with the anchor beside the parameter; if it lies elsewhere, it comes over a few rows at a time.
+
+    From pinned memory the copies are queued and nothing waits for them; what they bring is freed before the next ones come.
+    """
+    batch: list[blocked.AnyRow] = []
+    brought = 0
+    for row in rows:
+        if row.omega is None or row.point is None or row.omega.device == row.theta.device:
+            batch.append(row)
+            continue
+        size = row.omega.nbytes + row.point.nbytes
+        if batch and brought + size > limit:
+            yield batch
+            batch, brought = [], 0
+        point, omega = (t.to(row.theta.device, non_blocking=True) for t in (row.point, row.omega))
+        batch.append(row._replace(point=point, omega=omega))
+        brought += size
+    if batch:
+        yield batch
 
 
 def account_(total: Tensors, path: Tensors, start: Tensors, theta: Tensors, xi: float) -> None:
@@ -97,5 +123,6 @@ def account_(total: Tensors, path: Tensors, start: Tensors, theta: Tensors, xi: 
 
 def penalty(theta: Tensors, point: Tensors, omega: Tensors) -> float | Tensor:
     """Return the sum of omega * (theta - point)^2 over all tensors, a scalar."""
-    terms: list[Tensor] = [blocked.penalty(*args) for args in zip(theta, point, omega, strict=True)]
+    triples = zip(theta, point, omega, strict=True)
+    terms: list[Tensor] = [blocked.penalty(now, p.to(now.device), o.to(now.device)) for now, p, o in triples]
     return sum(terms)

@@ -62,7 +62,7 @@ def flat(tensors: list[Tensor]) -> list[Tensor] | None:
 
 def one_order(tensors: list[Tensor]) -> bool:
     """Tell whether tensors of one shape are dense and in one order, so that they can be walked through as vectors."""
-    return all(t.is_contiguous() for t in tensors) or flat(tensors) is not None
+    return all(map(Tensor.is_contiguous, tensors)) or flat(tensors) is not None
 
 
 def _pieces(rows: Iterable[AnyRow]) -> Iterator[tuple[int, AnyRow]]:

@@ -8,7 +8,7 @@ next backend does the rest.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -27,8 +27,14 @@ TILE = 2**12
 bursts of less than a few pages per stream keep the memory prefetcher from running ahead: 512 took 1.6 times as long."""
 SHARE = 2**18
 """Elements of work below which a second thread does not pay."""
-WIDE, COARSE = 1, 2
-"""Kinds of a column in a table: in state precision, or in bfloat16; 0 where there is none."""
+NONE, WIDE, COARSE = 0, 1, 2
+"""Kinds of a column in a table: not there, in state precision, or in bfloat16."""
+ROW = (COARSE, COARSE, WIDE, WIDE, WIDE, WIDE, COARSE, WIDE, WIDE, COARSE)
+AFTER = (COARSE, WIDE, COARSE, COARSE, WIDE)
+"""The most that the compiled code takes in each column of `Row` and `After`."""
+PRECISION = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
+"""State precision of each kind of parameter that the compiled code takes."""
+LAYOUT: tuple[Any, ...] = (np.int64, np.int8, np.int64)
 CPU = torch.device("cpu")
 
 Compiled = Callable[..., Any]
@@ -46,57 +52,61 @@ def compiled(function: Compiled) -> Compiled:
 
 def visit_(rows: Iterable[Row], visit: Visit) -> tuple[list[Row], list[Tensor]]:
     """Visit parameters before a step: see `Visit`. Returns the rows left to the next backend, and counts as `settle_` does."""
-    taken, left = _sort(rows)
-    if not taken or (visit.skip is not None and bool(visit.skip)):
+    tables, left = _tables(rows, ROW)
+    if not tables or (visit.skip is not None and bool(visit.skip)):
         return left, []
     scale = 1.0 if visit.scale is None else float(visit.scale)
     numbers = (visit.eps, 2 * visit.strength * scale, scale)
-    table = noise(CPU).numpy()
-    far = sum(_run(_visit, part, numbers, visit.close, noise_start(visit.tick), table) for part in _tables(taken, 10))
+    random = noise(CPU).numpy()
+    far = sum(_run(_visit, table, numbers, visit.close, noise_start(visit.tick), random) for table in tables)
     return left, [torch.tensor(far)] if visit.close and visit.score is not None else []
 
 
 def after_(rows: Iterable[After]) -> list[After]:
     """Visit parameters after a step: see `After`. Returns the rows left to the next backend."""
-    taken, left = _sort(rows)
-    for part in _tables(taken, 5):
-        _run(_after, part, ())
+    tables, left = _tables(rows, AFTER)
+    for table in tables:
+        _run(_after, table, ())
     return left
 
 
-def _sort(rows: Iterable[AnyRow]) -> tuple[list[AnyRow], list[AnyRow]]:
-    """Separate the rows that can be taken from those that cannot."""
-    taken: list[AnyRow] = []
+def _tables(rows: Iterable[AnyRow], kinds: tuple[int, ...]) -> tuple[list[tuple[Any, ...]], list[AnyRow]]:
+    """Lay out rows for the compiled code, those of each precision together: addresses, kinds, sizes and numbers.
+
+    Also returns the rows that the compiled code cannot take.
+    """
+    entries: dict[torch.dtype, list[tuple[list[int], list[int], int, tuple[float, ...]]]] = {}
     left: list[AnyRow] = []
     for row in rows:
-        (taken if _fits([t for t in row if isinstance(t, Tensor)]) else left).append(row)
-    return taken, left
+        tensors: tuple[Any, ...] = row[: len(kinds)]
+        found = _kinds(tensors, kinds)
+        if found is None:
+            left.append(row)
+        else:
+            numbers: tuple[Any, ...] = row[len(kinds) :]
+            addresses = [0 if t is None else t.data_ptr() for t in tensors]
+            entries.setdefault(PRECISION[row.theta.dtype], []).append((addresses, found, row.theta.numel(), numbers))
+    types = {torch.float32: np.float32, torch.float64: np.float64}
+    return [
+        tuple(np.array(column, of) for column, of in zip(zip(*mine, strict=True), LAYOUT + (types[dtype],), strict=True))
+        for dtype, mine in entries.items()
+    ], left
 
 
-def _fits(tensors: list[Tensor]) -> bool:
-    """Tell whether tensors of one row are on the CPU, of kinds that the compiled code knows, and in one dense order."""
-    if tensors[0].device.type != "cpu":
-        return False
-    kinds = {t.dtype for t in tensors}
-    if not (kinds <= {torch.float32, torch.bfloat16} or kinds == {torch.float64}):
-        return False
-    return one_order(tensors)
-
-
-def _tables(rows: list[AnyRow], columns: int) -> Iterator[tuple[Any, ...]]:
-    """Lay out rows for the compiled code, those of each precision together: addresses, kinds, sizes and numbers."""
-    for dtype, of in ((np.float32, (torch.float32, torch.bfloat16)), (np.float64, (torch.float64,))):
-        mine = [row for row in rows if row.theta.dtype in of]
-        if mine:
-            tensors: list[tuple[Any, ...]] = [row[:columns] for row in mine]
-            addresses = [[0 if t is None else t.data_ptr() for t in row] for row in tensors]
-            kinds = [[0 if t is None else COARSE if t.dtype is torch.bfloat16 else WIDE for t in row] for row in tensors]
-            yield (
-                np.array(addresses, np.int64),
-                np.array(kinds, np.int8),
-                np.array([row.theta.numel() for row in mine], np.int64),
-                np.array([row[columns:] for row in mine], dtype),
-            )
+def _kinds(tensors: tuple[Any, ...], allowed: tuple[int, ...]) -> list[int] | None:
+    """Return the kind of each column of a row; None if one is not what the compiled code knows, or in another order."""
+    wide = PRECISION.get(tensors[0].dtype)
+    if wide is None or not tensors[0].is_cpu:
+        return None
+    kinds, dense = [], True
+    for t, most in zip(tensors, allowed, strict=True):
+        dtype = None if t is None else t.dtype
+        kind = NONE if t is None else WIDE if dtype is wide else COARSE
+        if kind > most or (kind == COARSE and not (dtype is torch.bfloat16 and wide is torch.float32)):
+            return None
+        kinds.append(kind)
+        dense = dense and (t is None or t.is_contiguous())
+    return kinds if dense or one_order([t for t in tensors if t is not None]) else None
 
 
 def _run(kernel: Compiled, table: tuple[Any, ...], numbers: tuple[float, ...], *rest: Any) -> int:
@@ -106,7 +116,7 @@ def _run(kernel: Compiled, table: tuple[Any, ...], numbers: tuple[float, ...], *
 
     def call(part: int) -> int:
         scratch = np.empty((5, TILE), dtype)
-        return int(kernel(*table, np.array(numbers, dtype), scratch.ctypes.data, dtype.type(0), part, parts, *rest))
+        return int(kernel(*table, np.array(numbers, dtype), scratch.ctypes.data, dtype.type(1), part, parts, *rest))
 
     others = [_pool().submit(call, part) for part in range(1, parts)]
     return call(0) + sum(other.result() for other in others)
@@ -160,7 +170,10 @@ _as_bits: Compiled = _reinterpretation(types.float32, types.uint32)
 
 @compiled
 def _visit(addresses, kinds, sizes, weights, numbers, scratch, like, part, parts, close, first, noise):
-    """Visit a part of every row of a table, tile by tile; return how many elements were far from their mark."""
+    """Visit a part of every row of a table, tile by tile; return how many elements were far from their mark.
+
+    `like` is a one of the table's precision, and `scratch` an address: views of bare memory need no reference counting.
+    """
     far = 0
     for k in range(sizes.size):
         begin, end = _span(sizes[k], part, parts)
@@ -196,7 +209,7 @@ def _visit_tile(at, kind, k, lo, n, weight, numbers, scratch, like, close, first
     if kind[k, 2]:
         _trace(theta, g, path, mark, previous)
     if kind[k, 6] and kind[k, 7]:
-        _blend(fisher, _read(at[k, 7], WIDE, lo, n, scratch, 0, like), weight)
+        _blend(fisher, _read(at[k, 7], WIDE, lo, n, scratch, 0, like), weight, scale * scale)
     elif kind[k, 6]:
         _square(fisher, g, weight)
     if kind[k, 6] == COARSE:
@@ -233,7 +246,7 @@ def _after(at, kind, sizes, numbers, _, scratch, like, part, parts):
                     _write(at[k, 0], lo, theta)
             if kind[k, 4]:
                 rounded = _read(at[k, 0], kind[k, 0], lo, n, scratch, 0, like)
-                _blend(_read(at[k, 4], WIDE, lo, n, scratch, 0, like), rounded, weight)
+                _blend(_read(at[k, 4], WIDE, lo, n, scratch, 0, like), rounded, weight, like)
     return 0
 
 
@@ -258,7 +271,7 @@ def _read(address, kind, lo, n, scratch, row, like):
 
 @compiled
 def _spare(scratch, row, n, like):
-    """View a row of scratch memory, which comes as an address so that views of it need no reference counting."""
+    """View a row of scratch memory."""
     return carray(_pointer(scratch + row * TILE * _size(like), like), n)
 
 
@@ -329,10 +342,11 @@ def _square(fisher, g, weight):
 
 
 @compiled
-def _blend(average, value, weight):
+def _blend(average, value, weight, scale):
     keep = average.dtype.type(1) - weight
+    share = weight / scale
     for i in range(average.size):
-        average[i] = keep * average[i] + weight * value[i]
+        average[i] = keep * average[i] + share * value[i]
 
 
 @compiled

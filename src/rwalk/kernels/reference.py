@@ -45,7 +45,8 @@ def visit_one_(row: Row, visit: Visit, start: int = 0) -> Tensor | None:
     if row.path is not None and row.mark is not None and row.previous is not None:
         trace_(row.theta, g, row.path, row.mark, row.previous)
     if row.fisher is not None:
-        update_(row.fisher, g, row.squares, row.weight, start, visit.tick)
+        squares = row.squares if visit.scale is None or row.squares is None else row.squares / visit.scale**2
+        update_(row.fisher, g, squares, row.weight, start, visit.tick)
     if row.point is not None and row.omega is not None:
         omega = row.omega if visit.scale is None else row.omega * visit.scale
         pull_(row.grad, row.theta, row.point, omega, visit.strength)

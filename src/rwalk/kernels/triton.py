@@ -22,7 +22,12 @@ from rwalk.kernels.visits import After, Row, Visit
 CHUNK = 2**12
 """Elements per program: enough loads in flight for each column, and few enough registers."""
 DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
-KINDS = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+KINDS: dict[torch.dtype, Any] = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
 ROW_COLUMNS, AFTER_COLUMNS = 10, 5
 """How many of the fields of `Row` and `After` are tensors."""
 
@@ -30,15 +35,14 @@ ROW_COLUMNS, AFTER_COLUMNS = 10, 5
 def visit_(rows: Iterable[Row], visit: Visit) -> tuple[list[Row], list[Tensor]]:
     """Visit parameters before a step: see `Visit`. Returns the rows left to the next backend, and counts as `settle_` does."""
     groups, left = _sort(rows, ROW_COLUMNS)
-    far = []
+    far: list[Tensor] = []
     for kinds, mine in groups.items():
         device = mine[0].theta.device
         count = torch.zeros((), dtype=torch.int64, device=device)
         flags = {"SCALED": visit.scale is not None, "SKIPS": visit.skip is not None}
-        _launch(
-            _visit, mine, kinds, ROW_COLUMNS, _on(visit.scale, count), _on(visit.skip, count), noise(device), count,
-            visit.eps, 2 * visit.strength, noise_start(visit.tick), CLOSE=visit.close, NOISE_LENGTH=NOISE, **flags,
-        )  # fmt: skip
+        tables = (_on(visit.scale, count), _on(visit.skip, count), noise(device), count)
+        numbers = (visit.eps, 2 * visit.strength, noise_start(visit.tick))
+        _launch(_visit, mine, kinds, ROW_COLUMNS, *tables, *numbers, CLOSE=visit.close, NOISE_LENGTH=NOISE, **flags)
         far += [count] if visit.close and kinds[5] is not None else []
     return left, far
 
@@ -59,7 +63,7 @@ def _sort(rows: Iterable[AnyRow], columns: int) -> tuple[dict[tuple[Any, ...], l
         tensors = [t for t in row if isinstance(t, Tensor)]
         known = all(t.dtype in KINDS and t.device == row.theta.device for t in tensors)
         if row.theta.device.type in DEVICES and known and one_order(tensors):
-            kinds = tuple(KINDS[t.dtype] if isinstance(t, Tensor) else None for t in row[:columns])
+            kinds: list[Any] = [KINDS[t.dtype] if isinstance(t, Tensor) else None for t in row[:columns]]
             groups.setdefault((*kinds, row.theta.device), []).append(row)
         else:
             left.append(row)
@@ -153,6 +157,8 @@ def _visit(
             weight = tl.load(weights + row).to(STATE)
             if KINDS[7] is not None:
                 fresh = tl.load(_pointer(table, row, 7, KINDS) + at, mask=inside, other=0).to(STATE)
+                if SCALED:
+                    fresh = fresh / (tl.load(scale) * tl.load(scale))
             else:
                 fresh = g * g
             fisher = (1 - weight) * fisher + weight * fresh

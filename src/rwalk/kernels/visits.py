@@ -39,7 +39,7 @@ class Visit(NamedTuple):
         previous: the gradient of the step before, 0 at its start.
         score: where the path of a finished stretch goes as a score; without it the path stays and only its mark moves on.
         fisher: running Fisher information, in state precision or bfloat16, then rounded stochastically.
-        squares: what to average in `fisher`; None for the square of `grad`.
+        squares: what to average in `fisher`, multiplied by the square of `scale`; None for the square of `grad`.
         point: where the pull leads.
         omega: how strongly, in state precision or lower.
         weight: the new square's share in `fisher`, one number for each parameter.

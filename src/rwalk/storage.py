@@ -1,0 +1,74 @@
+"""In which precision and on which device state is kept between its uses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwalk._errors import explain
+from rwalk.anchor import Anchor
+from rwalk.importance.base import Importance
+from rwalk.parameters import state_dtype
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How to keep state smaller, or elsewhere.
+
+    Args:
+        dtype: bfloat16 for importance and for what a rule calls `coarse`, running Fisher information, which is then rounded
+            stochastically; None for state precision. Where the weights were is always kept in state precision.
+        device: "cpu" for the anchor and for what a rule calls `slow`, which is read only when a task ends: in pinned memory,
+            from which copies need not be waited for; None for the parameters' device.
+    """
+
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+
+    @classmethod
+    def of(cls, dtype: Any, device: Any) -> "Storage":
+        """Check what a user asked for.
+
+        Raises:
+            ValueError: for another precision than bfloat16, or another device than the CPU.
+        """
+        if dtype not in (None, torch.bfloat16):
+            remedy = "Pass one of these; where the weights were has to stay in float32."
+            raise ValueError(explain(f"state_dtype={dtype}", "None or torch.bfloat16", remedy))
+        if device is not None and torch.device(device).type != "cpu":
+            remedy = 'Pass "cpu" to keep the anchor off the accelerator.'
+            raise ValueError(explain(f"state_device={device!r}", 'None or "cpu"', remedy))
+        return cls(dtype, None if device is None else torch.device(device))
+
+    def keep(self, rule: Importance[Any], state: Any) -> Any:
+        """Put a rule's state where it is kept."""
+        columns = {name: [self._coarse(t) for t in getattr(state, name)] for name in rule.coarse}
+        columns |= {name: [self._away(t) for t in getattr(state, name)] for name in rule.slow}
+        return state._replace(**columns)
+
+    def fetch(self, rule: Importance[Any], state: Any, theta: Sequence[Tensor]) -> Any:
+        """Bring a rule's state back beside the parameters, in full precision, for a task's end."""
+        names = {*rule.coarse, *rule.slow}
+        return state._replace(
+            **{name: [_home(t, p) for t, p in zip(getattr(state, name), theta, strict=True)] for name in names}
+        )
+
+    def keep_anchor(self, anchor: Anchor) -> Anchor:
+        """Put an anchor where it is kept."""
+        point = {name: self._away(t) for name, t in anchor.point.items()}
+        return Anchor(point, {name: self._away(self._coarse(t)) for name, t in anchor.omega.items()})
+
+    def _coarse(self, tensor: Tensor) -> Tensor:
+        return tensor if self.dtype is None else tensor.to(self.dtype)
+
+    def _away(self, tensor: Any) -> Any:
+        if tensor is None or self.device is None:
+            return tensor
+        there = tensor.to(self.device)
+        return there.pin_memory() if torch.cuda.is_available() else there
+
+
+def _home(tensor: Tensor | None, theta: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor.to(theta.device, state_dtype(theta))
