@@ -63,6 +63,19 @@ def sweep(folder: str | Path) -> None:
                 part.unlink()
 
 
+def read(path: str | Path) -> bytes:
+    """Return what is in a file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is a folder, a pipe or a device, which may have no end.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError("no file")
+    return path.read_bytes()
+
+
 def parse(text: str | bytes) -> Any:
     """Read JSON as the standard has it.
 

@@ -58,27 +58,22 @@ def load(path: str | Path, kind: str) -> dict[str, Any]:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged, of a newer format, of another kind or something else.
     """
-    path = Path(path)
-    if path.exists() and not path.is_file():
-        raise ValueError(foreign(path, kind, "which is no file"))
-    raw = path.read_bytes()
-    header = _header(raw)
-    metadata = _metadata(header)
-    problem = _problem(metadata, kind)
-    if problem:
-        raise ValueError(foreign(path, kind, problem))
     try:
+        raw = files.read(path)
+        header = _header(raw)
+        metadata = _metadata(header)
+        _check_kind(metadata, kind)
         start, stop = _place(header)
         if _digest(raw, start, stop) != raw[start:stop]:
-            raise ValueError("its checksum is wrong")
+            raise ValueError("damaged: its checksum is wrong")
         return _unpacked(raw, metadata["content"])
     except ValueError as error:
-        raise ValueError(foreign(path, kind, f"which is damaged ({error})")) from None
+        raise ValueError(foreign(path, kind, f"which is {error}")) from None
 
 
 def foreign(path: str | Path, kind: str, problem: str) -> str:
     """Say that a file is not what was asked for."""
-    remedy = "Update the library." if "newer" in problem else "Pass such a file, or copy it again."
+    remedy = "Update the library." if "newer format" in problem else "Pass such a file, or copy it again."
     return explain(f"`{path}`, {problem}", f"a file that `{WRITERS[kind]}` wrote", remedy)
 
 
@@ -96,23 +91,22 @@ def _metadata(header: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _problem(metadata: dict[str, Any], kind: str) -> str:
-    """Say why metadata is not that of a kind of state file, or return nothing."""
+def _check_kind(metadata: dict[str, Any], kind: str) -> None:
+    """Raise a ValueError unless metadata is that of a kind of state file."""
     found = re.fullmatch(r"rwalk-([a-z]+)-([0-9]{1,9})", str(metadata.get("format")))
-    if found is None:
-        return f"which is no {kind} of this format, or damaged"
+    if found is None or not isinstance(metadata.get("content"), str):
+        raise ValueError(f"no {kind} of this format, or damaged")
     if found[1] != kind:
-        return f"which holds another kind of state: {found[1]}"
+        raise ValueError(f"another kind of state, {found[1]}")
     if int(found[2]) > FORMAT:
-        return f"which has the newer format {found[2]}"
-    return "" if isinstance(metadata.get("content"), str) else "which is damaged (it has no content)"
+        raise ValueError(f"of the newer format {found[2]}")
 
 
 def _place(header: bytes) -> tuple[int, int]:
     """Say where in the file the digest stands; quotation marks within other texts are escaped, so none looks like it."""
     found = list(re.finditer(rb'"sha256":"([0-9a-f]{64})"', header))
     if len(found) != 1:
-        raise ValueError("it has no checksum")
+        raise ValueError("damaged: it has no checksum")
     return 8 + found[0].start(1), 8 + found[0].end(1)
 
 
@@ -182,9 +176,9 @@ def _unpacked(raw: bytes, text: str) -> dict[str, Any]:
     try:
         content = _restored(files.parse(text), deserialise(raw))
     except (SafetensorError, ValueError, TypeError, LookupError, RuntimeError) as error:
-        raise ValueError(f"its content cannot be read: {type(error).__name__} {error}") from None
+        raise ValueError(f"of content that cannot be read: {type(error).__name__} {error}") from None
     if not isinstance(content, dict):
-        raise ValueError("its content is no dictionary")
+        raise ValueError("no dictionary")
     return content
 
 
