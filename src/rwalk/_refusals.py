@@ -194,10 +194,12 @@ def refuse_state(
     """
     try:
         _refuse_origin(state_dict, rule, average)
-        _refuse_model(state_dict["shapes"], parameters)
-        damaged = _damage(state_dict, state)
-        check_strength(state_dict["strength"])
-    except (KeyError, TypeError, AttributeError) as error:
+        damaged = [key for key in ("shapes", "state", "anchor", "tail") if not isinstance(state_dict[key], Mapping)]
+        if not damaged:
+            _refuse_model(state_dict["shapes"], parameters)
+            damaged = _damage(state_dict, state)
+            check_strength(state_dict["strength"])
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
         damaged = [f"{type(error).__name__} {error}"]
     if damaged:
         raise ValueError(
