@@ -242,7 +242,9 @@ def test_a_checkpoint_that_does_not_fit_is_named_and_the_run_starts_anew(tmp_pat
     }
     for word, content in others.items():
         place.write_bytes(content)
-        with pytest.warns(UserWarning, match=rf"Got a checkpoint `.*c` that cannot be used .*{word}.*starts from its beginning"):
+        with pytest.warns(
+            UserWarning, match=rf"Got a checkpoint `.*c` that cannot be used .*{word}.*starts from its beginning"
+        ):
             assert measurement(bench.run(stream, "finetune", training=SMALL, checkpoint=place)) == truth
     place.write_bytes(raw)
     with pytest.warns(UserWarning, match="of another run"):

@@ -58,9 +58,11 @@ keys = st.text(st.characters(codec="utf-8"), max_size=4) | st.sampled_from(["$te
 plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec="utf-8"), max_size=5)
 trees = st.recursive(
     plain | tensors,
-    lambda inner: st.lists(inner, max_size=3)
-    | st.lists(inner, max_size=3).map(tuple)
-    | st.dictionaries(keys | st.integers(), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(keys | st.integers(), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -227,13 +229,14 @@ def test_a_crafted_state_fits_or_changes_nothing(tmp_path, data):
     states.save(tmp_path / "f", "consolidator", replaced(good, place, data.draw(trees)))
     second = Consolidator(model, memory.rule, strength=2.0)
     before = second.state_dict()
+    problem = None
     try:
         second.load(tmp_path / "f")
     except ValueError as error:
-        assert str(error).startswith("Got ")
+        problem = str(error)
+    if problem is not None:
+        assert problem.startswith("Got ")
         assert same(second.state_dict(), before)
-    else:
-        assert second.tasks >= 0
 
 
 def test_newer_formats_other_kinds_other_rules_and_other_models_are_named(tmp_path, monkeypatch):
@@ -244,8 +247,8 @@ def test_newer_formats_other_kinds_other_rules_and_other_models_are_named(tmp_pa
     victim.refuses(victim.path.read_bytes(), r"of the newer format 2\. Expected .* Update the library")
     victim.memory.anchor.save(victim.path)
     victim.refuses(victim.path.read_bytes(), "another kind of state, anchor")
+    victim.path.write_bytes(victim.raw)
     with pytest.raises(ValueError, match=r"another kind of state, consolidator.*`Anchor\.save` wrote"):
-        victim.path.write_bytes(victim.raw)
         Anchor.load(victim.path)
     with pytest.raises(ValueError, match=r"a state with rule .*'L2'.*Expected rule .*'EWC'"):
         Consolidator(victim.model, EWC()).load(victim.path)

@@ -39,6 +39,10 @@ FIELDS = {name: _fields(kind) for name, kind in RULES.items()}
 RuleFields: Any = make_dataclass("RuleFields", [(name, kind, field(default_factory=kind)) for name, kind in FIELDS.items()])
 
 
+LIMITS = {"seeds": range(1, 10_001), "threads": range(1, 1025), "first_seed": range(2**62)}
+"""Whole numbers that torch or the machine would choke on if they were larger."""
+
+
 @dataclass(frozen=True)
 class Run:
     """Train methods on a stream of tasks, write one record per run, and print a table.
@@ -119,9 +123,10 @@ def _run(command: Run, console: Console) -> None:
     ruled = {name: kind(**vars(getattr(command.rules, name))) for name, kind in RULES.items()}
     methods = [_method(name.strip(), ruled) for name in command.methods.split(",")]
     seeds = range(command.first_seed, command.first_seed + command.seeds)
-    for option in ("seeds", "threads"):
-        if getattr(command, option) < 1:
-            raise ValueError(explain(f"--{option} {getattr(command, option)}", "1 or more", "Pass a larger number."))
+    for option, allowed in LIMITS.items():
+        if getattr(command, option) not in allowed:
+            came = f"--{option.replace('_', '-')} {getattr(command, option)}"
+            raise ValueError(explain(came, f"{allowed[0]} to {allowed[-1]}", "Pass such a number."))
     resolve(None, command.strength)
     torch.set_num_threads(command.threads)
     kind, name = parse(command.stream)

@@ -49,7 +49,7 @@ class Training:
     def __post_init__(self) -> None:
         """Refuse fields outside their range."""
         self._need(self.epochs >= 1, "epochs", "1 or more")
-        self._need(self.batch_size >= 1, "batch_size", "1 or more")
+        self._need(1 <= self.batch_size < 2**63, "batch_size", "1 or more, below 2^63")
         self._need(0 <= self.lr < math.inf, "lr", "a finite number, 0 or more")
         self._need(self.optimizer in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}")
         self._need(all(width >= 1 for width in self.hidden), "hidden", "positive widths")
