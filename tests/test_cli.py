@@ -132,13 +132,22 @@ def test_unknown_and_impossible_fields_are_refused(flag, value, capsys, tmp_path
     assert not any(tmp_path.iterdir())
 
 
-FLAGS = """--methods --seeds --first-seed --strength --pull --average --out --data --tasks --scenario --threads --epochs
-    --batch-size --lr --optimizer --hidden --mask --rwalk.alpha --rwalk.eps --rwalk.delta-t --ewc.samples --si.xi --mas.decay
-    --l2.toward --help -h --bogus --rwalk --""".split()
-VALUES = """0 1 2 3 -1 0.5 nan inf -inf 1e400 1e-400 99999999999999999999999 None x finetune joint rwalk recipe,ewc , rwalk,rwalk
-    mean max first task class domain sgd adam gradient proximal tail none seen out ../out true --seeds = {} é""".split()
-VALUES += ["", " ", "\0", "\ud800"]
-STREAMS = "split-digits permuted-digits rotated-digits split:digits split-absent split- split-./absent digits".split()
+FLAGS = [
+    "--methods", "--seeds", "--first-seed", "--strength", "--pull", "--average", "--out", "--data", "--tasks",
+    "--scenario", "--threads", "--epochs", "--batch-size", "--lr", "--optimizer", "--hidden", "--mask", "--rwalk.alpha",
+    "--rwalk.eps", "--rwalk.delta-t", "--ewc.samples", "--si.xi", "--mas.decay", "--l2.toward", "--help", "-h",
+    "--bogus", "--rwalk", "--",
+]  # fmt: skip
+VALUES = [
+    "0", "1", "2", "3", "-1", "0.5", "nan", "inf", "-inf", "1e400", "1e-400", "99999999999999999999999", "None", "x",
+    "finetune", "joint", "rwalk", "recipe,ewc", ",", "rwalk,rwalk", "mean", "max", "first", "task", "class", "domain",
+    "sgd", "adam", "gradient", "proximal", "tail", "none", "seen", "out", "../out", "true", "--seeds", "=", "{}", "é",
+    "", " ", "\0", "\ud800",
+]  # fmt: skip
+STREAMS = [
+    "split-digits", "permuted-digits", "rotated-digits", "split:digits", "split-absent", "split-", "split-./absent",
+    "digits",
+]  # fmt: skip
 value = st.sampled_from(VALUES) | st.text(st.characters(exclude_characters="/\\"), max_size=5) | st.integers().map(str)
 flag = st.sampled_from(FLAGS)
 option = (
