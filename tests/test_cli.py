@@ -1,5 +1,6 @@
 """The command line, run as users run it."""
 
+import functools
 import json
 import os
 import signal
@@ -8,10 +9,22 @@ import sys
 import time
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from rwalk import cli
+from rwalk.bench import Record
+from rwalk.bench import data as data_sets
 from rwalk.cli import main
 
 QUICK = ["--seeds", "1", "--hidden", "8", "--batch-size", "100", "--tasks", "2"]
+
+
+DIGITS = functools.cache(data_sets._digits)
+
+
+def no_network(name):
+    raise ConnectionError(f"no data set {name}")
 
 
 def run(*arguments):
@@ -73,6 +86,12 @@ def test_list_names_everything(capsys):
     (["run", "split-digits", "--strength", "-1"], "strength -1"),
     (["run", "split-digits", "--seeds", "0"], "--seeds 0"),
     (["run", "split-digits", "--threads", "0"], "--threads 0"),
+    (["run", "split-digits", "--threads", "99999999999999999999"], "Expected 1 to 1024"),
+    (["run", "split-digits", "--seeds", "99999999999999999999"], "Expected 1 to 10000"),
+    (["run", "split-digits", "--first-seed", "99999999999999999999"], "--first-seed 99999999999999999999"),
+    (["run", "split-digits", "--first-seed", "-1"], "--first-seed -1"),
+    (["run", "permuted-digits", "--tasks", "99999999999999999999"], "Expected 1 to 10000 tasks"),
+    (["run", "split-digits", "--batch-size", "99999999999999999999"], "below 2^63"),
     (["run", "permuted-digits", "--scenario", "task"], "scenario `task`"),
     (["report", "absent"], "no records"),
 ])  # fmt: skip
@@ -83,6 +102,20 @@ def test_mistakes_get_three_parts_and_status_two(arguments, word, capsys, tmp_pa
     assert word in message
     assert message.startswith("rwalk: Got ")
     assert "Expected " in message
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("flag", "value", "ours"), [
+    ("--rwalk.alpha", "2", "Got RWalk(alpha=2.0). Expected `alpha`"), ("--ewc.samples", "0", "Got EWC(samples=0). Expected"),
+    ("--si.xi", "-1", "Got SI(xi=-1.0). Expected"), ("--epochs", "0", "Got Training(epochs=0). Expected"),
+])  # fmt: skip
+def test_range_errors_are_our_three_parts_alone(flag, value, ours, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "split-digits", "--methods", "finetune", flag, value]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"rwalk: {ours}")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
     assert not any(tmp_path.iterdir())
 
 
@@ -97,6 +130,59 @@ def test_unknown_and_impossible_fields_are_refused(flag, value, capsys, tmp_path
     captured = capsys.readouterr()
     assert flag.strip("-").split(".")[-1] in captured.out + captured.err
     assert not any(tmp_path.iterdir())
+
+
+FLAGS = [
+    "--methods", "--seeds", "--first-seed", "--strength", "--pull", "--average", "--out", "--data", "--tasks",
+    "--scenario", "--threads", "--epochs", "--batch-size", "--lr", "--optimizer", "--hidden", "--mask", "--rwalk.alpha",
+    "--rwalk.eps", "--rwalk.delta-t", "--ewc.samples", "--si.xi", "--mas.decay", "--l2.toward", "--help", "-h",
+    "--bogus", "--rwalk", "--",
+]  # fmt: skip
+VALUES = [
+    "0", "1", "2", "3", "-1", "0.5", "nan", "inf", "-inf", "1e400", "1e-400", "99999999999999999999999", "None", "x",
+    "finetune", "joint", "rwalk", "recipe,ewc", ",", "rwalk,rwalk", "mean", "max", "first", "task", "class", "domain",
+    "sgd", "adam", "gradient", "proximal", "tail", "none", "seen", "out", "../out", "true", "--seeds", "=", "{}", "é",
+    "", " ", "\0", "\ud800",
+]  # fmt: skip
+STREAMS = [
+    "split-digits", "permuted-digits", "rotated-digits", "split:digits", "split-absent", "split-", "split-./absent",
+    "digits",
+]  # fmt: skip
+value = st.sampled_from(VALUES) | st.text(st.characters(exclude_characters="/\\"), max_size=5) | st.integers().map(str)
+flag = st.sampled_from(FLAGS)
+option = (
+    st.tuples(flag)
+    | st.tuples(flag, value)
+    | st.tuples(flag, value, value)
+    | st.builds("{}={}".format, flag, value).map(lambda word: (word,))
+)
+options = st.lists(option, max_size=4).map(lambda found: [word for words in found for word in words])
+sensible = st.builds(lambda stream, words: ["run", stream, *words], st.sampled_from(STREAMS), options)
+senseless = st.lists(st.sampled_from(["run", "list", "report", "--version", *STREAMS, *FLAGS]) | value, max_size=6)
+
+
+def stub(stream, method, strength, seed, training, **options):
+    del options["checkpoint"], options["tick"]
+    config = cli.configuration(stream, method, strength, training, **options)
+    name = method if isinstance(method, str) else type(method).__name__.lower()
+    return Record(name, stream[0].stream["name"], seed, [[0.5]], config=config, timings={"train_seconds": 1.0})
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(sensible | senseless)
+def test_no_arguments_end_in_a_traceback(tmp_path, monkeypatch, arguments):
+    """Everything but the training itself is real; a status other than 0 and 2, or any other exception, is a mistake of ours."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RWALK_DATA", raising=False)
+    monkeypatch.setattr(cli, "run", stub)
+    monkeypatch.setattr(data_sets, "download", no_network)
+    monkeypatch.setattr(data_sets, "_digits", DIGITS)
+    monkeypatch.setattr(cli.torch, "set_num_threads", lambda _: None)
+    try:
+        status = main(arguments)
+    except SystemExit as stop:
+        status = stop.code or 0
+    assert status in (0, 2)
 
 
 def test_an_output_that_is_a_file_is_refused_before_training(tmp_path, capsys):
@@ -135,7 +221,7 @@ def test_ctrl_c_and_the_same_command_again_give_what_an_undisturbed_run_gives(tm
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert "The same command continues" in error
-    finished = {p.name for p in disturbed.iterdir()}
+    finished = {p.name for p in disturbed.glob("*.json")}
     assert 1 <= len(finished) < 8
     for out in (disturbed, calm):
         process = start(out)

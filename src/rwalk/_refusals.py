@@ -194,10 +194,12 @@ def refuse_state(
     """
     try:
         _refuse_origin(state_dict, rule, average)
-        _refuse_model(state_dict["shapes"], parameters)
-        damaged = _damage(state_dict, state)
-        check_strength(state_dict["strength"])
-    except (KeyError, TypeError, AttributeError) as error:
+        damaged = [key for key in ("shapes", "state", "anchor", "tail") if not isinstance(state_dict[key], Mapping)]
+        if not damaged:
+            _refuse_model(state_dict["shapes"], parameters)
+            damaged = _damage(state_dict, state)
+            check_strength(state_dict["strength"])
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
         damaged = [f"{type(error).__name__} {error}"]
     if damaged:
         raise ValueError(
@@ -248,27 +250,44 @@ def _damage(state_dict: Mapping[str, Any], state: Any) -> list[str]:
     kept, fresh = state_dict["state"], state._asdict()
     wrong = sorted(set(fresh) ^ set(kept))
     for key in set(fresh) & set(kept):
-        fits = _fits(kept[key], shapes) if isinstance(fresh[key], list) else isinstance(kept[key], type(fresh[key]))
+        fits = _fits(kept[key], shapes) if isinstance(fresh[key], list) else _alike(kept[key], fresh[key])
         wrong += [] if fits else [key]
     point, omega = state_dict["anchor"]["point"], state_dict["anchor"]["omega"]
-    wrong += [n for n, t in (*point.items(), *omega.items()) if n not in point or n not in omega or t.shape != shapes.get(n)]
     wrong += [
-        n for n, t in state_dict["tail"]["average"].items() if n not in state_dict["tail"]["count"] or t.shape != shapes.get(n)
+        n for n, t in (*point.items(), *omega.items()) if n not in point or n not in omega or not _tensor(t, shapes.get(n))
     ]
-    wrong += [key for key in ("tasks", "steps") if not isinstance(state_dict[key], int) or state_dict[key] < 0]
+    average, count = state_dict["tail"]["average"], state_dict["tail"]["count"]
+    wrong += [n for n in {*average, *count} if not (_tensor(average.get(n), shapes.get(n)) and _whole(count.get(n)))]
+    wrong += [key for key in ("tasks", "steps") if not _whole(state_dict[key])]
     return wrong
 
 
 def _fits(column: Any, shapes: Mapping[str, torch.Size]) -> bool:
-    """Tell whether a column of a state has one entry for each parameter, and its tensors their shapes."""
+    """Tell whether a column of a state has one entry for each parameter: a tensor of its shape, a number or None."""
     if not isinstance(column, list) or len(column) != len(shapes):
         return False
-    return all(not isinstance(t, Tensor) or t.shape == shape for t, shape in zip(column, shapes.values(), strict=True))
+    return all(v is None or isinstance(v, Real) or _tensor(v, shape) for v, shape in zip(column, shapes.values(), strict=True))
+
+
+def _alike(value: Any, fresh: Any) -> bool:
+    """Tell whether a plain value of a state is of the kind that a fresh one has there."""
+    if isinstance(value, tuple) and isinstance(fresh, tuple):
+        return len(value) == len(fresh) and all(map(_alike, value, fresh))
+    return isinstance(value, type(fresh))
+
+
+def _tensor(value: Any, shape: torch.Size | None) -> bool:
+    return isinstance(value, Tensor) and value.shape == shape and value.is_floating_point()
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0
 
 
 def description(rule: Importance[Any]) -> dict[str, Any]:
     """Return a rule as plain values: its name and fields."""
-    return {"name": type(rule).__name__, **asdict(rule)}
+    fields = {key: value.item() if hasattr(value, "item") else value for key, value in asdict(rule).items()}  # NumPy's numbers
+    return {"name": type(rule).__name__, **fields}
 
 
 def listed(names: list[str]) -> str:

@@ -3,18 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from rwalk import kernels
+from rwalk import kernels, states
 from rwalk._errors import explain
 from rwalk.parameters import carry, copies, copy, grown, zero
-
-FORMAT = "rwalk-anchor-1"
 
 
 class Pull(NamedTuple):
@@ -107,10 +103,7 @@ class Anchor:
 
     def save(self, path: str | Path) -> None:
         """Write the anchor to a safetensors file, whole or not at all: entries `point/NAME` and `omega/NAME`."""
-        tensors = {f"point/{n}": t for n, t in self.point.items()} | {f"omega/{n}": t for n, t in self.omega.items()}
-        part = Path(f"{path}.part")
-        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, part, {"format": FORMAT})
-        part.replace(path)
+        states.save(path, "anchor", {"point": self.point, "omega": self.omega})
 
     @classmethod
     def load(cls, path: str | Path) -> "Anchor":
@@ -120,16 +113,11 @@ class Anchor:
             FileNotFoundError: if there is no such file.
             ValueError: if the file is damaged or something else.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                fits = (file.metadata() or {}).get("format") == FORMAT
-                tensors = {key: file.get_tensor(key) for key in file.keys()} if fits else {}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(_foreign(path, f"which cannot be read ({error})")) from None
-        parts = [{k.removeprefix(f"{p}/"): t for k, t in tensors.items() if k.startswith(f"{p}/")} for p in ("point", "omega")]
-        if not fits or {n: t.shape for n, t in parts[0].items()} != {n: t.shape for n, t in parts[1].items()}:
-            raise ValueError(_foreign(path, "which is no anchor of this format"))
-        return cls(*parts)
+        content = states.load(path, "anchor")
+        shapes = [_shapes(content.get(part)) for part in ("point", "omega")]
+        if None in shapes or shapes[0] != shapes[1]:
+            raise ValueError(states.foreign(path, "anchor", "which is no anchor"))
+        return cls(content["point"], content["omega"])
 
     def pull(self, names: Sequence[str], strength: float) -> Pull:
         """Say where parameters of these names are pulled, for `rwalk.kernels.visit_` to add to their gradients (equation 8)."""
@@ -174,5 +162,8 @@ class Match:
         return "; ".join(f"{len(names)} {word} ({', '.join(names)})" for word, names in words.items() if names)
 
 
-def _foreign(path: str | Path, problem: str) -> str:
-    return explain(f"`{path}`, {problem}", "a file that `Anchor.save` wrote", "Pass such a file, or copy it again.")
+def _shapes(tensors: Any) -> dict[str, torch.Size] | None:
+    """Return the shapes of tensors by name, or None for anything else."""
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        return None
+    return {name: tensor.shape for name, tensor in tensors.items()}

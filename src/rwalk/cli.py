@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +15,7 @@ except ImportError as error:
 
 import torch
 
+from rwalk import files
 from rwalk._errors import explain
 from rwalk.bench.data import HUB, load
 from rwalk.bench.experience import STREAMS, Experience, Scenario, make, parse
@@ -27,14 +28,26 @@ from rwalk.importance.base import Importance
 from rwalk.report import read, show, summarise
 
 RULES = rules()
-RuleFields: Any = make_dataclass("RuleFields", [(name, kind, field(default_factory=kind)) for name, kind in RULES.items()])
+
+
+def _fields(kind: type[Importance[Any]]) -> Any:
+    """Return a dataclass of a rule's fields without their check, which the parser would report in words of its own."""
+    return make_dataclass(kind.__name__, [(f.name, f.type, f) for f in fields(kind)], namespace={"__doc__": kind.__doc__})
+
+
+FIELDS = {name: _fields(kind) for name, kind in RULES.items()}
+RuleFields: Any = make_dataclass("RuleFields", [(name, kind, field(default_factory=kind)) for name, kind in FIELDS.items()])
+
+
+LIMITS = {"seeds": range(1, 10_001), "threads": range(1, 1025), "first_seed": range(2**62)}
+"""Whole numbers that torch or the machine would choke on if they were larger."""
 
 
 @dataclass(frozen=True)
 class Run:
     """Train methods on a stream of tasks, write one record per run, and print a table.
 
-    Started again with the same arguments, it goes on with the first run that has no record yet.
+    Started again with the same arguments, it goes on after the last finished task of the first run that has no record yet.
     """
 
     stream: tyro.conf.Positional[str]
@@ -100,18 +113,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rwalk: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("rwalk: interrupted. The same command continues with the first unfinished run.", file=sys.stderr)
+        print("rwalk: interrupted. The same command continues after the last finished task.", file=sys.stderr)
         return 130
     return 0
 
 
 def _run(command: Run, console: Console) -> None:
     """Do the runs that have no record yet, then print the table of all of them."""
-    methods = [_method(name.strip(), command.rules) for name in command.methods.split(",")]
+    ruled = {name: kind(**vars(getattr(command.rules, name))) for name, kind in RULES.items()}
+    methods = [_method(name.strip(), ruled) for name in command.methods.split(",")]
     seeds = range(command.first_seed, command.first_seed + command.seeds)
-    for option in ("seeds", "threads"):
-        if getattr(command, option) < 1:
-            raise ValueError(explain(f"--{option} {getattr(command, option)}", "1 or more", "Pass a larger number."))
+    for option, allowed in LIMITS.items():
+        if getattr(command, option) not in allowed:
+            came = f"--{option.replace('_', '-')} {getattr(command, option)}"
+            raise ValueError(explain(came, f"{allowed[0]} to {allowed[-1]}", "Pass such a number."))
     resolve(None, command.strength)
     torch.set_num_threads(command.threads)
     kind, name = parse(command.stream)
@@ -120,6 +135,7 @@ def _run(command: Run, console: Console) -> None:
     if command.out.exists() and not command.out.is_dir():
         raise ValueError(explain(f"`--out {command.out}`, which is a file", "a folder", "Name another folder."))
     command.out.mkdir(parents=True, exist_ok=True)
+    files.sweep(command.out)
     done = []
     with _progress(console) as progress:
         overall = progress.add_task("all runs", total=len(seeds) * len(methods))
@@ -138,14 +154,18 @@ def _one(
     options: dict[str, Any] = {"pull": command.pull, "average": command.average}
     config = configuration(stream, method, command.strength, command.training, **options)
     path = command.out / file_name(stream[0].stream["name"], name, seed, config)
+    checkpoint = path.with_suffix(".checkpoint")
     if path.exists():
         record = Record.load(path)
+        checkpoint.unlink(missing_ok=True)
         progress.console.print(f"{name} seed {seed}: {_result(record)} (on disk)", highlight=False)
         return record
     bar = progress.add_task(f"{name} seed {seed}", total=_steps(stream, name, command.training))
-    record = run(stream, method, command.strength, seed, command.training, **options, tick=lambda: progress.advance(bar))
+    options |= {"checkpoint": checkpoint, "tick": lambda: progress.advance(bar)}
+    record = run(stream, method, command.strength, seed, command.training, **options)
     progress.remove_task(bar)
     record.save(command.out)
+    checkpoint.unlink(missing_ok=True)
     seconds = record.timings["train_seconds"]
     progress.console.print(f"{name} seed {seed}: {_result(record)} in {seconds:.1f} s", highlight=False)
     return record
@@ -162,13 +182,13 @@ def _steps(stream: list[Experience], name: str, training: Training) -> int:
     return sum(-(-size // training.batch_size) * training.epochs for size in parts)
 
 
-def _method(name: str, fields: Any) -> tuple[str, str | Importance[Any]]:
+def _method(name: str, ruled: dict[str, Importance[Any]]) -> tuple[str, str | Importance[Any]]:
     """Return a method's name and what `rwalk.bench.run` takes for it."""
     key = name.replace("-", "_").lower()
     if key not in {*LEARNERS, "recipe", *RULES}:
         known = ", ".join([*LEARNERS, "recipe", *RULES])
         raise ValueError(explain(f"method `{name}`", f"one of {known}", "Correct `--methods`; `rwalk list` explains them."))
-    return key, getattr(fields, key) if key in RULES else key
+    return key, ruled.get(key, key)
 
 
 def _progress(console: Console) -> Progress:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from rwalk import _refusals as refusals
-from rwalk import gradients, guard, kernels, proximal
+from rwalk import gradients, guard, kernels, proximal, states
 from rwalk._errors import explain
 from rwalk.anchor import Anchor, Match
 from rwalk.averaging import Tail, batch_norms, refresh_batch_norms, statistics
@@ -329,6 +330,19 @@ class Consolidator:
         self._hold(anchor, state)
         if self._optimizer is not None:
             self._follow(look(self.model, self._optimizer, theta))
+
+    def save(self, path: str | Path) -> None:
+        """Write `state_dict` to a safetensors file, whole or not at all, with a checksum and without pickle."""
+        states.save(path, "consolidator", self.state_dict())
+
+    def load(self, path: str | Path) -> None:
+        """Continue from a file that `save` wrote under the same model and rule; on an error nothing changes.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is damaged or something else, or of another rule or model; the message names the difference.
+        """
+        self.load_state_dict(states.load(path, "consolidator"))
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

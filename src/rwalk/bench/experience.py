@@ -17,6 +17,9 @@ Scenario = Literal["task", "domain", "class"]
 """Task-incremental: the task is known at test time. Domain-incremental: all tasks share their labels. Class-incremental: the
 task is not known and its labels compete with those of all tasks so far (van de Ven and Tolias, 2019)."""
 
+MOST = 10_000
+"""Tasks that a stream may have: each one holds its permutation."""
+
 
 @dataclass(frozen=True, eq=False)
 class Part:
@@ -207,8 +210,8 @@ def _found(data: str | DataSet, root: str | Path | None) -> DataSet:
 
 
 def _positive(tasks: int) -> int:
-    if tasks < 1:
-        raise ValueError(explain(f"{tasks} tasks", "1 task or more", "Pass a larger number of tasks."))
+    if not 1 <= tasks <= MOST:
+        raise ValueError(explain(f"{tasks} tasks", f"1 to {MOST} tasks", "Pass such a number of tasks."))
     return tasks
 
 

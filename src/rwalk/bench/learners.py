@@ -2,10 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class Training:
     def __post_init__(self) -> None:
         """Refuse fields outside their range."""
         self._need(self.epochs >= 1, "epochs", "1 or more")
-        self._need(self.batch_size >= 1, "batch_size", "1 or more")
+        self._need(1 <= self.batch_size < 2**63, "batch_size", "1 or more, below 2^63")
         self._need(0 <= self.lr < math.inf, "lr", "a finite number, 0 or more")
         self._need(self.optimizer in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}")
         self._need(all(width >= 1 for width in self.hidden), "hidden", "positive widths")
@@ -67,13 +67,24 @@ class Training:
 
 
 class Learner(Protocol):
-    """What `rwalk.bench.run` can evaluate."""
+    """What `rwalk.bench.run` can evaluate; with the methods of `Resumable` too, it can also go on after an interruption."""
 
     def fit(self, experience: Experience) -> None:
         """Learn one task."""
 
     def predict(self, x: Tensor, seen: Collection[int]) -> Tensor:
         """Return labels for inputs, chosen among the labels of `seen`."""
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """A learner whose whole state between two tasks can be had and given back."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the tasks to come depend on: tensors, numbers and text, in dictionaries, lists and tuples."""
+
+    def resume(self, state: Mapping[str, Any], past: Sequence[Experience]) -> None:
+        """Continue from a `state_dict`; `past` are the tasks learned so far."""
 
 
 class FineTune:
@@ -120,6 +131,28 @@ class FineTune:
             self.model.train(training)
         labels = torch.tensor(sorted(seen))
         return labels[logits[:, labels].argmax(1)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return model, optimiser, order of batches and what was measured so far."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "step_seconds": torch.tensor(self.step_seconds, dtype=torch.float64),
+            "seen": sorted(self.seen),
+            "loss": self.loss,
+            "diagnostics": self.diagnostics,
+        }
+
+    def resume(self, state: Mapping[str, Any], past: Sequence[Experience]) -> None:  # noqa: ARG002
+        """Continue from a `state_dict`; `past` are the tasks learned so far."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.step_seconds = state["step_seconds"].tolist()
+        self.seen, self.loss, self.diagnostics = set(state["seen"]), state["loss"], state["diagnostics"]
+        for _ in self.step_seconds:
+            self.tick()
 
     def state_bytes(self) -> int:
         """Bytes held beside model and optimiser."""
@@ -187,6 +220,15 @@ class Protected(FineTune):
         data = list(zip(x.split(256), torch.searchsorted(labels, y).split(256), strict=True))
         self.memory.consolidate(data, logits=lambda output: output[:, labels])
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of plain training and that of the consolidator."""
+        return super().state_dict() | {"memory": self.memory.state_dict()}
+
+    def resume(self, state: Mapping[str, Any], past: Sequence[Experience]) -> None:
+        """Continue from a `state_dict`; `past` are the tasks learned so far."""
+        super().resume(state, past)
+        self.memory.load_state_dict(state["memory"])
+
     def state_bytes(self) -> int:
         """Bytes held by rule, anchor and average."""
         return self.memory.state_bytes
@@ -208,6 +250,11 @@ class Joint(FineTune):
         origin = torch.cat([torch.full((len(y),), i) for i, (_, y) in enumerate(data)])
         x, y = (torch.cat(column) for column in zip(*data, strict=True))
         self._train(x, y, [self._allowed(e) for e in self._past], origin)
+
+    def resume(self, state: Mapping[str, Any], past: Sequence[Experience]) -> None:
+        """Continue from a `state_dict`; `past` are the tasks learned so far, which it keeps."""
+        super().resume(state, past)
+        self._past = list(past)
 
     def stored_examples(self) -> int:
         """Count the examples kept: all of them."""

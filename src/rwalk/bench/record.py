@@ -3,13 +3,12 @@
 import hashlib
 import json
 import math
-import os
 import re
-import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from rwalk import files
 from rwalk._errors import explain
 from rwalk.bench import metrics
 
@@ -80,16 +79,8 @@ class Record:
         """Write the record into a folder, whole or not at all, and return the file's path."""
         path = Path(folder) / self.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(_finite(asdict(self)), indent=1, allow_nan=False)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
-            try:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(file.name, path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        content = json.loads(json.dumps(_finite(asdict(self))))
+        files.write(path, json.dumps(content | {"sha256": _digest(content)}, indent=1, allow_nan=False).encode())
         return path
 
     @classmethod
@@ -101,20 +92,23 @@ class Record:
             ValueError: if the file is not a record of this format.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            content = files.parse(files.read(path))
+            problem = _problem(content)
+        except (ValueError, RecursionError) as error:
             raise ValueError(_unreadable(path, f"not JSON ({error})")) from None
-        problem = _problem(content)
         if problem:
             raise ValueError(_unreadable(path, problem))
         return cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})
 
 
 def file_name(stream: str, method: str, seed: int, config: dict[str, Any]) -> str:
-    """Name the file of a run; equal configurations give equal names."""
-    whole = json.dumps([stream, method, seed, config], sort_keys=True)
-    digest = hashlib.sha256(whole.encode()).hexdigest()[:10]
-    return re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{stream}-{method}-seed{seed}-{digest}.json")
+    """Name the file of a run; equal configurations give equal names, and no name leaves its folder or is too long for it."""
+    words = re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{stream}-{method}")[:150]
+    return f"{words}-seed{int(seed)}-{_digest([stream, method, seed, config])[:10]}.json"
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _finite(value: Any) -> Any:
@@ -139,6 +133,8 @@ def _problem(content: Any) -> str:
         return f"without {', '.join(sorted(missing))}"
     if content.get("format", FORMAT) != FORMAT:
         return f"of format {content['format']}"
+    if "sha256" in content and content["sha256"] != _digest({k: v for k, v in content.items() if k != "sha256"}):
+        return "damaged or edited since it was written (its checksum is wrong)"
     kinds = {"method": str, "stream": str, "seed": int, "accuracy": list, "untrained": list, "config": dict,
              "timings": dict, "memory": dict, "diagnostics": list, "versions": dict, "threads": int}  # fmt: skip
     wrong = [key for key, kind in kinds.items() if key in content and not isinstance(content[key], kind)]

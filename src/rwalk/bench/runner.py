@@ -4,6 +4,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,10 +12,11 @@ from torch import nn
 
 import rwalk
 from rwalk._errors import explain
+from rwalk.bench.checkpoint import Checkpoint, Measured
 from rwalk.bench.experience import Experience, check
 from rwalk.bench.learners import FineTune, Joint, Learner, Protected, Training
 from rwalk.bench.models import mlp
-from rwalk.bench.record import Record
+from rwalk.bench.record import Record, file_name
 from rwalk.consolidator import Average, Pull, Settings, resolve
 from rwalk.importance import rules
 from rwalk.importance.base import Importance
@@ -31,6 +33,7 @@ def run(
     *,
     pull: Pull | None = None,
     average: Average | None = None,
+    checkpoint: str | Path | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> Record:
     """Train on each task of a stream in turn, and after each evaluate on all tasks.
@@ -44,6 +47,8 @@ def run(
         training: epochs, batch size, optimiser, hidden widths and softmax mask.
         pull: "gradient" or "proximal", for a rule; the consolidator's default when None.
         average: "none" or "tail", for a rule; the consolidator's default when None.
+        checkpoint: file that keeps where the run stands after each task; if it is there already, the run goes on from there. It
+            stays until it is removed. Learners of one's own need the methods of `rwalk.bench.learners.Resumable` for it.
         tick: called after each training step, for progress displays.
 
     Returns:
@@ -51,27 +56,41 @@ def run(
     """
     check(stream)
     training = training or Training()
-    with torch.random.fork_rng(devices=[]):
+    settings, config = (
+        _settings(method, strength, pull, average),
+        configuration(stream, method, strength, training, pull, average),
+    )
+    name, versions = stream[0].stream["name"], _versions()
+    run = {"file": file_name(name, _name(method), seed, config), "versions": versions, "threads": torch.get_num_threads()}
+    place = Checkpoint(Path(checkpoint) if checkpoint else None, run)
+
+    def begin() -> Learner:
         torch.manual_seed(seed)
-        learner = _learner(stream, method, _settings(method, strength, pull, average), seed, training, tick)
-        untrained = _evaluate(learner, stream, -1) if isinstance(learner, FineTune) else []
-        accuracy, seconds = [], 0.0
-        for k, experience in enumerate(stream):
+        return _learner(stream, method, settings, seed, training, tick)
+
+    with torch.random.fork_rng(devices=[]):
+        learner = begin()
+        measured = place.restore(learner, stream)
+        if measured is None:
+            learner = begin()
+            measured = Measured(_evaluate(learner, stream, -1) if isinstance(learner, FineTune) else [])
+        for k in range(len(measured.accuracy), len(stream)):
             start = time.perf_counter()
-            learner.fit(experience)
-            seconds += time.perf_counter() - start
-            accuracy.append(_evaluate(learner, stream, k))
+            learner.fit(stream[k])
+            measured.seconds += time.perf_counter() - start
+            measured.accuracy.append(_evaluate(learner, stream, k))
+            place.save(learner, measured)
     return Record(
         method=_name(method),
-        stream=stream[0].stream["name"],
+        stream=name,
         seed=seed,
-        accuracy=accuracy,
-        untrained=untrained,
-        config=configuration(stream, method, strength, training, pull, average),
-        timings={"train_seconds": seconds} | _step_time(learner),
+        accuracy=measured.accuracy,
+        untrained=measured.untrained,
+        config=config,
+        timings={"train_seconds": measured.seconds} | _step_time(learner),
         memory=_memory(learner),
         diagnostics=getattr(learner, "diagnostics", []),
-        versions={"python": platform.python_version(), "torch": torch.__version__, "rwalk": rwalk.__version__},
+        versions=versions,
         threads=torch.get_num_threads(),
     )
 
@@ -90,6 +109,10 @@ def configuration(
     settings = _settings(method, strength, pull, average)
     ruled = settings._asdict() | {"rule": asdict(settings.rule)} if settings else {}
     return {"stream": stream[0].stream, "training": config} | ruled
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__, "rwalk": rwalk.__version__}
 
 
 def _settings(method: Method, strength: float | None, pull: Pull | None, average: Average | None) -> Settings | None:

@@ -1,0 +1,92 @@
+"""Files that are whole or not there, whatever happens while they are written."""
+
+import json
+import os
+import secrets
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rwalk._errors import explain
+
+PART = ".rwalk-{}.part"
+STALE = 600
+"""Seconds after which an unfinished file belongs to no living process: each is there for the time of one write."""
+
+
+def write(path: str | Path, *pieces: bytes | memoryview) -> None:
+    """Replace a file at once: power may fail, the disk fill up or the process be killed at any moment.
+
+    Raises:
+        OSError: if it cannot be written; what was there before is still there.
+    """
+    path = Path(path)
+    part = path.with_name(PART.format(secrets.token_hex(8)))
+    try:
+        with part.open("xb") as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise _unwritten(path, error) from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
+    _settle(path.parent)
+
+
+def _settle(folder: Path) -> None:
+    """Make a rename last through a loss of power, where the system has a way."""
+    with suppress(OSError):  # Windows opens no folders, and some network disks do not sync them
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _unwritten(path: Path, error: OSError) -> OSError:
+    came = f"`{path}`, which cannot be written ({error.strerror or error})"
+    ours = type(error)(explain(came, "a folder with room that may be written to", "Make room, or name another folder."))
+    ours.errno = error.errno
+    return ours
+
+
+def sweep(folder: str | Path) -> None:
+    """Remove what writers that were killed left unfinished in a folder."""
+    for part in Path(folder).glob(PART.format("*")):
+        with suppress(OSError):
+            if time.time() - part.stat().st_mtime > STALE:
+                part.unlink()
+
+
+def read(path: str | Path) -> bytes:
+    """Return what is in a file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is a folder, a pipe or a device, which may have no end.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError("no file")
+    return path.read_bytes()
+
+
+def parse(text: str | bytes) -> Any:
+    """Read JSON as the standard has it.
+
+    Raises:
+        ValueError: if it is none: damaged, with numbers that are not finite, or nested beyond reason.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name}, which JSON does not have")

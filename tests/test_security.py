@@ -1,0 +1,141 @@
+"""What the library never does: run what it reads, leave its folder, or reach for the network unasked."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import rwalk
+from rwalk.bench import Record
+from rwalk.bench.record import file_name
+
+SOURCES = sorted(Path(rwalk.__file__).parent.rglob("*.py"))
+EXECUTING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "code", "runpy", "ctypes",
+             "subprocess", "pty"}  # fmt: skip
+CALLS = {"eval", "exec", "compile", "__import__", "execfile"}
+METHODS = {"torch.load", "torch.save", "torch.hub.load", "os.system", "os.popen", "np.load", "numpy.load", "yaml.load",
+           "yaml.unsafe_load"}  # fmt: skip
+
+
+def dotted(node):
+    """Write `a.b.c` for an expression of names, else nothing."""
+    if isinstance(node, ast.Name):
+        return node.id
+    return f"{dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else ""
+
+
+def offences(source):
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ({alias.name.split(".")[0] for alias in node.names} & EXECUTING)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ({(node.module or "").split(".")[0]} & EXECUTING)
+        elif isinstance(node, ast.Call):
+            yield from ({dotted(node.func)} & (CALLS | METHODS))
+            yield from ("allow_pickle" for keyword in node.keywords if keyword.arg in ("allow_pickle", "trust_remote_code"))
+
+
+def test_no_source_executes_what_it_reads():
+    assert len(SOURCES) > 40
+    found = {str(path): bad for path in SOURCES if (bad := list(offences(path.read_text())))}
+    assert not found
+
+
+@pytest.mark.parametrize("source", [
+    "import pickle", "from pickle import loads", "import os.path, dill", "eval('1')", "exec(x)", "torch.load(f)",
+    "os.system('a')", "np.load(f, allow_pickle=True)", "def f():\n    import marshal",
+])  # fmt: skip
+def test_the_scan_finds_what_it_looks_for(source):
+    assert list(offences(source))
+
+
+@given(st.text(max_size=300), st.text(max_size=300), st.integers())
+def test_names_of_records_stay_in_their_folder(stream, method, seed):
+    name = file_name(stream, method, seed, {})
+    assert Path(name).name == name
+    assert name not in (".", "..")
+    assert "\\" not in name
+    assert name.isascii()
+    assert name.isprintable()
+    assert len(name) < 255
+
+
+HOSTILE = [
+    "../../escape",
+    "/etc/passwd",
+    "..",
+    "a/../../b",
+    "c:\\windows\\x",
+    "a\0b",
+    "~root",
+    "x" * 1000,
+    "-rf",
+    "$(id)",
+    "\n",
+    "",
+]
+
+
+@pytest.mark.parametrize("hostile", HOSTILE, ids=lambda h: repr(h)[:20])
+def test_hostile_records_are_saved_in_their_folder(tmp_path, hostile):
+    folder = tmp_path / "in" / "runs"
+    for record in (Record(hostile, "s", 0, [[1.0]]), Record("m", hostile, 0, [[1.0]])):
+        path = record.save(folder)
+        assert path.resolve().parent == folder.resolve()
+        again = Record.load(path)
+        assert again == record
+        assert again.save(folder) == path
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+    assert [p.name for p in (tmp_path / "in").iterdir()] == ["runs"]
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_a_link_in_place_of_a_record_is_replaced_and_not_followed(tmp_path):
+    record, outside = Record("m", "s", 0, [[1.0]]), tmp_path / "outside"
+    outside.write_text("as it was")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / record.name).symlink_to(outside)
+    path = record.save(tmp_path / "runs")
+    assert not path.is_symlink()
+    assert outside.read_text() == "as it was"
+
+
+WATCHED = """
+import sys
+from pathlib import Path
+from rwalk.cli import main
+inside, seen = Path(sys.argv[1]).resolve(), []
+def watch(event, arguments):
+    if event.startswith("socket.") or event in ("pickle.find_class", "os.system", "subprocess.Popen", "urllib.Request"):
+        seen.append((event, str(arguments)))
+    if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
+        path = Path(arguments[0])
+        if not (path.resolve().parent == inside and path.match(".rwalk-*.part")) and path != Path("/dev/null"):
+            seen.append((event, str(arguments)))
+import socket
+sys.dont_write_bytecode = True
+sys.addaudithook(watch)
+status = main(["run", "split-digits", "--methods", "finetune,recipe", "--seeds", "1", "--tasks", "2", "--hidden", "6",
+               "--out", sys.argv[1]])
+status = status or main(["report", sys.argv[1]])
+sys.exit(repr(seen) if seen else status)
+"""
+
+
+def test_a_run_on_digits_reaches_for_no_network_and_writes_in_its_folder_and_never_in_place(tmp_path):
+    command = [sys.executable, "-c", WATCHED, str(tmp_path / "runs")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+
+
+def test_the_watch_sees_sockets_and_files_outside(tmp_path):
+    code = WATCHED.replace("status = main", "open('outside', 'w'); socket.socket()\nstatus = main", 1)
+    command = [sys.executable, "-c", code, str(tmp_path / "runs")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "socket.__new__" in done.stderr
+    assert "'outside'" in done.stderr
