@@ -1,0 +1,103 @@
+"""Time: the variants' rounds of ten training steps alternate in one process, and each is compared with the plain one beside it."""
+
+import gc
+import random
+import time
+from collections.abc import Callable, Iterator
+from statistics import fmean, quantiles
+from typing import Any
+
+from benchmarks.models import CASES
+from benchmarks.variants import Loop, Variant
+
+ROUND = 10
+"""Steps in a round: one window of Riemannian Walk, so that what happens once a window is counted."""
+
+TARGETS = {
+    ("blocked", "mlp-b10"): 2.1,
+    ("blocked", "mlp-b128"): 1.6,
+    ("blocked", "mlp-49m"): 1.9,
+    ("blocked", "resnet18"): 1.05,
+    ("blocked", "gpt"): 1.08,
+    ("numba", "mlp-b10"): 1.55,
+    ("numba", "mlp-b128"): 1.25,
+    ("numba", "mlp-49m"): 1.45,
+    ("numba", "resnet18"): 1.03,
+    ("numba", "gpt"): 1.04,
+}
+"""What we aim at: a step with RWalk over a plain one with fused Adam, on one thread, by backend and case."""
+
+
+def measure(
+    name: str, optimizer: str, variants: dict[str, Variant], rounds: int, seed: int, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Return the figures of each variant on one case, as plain values for a record."""
+    chosen = {key: variant for key, variant in variants.items() if not variant.cases or name in variant.cases}
+    rows: dict[str, dict[str, Any]] = {}
+    for keys in groups(chosen, CASES[name].apart):
+        say(f"{name}, {optimizer}: {keys[-1] if len(keys) < len(chosen) else 'all'}, {rounds} rounds")
+        times = alternate({key: chosen[key] for key in keys}, name, optimizer, rounds, seed)
+        for key in keys:
+            rows.setdefault(key, row(name, optimizer, key, chosen[key], times))
+    return list(rows.values())
+
+
+def groups(variants: dict[str, Variant], apart: bool) -> Iterator[list[str]]:
+    """Say which variants are measured together: all, or each with only those that it is compared with."""
+    if not apart:
+        yield list(variants)
+        return
+    for key, variant in variants.items():
+        if key != "plain":
+            yield list(dict.fromkeys(["plain", variant.base, key]))
+
+
+def alternate(variants: dict[str, Variant], name: str, optimizer: str, rounds: int, seed: int) -> dict[str, list[float]]:
+    """Return the CPU seconds of a step, for each variant and round; every time round, the order is another."""
+    loops = {key: variant.start(CASES[name], optimizer, seed) for key, variant in variants.items()}
+    times: dict[str, list[float]] = {key: [] for key in loops}
+    order, shuffle = list(loops), random.Random(seed).shuffle
+    for _ in range(rounds):
+        shuffle(order)
+        for key in order:
+            times[key].append(one_round(loops[key]) / ROUND)
+    return times
+
+
+def one_round(loop: Loop) -> float:
+    loop.prepare()
+    gc.collect()
+    gc.disable()  # no variant pays for what another left behind
+    try:
+        before = time.process_time()
+        loop.steps(ROUND)
+        return time.process_time() - before
+    finally:
+        gc.enable()
+
+
+def row(name: str, optimizer: str, key: str, variant: Variant, times: dict[str, list[float]]) -> dict[str, Any]:
+    return {
+        "model": name,
+        "optimizer": optimizer,
+        "variant": key,
+        "about": variant.about,
+        "tasks": variant.tasks,
+        "rounds": len(times[key]),
+        "ms": spread([1e3 * t for t in times[key]]),
+        "mean_ms": 1e3 * fmean(times[key]),
+        "ratio": ratio(times, key, "plain"),
+        "base": variant.base,
+        "ratio_to_base": ratio(times, key, variant.base),
+        "target": TARGETS.get((variant.backend, name)) if optimizer == "adam" else None,
+    }
+
+
+def ratio(times: dict[str, list[float]], key: str, base: str) -> list[float]:
+    """Return the spread over rounds of a variant's time over that of another in the same time round."""
+    return spread([t / b for t, b in zip(times[key], times[base], strict=True)])
+
+
+def spread(values: list[float]) -> list[float]:
+    """Return the lower quartile, the median and the upper quartile."""
+    return list(quantiles(values, n=4, method="inclusive")) if len(values) > 1 else values * 3
