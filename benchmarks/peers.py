@@ -40,12 +40,27 @@ class Stand(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return MagicMock()
 
 
+OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
+"""Holds what `import_torchvision` defines for as long as the process lives."""
+
+
+def import_torchvision() -> None:
+    """Import torchvision, whose usual build finds its compiled operators beside CUDA builds of torch only.
+
+    Its import fails on two of them, by name; nothing here calls any.
+    """
+    try:
+        import torchvision
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            OPERATORS.define(f"{name}() -> ()")
+        import torchvision  # noqa: F401
+
+
 @cache
 def avalanche() -> ModuleType:
-    """Import Avalanche beside a CPU build of torch, for which torchvision lacks its compiled operators."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):  # those that torchvision registers a shape for at import; never called
-        library.define(f"{name}() -> ()")
+    """Import Avalanche with what it needs for training alone."""
+    import_torchvision()
     stand = Stand()
     sys.meta_path.append(stand)
     try:
@@ -55,7 +70,6 @@ def avalanche() -> ModuleType:
             import avalanche.training.plugins
     finally:
         sys.meta_path.remove(stand)
-    avalanche.keep = library  # the operators go when their library does
     return avalanche
 
 
@@ -128,11 +142,11 @@ def peers() -> tuple[dict[str, Variant], str]:
         return {}, "Avalanche is not installed; `make peers` installs it"
     return {
         "avalanche": peer("Naive", None),
-        "avalanche-rwalk": peer("RWalkPlugin", lambda plugins: plugins.RWalkPlugin(STRENGTH, 0.9, 10)),
-        "avalanche-ewc": peer("EWCPlugin", lambda plugins: plugins.EWCPlugin(STRENGTH)),
+        "avalanche-rwalk": peer("RWalk", lambda plugins: plugins.RWalkPlugin(STRENGTH, 0.9, 10)),
+        "avalanche-ewc": peer("EWC", lambda plugins: plugins.EWCPlugin(STRENGTH)),
         "avalanche-ewc-9-tasks": peer(
-            "EWCPlugin, after 9 tasks", lambda plugins: plugins.EWCPlugin(STRENGTH), tasks=9, cases=("mlp-b10", "mlp-b128")
+            "EWC, 9 tasks", lambda plugins: plugins.EWCPlugin(STRENGTH), tasks=9, cases=("mlp-b10", "mlp-b128")
         ),
-        "avalanche-si": peer("SynapticIntelligencePlugin", lambda plugins: plugins.SynapticIntelligencePlugin(STRENGTH)),
-        "avalanche-mas": peer("MASPlugin", lambda plugins: plugins.MASPlugin(STRENGTH)),
+        "avalanche-si": peer("SI", lambda plugins: plugins.SynapticIntelligencePlugin(STRENGTH)),
+        "avalanche-mas": peer("MAS", lambda plugins: plugins.MASPlugin(STRENGTH)),
     }, ""

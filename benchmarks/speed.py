@@ -4,6 +4,7 @@ import gc
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from statistics import fmean, quantiles
 from typing import Any
 
@@ -57,23 +58,35 @@ def alternate(variants: dict[str, Variant], name: str, optimizer: str, rounds: i
     loops = {key: variant.start(CASES[name], optimizer, seed) for key, variant in variants.items()}
     times: dict[str, list[float]] = {key: [] for key in loops}
     order, shuffle = list(loops), random.Random(seed).shuffle
-    for _ in range(rounds):
-        shuffle(order)
-        for key in order:
-            times[key].append(one_round(loops[key]) / ROUND)
+    with tidy():
+        for _ in range(rounds):
+            shuffle(order)
+            for key in order:
+                times[key].append(one_round(loops[key]) / ROUND)
     return times
 
 
-def one_round(loop: Loop) -> float:
-    loop.prepare()
+@contextmanager
+def tidy() -> Iterator[None]:
+    """Collect garbage only when told to, so that no variant pays for what another left behind."""
     gc.collect()
-    gc.disable()  # no variant pays for what another left behind
+    gc.freeze()  # what lives now need not be looked through after every round
+    gc.disable()
     try:
-        before = time.process_time()
-        loop.steps(ROUND)
-        return time.process_time() - before
+        yield
     finally:
         gc.enable()
+        gc.unfreeze()
+        gc.collect()
+
+
+def one_round(loop: Loop) -> float:
+    """Return the CPU seconds of a round."""
+    loop.prepare()
+    gc.collect()
+    before = time.process_time()
+    loop.steps(ROUND)
+    return time.process_time() - before
 
 
 def row(name: str, optimizer: str, key: str, variant: Variant, times: dict[str, list[float]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from rich.table import Table
 from benchmarks.models import CASES
 
 NOTE = """ms: CPU time of a training step, median over rounds of {steps} steps on one thread. ratio: to the plain step of the same time \
-round, median and quartiles. to Naive: to Avalanche's own loop without a plugin. Every method is in a later task, with a pull. \
+round, median and quartiles. to Naive: to Avalanche's own loop without a plugin. Every method is in its second task, with a pull, unless it says after how many. \
 What happens more rarely than once a round is outside the median: SI closes its path every 64 steps."""
 
 MEMORY_NOTE = """In units of P, the bytes of the parameters, above the same loop without the method, each in a fresh process. \
@@ -39,7 +39,14 @@ def speed(title: str, rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         low, middle, high = row["ratio"]
         naive = f"{row['ratio_to_base'][1]:.2f}" if row["base"] != "plain" else ""
-        cells = [f"{row['ms'][1]:.2f}", f"{middle:.2f}", f"{low:.2f}–{high:.2f}", target(row, middle), naive, str(row["rounds"])]
+        cells = [
+            f"{row['ms'][1]:.2f}",
+            f"{middle:.2f}",
+            f"{low:.2f}–{high:.2f}",
+            target(row, middle),
+            naive,
+            str(row["rounds"]),
+        ]
         table.add_row(row["about"], *cells)
     return table
 

@@ -128,9 +128,9 @@ def ours() -> dict[str, Variant]:
     return {
         "plain": Variant("plain", Loop),
         **{f"rwalk-{name}": watched(f"RWalk, {name}", RWalk(), backend=name) for name in backends()},
-        "rwalk-50-tasks": watched("RWalk, after 50 tasks", RWalk(), tasks=50, cases=("mlp-b10", "mlp-b128")),
-        "rwalk-example": watched('RWalk, fisher="example"', RWalk(fisher="example")),
-        "recipe": watched("recipe: Consolidator(model)", None),
+        "rwalk-50-tasks": watched("RWalk, 50 tasks", RWalk(), tasks=50, cases=("mlp-b10", "mlp-b128")),
+        "rwalk-example": watched("RWalk, per example", RWalk(fisher="example")),
+        "recipe": watched("recipe", None),
         "ewc": watched("EWC", EWC(labels="true")),
         "online-ewc": watched("OnlineEWC", OnlineEWC(labels="true")),
         "ewcpp": watched("EWCpp", EWCpp()),
