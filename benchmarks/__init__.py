@@ -1,1 +1,1 @@
-"""What the library costs: `python -m benchmarks` measures time and memory of training steps, beside plain training and peers."""
+"""What the library costs: `python -m benchmarks` measures training steps beside plain ones and those of peers."""

@@ -16,7 +16,7 @@ from rich.console import Console
 from benchmarks import memory, speed, table
 from benchmarks.models import CASES
 from benchmarks.peers import peers
-from benchmarks.variants import OPTIMIZERS, Variant, ours
+from benchmarks.variants import OPTIMIZERS, STRENGTH, Variant, ours
 from rwalk._errors import explain
 
 SLOW = ("resnet18",)
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     record = describe(options, [absent[1]] if absent[1] else [])
     console, progress = Console(), Console(stderr=True)
     for name in options.models:
-        rounds = options.rounds or (max(CASES[name].rounds // 10, 2) if options.quick else CASES[name].rounds)
+        rounds = options.rounds or (max(CASES[name].rounds // 4, 2) if options.quick else CASES[name].rounds)
         for optimizer in options.optimizers:
             record["speed"] += speed.measure(name, optimizer, variants, rounds, options.seed, progress.print)
             save(record, options.out)
@@ -96,7 +96,12 @@ def describe(options: argparse.Namespace, left_out: list[str]) -> dict[str, Any]
         "versions": {"python": platform.python_version()} | versions(),
         "threads": torch.get_num_threads(),
         "seed": options.seed,
-        "settings": {"steps_per_round": speed.ROUND, "quick": options.quick, "rounds": options.rounds},
+        "settings": {
+            "steps_per_round": speed.ROUND,
+            "strength": STRENGTH,
+            "quick": options.quick,
+            "spread": "lower quartile, median, upper quartile",
+        },
         "speed": [],
         "memory": [],
         "left_out": left_out,

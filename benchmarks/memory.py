@@ -1,7 +1,7 @@
 """Memory: each variant trains in a fresh process, and the operating system says how much more it takes than plain training.
 
-`python -m benchmarks.memory MODEL VARIANT SEED` is such a process; it prints its figures in bytes as JSON. Everything is done once
-with a tiny network first, so that what packages take for themselves, however large the network, is not counted.
+`python -m benchmarks.memory MODEL VARIANT SEED` is such a process; it prints its figures in bytes as JSON. Everything is done
+once with a tiny network first, so that what packages take for themselves, however large the network, is not counted.
 """
 
 import gc
@@ -17,7 +17,7 @@ import torch
 from benchmarks.models import CASES
 from benchmarks.peers import peers
 from benchmarks.speed import ROUND
-from benchmarks.variants import Loop, Variant, ours
+from benchmarks.variants import Variant, ours
 
 TARGETS = {"rwalk-blocked": 7.2, "rwalk-numba": 7.1}
 """What we aim at: highest memory while training above that of plain training, over the bytes of the parameters."""

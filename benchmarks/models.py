@@ -94,13 +94,13 @@ def text(size: int, length: int) -> Batch:
 
 
 CASES = {
-    "mlp-b10": Case("MLP 784-400-400-10, batch 10", lambda: mlp(784, 400, 400, 10), lambda: images(10, 784), 100),
-    "mlp-b128": Case("MLP 784-400-400-10, batch 128", lambda: mlp(784, 400, 400, 10), lambda: images(128, 784), 60),
+    "mlp-b10": Case("MLP 784-400-400-10, batch 10", lambda: mlp(784, 400, 400, 10), lambda: images(10, 784), 40),
+    "mlp-b128": Case("MLP 784-400-400-10, batch 128", lambda: mlp(784, 400, 400, 10), lambda: images(128, 784), 20),
     "mlp-49m": Case(
         "MLP 784-4900-4900-4300-10 (49 M), batch 16", lambda: mlp(784, 4900, 4900, 4300, 10), lambda: images(16, 784), 5, True
     ),
     "resnet18": Case("ResNet-18, CIFAR form, batch 32", resnet18, lambda: images(32, 3, 32, 32), 3),
-    "gpt": Case("GPT of 7.4 M, 8 x 128 tokens", GPT, lambda: text(8, 128), 4),
+    "gpt": Case("GPT of 7.4 M, 8 x 128 tokens", GPT, lambda: text(8, 128), 3),
     "tiny": Case("MLP 8-8-10, batch 4", lambda: mlp(8, 8, 10), lambda: images(4, 8), 5),
 }
 """By name; "tiny" is for warming up and for tests, and measured only when asked for."""

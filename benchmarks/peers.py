@@ -25,7 +25,7 @@ UNUSED = {"GPUtil", "gdown", "matplotlib", "psutil", "pytorchcv", "qpsolvers", "
 class Stand(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Stands in for the packages of `UNUSED` that are not installed: whatever is asked of them is a mock."""
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(self, name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
         if name.split(".")[0] not in UNUSED:
             return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)

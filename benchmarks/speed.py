@@ -1,4 +1,4 @@
-"""Time: the variants' rounds of ten training steps alternate in one process, and each is compared with the plain one beside it."""
+"""Time: rounds of ten training steps alternate in one process, and each is compared with the plain round beside it."""
 
 import gc
 import random
