@@ -19,9 +19,9 @@ from benchmarks.peers import peers
 from benchmarks.variants import OPTIMIZERS, STRENGTH, Variant, ours
 from rwalk._errors import explain
 
-SLOW = ("resnet18",)
+SLOW = ("resnet18", "gpt")
 """What the quick form leaves out."""
-EVERYDAY = ("plain", "rwalk-blocked", "rwalk-numba", "rwalk-triton", "recipe", "avalanche", "avalanche-rwalk")
+EVERYDAY = ("plain", "rwalk-blocked", "rwalk-numba", "rwalk-triton", "recipe")
 """What the quick form measures, as far as it is there."""
 
 
@@ -54,7 +54,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 def parse(arguments: list[str] | None, everything: dict[str, Variant]) -> argparse.Namespace:
     """Read the command line; what it leaves open depends on whether it asks for the quick form."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few rounds of the most used methods with adam, no ResNet")
+    parser.add_argument(
+        "--quick", action="store_true", help="few rounds of the most used methods on the perceptrons, with adam"
+    )
     parser.add_argument("--models", help=f"of {','.join(CASES)}")
     parser.add_argument("--variants", help=f"of {','.join(everything)}")
     parser.add_argument("--optimizers", help=f"of {','.join(OPTIMIZERS)}")

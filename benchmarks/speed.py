@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import fmean, quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.models import CASES
 from benchmarks.variants import Loop, Variant
@@ -29,18 +29,26 @@ TARGETS = {
 """What we aim at: a step with RWalk over a plain one with fused Adam, on one thread, by backend and case."""
 
 
+class Sample(NamedTuple):
+    """CPU seconds of a step in one round: a variant's, plain training's and its base's."""
+
+    own: float
+    plain: float
+    base: float
+
+
 def measure(
     name: str, optimizer: str, variants: dict[str, Variant], rounds: int, seed: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Return the figures of each variant on one case, as plain values for a record."""
     chosen = {key: variant for key, variant in variants.items() if not variant.cases or name in variant.cases}
-    rows: dict[str, dict[str, Any]] = {}
+    seen: dict[str, list[Sample]] = {key: [] for key in chosen}
     for keys in groups(chosen, CASES[name].apart):
         say(f"{name}, {optimizer}: {keys[-1] if len(keys) < len(chosen) else 'all'}, {rounds} rounds")
         times = alternate({key: chosen[key] for key in keys}, name, optimizer, rounds, seed)
         for key in keys:
-            rows.setdefault(key, row(name, optimizer, key, chosen[key], times))
-    return list(rows.values())
+            seen[key] += map(Sample, times[key], times["plain"], times[chosen[key].base])
+    return [row(name, optimizer, key, chosen[key], samples) for key, samples in seen.items()]
 
 
 def groups(variants: dict[str, Variant], apart: bool) -> Iterator[list[str]]:
@@ -89,26 +97,22 @@ def one_round(loop: Loop) -> float:
     return time.process_time() - before
 
 
-def row(name: str, optimizer: str, key: str, variant: Variant, times: dict[str, list[float]]) -> dict[str, Any]:
+def row(name: str, optimizer: str, key: str, variant: Variant, samples: list[Sample]) -> dict[str, Any]:
+    """Return a variant's figures: the quartiles of its times, and of their ratios to what ran in the same time round."""
     return {
         "model": name,
         "optimizer": optimizer,
         "variant": key,
         "about": variant.about,
         "tasks": variant.tasks,
-        "rounds": len(times[key]),
-        "ms": spread([1e3 * t for t in times[key]]),
-        "mean_ms": 1e3 * fmean(times[key]),
-        "ratio": ratio(times, key, "plain"),
+        "rounds": len(samples),
+        "ms": spread([1e3 * s.own for s in samples]),
+        "mean_ms": 1e3 * fmean(s.own for s in samples),
+        "ratio": spread([s.own / s.plain for s in samples]),
         "base": variant.base,
-        "ratio_to_base": ratio(times, key, variant.base),
+        "ratio_to_base": spread([s.own / s.base for s in samples]),
         "target": TARGETS.get((variant.backend, name)) if optimizer == "adam" else None,
     }
-
-
-def ratio(times: dict[str, list[float]], key: str, base: str) -> list[float]:
-    """Return the spread over rounds of a variant's time over that of another in the same time round."""
-    return spread([t / b for t, b in zip(times[key], times[base], strict=True)])
 
 
 def spread(values: list[float]) -> list[float]:
