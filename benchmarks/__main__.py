@@ -15,8 +15,8 @@ from rich.console import Console
 
 from benchmarks import memory, speed, table
 from benchmarks.models import CASES
-from benchmarks.peers import peers
-from benchmarks.variants import OPTIMIZERS, STRENGTH, Variant, ours
+from benchmarks.peers import everything, peers
+from benchmarks.variants import OPTIMIZERS, STRENGTH, Variant
 from rwalk._errors import explain
 
 SLOW = ("resnet18", "gpt")
@@ -27,13 +27,12 @@ EVERYDAY = ("plain", "rwalk-blocked", "rwalk-numba", "rwalk-triton", "recipe")
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure, print and save; return the record."""
-    everything, absent = ours(), peers()
-    everything |= absent[0]
-    options = parse(arguments, everything)
+    known, absent = everything(), peers()[1]
+    options = parse(arguments, known)
     torch.set_num_threads(1)
-    names = with_bases(options.variants, everything)
-    variants = {key: variant for key, variant in everything.items() if key in names}
-    record = describe(options, [absent[1]] if absent[1] else [])
+    names = with_bases(options.variants, known)
+    variants = {key: variant for key, variant in known.items() if key in names}
+    record = describe(options, [absent] if absent else [])
     console, progress = Console(), Console(stderr=True)
     for name in options.models:
         rounds = options.rounds or (max(CASES[name].rounds // 4, 2) if options.quick else CASES[name].rounds)
@@ -51,14 +50,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     return record
 
 
-def parse(arguments: list[str] | None, everything: dict[str, Variant]) -> argparse.Namespace:
+def parse(arguments: list[str] | None, known: dict[str, Variant]) -> argparse.Namespace:
     """Read the command line; what it leaves open depends on whether it asks for the quick form."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "--quick", action="store_true", help="few rounds of the most used methods on the perceptrons, with adam"
     )
     parser.add_argument("--models", help=f"of {','.join(CASES)}")
-    parser.add_argument("--variants", help=f"of {','.join(everything)}")
+    parser.add_argument("--variants", help=f"of {','.join(known)}")
     parser.add_argument("--optimizers", help=f"of {','.join(OPTIMIZERS)}")
     parser.add_argument("--rounds", type=int, help="rounds of ten steps; by default more for faster models")
     parser.add_argument("--memory", default="mlp-49m", help="model whose memory is measured, or none")
@@ -68,8 +67,8 @@ def parse(arguments: list[str] | None, everything: dict[str, Variant]) -> argpar
     quick = options.quick
     models = [name for name in CASES if name != "tiny" and not (quick and name in SLOW)]
     options.models = pick("models", options.models, list(CASES), models)
-    usual = [key for key in everything if not quick or key in EVERYDAY]
-    options.variants = pick("variants", options.variants, list(everything), usual)
+    usual = [key for key in known if not quick or key in EVERYDAY]
+    options.variants = pick("variants", options.variants, list(known), usual)
     options.optimizers = pick("optimizers", options.optimizers, list(OPTIMIZERS), ["adam"] if quick else list(OPTIMIZERS))
     pick("memory", options.memory, [*CASES, "none"], [])
     return options
@@ -84,9 +83,9 @@ def pick(option: str, given: str | None, known: list[str], default: list[str]) -
     return names
 
 
-def with_bases(names: list[str], everything: dict[str, Variant]) -> set[str]:
+def with_bases(names: list[str], known: dict[str, Variant]) -> set[str]:
     """Add what the variants are compared with."""
-    return {"plain", *names, *(everything[name].base for name in names)}
+    return {"plain", *names, *(known[name].base for name in names)}
 
 
 def describe(options: argparse.Namespace, left_out: list[str]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ once with a tiny network first, so that what packages take for themselves, howev
 
 import gc
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +13,11 @@ from typing import Any
 
 import torch
 
+from benchmarks import child
 from benchmarks.models import CASES
-from benchmarks.peers import peers
+from benchmarks.peers import everything
 from benchmarks.speed import ROUND
-from benchmarks.variants import Variant, ours
+from benchmarks.variants import Variant
 
 TARGETS = {"rwalk-blocked": 7.2, "rwalk-numba": 7.1}
 """What we aim at: highest memory while training above that of plain training, over the bytes of the parameters."""
@@ -31,9 +31,7 @@ def measure(name: str, variants: dict[str, Variant], seed: int, say: Callable[[s
     figures: dict[str, dict[str, float]] = {}
     for key in variants:
         say(f"memory: {key}")
-        command = [sys.executable, "-m", "benchmarks.memory", name, key, str(seed)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parents[1])
-        figures[key] = json.loads(done.stdout.splitlines()[-1])
+        figures[key] = child.run("benchmarks.memory", name, key, seed)
     return [row(name, key, variant, figures[key], figures[variant.base]) for key, variant in variants.items()]
 
 
@@ -81,8 +79,7 @@ def status(field: str) -> int:
 
 def main(name: str, key: str, seed: str) -> None:
     torch.set_num_threads(1)
-    variant = (ours() | peers()[0])[key]
-    print(json.dumps(trial(variant, name, int(seed))))
+    print(json.dumps(trial(everything()[key], name, int(seed))))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.models import Case
-from benchmarks.variants import STRENGTH, Loop, Variant
+from benchmarks.variants import STRENGTH, Loop, Variant, ours
 
 UNUSED = {"GPUtil", "gdown", "matplotlib", "psutil", "pytorchcv", "qpsolvers", "tensorboard", "torchmetrics", "wandb"}
 """What Avalanche imports for logging, plots, downloads and models; no training step of the plugins here calls any of it."""
@@ -150,3 +150,8 @@ def peers() -> tuple[dict[str, Variant], str]:
         "avalanche-si": peer("SI", lambda plugins: plugins.SynapticIntelligencePlugin(STRENGTH)),
         "avalanche-mas": peer("MAS", lambda plugins: plugins.MASPlugin(STRENGTH)),
     }, ""
+
+
+def everything() -> dict[str, Variant]:
+    """Return all variants that can be measured here, by key."""
+    return ours() | peers()[0]

@@ -1,14 +1,25 @@
-"""Time: rounds of ten training steps alternate in one process, and each is compared with the plain round beside it."""
+"""Time: rounds of ten training steps alternate in one process, and each is compared with the plain round beside it.
+
+`python -m benchmarks.speed CASE OPTIMIZER ROUNDS SEED VARIANT...` prints the times of variants that are measured apart. Such a
+case has a process for each of its groups: in one that has freed much memory, gradients may be laid into pages that are still
+there, while elsewhere the system makes new ones at every step, a third of the time of a plain one.
+"""
 
 import gc
+import json
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import fmean, quantiles
 from typing import Any, NamedTuple
 
+import torch
+
+from benchmarks import child
 from benchmarks.models import CASES
+from benchmarks.peers import everything
 from benchmarks.variants import Loop, Variant
 
 ROUND = 10
@@ -45,7 +56,10 @@ def measure(
     seen: dict[str, list[Sample]] = {key: [] for key in chosen}
     for keys in groups(chosen, CASES[name].apart):
         say(f"{name}, {optimizer}: {keys[-1] if len(keys) < len(chosen) else 'all'}, {rounds} rounds")
-        times = alternate({key: chosen[key] for key in keys}, name, optimizer, rounds, seed)
+        if CASES[name].apart:
+            times = child.run("benchmarks.speed", name, optimizer, rounds, seed, *keys)
+        else:
+            times = alternate({key: chosen[key] for key in keys}, name, optimizer, rounds, seed)
         for key in keys:
             seen[key] += map(Sample, times[key], times["plain"], times[chosen[key].base])
     return [row(name, optimizer, key, chosen[key], samples) for key, samples in seen.items()]
@@ -118,3 +132,13 @@ def row(name: str, optimizer: str, key: str, variant: Variant, samples: list[Sam
 def spread(values: list[float]) -> list[float]:
     """Return the lower quartile, the median and the upper quartile."""
     return list(quantiles(values, n=4, method="inclusive")) if len(values) > 1 else values * 3
+
+
+def main(name: str, optimizer: str, rounds: str, seed: str, *keys: str) -> None:
+    torch.set_num_threads(1)
+    known = everything()
+    print(json.dumps(alternate({key: known[key] for key in keys}, name, optimizer, int(rounds), int(seed))))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
