@@ -1,0 +1,106 @@
+"""The networks that are timed, from a small perceptron to a transformer, with the batches they train on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and its batches; both take the cross entropy of `model(x)` and `y` as loss.
+
+    Args:
+        about: the network in words.
+        build: makes the network.
+        batch: makes one random batch.
+        rounds: rounds of a full measurement.
+        apart: whether variants are measured in pairs with plain training, because all at once would not fit into memory.
+    """
+
+    about: str
+    build: Callable[[], nn.Module]
+    batch: Callable[[], Batch]
+    rounds: int
+    apart: bool = False
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.first(x)).chunk(3, dim=2))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.second(x))))
+
+
+class GPT(nn.Module):
+    """A small language model: 7.4 M parameters with 9 blocks of width 256 and 512 tokens."""
+
+    def __init__(self, tokens: int = 512, width: int = 256, blocks: int = 9) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(tokens, width)
+        self.blocks = nn.Sequential(*(Block(width, 8) for _ in range(blocks)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, tokens)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(self.embed(x)))).transpose(1, 2)
+
+
+class Residual(nn.Module):
+    """Two 3 x 3 convolutions beside a shortcut."""
+
+    def __init__(self, into: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(into, out, 3, stride, 1, bias=False), nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.na, self.nb = nn.BatchNorm2d(out), nn.BatchNorm2d(out)
+        same = into == out and stride == 1
+        self.short = nn.Identity() if same else nn.Sequential(nn.Conv2d(into, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.nb(self.b(F.relu(self.na(self.a(x))))) + self.short(x))
+
+
+def resnet18() -> nn.Module:
+    """ResNet-18 in its CIFAR form."""
+    stages = [(64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)]
+    body = [b for i, o, s in stages for b in (Residual(i, o, s), Residual(o, o, 1))]
+    stem = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    return nn.Sequential(*stem, *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+
+
+def mlp(*widths: int) -> nn.Module:
+    layers = [layer for a, b in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+def images(size: int, *shape: int) -> Batch:
+    return torch.randn(size, *shape), torch.randint(10, (size,))
+
+
+def text(size: int, length: int) -> Batch:
+    return torch.randint(512, (size, length)), torch.randint(512, (size, length))
+
+
+CASES = {
+    "mlp-b10": Case("MLP 784-400-400-10, batch 10", lambda: mlp(784, 400, 400, 10), lambda: images(10, 784), 40),
+    "mlp-b128": Case("MLP 784-400-400-10, batch 128", lambda: mlp(784, 400, 400, 10), lambda: images(128, 784), 20),
+    "mlp-49m": Case(
+        "MLP 784-4900-4900-4300-10 (49 M), batch 16", lambda: mlp(784, 4900, 4900, 4300, 10), lambda: images(16, 784), 5, True
+    ),
+    "resnet18": Case("ResNet-18, CIFAR form, batch 32", resnet18, lambda: images(32, 3, 32, 32), 3),
+    "gpt": Case("GPT of 7.4 M, 8 x 128 tokens", GPT, lambda: text(8, 128), 3),
+    "tiny": Case("MLP 8-8-10, batch 4", lambda: mlp(8, 8, 10), lambda: images(4, 8), 5),
+}
+"""By name; "tiny" is for warming up and for tests, and measured only when asked for."""

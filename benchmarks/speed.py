@@ -1,0 +1,144 @@
+"""Time: rounds of ten training steps alternate in one process, and each is compared with the plain round beside it.
+
+`python -m benchmarks.speed CASE OPTIMIZER ROUNDS SEED VARIANT...` prints the times of variants that are measured apart. Such a
+case has a process for each of its groups: in one that has freed much memory, gradients may be laid into pages that are still
+there, while elsewhere the system makes new ones at every step, a third of the time of a plain one.
+"""
+
+import gc
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import fmean, quantiles
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import child
+from benchmarks.models import CASES
+from benchmarks.peers import everything
+from benchmarks.variants import Loop, Variant
+
+ROUND = 10
+"""Steps in a round: one window of Riemannian Walk, so that what happens once a window is counted."""
+
+TARGETS = {
+    ("blocked", "mlp-b10"): 2.1,
+    ("blocked", "mlp-b128"): 1.6,
+    ("blocked", "mlp-49m"): 1.9,
+    ("blocked", "resnet18"): 1.05,
+    ("blocked", "gpt"): 1.08,
+    ("numba", "mlp-b10"): 1.55,
+    ("numba", "mlp-b128"): 1.25,
+    ("numba", "mlp-49m"): 1.45,
+    ("numba", "resnet18"): 1.03,
+    ("numba", "gpt"): 1.04,
+}
+"""What we aim at: a step with RWalk over a plain one with fused Adam, on one thread, by backend and case."""
+
+
+class Sample(NamedTuple):
+    """CPU seconds of a step in one round: a variant's, plain training's and its base's."""
+
+    own: float
+    plain: float
+    base: float
+
+
+def measure(
+    name: str, optimizer: str, variants: dict[str, Variant], rounds: int, seed: int, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Return the figures of each variant on one case, as plain values for a record."""
+    chosen = {key: variant for key, variant in variants.items() if not variant.cases or name in variant.cases}
+    seen: dict[str, list[Sample]] = {key: [] for key in chosen}
+    for keys in groups(chosen, CASES[name].apart):
+        say(f"{name}, {optimizer}: {keys[-1] if len(keys) < len(chosen) else 'all'}, {rounds} rounds")
+        if CASES[name].apart:
+            times = child.run("benchmarks.speed", name, optimizer, rounds, seed, *keys)
+        else:
+            times = alternate({key: chosen[key] for key in keys}, name, optimizer, rounds, seed)
+        for key in keys:
+            seen[key] += map(Sample, times[key], times["plain"], times[chosen[key].base])
+    return [row(name, optimizer, key, chosen[key], samples) for key, samples in seen.items()]
+
+
+def groups(variants: dict[str, Variant], apart: bool) -> Iterator[list[str]]:
+    """Say which variants are measured together: all, or each with only those that it is compared with."""
+    if not apart:
+        yield list(variants)
+        return
+    for key, variant in variants.items():
+        if key != "plain":
+            yield list(dict.fromkeys(["plain", variant.base, key]))
+
+
+def alternate(variants: dict[str, Variant], name: str, optimizer: str, rounds: int, seed: int) -> dict[str, list[float]]:
+    """Return the CPU seconds of a step, for each variant and round; every time round, the order is another."""
+    loops = {key: variant.start(CASES[name], optimizer, seed) for key, variant in variants.items()}
+    times: dict[str, list[float]] = {key: [] for key in loops}
+    order, shuffle = list(loops), random.Random(seed).shuffle
+    with tidy():
+        for _ in range(rounds):
+            shuffle(order)
+            for key in order:
+                times[key].append(one_round(loops[key]) / ROUND)
+    return times
+
+
+@contextmanager
+def tidy() -> Iterator[None]:
+    """Collect garbage only when told to, so that no variant pays for what another left behind."""
+    gc.collect()
+    gc.freeze()  # what lives now need not be looked through after every round
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+        gc.collect()
+
+
+def one_round(loop: Loop) -> float:
+    """Return the CPU seconds of a round."""
+    loop.prepare()
+    gc.collect()
+    before = time.process_time()
+    loop.steps(ROUND)
+    return time.process_time() - before
+
+
+def row(name: str, optimizer: str, key: str, variant: Variant, samples: list[Sample]) -> dict[str, Any]:
+    """Return a variant's figures: the quartiles of its times, and of their ratios to what ran in the same time round."""
+    return {
+        "model": name,
+        "optimizer": optimizer,
+        "variant": key,
+        "about": variant.about,
+        "tasks": variant.tasks,
+        "rounds": len(samples),
+        "ms": spread([1e3 * s.own for s in samples]),
+        "mean_ms": 1e3 * fmean(s.own for s in samples),
+        "ratio": spread([s.own / s.plain for s in samples]),
+        "base": variant.base,
+        "ratio_to_base": spread([s.own / s.base for s in samples]),
+        "target": TARGETS.get((variant.backend, name)) if optimizer == "adam" else None,
+    }
+
+
+def spread(values: list[float]) -> list[float]:
+    """Return the lower quartile, the median and the upper quartile."""
+    return list(quantiles(values, n=4, method="inclusive")) if len(values) > 1 else values * 3
+
+
+def main(name: str, optimizer: str, rounds: str, seed: str, *keys: str) -> None:
+    torch.set_num_threads(1)
+    known = everything()
+    print(json.dumps(alternate({key: known[key] for key in keys}, name, optimizer, int(rounds), int(seed))))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
