@@ -25,14 +25,14 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: $(VENV)/.bench
+bench: $(VENV)/.fast
 	$(BIN)/python -m benchmarks
 
-bench-quick: $(VENV)/.bench
+bench-quick: $(VENV)/.fast
 	$(BIN)/python -m benchmarks --quick
 
 # Without what they ask for: of 90 packages a training step needs none beside ours.
-peers: $(VENV)/.bench
+peers: $(VENV)/.fast
 	$(PIP) --no-deps avalanche-lib torchvision
 
 $(VENV)/bin/python:
@@ -43,10 +43,15 @@ $(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e '.[bench]'
 	@touch $@
 
+$(VENV)/.fast: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing rwalk with its benchmarks and fused kernels into $(VENV) (about a minute)"
+	$(PIP) -e '.[bench,fast]'
+	@touch $@ $(VENV)/.bench
+
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing rwalk with its development tools into $(VENV) (about a minute)"
 	$(PIP) -e '.[dev]'
-	@touch $@ $(VENV)/.bench
+	@touch $@ $(VENV)/.bench $(VENV)/.fast
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -119,15 +119,11 @@ def watched(about: str, rule: Importance[Any] | None, **options: Any) -> Variant
     return Variant(about, lambda case, optimizer, seed: Watched(case, optimizer, seed, rule, backend), **options)
 
 
-def backends() -> list[str]:
-    return getattr(kernels, "available", lambda: list(kernels.BACKENDS))()
-
-
 def ours() -> dict[str, Variant]:
     """Return plain training and every variant of ours, by key."""
     return {
         "plain": Variant("plain", Loop),
-        **{f"rwalk-{name}": watched(f"RWalk, {name}", RWalk(), backend=name) for name in backends()},
+        **{f"rwalk-{name}": watched(f"RWalk, {name}", RWalk(), backend=name) for name in kernels.available()},
         "rwalk-50-tasks": watched("RWalk, 50 tasks", RWalk(), tasks=50, cases=("mlp-b10", "mlp-b128")),
         "rwalk-example": watched("RWalk, per example", RWalk(fisher="example")),
         "recipe": watched("recipe", None),

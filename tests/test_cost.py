@@ -2,20 +2,21 @@
 
 import gc
 
+import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import mlp
-from rwalk import Consolidator, RWalk
+from rwalk import EWC, L2, SI, Consolidator, EWCpp, RWalk
 
-SIZE = 300
+SIZE = 600
 
 
-def setup():
+def setup(rule=RWalk(delta_t=4)):  # noqa: B008
     model = torch.nn.Linear(SIZE, SIZE, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    return model, optimizer, Consolidator(model, RWalk(delta_t=4)).attach(optimizer)
+    return model, optimizer, Consolidator(model, rule, 0.001).attach(optimizer)
 
 
 def step(model, optimizer):
@@ -67,25 +68,59 @@ def test_the_walk_holds_five_tensors_and_eight_once_there_is_an_anchor():
         assert large() - before == 8
 
 
-def test_a_step_makes_no_tensor_of_the_size_of_the_model():
-    class Watch(TorchDispatchMode):
-        made = 0
+class Watch(TorchDispatchMode):
+    """Counts large tensors that operations make, and large storages that they touch."""
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            fresh = isinstance(out, torch.Tensor) and out.numel() == SIZE * SIZE
-            known = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
-            self.made += fresh and out.untyped_storage().data_ptr() not in known
-            return out
+    def __init__(self):
+        super().__init__()
+        self.made, self.touched = 0, set()
 
-    model, optimizer, memory = setup()
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:  # a view touches nothing
+            came, went = (self.large(side) for side in ([*args, *(kwargs or {}).values()], [out]))
+            self.made += len(went - came)
+            self.touched |= came | went
+        return out
+
+    def large(self, values):
+        flat = [t for v in values for t in (v if isinstance(v, list | tuple) else [v]) if isinstance(t, torch.Tensor)]
+        storages = [t.untyped_storage() for t in flat]
+        return {s.data_ptr() for s in storages if s.nbytes() >= 4 * SIZE * SIZE}
+
+
+def hooks(model, optimizer, memory):
+    """Run what we do at a step, and only that, under watch."""
+    optimizer.zero_grad()
+    F.mse_loss(model(torch.randn(2, SIZE)), torch.randn(2, SIZE)).backward()
+    with Watch() as watch, torch.no_grad():
+        memory._before_step(optimizer, (optimizer,), {})
+        memory._after_step(optimizer, (optimizer,), {})
+    optimizer.step()
+    return watch
+
+
+@pytest.mark.parametrize("rule", [RWalk(delta_t=4), EWCpp(), SI(), L2(), EWC(), None], ids=repr)
+def test_a_step_makes_no_tensor_of_the_size_of_the_model(rule):
+    model, optimizer, memory = setup(rule)
+    data = [(torch.randn(2, SIZE), torch.randint(SIZE, (2,)))]
     for _ in range(3):
         step(model, optimizer)
-    memory.consolidate()
+    memory.consolidate(data)
     for _ in range(9):
-        optimizer.zero_grad()
-        F.mse_loss(model(torch.randn(2, SIZE)), torch.randn(2, SIZE)).backward()
-        with Watch() as watch, torch.no_grad():
-            memory._before_step(optimizer, (optimizer,), {})
-        assert watch.made == 0
-        optimizer.step()
+        assert hooks(model, optimizer, memory).made == 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "first", "later"),
+    [(RWalk(delta_t=100), 6, 8), (EWCpp(), 2, 5), (SI(), 5, 7), (L2(), 1, 4), (None, 4, 6)],
+    ids=["RWalk", "EWCpp", "SI", "L2", "recipe"],
+)
+def test_a_step_touches_each_of_its_tensors_and_no_others(rule, first, later):
+    """Gradient and parameters included. RWalk: F, path, mark, previous gradient; later point and omega; not the scores."""
+    model, optimizer, memory = setup(rule)
+    for expected in (first, later, later):
+        for _ in range(3):
+            hooks(model, optimizer, memory)
+        assert len(hooks(model, optimizer, memory).touched) == expected
+        memory.consolidate()

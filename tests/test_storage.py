@@ -29,13 +29,15 @@ def test_bfloat16_is_close_and_smaller(rule):
     assert apart < 0.05 * whole
 
 
-def test_only_importance_and_fisher_information_are_coarse():
+def test_what_is_coarse_and_what_it_saves():
     _, _, memory = walked(RWalk(), state_dtype=torch.bfloat16)
     kinds = {
         key: {t.dtype for t in getattr(memory._state, key)} for key in ("fisher", "path", "score", "mark", "previous", "total")
     }
-    assert kinds.pop("fisher") == {torch.bfloat16}
+    assert kinds.pop("fisher") == kinds.pop("total") == {torch.bfloat16}
     assert all(kind == {torch.float32} for kind in kinds.values())
+    size = sum(p.nbytes for p in memory.model.parameters())
+    assert memory.state_bytes == 6.5 * size  # half: fisher, total, omega; full: path, score, mark, previous, point
 
 
 @pytest.mark.parametrize("rule", [RWalk(), EWCpp(), None], ids=repr)

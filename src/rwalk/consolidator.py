@@ -289,10 +289,11 @@ class Consolidator:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the tensors held for rule, anchor and average."""
+        """Bytes of the tensors held for rule, anchor, average and per-example squares."""
+        squares = self._squares.nbytes if self._squares is not None else 0
         columns = [c for c in self._state if isinstance(c, list)]
         columns += [list(d.values()) for d in (self.anchor.point, self.anchor.omega, self._tail.average)]
-        return sum(t.numel() * t.element_size() for column in columns for t in column if isinstance(t, Tensor))
+        return squares + sum(t.nbytes for column in columns for t in column if isinstance(t, Tensor))
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to continue, mid-task included, as plain tensors and numbers, copied."""

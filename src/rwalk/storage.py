@@ -18,8 +18,8 @@ class Storage:
     """How to keep state smaller, or elsewhere.
 
     Args:
-        dtype: bfloat16 for importance and for what a rule calls `coarse`, running Fisher information, which is then rounded
-            stochastically; None for state precision. Where the weights were is always kept in state precision.
+        dtype: bfloat16 for importance and for what a rule calls `coarse`, such as running Fisher information, which is then
+            rounded stochastically; None for state precision. Where the weights were is always kept in state precision.
         device: "cpu" for the anchor and for what a rule calls `slow`, which is read only when a task ends: in pinned memory,
             from which copies need not be waited for; None for the parameters' device.
     """
@@ -44,9 +44,11 @@ class Storage:
 
     def keep(self, rule: Importance[Any], state: Any) -> Any:
         """Put a rule's state where it is kept."""
-        columns = {name: [self._coarse(t) for t in getattr(state, name)] for name in rule.coarse}
-        columns |= {name: [self._away(t) for t in getattr(state, name)] for name in rule.slow}
-        return state._replace(**columns)
+        for name in rule.coarse:
+            state = state._replace(**{name: [self._coarse(t) for t in getattr(state, name)]})
+        for name in rule.slow:
+            state = state._replace(**{name: [self._away(t) for t in getattr(state, name)]})
+        return state
 
     def fetch(self, rule: Importance[Any], state: Any, theta: Sequence[Tensor]) -> Any:
         """Bring a rule's state back beside the parameters, in full precision, for a task's end."""
@@ -60,8 +62,8 @@ class Storage:
         point = {name: self._away(t) for name, t in anchor.point.items()}
         return Anchor(point, {name: self._away(self._coarse(t)) for name, t in anchor.omega.items()})
 
-    def _coarse(self, tensor: Tensor) -> Tensor:
-        return tensor if self.dtype is None else tensor.to(self.dtype)
+    def _coarse(self, tensor: Any) -> Any:
+        return tensor if tensor is None or self.dtype is None else tensor.to(self.dtype)
 
     def _away(self, tensor: Any) -> Any:
         if tensor is None or self.device is None:

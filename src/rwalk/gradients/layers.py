@@ -56,6 +56,11 @@ class Sum:
             self._buffer = torch.empty(p.shape, dtype=state_dtype(p), device=p.device)
         return self._buffer
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffer."""
+        return 0 if self._buffer is None else self._buffer.nbytes
+
     def _kept(self, part: Tensor) -> Tensor:
         return part.mul_(self._keep) if self._keep else part.zero_()
 

@@ -113,6 +113,11 @@ class Squares:
         """Show how much is gathered."""
         return f"Squares(gathered={sum(len(t.sums) for t in self._open())}, of={len(self._theta)}, strict={self.strict})"
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sums that are kept from one step to the next."""
+        return sum(s.nbytes for tap in self._open() for s in tap.sums.values())
+
     def take(self) -> dict[str, Tensor]:
         """Return the mean over examples of the squared per-example gradient since the last call, and start anew.
 

@@ -116,7 +116,7 @@ class Importance(ABC, Generic[State]):
 
     Attributes:
         measures: what the rule needs: "steps" of training, "data" at a task's end, or "nothing".
-        coarse: fields of its state that may be kept in bfloat16: what only `Step.visit` writes, and `conclude` gets in full.
+        coarse: fields of its state that may be kept in bfloat16 between their uses; `conclude` gets them in full.
         slow: fields of its state that may be kept on another device between tasks: what only `conclude` reads.
     """
 

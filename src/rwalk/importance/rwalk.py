@@ -72,7 +72,7 @@ class RWalk(Importance[Walk]):
             gradients, as the theory asks, gathered in the same backward.
     """
 
-    coarse: ClassVar[tuple[str, ...]] = ("fisher",)
+    coarse: ClassVar[tuple[str, ...]] = ("fisher", "total", "total_fisher")
     slow: ClassVar[tuple[str, ...]] = ("total", "total_fisher")
     alpha: float | Literal["mean"] = 0.9
     delta_t: int = 10
