@@ -35,7 +35,8 @@ def backend(request, monkeypatch):
         if request.param in ("numba", "triton"):
             pytest.importorskip(request.param)
         kernels.use(request.param)
-    with warnings.catch_warnings():
+    gpu = torch.cuda.is_available() and request.param in ("joined", "triton")
+    with warnings.catch_warnings(), torch.device("cuda" if gpu else "cpu"):
         if request.param == "triton":
             warnings.simplefilter("ignore", RuntimeWarning)  # its interpreter works in NumPy, which warns of division by 0
         yield request.param

@@ -6,7 +6,6 @@ larger, and all that have the same work to do go through each operation together
 """
 
 from collections.abc import Iterable, Iterator
-from itertools import groupby
 from typing import Any, TypeVar, cast
 
 import torch
@@ -88,21 +87,19 @@ def _cut(row: AnyRow, size: int) -> Iterator[tuple[int, AnyRow]]:
 
 def batches(rows: Iterable[AnyRow], size: int = BATCH) -> Iterator[tuple[int, AnyRow]]:
     """Join the pieces of rows that have the same work to do: rows whose columns are lists of tensors that act as one tensor."""
-    pieces = [(start, piece) for row in rows for start, piece in _cut(row, size)]
-    for _, alike in groupby(sorted(pieces, key=_work), key=_work):
-        batch: list[AnyRow] = []
-        room = size
-        for start, piece in alike:
+    waiting: dict[Any, list[AnyRow]] = {}
+    room: dict[Any, int] = {}
+    for row in rows:
+        for start, piece in _cut(row, size):
             if coarse(piece):
                 yield start, piece  # stochastic rounding works on single tensors
                 continue
-            if batch and piece.theta.numel() > room:
-                yield 0, _joined(batch)
-                batch, room = [], size
-            batch.append(piece)
-            room -= piece.theta.numel()
-        if batch:
-            yield 0, _joined(batch)
+            work, elements = _work(piece), piece.theta.numel()
+            if work in waiting and elements > room[work]:
+                yield 0, _joined(waiting.pop(work))
+            room[work] = (room[work] if work in waiting else size) - elements
+            waiting.setdefault(work, []).append(piece)
+    yield from ((0, _joined(batch)) for batch in waiting.values())
 
 
 def coarse(row: Row | After) -> bool:
@@ -110,10 +107,9 @@ def coarse(row: Row | After) -> bool:
     return isinstance(row, Row) and row.fisher is not None and row.fisher.dtype is torch.bfloat16
 
 
-def _work(item: tuple[int, AnyRow]) -> str:
+def _work(row: Row | After) -> tuple[Any, ...]:
     """Describe what there is to do for a row: which tensors of which kinds it has, and its numbers."""
-    kinds = [(str(v.dtype), str(v.device)) if isinstance(v, Tensor) else v for v in item[1]]
-    return repr(kinds)
+    return (row.theta.device, *(value.dtype if isinstance(value, Tensor) else value for value in row))
 
 
 def _joined(batch: list[AnyRow]) -> AnyRow:
