@@ -42,11 +42,16 @@ intrinsic: Callable[[Compiled], Compiled] = extending.intrinsic
 
 
 def compiled(function: Compiled) -> Compiled:
-    """Compile at the first call, and keep the code on disk.
+    """Compile at the first call, and keep the code on disk where there is a place for it.
 
     Contraction to fused multiply-add rounds once instead of twice; no other liberty is taken with the arithmetic.
     """
-    made: Compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz"})(function)
+    made: Compiled
+    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
+    try:
+        made = njit(cache=True, **options)(function)
+    except RuntimeError:  # neither this folder nor the user's cache can be written to
+        made = njit(**options)(function)
     return made
 
 
