@@ -58,7 +58,7 @@ class Watcher:
         self._before, self._after = before, after
         self._overrides = sum("step" in vars(kind) for kind in type(optimizer).__mro__ if kind is not Optimizer) > 1
         self._inside = False
-        eager = torch.compiler.disable  # in a compiled step, what we do must not become part of the graph
+        eager: Callable[[Any], Any] = torch.compiler.disable  # in a compiled step, what we do must not become part of the graph
         self._handles: list[RemovableHandle] = [optimizer.register_step_pre_hook(eager(self._enter))]
         if after is not None or self._overrides:
             self._handles.append(optimizer.register_step_post_hook(eager(self._leave)))
@@ -108,10 +108,10 @@ class Closure:
     def __call__(self) -> Any:
         """Call the closure, then observe; return what the closure returns."""
         if self._called or self._look() != self._versions:
-            kind = type(self._optimizer).__name__
+            kind, late = type(self._optimizer).__name__, "twice" if self._called else "after it has moved the weights"
             raise RuntimeError(
                 explain(
-                    f"a `{kind}` that calls its closure {'twice' if self._called else 'after it has moved the weights'} in a step",
+                    f"a `{kind}` that calls its closure {late} in a step",
                     "an optimiser that calls it once, and then moves once",
                     f"Use such an optimiser; if `{kind}` wraps one, attach to that one.",
                 )
