@@ -51,14 +51,17 @@ class Simulation:
     mark: list = None
     n: int = 0
 
-    def task(self, batches, clip=None):
-        """Train on one task; the optimiser uses clip(gradient), the walk sees the gradient."""
+    def task(self, batches, clip=None, see_clipped=False):
+        """Train on one task; the optimiser uses clip(gradient), the walk sees the gradient or, if asked, what is used."""
         self.begin()
         for x, y in batches:
             grad = softmax_gradient(*self.theta, x, y)
             squares = softmax_squares(*self.theta, x, y) if self.per_example else [g**2 for g in grad]
             before = [t.copy() for t in self.theta]
-            self.step(grad if clip is None else clip(grad))
+            used = grad if clip is None else clip(grad)
+            self.step(used)
+            if see_clipped:
+                grad, squares = used, [g**2 for g in used]
             self.observe(grad, squares, before)
         self.conclude()
 
