@@ -12,8 +12,8 @@ from oracle import Simulation
 from rwalk import EWC, SI, Consolidator, EWCpp, RWalk
 
 RULES = [RWalk(delta_t=3), RWalk(delta_t=3, fisher="example"), SI(), EWC(), EWCpp(alpha="mean"), None]
-SHARE = {torch.bfloat16: 0.05, torch.float16: 0.005}
-"""How far importances may be from those of float32, as a share of their norm: a few times the precision's own rounding."""
+SHARE = {torch.bfloat16: 0.01, torch.float16: 0.00125}
+"""How far importances may be from those of float32, as a share of their norm: three times what was measured."""
 
 
 def tensors(batch, dtype):
@@ -62,7 +62,7 @@ def test_autocast_is_as_near_to_float32_as_its_precision(rule, dtype, fused):
     plain, theirs = run(rule)
     assert 0 < distance(memory, theirs) < SHARE[dtype]
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-        assert torch.allclose(p, q, atol=0.2 * SHARE[dtype])
+        assert torch.allclose(p, q, atol=SHARE[dtype])
         assert p.dtype == torch.float32
 
 
@@ -72,7 +72,7 @@ def test_weights_in_bfloat16_have_state_in_float32(rule):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     held = [t for column in memory._state if isinstance(column, list) for t in column if isinstance(t, torch.Tensor)]
     assert {t.dtype for t in [*held, *memory.anchor.omega.values(), *memory.anchor.point.values()]} == {torch.float32}
-    assert distance(memory, run(rule)[1]) < 0.25
+    assert distance(memory, run(rule)[1]) < 0.025
 
 
 @pytest.mark.parametrize("low", ["weights", "autocast"])

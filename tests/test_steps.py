@@ -329,7 +329,8 @@ def test_a_thousand_tasks_hold_no_more_than_a_hundred(rule):
             memory.consolidate([(x, y)])
         gc.collect()
         tensors = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
-        return tensors, memory.state_bytes, tracemalloc.get_traced_memory()[0]
+        ours = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, "*/rwalk/*")])
+        return tensors, memory.state_bytes, sum(trace.size for trace in ours.traces)
 
     tracemalloc.start()
     try:
@@ -338,4 +339,4 @@ def test_a_thousand_tasks_hold_no_more_than_a_hundred(rule):
         tracemalloc.stop()
     assert many[0] <= few[0]  # what other tests left may have gone meanwhile
     assert many[1] == few[1]
-    assert many[2] - few[2] < 20_000
+    assert many[2] - few[2] < 12_000  # an object for each task would be 25,000; PyTorch's own come and go

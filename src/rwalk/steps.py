@@ -44,13 +44,13 @@ def refuse_unwatchable(optimizer: Optimizer) -> None:
 class Watcher:
     """Calls `before` at each step of an optimiser when its gradients are ready, and `after` once it has moved.
 
-    A class that overrides `step` and calls that of its parent may run all hooks twice, once for each of the two methods; the
-    first call before and the first call after count.
+    A class that overrides `step` and calls that of its parent may run all hooks twice, once for each of the two methods; then
+    `before` is called the first time alone, and `after` twice.
 
     Args:
         owner: who watches, for `watching`.
         before: called once in a step, after the closure where there is one.
-        after: called once after it; None for nothing.
+        after: called after it; None for nothing.
     """
 
     def __init__(self, owner: object, optimizer: Optimizer, before: Hook, after: Hook | None) -> None:
@@ -84,8 +84,6 @@ class Watcher:
             self._inside = self._overrides
 
     def _leave(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
-        if self._overrides and not self._inside:
-            return
         self._inside = False
         if self._after is not None:
             self._after(optimizer)
