@@ -86,6 +86,6 @@ def test_a_step_makes_no_tensor_of_the_size_of_the_model():
         optimizer.zero_grad()
         F.mse_loss(model(torch.randn(2, SIZE)), torch.randn(2, SIZE)).backward()
         with Watch() as watch, torch.no_grad():
-            memory._before_step(optimizer, (optimizer,), {})
+            memory._before_step(optimizer)
         assert watch.made == 0
         optimizer.step()

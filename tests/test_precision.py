@@ -1,5 +1,6 @@
 """Mixed precision, low-precision weights and accumulated gradients give the importances of plain training."""
 
+import copy
 from contextlib import nullcontext
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cases import batches, mlp
+from cases import assert_same_state, batches, mlp
 from oracle import Simulation
 from rwalk import EWC, SI, Consolidator, EWCpp, RWalk
 
@@ -112,3 +113,21 @@ def test_micro_batches_under_autocast_and_a_scaler(fused):
         RWalk(delta_t=3), context, torch.amp.GradScaler("cpu", init_scale=2.0**10), fused=fused, parts=4, factor=0.25
     )
     assert distance(memory, run(RWalk(delta_t=3))[1]) < SHARE[torch.float16]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_a_step_that_the_scaler_skips_changes_nothing(rule, fused):
+    model, memory = run(rule, fused=fused)
+    optimizer, scaler = memory._optimizer, torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    before, twin = copy.deepcopy(model.state_dict()), Consolidator(model, rule, 0.1)
+    twin.load_state_dict(memory.state_dict())
+    for _ in range(2):
+        optimizer.zero_grad()
+        x, y = tensors(batches(5, 1)[0], torch.float32)
+        scaler.scale(F.cross_entropy(model(x), y) * float("inf")).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert_same_state(memory, twin)
+    assert memory.skipped == (2 if fused else 0)  # the others are not even called
