@@ -46,28 +46,50 @@ class Simulation:
     point: list = None
     velocity: list = None
     first: list = field(default_factory=lambda: [None, None])
+    score: list = None
+    path: list = None
+    mark: list = None
+    n: int = 0
 
-    def task(self, batches):
-        theta = self.theta
-        score = [np.zeros_like(t) for t in theta]
-        path = [np.zeros_like(t) for t in theta]
-        mark = [t.copy() for t in theta]
+    def task(self, batches, clip=None, see_clipped=False):
+        """Train on one task; the optimiser uses clip(gradient), the walk sees the gradient or, if asked, what is used."""
+        self.begin()
+        for x, y in batches:
+            grad = softmax_gradient(*self.theta, x, y)
+            squares = softmax_squares(*self.theta, x, y) if self.per_example else [g**2 for g in grad]
+            before = [t.copy() for t in self.theta]
+            used = grad if clip is None else clip(grad)
+            self.step(used)
+            if see_clipped:
+                grad, squares = used, [g**2 for g in used]
+            self.observe(grad, squares, before)
+        self.conclude()
+
+    def replay(self, moves):
+        """Observe the steps that something else made: gradients, parameters before, parameters after."""
+        self.begin(moves[0][1])
+        for grad, before, after in moves:
+            self.theta = [t.copy() for t in after]
+            self.observe(grad, [g**2 for g in grad], before)
+        self.conclude()
+
+    def begin(self, theta=None):
+        self.theta = self.theta if theta is None else [t.copy() for t in theta]
+        self.score, self.path = ([np.zeros_like(t) for t in self.theta] for _ in range(2))
+        self.mark = [t.copy() for t in self.theta]
+        self.n = 0
         if self.alpha == "mean":
             self.fisher = None
-        for n, (x, y) in enumerate(batches, start=1):
-            grad = softmax_gradient(*theta, x, y)
-            alpha = 1 / n if self.alpha == "mean" else self.alpha
-            old = self.fisher
-            fresh = softmax_squares(*theta, x, y) if self.per_example else [g**2 for g in grad]
-            self.fisher = [q if old is None else alpha * q + (1 - alpha) * old[i] for i, q in enumerate(fresh)]
-            before = [t.copy() for t in theta]
-            self.step(grad)
-            for i, t in enumerate(theta):
-                path[i] -= grad[i] * (t - before[i])
-            if n % self.delta_t == 0:
-                self.settle(score, path, mark)
-        self.settle(score, path, mark)
-        self.conclude(score)
+
+    def observe(self, grad, squares, before):
+        self.n += 1
+        alpha = 1 / self.n if self.alpha == "mean" else self.alpha
+        old = self.fisher
+        self.fisher = [q if old is None else alpha * q + (1 - alpha) * old[i] for i, q in enumerate(squares)]
+        for i, t in enumerate(self.theta):
+            self.path[i] -= grad[i] * (t - before[i])
+        if self.n % self.delta_t == 0:
+            self.settle()
 
     def step(self, grad):
         if self.velocity is None:
@@ -80,12 +102,12 @@ class Simulation:
             self.velocity[i] = self.momentum * self.velocity[i] + g
             t -= self.lr * self.velocity[i]
 
-    def settle(self, score, path, mark):
+    def settle(self):
         for i, t in enumerate(self.theta):
             fisher = 0 if self.fisher is None else self.fisher[i]
-            score[i] += path[i] / (0.5 * fisher * (t - mark[i]) ** 2 + self.eps)
-            path[i][...] = 0
-            mark[i][...] = t
+            self.score[i] += self.path[i] / (0.5 * fisher * (t - self.mark[i]) ** 2 + self.eps)
+            self.path[i][...] = 0
+            self.mark[i][...] = t
 
     def join(self, old, new):
         if old is None:
@@ -93,8 +115,9 @@ class Simulation:
         half = 0.5 if self.accumulate == "average" else 1
         return [half * (o + n) for o, n in zip(old, new, strict=True)]
 
-    def conclude(self, score):
-        self.total = self.join(self.total, [np.maximum(s, 0) for s in score])
+    def conclude(self):
+        self.settle()
+        self.total = self.join(self.total, [np.maximum(s, 0) for s in self.score])
         fisher = self.fisher or [np.zeros_like(t) for t in self.theta]
         if self.alpha == "mean":
             fisher = self.total_fisher = self.join(self.total_fisher, fisher)

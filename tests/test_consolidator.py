@@ -222,19 +222,6 @@ def test_an_optimiser_of_another_model():
         memory.attach([1])
 
 
-def test_a_closure_is_refused_before_anything_changes():
-    model, optimizer, memory = attached()
-    train(model, optimizer, batches(0, 3))
-    before, weights = memory.state_dict(), copy.deepcopy(model.state_dict())
-    for call in (lambda: optimizer.step(lambda: 0.0), lambda: optimizer.step(closure=lambda: 0.0)):
-        with pytest.raises(RuntimeError, match=r"step\(closure\)"):
-            call()
-    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
-    other = Consolidator(model, RWalk())
-    other.load_state_dict(before)
-    assert_same_state(memory, other)
-
-
 def test_sparse_gradients_are_refused_before_anything_changes():
     model = torch.nn.Sequential(torch.nn.Embedding(4, 3, sparse=True), torch.nn.Linear(3, 2))
     _, optimizer, memory = attached(model)

@@ -94,8 +94,8 @@ def hooks(model, optimizer, memory):
     optimizer.zero_grad()
     F.mse_loss(model(torch.randn(2, SIZE)), torch.randn(2, SIZE)).backward()
     with Watch() as watch, torch.no_grad():
-        memory._before_step(optimizer, (optimizer,), {})
-        memory._after_step(optimizer, (optimizer,), {})
+        memory._before_step(optimizer)
+        memory._after_step(optimizer)
     optimizer.step()
     return watch
 

@@ -37,13 +37,14 @@ def test_every_rule_says_where_it_comes_from():
         assert re.search(r"(19|20)\d\d", sys.modules[rule.__module__].__doc__), name
 
 
-def test_the_readmes_python_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+def test_the_python_of_pages_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
     assert len(blocks) >= 2
     scope = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), scope)
+        exec(compile(block, page, "exec"), scope)
 
 
 def test_the_readmes_commands_run(tmp_path):

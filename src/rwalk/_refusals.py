@@ -81,6 +81,15 @@ def refuse_kind(optimizer: Any) -> None:
         )
 
 
+def check_attached(optimizer: Optimizer | None) -> Optimizer:
+    """Return the optimiser that is watched, or raise a RuntimeError if there is none."""
+    if optimizer is None:
+        raise RuntimeError(
+            explain("a call before `attach`", "an optimiser whose gradients can be seen", "Call `attach(optimizer)` first.")
+        )
+    return optimizer
+
+
 def refuse_attachment(twice: bool, steps: int) -> None:
     """Refuse a second consolidator on an optimiser, and another optimiser `steps` steps into a task."""
     if twice:
@@ -155,18 +164,6 @@ def refuse_nothing(watch: Watch) -> None:
                 "an optimiser that holds none of the model's trainable parameters",
                 "at least one in common",
                 "Build the optimiser from `model.parameters()` of the model that was given to the consolidator.",
-            )
-        )
-
-
-def refuse_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse `optimizer.step(closure)`."""
-    if kwargs.get("closure") is not None or any(arg is not None for arg in args[1:]):
-        raise RuntimeError(
-            explain(
-                "`optimizer.step(closure)`",
-                "gradients that are ready when `step` is called",
-                "Call `loss.backward()` first and then `optimizer.step()` without arguments.",
             )
         )
 

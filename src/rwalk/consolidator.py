@@ -2,19 +2,21 @@
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from rwalk import _refusals as refusals
-from rwalk import gradients, guard, kernels, proximal, states
+from rwalk import gradients, guard, kernels, proximal, states, steps
 from rwalk._errors import explain
 from rwalk.anchor import Anchor, Match
 from rwalk.averaging import Tail, batch_norms, refresh_batch_norms, statistics
+from rwalk.clipping import Unclipped
 from rwalk.importance.base import Finish, Gradients, Importance, Step, no_data
 from rwalk.importance.ewcpp import EWCpp
 from rwalk.kernels import After
@@ -114,7 +116,8 @@ class Consolidator:
         self._doubt: guard.Doubt | None = None
         self._largest: tuple[Anchor | None, float] = (None, 0.0)
         self._optimizer: Optimizer | None = None
-        self._handles: list[RemovableHandle] = []
+        self._watcher: steps.Watcher | None = None
+        self._unclipped: Unclipped | None = None
 
     def __repr__(self) -> str:
         """Show the configuration and how far the work has come."""
@@ -133,31 +136,52 @@ class Consolidator:
     def attach(self, optimizer: Optimizer) -> "Consolidator":
         """Watch an optimiser from now on, and pull on its gradients once there is an anchor.
 
-        Between tasks, attaching to another optimiser replaces the one before. Returns the consolidator itself.
+        Between tasks, attaching to another optimiser replaces the one before. Of a wrapper that keeps an optimiser as its
+        `optimizer`, such as Accelerate's, that one is watched. Returns the consolidator itself.
 
         Raises:
-            TypeError: if `optimizer` is not a `torch.optim.Optimizer`.
+            TypeError: if `optimizer` is not a `torch.optim.Optimizer`, is LBFGS, or does not call the hooks of its steps.
             RuntimeError: if a consolidator watches the optimiser already, or a task under another one is unfinished.
             ValueError: if the optimiser holds none of the model's trainable parameters.
         """
+        refusals.refuse_kind(optimizer)
+        optimizer = steps.innermost(optimizer)
         self._refuse_optimizer(optimizer)
         watch = look(self.model, optimizer, self._watch.theta)
         refusals.refuse_nothing(watch)
         self.detach()
         self._follow(watch)
         self._optimizer = optimizer
-        self._handles = [optimizer.register_step_pre_hook(self._before_step)]
-        if self.pull == "proximal" or self.average == "tail":
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        after = self._after_step if self.pull == "proximal" or self.average == "tail" else None
+        self._watcher = steps.Watcher(self, optimizer, self._before_step, after)
         return self
 
     def detach(self) -> None:
         """Stop watching; what was learned stays, and `attach` continues from there."""
-        for handle in self._handles:
-            handle.remove()
+        if self._watcher is not None:
+            self._watcher.close()
         if self._squares is not None:
             self._squares.close()
-        self._optimizer, self._handles, self._squares = None, [], None
+        self._optimizer, self._watcher, self._squares, self._unclipped = None, None, None, None
+
+    @torch.no_grad()
+    def before_clip(self, scaler: GradScaler | None = None) -> None:
+        """Have the rule see the gradients as they are now, and not as the optimiser will use them after clipping.
+
+        Call it between `backward` and clipping, for each step anew; of several calls before a step the last one counts. The
+        gradients are copied until the step. The path is then the sum of -g * move with these gradients g; the pull goes to the
+        clipped ones.
+
+        Args:
+            scaler: the `GradScaler` that makes the step, after its `unscale_`; None where there is none.
+
+        Raises:
+            RuntimeError: if there are no gradients, before `attach`, or if a loss scale is still in the gradients. The step
+                raises one if it is made by a scaler that was not given here, or has gradients for other parameters.
+        """
+        optimizer = refusals.check_attached(self._optimizer)
+        self._unclipped = None
+        self._unclipped = Unclipped.of(self._gradients(optimizer), optimizer, scaler)
 
     @torch.no_grad()
     def consolidate(
@@ -346,40 +370,56 @@ class Consolidator:
         self.load_state_dict(states.load(path, "consolidator"))
 
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_step(self, optimizer: Optimizer) -> None:
         """Observe the step that the optimiser is about to take, then add the pull to its gradients."""
-        refusals.refuse_closure(args, kwargs)
         self._resolve()
-        squares = self._squares.take() if self._squares is not None else None
-        if self._watch.stale(optimizer):
-            self._follow(look(self.model, optimizer, self._watch.theta))
-        theta, inside = self._watch.theta, self._watch.inside
-        grad = {name: p.grad for name, p in theta.items() if name in inside and p.grad is not None}
-        refusals.refuse_sparse(grad)
+        self._moved = []
+        unclipped, self._unclipped = self._unclipped, None
+        squares = self._squares.take(unclipped and unclipped.grad) if self._squares is not None else None
+        grad = self._gradients(optimizer)
+        theta = self._watch.theta
+        seen = grad
+        if unclipped is not None:
+            unclipped.check(grad)
+            seen = unclipped.grad
         scale, skip = guard.scaling(optimizer)
-        doubt = self._look_for_doubt(optimizer, grad, skip)
-        self._moved = [] if doubt is None else list(grad)
+        doubt = self._look_for_doubt(optimizer, grad, seen, skip)
         if doubt is None or not grad:
             return
+        self._moved = list(grad)
         pulling = self.pull == "gradient" and self.strength and len(self.anchor)
         if pulling:
             self._warn_of_overshoot(optimizer)
         step = Step(
             list(theta.values()),
-            [grad.get(name) for name in theta],
+            [seen.get(name) for name in theta],
             squares=None if squares is None else [squares.get(name) for name in theta],
             pull=self.anchor.pull(list(theta), self.strength) if pulling else None,
             scale=scale,
             skip=doubt.flag if doubt.open else None,
         )
-        self._state = self.rule.observe(self._state, step)
+        observed = step if seen is grad else replace(step, pull=None)
+        self._state = self.rule.observe(self._state, observed)
+        step.grad = [grad.get(name) for name in theta]
         step.finish()
         self._steps += 1
         self._doubt = doubt if doubt.open else None
 
-    def _look_for_doubt(self, optimizer: Optimizer, grad: Mapping[str, Tensor], skip: Tensor | None) -> guard.Doubt | None:
+    def _gradients(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """Return the gradients of the protected parameters that the optimiser holds, after a look at what it holds now."""
+        if self._watch.stale(optimizer):
+            self._follow(look(self.model, optimizer, self._watch.theta))
+        inside = self._watch.inside
+        grad = {name: p.grad for name, p in self._watch.theta.items() if name in inside and p.grad is not None}
+        refusals.refuse_sparse(grad)
+        return grad
+
+    def _look_for_doubt(
+        self, optimizer: Optimizer, grad: Mapping[str, Tensor], seen: Mapping[str, Tensor], skip: Tensor | None
+    ) -> guard.Doubt | None:
         """Tell whether a step counts, as far as is known without waiting for a device; None if it does not."""
-        doubt = guard.Doubt.of(self._state, grad, skip, self._steps + 1)
+        whole = {f"{name} before clipping": g for name, g in seen.items()} if seen is not grad else {}
+        doubt = guard.Doubt.of(self._state, {**grad, **whole}, skip, self._steps + 1)
         if doubt.open and not (self.nonfinite == "skip" and doubt.norms is not None):
             return doubt
         if not bool(doubt.flag):
@@ -401,11 +441,12 @@ class Consolidator:
             doubt.refuse()
 
     @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
+    def _after_step(self, optimizer: Optimizer) -> None:
         """Draw the parameters that the optimiser has just moved towards the anchor, and average them."""
+        moved, self._moved = self._moved, []
         if self._doubt is not None and bool(self._doubt.flag):
             return
-        rows = {name: After(self._watch.theta[name]) for name in self._moved}
+        rows = {name: After(self._watch.theta[name]) for name in moved}
         if self.pull == "proximal" and self.strength and len(self.anchor):
             rows = proximal.drawn(rows, optimizer, self.anchor, self.strength)
         if self.average == "tail":
@@ -487,9 +528,8 @@ class Consolidator:
             )
 
     def _refuse_optimizer(self, optimizer: Optimizer) -> None:
-        refusals.refuse_kind(optimizer)
-        others = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values()]
-        twice = any(isinstance(o, Consolidator) and (o is self or o.model is self.model) for o in others)
+        steps.refuse_unwatchable(optimizer)
+        twice = any(o is self or o.model is self.model for o in steps.watching(optimizer))
         refusals.refuse_attachment(twice, self._steps if self._optimizer is not None else 0)
 
 

@@ -118,8 +118,11 @@ class Squares:
         """Bytes of the sums that are kept from one step to the next."""
         return sum(s.nbytes for tap in self._open() for s in tap.sums.values())
 
-    def take(self) -> dict[str, Tensor]:
+    def take(self, grad: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Return the mean over examples of the squared per-example gradient since the last call, and start anew.
+
+        Args:
+            grad: the gradients in use, by name; None for those that the parameters have now.
 
         Returns:
             For each parameter gathered, by name, a tensor of its shape in state precision, valid until the next backward pass.
@@ -131,7 +134,7 @@ class Squares:
         sums = [s for tap in self._open() for s in tap.sums.values()]
         self._find_idle({s.name for s in sums if s.examples})
         with torch.no_grad():
-            scale = self._scale(sums)
+            scale = self._scale(sums, grad)
             taken = {s.name: s.take(passes.examples) for s in sums if s.examples}
             for square in taken.values() if scale not in (0.0, 1.0) else ():
                 square.mul_(scale)
@@ -142,14 +145,15 @@ class Squares:
         self._report()
         return taken
 
-    def _scale(self, sums: list[Sum]) -> float:
+    def _scale(self, sums: list[Sum], given: Mapping[str, Tensor] | None) -> float:
         """Compare what was gathered with the gradient in use: return the factor between their squares, 0 where they differ.
 
         Contributions of examples sum to the gradient. For the smallest parameter whose sum is kept this is looked at: a
         factor comes from loss scaling or from clipping by norm; anything else means that the gradient was made otherwise.
         """
-        total = next((s.total for s in sums if s.witness and s.examples), None)
-        grad = next((s.parameter.grad for s in sums if s.witness and s.examples), None)
+        witness = next((s for s in sums if s.witness and s.examples), None)
+        total = None if witness is None else witness.total
+        grad = None if witness is None else witness.parameter.grad if given is None else given.get(witness.name)
         for s in sums:
             s.total = None
         if total is None or grad is None:

@@ -1,0 +1,131 @@
+"""How an optimiser's step is watched: behind wrappers, with and without a closure, and once however it is called."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from rwalk._errors import explain
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Hook = Callable[[Optimizer], None]
+
+
+def innermost(optimizer: Optimizer) -> Optimizer:
+    """Return the optimiser that makes the steps, behind wrappers such as Accelerate's, which keep it as `optimizer`."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer) and inner is not optimizer:
+        optimizer = inner
+    return optimizer
+
+
+def refuse_unwatchable(optimizer: Optimizer) -> None:
+    """Refuse an optimiser whose steps cannot be followed, before it is attached to."""
+    if isinstance(optimizer, LBFGS):
+        raise TypeError(
+            explain(
+                "an `LBFGS`, which calls its closure, and moves, several times in a step",
+                "an optimiser that moves once, along one gradient",
+                "Use another optimiser, such as `torch.optim.Adam`.",
+            )
+        )
+    if not getattr(type(optimizer).step, "hooked", False) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        kind = type(optimizer).__name__
+        raise TypeError(
+            explain(
+                f"a `{kind}` that does not call the hooks of its steps",
+                "an optimiser whose constructor calls that of `torch.optim.Optimizer`",
+                f"If `{kind}` wraps an optimiser, attach to that one.",
+            )
+        )
+
+
+class Watcher:
+    """Calls `before` at each step of an optimiser when its gradients are ready, and `after` once it has moved.
+
+    A class that overrides `step` and calls that of its parent may run all hooks twice, once for each of the two methods; then
+    `before` is called the first time alone, and `after` twice.
+
+    Args:
+        owner: who watches, for `watching`.
+        before: called once in a step, after the closure where there is one.
+        after: called after it; None for nothing.
+    """
+
+    def __init__(self, owner: object, optimizer: Optimizer, before: Hook, after: Hook | None) -> None:
+        self.owner = owner
+        self._before, self._after = before, after
+        self._overrides = sum("step" in vars(kind) for kind in type(optimizer).__mro__ if kind is not Optimizer) > 1
+        self._inside = False
+        eager: Callable[[Any], Any] = torch.compiler.disable  # in a compiled step, what we do must not become part of the graph
+        self._handles: list[RemovableHandle] = [optimizer.register_step_pre_hook(eager(self._enter))]
+        if after is not None or self._overrides:
+            self._handles.append(optimizer.register_step_post_hook(eager(self._leave)))
+
+    def close(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self._observe(optimizer)
+            return None
+        observed = Closure(closure, optimizer, self._observe)
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": observed}
+        return (args[0], observed, *args[2:]), kwargs
+
+    def _observe(self, optimizer: Optimizer) -> None:
+        if not self._inside:
+            self._before(optimizer)
+            self._inside = self._overrides
+
+    def _leave(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
+        self._inside = False
+        if self._after is not None:
+            self._after(optimizer)
+
+
+class Closure:
+    """A user's closure, after which the gradients are ready to be observed; an optimiser may call it once in a step.
+
+    Args:
+        closure: what the user passed to `step`.
+        optimizer: whose step it is.
+        then: called with the optimiser after the closure.
+    """
+
+    def __init__(self, closure: Callable[[], Any], optimizer: Optimizer, then: Hook) -> None:
+        self._closure, self._optimizer, self._then = closure, optimizer, then
+        self._versions = self._look()
+        self._called = False
+
+    def __call__(self) -> Any:
+        """Call the closure, then observe; return what the closure returns."""
+        if self._called or self._look() != self._versions:
+            kind, late = type(self._optimizer).__name__, "twice" if self._called else "after it has moved the weights"
+            raise RuntimeError(
+                explain(
+                    f"a `{kind}` that calls its closure {late} in a step",
+                    "an optimiser that calls it once, and then moves once",
+                    f"Use such an optimiser; if `{kind}` wraps one, attach to that one.",
+                )
+            )
+        self._called = True
+        loss = self._closure()
+        self._then(self._optimizer)
+        return loss
+
+    def _look(self) -> list[int]:
+        """Return how often each parameter has been written to."""
+        return [p._version for group in self._optimizer.param_groups for p in group["params"]]
+
+
+def watching(optimizer: Optimizer) -> list[Any]:
+    """List who watches an optimiser through a `Watcher`."""
+    hooks = (getattr(hook, "__wrapped__", hook) for hook in optimizer._optimizer_step_pre_hooks.values())
+    watchers = (getattr(hook, "__self__", None) for hook in hooks)
+    return [watcher.owner for watcher in watchers if isinstance(watcher, Watcher)]
