@@ -4,6 +4,7 @@ import functools
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,7 +139,7 @@ def test_state_is_what_a_consolidator_holds(rule, later, coarse):
 @pytest.mark.parametrize("later", [False, True], ids=["first", "later"])
 @pytest.mark.parametrize("rule", plan.RULES)
 def test_traffic_is_what_the_visits_of_a_window_touch(rule, later, coarse, optimizer, monkeypatch):
-    """Every visit and check of a whole window runs under a meter that knows all tensors there are."""
+    """Every visit and check of two whole windows runs under a meter that knows all tensors there are."""
     model, inner, memory = start(rule, optimizer, later, state_dtype=torch.bfloat16 if coarse else None)
     seen = {"visit_": 0, "after_": 0, "norms_of": 0}
 
@@ -157,17 +158,17 @@ def test_traffic_is_what_the_visits_of_a_window_touch(rule, later, coarse, optim
 
     for module, name in ((kernels, "visit_"), (kernels, "after_"), (guard, "norms_of")):
         monkeypatch.setattr(module, name, functools.partial(metered, name, getattr(module, name)))
-    window = plan.RULES[rule].window
+    steps = 2 * plan.RULES[rule].window
     kernels.use("reference")
     try:
-        train(model, inner, stream(1, window))
+        train(model, inner, stream(1, steps))
     finally:
         kernels.use("blocked")
     setup = plan.Setup(weights_of(model), rule, optimizer, coarse=coarse)
     expected = plan.traffic(setup, later)
-    assert seen["norms_of"] == pytest.approx(window * expected.check)
-    assert seen["visit_"] == pytest.approx(window * expected.visit)
-    assert seen["after_"] == pytest.approx(window * expected.after)
+    assert seen["norms_of"] == pytest.approx(steps * expected.check)
+    assert seen["visit_"] == pytest.approx(steps * expected.visit)
+    assert seen["after_"] == pytest.approx(steps * expected.after)
 
 
 @pytest.mark.parametrize("name", plan.OPTIMIZERS)
@@ -321,6 +322,14 @@ def test_the_users_figures_replace_the_presets(capsys):
     assert "weights, gradients, optimiser 10 10 " in printed  # 10 P of 4e6 bytes at 4e9 a second
     assert "us 0 13.3 " in printed
     assert f"ratio 1 {24.3 / 11:.3f}" in printed
+
+
+def test_the_readmes_example_is_what_the_command_prints(capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (command,) = re.findall(r"^rwalk (plan 1b.*)$", readme, re.M)
+    (block,) = re.findall(r"```text\n(1,000,000,000 parameters.*?)```", readme, re.S)
+    assert main(command.split()) == 0
+    assert " ".join(capsys.readouterr().out.split()).startswith(" ".join(block.split()))
 
 
 @pytest.mark.parametrize("rule", plan.RULES)

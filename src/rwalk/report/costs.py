@@ -23,7 +23,10 @@ def costs(setup: plan.Setup, machine: plan.Machine, console: Console) -> None:
     where = f", {parts} {setup.devices} devices" if setup.devices > 1 else ""
     tensors = f" in {weights.tensors} tensors" if weights.tensors else ""
     console.print(f"{weights.number:,} parameters{tensors}{where}: P = {_gib(part.bytes)} GiB on a device", highlight=False)
-    console.print(f"rule {setup.rule}, optimiser {setup.optimizer}, {setup.tokens} tokens or examples a step on a device")
+    console.print(
+        f"rule {setup.rule}, optimiser {setup.optimizer}, {setup.tokens} tokens or examples a step on a device", highlight=False
+    )
+    console.print()
     console.print(_state(setup), _moved(setup), _time(setup, machine))
     console.print(NOTE, style="dim", highlight=False)
 
@@ -108,7 +111,7 @@ def _both(value: float, setup: plan.Setup) -> tuple[str, str]:
 
 def _gib(value: float) -> str:
     gib = value / 2**30
-    return f"{gib:.2f}" if gib >= 1 else f"{gib:.4f}"
+    return f"{gib:.2f}" if gib >= 1 or not gib else f"{gib:.4f}"
 
 
 def _ms(value: float) -> str:
