@@ -191,6 +191,8 @@ def test_the_walks_figures_by_hand():
     setup = plan.Setup(plan.Weights({4: 1000}, 2))
     assert plan.state(setup, later=False) == plan.State(rule=20000, anchor=0, average=0, host=0)
     assert plan.state(setup) == plan.State(rule=24000, anchor=8000, average=0, host=0)
+    assert plan.touched(setup, ours=False) == 4000 * 4
+    assert plan.touched(setup) == 4000 * (4 + 7)  # all but the score of earlier tasks
     moved = plan.traffic(setup)
     assert (moved.check, moved.after, moved.link) == (4000, 0, 0)
     assert moved.visit == pytest.approx(4000 * (12 + 3 / 10))
@@ -232,7 +234,8 @@ def test_shards_hold_and_move_their_part_and_compute_all():
 
 def test_state_off_the_device_is_brought_over_at_every_step():
     setup = plan.Setup(plan.Weights({4: 1000}), off_device=True)
-    assert plan.state(setup).host == 4000 * 3  # point, omega and the score of earlier tasks
+    held = plan.state(setup)
+    assert (held.host, held.device) == (4000 * 3, 4000 * 5)  # on the host: point, omega and the score of earlier tasks
     machine = plan.machine("a100")
     here = plan.seconds(plan.Setup(plan.Weights({4: 1000})), machine).ours
     assert plan.seconds(setup, machine).ours - here == pytest.approx(8000 / 32e9 + 8000 / 2039e9)

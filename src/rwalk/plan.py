@@ -233,7 +233,7 @@ class Setup:
 
     def _width(self, column: str, width: int) -> int:
         """Return the bytes of an element of a column, beside a parameter of `width` bytes."""
-        if column in ("theta", "grad", "second", "moment"):
+        if column in ("theta", "grad", "second"):
             return width
         small = column == "omega" or column in RULES[self.rule].coarse.split()
         return 2 if self.coarse and small else max(STATE, width)
@@ -251,6 +251,11 @@ class State(NamedTuple):
     def total(self) -> int:
         """Return all of it, as `Consolidator.state_bytes` does."""
         return self.rule + self.anchor + self.average
+
+    @property
+    def device(self) -> int:
+        """Return what is in the device's own memory."""
+        return self.total - self.host
 
 
 def state(setup: Setup, later: bool = True) -> State:
@@ -288,23 +293,29 @@ class Traffic(NamedTuple):
         return self.check + self.visit + self.after
 
 
-def traffic(setup: Setup, later: bool = True) -> Traffic:
-    """Count what our hooks read and write; what one visit touches several times crosses the bus once."""
+def visits(setup: Setup, later: bool = True) -> tuple[tuple[Formula, ...], ...]:
+    """Return the formulas of a visit before the step, of one that ends a stretch too, and of the visit after the step."""
     rule = RULES[setup.rule]
-    pull: tuple[Formula, ...] = (PULL,) if later and not rule.proximal else ()
+    usual = (*rule.step, PULL) if later and not rule.proximal else rule.step
+    closing = (*usual, rule.closing) if rule.closing else usual
     draw = DRAW_SCALED if setup.optimizer == "adam" else DRAW
     after = ((draw,) if later and rule.proximal else ()) + ((BLEND,) if rule.average else ())
-    usual = (*rule.step, *pull)
-    closing = (*usual, rule.closing) if rule.closing else usual
-    before = [(usual, 1 - 1 / rule.window), (closing, 1 / rule.window)]
-    visits = [*before, (after, 1.0)]
+    return usual, closing, after
+
+
+def traffic(setup: Setup, later: bool = True) -> Traffic:
+    """Count what our hooks read and write; what one visit touches several times crosses the bus once."""
+    usual, closing, after = visits(setup, later)
+    window = RULES[setup.rule].window
+    before = [(usual, 1 - 1 / window), (closing, 1 / window)]
+    every = [*before, (after, 1.0)]
     return Traffic(
         check=setup.size(FINITE.reads.split()),
         visit=sum(share * setup.size(streams(visit)) for visit, share in before),
         after=setup.size(streams(after)),
         link=setup.size(["point", "omega"]) if later and setup.off_device else 0,
-        cached=setup.size(["path"]) * sum(share * sum(f.passes for f in visit) for visit, share in visits),
-        calls=sum(share * (sum(f.calls for f in visit) + len(set(streams(visit)))) for visit, share in visits),
+        cached=setup.size(["path"]) * sum(share * sum(f.passes for f in visit) for visit, share in every),
+        calls=sum(share * (sum(f.calls for f in visit) + len(set(streams(visit)))) for visit, share in every),
     )
 
 
@@ -367,9 +378,11 @@ def seconds(setup: Setup, machine: Machine, ours: bool = True, later: bool = Tru
 
 
 def touched(setup: Setup, ours: bool = True, later: bool = True) -> int:
-    """Return the bytes that a step goes through: weights, gradients, the optimiser's and ours."""
-    held = state(setup, later).total if ours else 0
-    return (2 + OPTIMIZERS[setup.optimizer].holds) * setup.part.bytes + held
+    """Return the bytes that a step goes through: weights, gradients, what the optimiser holds, and our columns."""
+    columns = {"theta", "grad"}
+    if ours:
+        columns |= {column for visit in visits(setup, later) for column in streams(visit)} - {"second"}
+    return setup.size(columns) + OPTIMIZERS[setup.optimizer].holds * setup.part.bytes
 
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}

@@ -37,7 +37,7 @@ def sizes(setup: Callable[[str], plan.Setup], machine: plan.Machine, console: Co
     table = _grid(title, "P GiB", "state P", "state GiB", "moved by us", "by optimiser", "plain ms", "with us", "ratio")
     for size in SIZES:
         one = setup(size)
-        unit, held, moved = one.part.bytes, plan.state(one).total, plan.traffic(one).total
+        unit, held, moved = one.part.bytes, plan.state(one).device, plan.traffic(one).total
         plain, ours = plan.seconds(one, machine, ours=False).total, plan.seconds(one, machine).total
         optimizer = f"{plan.OPTIMIZERS[one.optimizer].moves} P"
         cells = (_gib(unit), f"{held / unit:.2f}", _gib(held), f"{moved / unit:.2f} P", optimizer)
