@@ -33,25 +33,26 @@ def setup(name: str, backend: plan.Backend) -> plan.Setup:
     x, y = CASES[name].batch()
     with FlopCounterMode(display=False) as counter:
         F.cross_entropy(model(x), y).backward()
-    count = sum(p.numel() for p in model.parameters())
-    weights = plan.Weights({4: count}, len(list(model.parameters())))
-    return plan.Setup(weights, tokens=y.numel(), backend=backend, flops=counter.get_total_flops())
+    return plan.Setup(plan.Weights.of(model.parameters()), tokens=y.numel(), backend=backend, flops=counter.get_total_flops())
 
 
 def figures(name: str, key: str, rounds: int) -> dict[str, Any]:
-    """Predict and measure a case, the calibration right before the measurement; seconds of a step."""
+    """Predict and measure a case; seconds of a step. Calibrations stand before, amid and after what is measured."""
     case = setup(name, BACKENDS[key])
-    machine = calibrate.here(case.tokens, backend=case.backend)
-    parts = plan.seconds(case, machine, ours=False), plan.seconds(case, machine)
     variants = {k: v for k, v in ours().items() if k in ("plain", key)}
-    times = alternate(variants, name, "adam", rounds, 0)
+    times: dict[str, list[float]] = {k: [] for k in variants}
+    machines = [calibrate.here(case.tokens, backend=case.backend)]
+    for half in (rounds // 2, rounds - rounds // 2):
+        for k, more in alternate(variants, name, "adam", half, 0).items():
+            times[k] += more
+        machines.append(calibrate.here(case.tokens, backend=case.backend))
+    predicted = [(plan.seconds(case, m, ours=False).total, plan.seconds(case, m).total) for m in machines]
     ratios = [own / plain for own, plain in zip(times[key], times["plain"], strict=True)]
     return {
-        "predicted": [p.total for p in parts],
+        "predicted": sorted(predicted, key=lambda pair: pair[1] / pair[0]),
         "measured": [median(times["plain"]), median(times[key])],
         "spread": spread(ratios),
-        "parts": [p._asdict() for p in parts],
-        "machine": machine._asdict(),
+        "machines": [m._asdict() for m in machines],
     }
 
 
@@ -67,26 +68,34 @@ def main(arguments: list[str] | None = None) -> None:
     if options.one:
         print(json.dumps(figures(options.one[0], options.one[1], int(options.one[2]))))
         return
-    table = grid("A step with RWalk over a plain one, fused Adam, second task", "predicted", "measured", "quartiles", "off",
-                 "plain ms", "measured", "ours ms", "measured")  # fmt: skip
+    title = "A step with RWalk over a plain one, fused Adam, second task"
+    ratios = ("predicted", "least, most", "measured", "quartiles", "off")
+    table = grid(title, *ratios, "plain ms", "measured", "ours ms", "measured")
     progress = Console(stderr=True)
     for name in options.models.split(","):
         rounds = options.rounds or max(CASES[name].rounds // 2, 2)
         for key in BACKENDS:
             progress.print(f"{name}, {key}: {rounds} rounds of {ROUND} steps; load {os.getloadavg()[0]:.1f}")
             found = child.run("benchmarks.predict", "--one", name, key, rounds)
-            progress.print(found["parts"], found["machine"])
             table.add_row(f"{name}, {key}", *cells(found))
             Console().print(table)
 
 
 def cells(found: dict[str, Any]) -> list[str]:
     """Return a row of the table."""
-    (plain, whole), (plain_seen, whole_seen) = found["predicted"], found["measured"]
+    (plain, whole), (plain_seen, whole_seen) = found["predicted"][1], found["measured"]
+    least, *_, most = [b / a for a, b in found["predicted"]]
     low, middle, high = found["spread"]
     ratio = whole / plain
     mine = [f"{1e3 * s:.2f}" for s in (plain, plain_seen, whole - plain, whole_seen - plain_seen)]
-    return [f"{ratio:.2f}", f"{middle:.2f}", f"{low:.2f}–{high:.2f}", f"{ratio / middle - 1:+.0%}", *mine]
+    return [
+        f"{ratio:.2f}",
+        f"{least:.2f}–{most:.2f}",
+        f"{middle:.2f}",
+        f"{low:.2f}–{high:.2f}",
+        f"{ratio / middle - 1:+.0%}",
+        *mine,
+    ]
 
 
 if __name__ == "__main__":

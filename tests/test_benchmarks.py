@@ -51,9 +51,10 @@ def test_unknown_names_are_refused(capfd):
 
 
 def test_predictions_stand_beside_what_is_measured():
-    found = predict.figures("tiny", "rwalk-blocked", 1)
-    assert all(len(found[key]) == 2 and min(found[key]) > 0 for key in ("predicted", "measured"))
-    assert len(predict.cells(found)) == 8
+    found = predict.figures("tiny", "rwalk-blocked", 2)
+    assert len(found["predicted"]) == 3
+    assert all(0 < plain < whole for plain, whole in [*found["predicted"], found["measured"]])
+    assert len(predict.cells(found)) == 9
 
 
 def test_the_operations_of_a_perceptron_are_counted():

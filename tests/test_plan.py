@@ -211,6 +211,13 @@ def test_a_prediction_by_hand():
     assert whole.total == pytest.approx(0.006 + 0.04 + 5 + 0.0532 + 11)
 
 
+def test_large_gradients_are_made_anew():
+    machine = plan.Machine("m", ((0.0, 1e9),), rate=1e12, fresh=2e-9)
+    usual, large = (plan.seconds(plan.Setup(plan.Weights({4: 10**7}, 1, size)), machine).total for size in (0, 4 * 10**7))
+    assert large - usual == pytest.approx(4e7 * 2e-9)
+    assert plan.Weights.of([torch.empty(2**23), torch.empty(2**23 + 1)]) == plan.Weights({4: 2**24 + 1}, 2, 2**25 + 4)
+
+
 def test_the_blocked_backend_by_hand():
     """24 passes of 4 bytes and 8 operations on 10 columns; settling adds 30 passes, 13 operations and the column of scores."""
     setup = plan.Setup(plan.Weights({4: 2**15}), backend="blocked")
@@ -291,7 +298,7 @@ def folder(tmp_path, monkeypatch):
 def test_a_model_is_counted_without_its_memory(folder):
     """80 GB of weights, which no test machine has."""
     expected = {2: 3 * 4 + 4, 4: 100_000 * 200_000 + 200_000}
-    assert plan.weights("planned_networks:network") == plan.Weights(expected, 4)
+    assert plan.weights("planned_networks:network") == plan.Weights(expected, 4, 4 * 100_000 * 200_000)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from rwalk import kernels
 from rwalk.consolidator import Consolidator
 from rwalk.importance import rules
-from rwalk.plan import Backend, Machine, Overhead
+from rwalk.plan import LARGE, Backend, Machine, Overhead
 
 SIZES = [2**power for power in (20, 21, 22, 23, 24, 25, 26, 28)]
 """Bytes of the three arrays of a triad together, from the second-level cache to far beyond the last one."""
@@ -43,7 +43,13 @@ def here(tokens: int, rule: str = "rwalk", optimizer: str = "adam", backend: Bac
     threads = torch.get_num_threads()
     name = f"this machine, {threads} thread{'s' * (threads > 1)}, float32"
     return Machine(
-        name, tuple((float(size), triad(size)) for size in SIZES), product(tokens), call=call(), plain=plain, ours=ours
+        name,
+        tuple((float(size), triad(size)) for size in SIZES),
+        product(tokens),
+        call=call(),
+        fresh=fresh(),
+        plain=plain,
+        ours=ours,
     )
 
 
@@ -78,6 +84,13 @@ def call() -> float:
     """Return seconds of an operation on one element."""
     one = torch.ones(1)
     return timed(lambda: one.mul_(1.0), 1000)
+
+
+def fresh() -> float:
+    """Return seconds to a byte of writing to memory that the system has just made, above writing to memory that is there."""
+    count = LARGE // 2
+    there = torch.ones(count)
+    return max(timed(lambda: torch.ones(count), 1) - timed(lambda: there.fill_(1.0), 1), 0.0) / there.nbytes
 
 
 def overheads(rule: str, optimizer: str) -> tuple[Overhead, Overhead]:

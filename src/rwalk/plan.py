@@ -11,13 +11,15 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rwalk._errors import explain
 
 Backend = Literal["fused", "blocked"]
 BLOCK, BLOCK_SET = 2**15, 2**20
 """Elements of a block of the backend `blocked` on a CPU, and the bytes of its columns, which stay in the cache."""
+LARGE = 32 * 2**20
+"""Bytes of a tensor whose memory glibc always gives back to the system (its `DEFAULT_MMAP_THRESHOLD_MAX`)."""
 STATE = 4
 """The fewest bytes of an element of state; it has those of its parameter where that has more."""
 
@@ -128,6 +130,7 @@ class Machine(NamedTuple):
         utilisation: which share of `rate` training reaches.
         link: bytes a second from the host's memory; None where the device's memory is the host's.
         call: seconds of an operation of PyTorch beside its work.
+        fresh: seconds to a byte of memory that the system has to make first; 0 where memory is kept.
         plain: what a plain step takes beside its work.
         ours: what our hooks take beside their work.
     """
@@ -138,6 +141,7 @@ class Machine(NamedTuple):
     utilisation: float = 1.0
     link: float | None = None
     call: float = 0.0
+    fresh: float = 0.0
     plain: Overhead = Overhead()
     ours: Overhead = Overhead()
 
@@ -165,10 +169,19 @@ MACHINES = {
 
 
 class Weights(NamedTuple):
-    """The protected parameters: elements by the bytes of each, and the number of tensors, 0 where it is not known."""
+    """The protected parameters: elements by the bytes of each; where known, the tensors, and bytes of large ones."""
 
     elements: Mapping[int, int]
     tensors: int = 0
+    large: int = 0
+
+    @classmethod
+    def of(cls, parameters: Iterable[Any]) -> "Weights":
+        """Count tensors of PyTorch."""
+        tensors = list(parameters)
+        widths = sorted({t.element_size() for t in tensors})
+        elements = {w: sum(t.numel() for t in tensors if t.element_size() == w) for w in widths}
+        return cls(elements, len(tensors), sum(t.nbytes for t in tensors if t.nbytes > LARGE))
 
     @property
     def number(self) -> int:
@@ -351,6 +364,7 @@ def seconds(setup: Setup, machine: Machine, ours: bool = True, later: bool = Tru
 
     compute  = 6 * weights * tokens / (rate * utilisation), 2 for the forward and 4 for the backward pass
     memory   = (3 * bytes of all weights + what the optimiser moves) / bandwidth; activations are left out
+               + bytes of large gradients, which are made anew at every step, * what fresh memory takes, 0 for the presets
     overhead = a step's + a tensor's * tensors, 0 for the presets
     ours     = what our hooks move / bandwidth + their overhead
                + what comes from the host / link, and again / bandwidth, and with "blocked"
@@ -364,7 +378,7 @@ def seconds(setup: Setup, machine: Machine, ours: bool = True, later: bool = Tru
     flops = 6 * setup.weights.number * setup.tokens if setup.flops is None else setup.flops
     step = Seconds(
         compute=flops / (machine.rate * machine.utilisation),
-        memory=(3 * setup.weights.bytes + optimizer.moves * setup.part.bytes) / speed,
+        memory=(3 * setup.weights.bytes + optimizer.moves * setup.part.bytes) / speed + setup.weights.large * machine.fresh,
         overhead=machine.plain.step + machine.plain.tensor * setup.weights.tensors,
     )
     if not ours:
@@ -417,15 +431,14 @@ def _counted(path: str) -> Weights:
     try:
         with torch.device("meta"):
             model = getattr(import_module(module), name)()
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        counted = Weights.of(p for p in model.parameters() if p.requires_grad)
     except Exception as error:
         expected = "`package.module:factory`, with a function without arguments that makes an `nn.Module`"
         remedy = "Correct the path; packages are looked for in the current folder too."
         raise ValueError(explain(f"model `{path}` ({type(error).__name__}: {error})", expected, remedy)) from None
     finally:
         sys.path.remove("")
-    widths = {p.element_size() for p in parameters}
-    return Weights({w: sum(p.numel() for p in parameters if p.element_size() == w) for w in sorted(widths)}, len(parameters))
+    return counted
 
 
 def machine(
