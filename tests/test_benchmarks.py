@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import memory
+from benchmarks import memory, predict
 from benchmarks.__main__ import main
 from benchmarks.variants import ours
 
@@ -48,3 +48,15 @@ def test_memory_is_measured_in_a_process_of_its_own():
 def test_unknown_names_are_refused(capfd):
     with pytest.raises(SystemExit, match="names out of"):
         main(["--models=mlp-b11"])
+
+
+def test_predictions_stand_beside_what_is_measured():
+    found = predict.figures("tiny", "rwalk-blocked", 2)
+    assert len(found["predicted"]) == 3
+    assert all(0 < plain < whole for plain, whole in [*found["predicted"], found["measured"]])
+    assert len(predict.cells(found)) == 9
+
+
+def test_the_operations_of_a_perceptron_are_counted():
+    """Forward, gradient of the weights, and gradient of the input but for the first layer; 2 for each multiplication."""
+    assert predict.setup("tiny", "fused").flops == 2 * 4 * (2 * 8 * 8 + 3 * 8 * 10)

@@ -158,7 +158,9 @@ option = (
 )
 options = st.lists(option, max_size=4).map(lambda found: [word for words in found for word in words])
 sensible = st.builds(lambda stream, words: ["run", stream, *words], st.sampled_from(STREAMS), options)
-senseless = st.lists(st.sampled_from(["run", "list", "report", "--version", *STREAMS, *FLAGS]) | value, max_size=6)
+senseless = st.lists(
+    st.sampled_from(["run", "list", "report", "plan", "--table", "--version", *STREAMS, *FLAGS]) | value, max_size=6
+)
 
 
 def stub(stream, method, strength, seed, training, **options):

@@ -1,10 +1,10 @@
-"""The command line: `rwalk run`, `rwalk list` and `rwalk report`."""
+"""The command line: `rwalk run`, `rwalk list`, `rwalk report` and `rwalk plan`."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 try:
     import tyro
@@ -15,7 +15,7 @@ except ImportError as error:
 
 import torch
 
-from rwalk import files
+from rwalk import files, plan
 from rwalk._errors import explain
 from rwalk.bench.data import HUB, load
 from rwalk.bench.experience import STREAMS, Experience, Scenario, make, parse
@@ -25,7 +25,7 @@ from rwalk.bench.runner import LEARNERS, configuration, run
 from rwalk.consolidator import Average, Pull, resolve
 from rwalk.importance import rules
 from rwalk.importance.base import Importance
-from rwalk.report import read, show, summarise
+from rwalk.report import costs, read, show, summarise
 
 RULES = rules()
 
@@ -91,10 +91,47 @@ class Report:
     """Folder written by `rwalk run --out`."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Say what training with a rule will hold, move and take at a given size, without training."""
+
+    model: tyro.conf.Positional[str | None] = None
+    """A size such as 350M or 7b, or package.module:factory, a function without arguments that makes the network."""
+    rule: str = "rwalk"
+    """One of the rules (see `rwalk list`), or recipe."""
+    optimizer: str = "adam"
+    """sgd, momentum or adam, fused."""
+    devices: int = 1
+    """How many devices train."""
+    sharded: bool = False
+    """Each device holds an equal part of all tensors (FSDP2), and not a copy."""
+    tokens: int = 1024
+    """Tokens or examples in the batch of one device."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the parameters, where a size is given."""
+    state_dtype: Literal["bfloat16"] | None = None
+    """As for `Consolidator`."""
+    state_device: Literal["cpu"] | None = None
+    """As for `Consolidator`."""
+    backend: plan.Backend = "fused"
+    """Of the kernels: fused is triton on a GPU and numba on a CPU."""
+    machine: str = "h200"
+    """h200, a100, laptop, or here: this machine's processor is measured."""
+    bandwidth: float | None = None
+    """Of the memory, in GB/s, in place of the machine's."""
+    compute: float | None = None
+    """Arithmetic, in TFLOP/s, in place of the machine's."""
+    utilisation: float | None = None
+    """Which share of the arithmetic training reaches; default: 0.4 of a published figure, 1 of a measured one."""
+    table: bool = False
+    """One line for each of several sizes."""
+
+
 COMMANDS: Any = (
     Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[List, tyro.conf.subcommand("list")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
 )
 
 
@@ -107,6 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _run(command, console)
         elif isinstance(command, Report):
             _report(command.folder, console)
+        elif isinstance(command, Plan):
+            _plan(command, console)
         else:
             _list(console)
     except (ValueError, OSError) as error:
@@ -221,3 +260,44 @@ def _report(folder: Path, console: Console) -> None:
         print(f"rwalk: {problem}", file=sys.stderr)
     if records:
         show(summarise(records), console)
+
+
+def _plan(command: Plan, console: Console) -> None:
+    """Print what a setup costs, or a table over sizes."""
+    if command.model is None and not command.table:
+        raise ValueError(explain("no model", "a size such as 7b, `package.module:factory`, or `--table`", "Pass one of them."))
+
+    def setup(model: str) -> plan.Setup:
+        return plan.Setup(
+            plan.weights(model, 2 if command.dtype == "bfloat16" else 4),
+            command.rule,
+            command.optimizer,
+            command.tokens,
+            command.devices,
+            command.sharded,
+            command.state_dtype is not None,
+            command.state_device is not None,
+            command.backend,
+        )
+
+    one = setup(command.model or costs.SIZES[0])
+    machine = _machine(command)
+    if command.table:
+        costs.sizes(setup, machine, console)
+    else:
+        costs.costs(one, machine, console)
+
+
+def _machine(command: Plan) -> plan.Machine:
+    """Return a preset, or measure this machine, with what the user knows better."""
+    known = (command.bandwidth, command.compute, command.utilisation)
+    if command.machine != "here":
+        return plan.machine(command.machine, *known)
+    plan.check_figures(*known)
+    from rwalk import calibrate
+
+    try:
+        measured = calibrate.here(command.tokens, command.rule, command.optimizer, command.backend)
+    except ImportError as error:
+        raise ValueError(str(error)) from None
+    return plan.adjusted(measured, *known)
