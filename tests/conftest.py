@@ -4,8 +4,13 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: the
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)  # tests run side by side, and two threads each would wait for one another
+
+settings.register_profile("quick", deadline=None, derandomize=True, max_examples=100)
+settings.register_profile("thorough", deadline=None, max_examples=3_000)  # --hypothesis-profile=thorough: anew at each run
+settings.load_profile("quick")
 
 
 @pytest.fixture(autouse=True)

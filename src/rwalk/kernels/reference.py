@@ -127,13 +127,16 @@ def rounded(value: Tensor, noise: Tensor) -> Tensor:
 
 
 def bits(like: Tensor, start: int, tick: int) -> Tensor:
-    """Return 16 random bits for each element, from its position and the number of the visit: the same on every backend."""
+    """Return 16 random bits for each element, from its place in memory and the number of the visit: the same on every backend.
+
+    `like` is dense, in any order.
+    """
     table = noise(like.device)
     first = (noise_start(tick) + start) % NOISE
     if first + like.numel() <= len(table):
-        return table[first : first + like.numel()].view(like.shape)
+        return table.as_strided(like.shape, like.stride(), first)
     places = torch.arange(first, first + like.numel(), device=like.device) % NOISE
-    return table[places].view(like.shape)
+    return table[places].as_strided(like.shape, like.stride())
 
 
 def noise_start(tick: int) -> int:
