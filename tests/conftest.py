@@ -4,12 +4,13 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: the
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 torch.set_num_threads(1)  # tests run side by side, and two threads each would wait for one another
 
-settings.register_profile("quick", deadline=None, derandomize=True, max_examples=100)
-settings.register_profile("thorough", deadline=None, max_examples=3_000)  # --hypothesis-profile=thorough: anew at each run
+PHASES = [phase for phase in Phase if phase is not Phase.explain]  # takes minutes for little
+settings.register_profile("quick", deadline=None, phases=PHASES, derandomize=True, max_examples=100)
+settings.register_profile("thorough", deadline=None, phases=PHASES, max_examples=3_000)  # anew at each run
 settings.load_profile("quick")
 
 
