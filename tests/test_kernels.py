@@ -240,6 +240,7 @@ walk = {"NOISE_LENGTH": 65536, "CLOSE": True, "SCALED": True, "SKIPS": True}
 compiles(ours._visit, (f,) * 10, whole, **walk)
 compiles(ours._visit, (h, h, f, f, f, f, h, None, f, h), whole, **walk)
 compiles(ours._visit, (d,) * 7 + (None, d, d), whole, **walk)
+compiles(ours._visit, (d,) * 6 + (h, None, d, h), whole, **walk)
 plain = walk | {"SCALED": False, "SKIPS": False}
 compiles(ours._visit, (f, f, *(None,) * 4, f, None, None, None), whole, **plain | {"CLOSE": False})
 compiles(ours._visit, (f, None, f, f, f, f, f, None, None, None), whole, **plain)

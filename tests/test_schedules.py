@@ -27,15 +27,15 @@ UNIT = {torch.bfloat16: 2.0**-9, torch.float32: 2.0**-24, torch.float64: 2.0**-5
 THREE = r"^Got .*\. Expected .*\. \S.*"
 SEEDS = st.integers(0, 2**16)
 
-RULES = st.one_of(
-    st.fixed_dictionaries({
-        "name": st.just("RWalk"),
-        "alpha": st.sampled_from([0.9, 0.1, 1.0, 0.0, "mean"]),
-        "delta_t": st.integers(1, 5),
-        "eps": st.sampled_from([1e-3, 1e-7, 1.0]),
-        "normalize": st.sampled_from(["max", "mean", "tensor", "first"]),
-        "accumulate": st.sampled_from(["average", "sum"]),
-    }),
+WALKS = st.fixed_dictionaries({
+    "name": st.just("RWalk"),
+    "alpha": st.sampled_from([0.9, 0.1, 1.0, 0.0, "mean"]),
+    "delta_t": st.integers(1, 5),
+    "eps": st.sampled_from([1e-3, 1e-7, 1.0]),
+    "normalize": st.sampled_from(["max", "mean", "tensor", "first"]),
+    "accumulate": st.sampled_from(["average", "sum"]),
+})  # fmt: skip
+OTHERS = st.one_of(
     st.fixed_dictionaries({
         "name": st.just("EWCpp"),
         "alpha": st.sampled_from([0.9, 0.1, "mean"]),
@@ -61,8 +61,11 @@ def wide(tensor):
 class Schedules(RuleBasedStateMachine):
     """One model, one optimiser at a time, one consolidator at a time."""
 
+    walks = True
+
     @initialize(
-        fields=RULES,
+        walk=WALKS,
+        other=OTHERS,
         dtype=st.sampled_from(list(UNIT)),
         shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=3),
         pull=st.sampled_from(["gradient", "proximal"]),
@@ -73,7 +76,8 @@ class Schedules(RuleBasedStateMachine):
         late=st.booleans(),
         seed=SEEDS,
     )
-    def begin(self, fields, dtype, shapes, pull, average, momentum, strength, coarse, late, seed):
+    def begin(self, walk, other, dtype, shapes, pull, average, momentum, strength, coarse, late, seed):
+        fields = walk if self.walks else other
         self.random, self.dtype, self.momentum = np.random.default_rng(seed), dtype, momentum
         self.options = {"pull": pull, "average": average, "state_dtype": coarse}
         self.rule = KINDS[fields["name"]](**{key: value for key, value in fields.items() if key != "name"})
@@ -183,8 +187,10 @@ class Schedules(RuleBasedStateMachine):
         for _ in range(times):
             self._train(size, missing, scale)
 
-    @rule(lengths=st.lists(st.integers(0, 3), min_size=1, max_size=3), missing=st.sampled_from([0, 1, 2, 6]))
+    @rule(lengths=st.lists(st.integers(0, 6), min_size=1, max_size=3), missing=st.sampled_from([0, 1, 2, 6]))
     def tasks(self, lengths, missing):
+        if not self.attached:
+            self.attach()
         for n, length in enumerate(lengths):
             self.train(1.0, missing if n else 0, None, length)
             self.consolidate()
@@ -468,5 +474,9 @@ class Schedules(RuleBasedStateMachine):
         self._refused((ValueError, TypeError, RuntimeError), calls[call])
 
 
-TestSchedules = Schedules.TestCase
-TestSchedules.settings = settings(stateful_step_count=30)
+class Others(Schedules):
+    walks = False
+
+
+TestWalks, TestOthers = Schedules.TestCase, Others.TestCase
+TestWalks.settings = TestOthers.settings = settings(stateful_step_count=30)

@@ -30,7 +30,7 @@ class Row(NamedTuple):
     @property
     def whole(self) -> bool:
         """Whether columns that work together are all there or all missing; fused backends leave other rows to the next one."""
-        path = len({column is None for column in (self.path, self.mark, self.previous)}) == 1
+        path = (self.path is None) == (self.mark is None) == (self.previous is None)
         score = self.score is None or self.fisher is not None
         return path and score and (self.point is None) == (self.omega is None)
 
