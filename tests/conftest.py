@@ -2,11 +2,17 @@ import os
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: the tests run its kernels on the CPU
 
 torch.set_num_threads(1)  # tests run side by side, and two threads each would wait for one another
+
+PHASES = [phase for phase in Phase if phase is not Phase.explain]  # takes minutes for little
+settings.register_profile("quick", deadline=None, phases=PHASES, derandomize=True, max_examples=100)
+settings.register_profile("thorough", deadline=None, phases=PHASES, max_examples=3_000)  # anew at each run
+settings.load_profile("quick")
 
 
 @pytest.fixture(autouse=True)

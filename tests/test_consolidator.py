@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cases import Heads, assert_same_state, batches, mlp, train
-from rwalk import Consolidator, RWalk
+from rwalk import Consolidator, RWalk, kernels
 
 
 def attached(model=None, strength=1.0, **fields):
@@ -255,6 +255,7 @@ def test_consolidating_before_attaching():
     lambda s: s | {"shapes": None},
     lambda s: s | {"state": None},
     lambda s: s | {"state": {**s["state"], "fisher": None}},
+    lambda s: s | {"state": {**s["state"], "far": torch.zeros(3, dtype=torch.int64)}},
     lambda s: s | {"anchor": {"point": s["anchor"]["point"]}},
     lambda s: s | {"tail": None},
     lambda s: s | {"average": "tail"},
@@ -316,3 +317,42 @@ def test_values_of_wrong_types(make):
 
 def test_numpys_numbers_are_numbers():
     assert RWalk(alpha=np.float32(0.5), delta_t=np.int64(5), eps=np.float64(1e-3)).delta_t == 5
+
+
+def grow_in_place(layer, to=5):
+    for p in (layer.weight, layer.bias):
+        p.data, p.grad = torch.cat([p.data, torch.zeros(to - len(p), *p.shape[1:], dtype=p.dtype)]), None
+
+
+@pytest.mark.parametrize("backend", ["blocked", "numba"])
+def test_a_tensor_that_grew_in_place_beside_the_optimiser_is_taken_up_before_the_next_step(backend):
+    """Compiled code works on addresses: with state of the old shape it would write beyond its end."""
+    if backend == "numba":
+        pytest.importorskip("numba")
+    model, optimizer, memory = attached(Heads(), delta_t=1)
+    train(model, optimizer, batches(0, 3))
+    memory.consolidate()
+    model.on = 1
+    optimizer = torch.optim.SGD([*model.trunk.parameters(), *model.heads[1].parameters()], lr=0.1)
+    memory.attach(optimizer)
+    grow_in_place(model.heads[0])
+    kernels.use(backend)
+    try:
+        train(model, optimizer, batches(1, 3))
+    finally:
+        kernels.use("blocked")
+    index = list(memory._watch.theta).index("heads.0.weight")
+    assert all(getattr(memory._state, key)[index].shape == (5, 7) for key in ("fisher", "path", "score", "mark", "previous"))
+    memory.consolidate()
+    assert memory.anchor.omega["heads.0.weight"].shape == (5, 7)
+
+
+def test_a_state_of_tensors_that_grew_in_place_loads_into_the_model_as_it_is():
+    model, optimizer, memory = attached(torch.nn.Linear(5, 3).double())
+    train(model, optimizer, batches(0, 4))
+    memory.consolidate()
+    grow_in_place(model)
+    other = Consolidator(model, RWalk())
+    other.load_state_dict(memory.state_dict())
+    assert_same_state(memory, other)
+    assert other.anchor.omega["weight"].shape == (5, 5)

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from cases import assert_same_state, batches, mlp, train
-from rwalk import EWC, SI, Consolidator, EWCpp, RWalk, kernels
+from rwalk import EWC, SI, Consolidator, EWCpp, RWalk, guard, kernels
 from rwalk.guard import norms_of
 
 RULES = [RWalk(delta_t=3), RWalk(delta_t=3, fisher="example"), EWCpp(alpha="mean"), SI(), EWC()]
@@ -132,3 +132,42 @@ def test_loss_scaling_gives_what_training_without_it_gives(rule, options, fused,
     for a, b in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
     assert memory.skipped == (8 if fused else 0)
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Have flags waited for no more than on a GPU: what the host has counted is taken back before the next use."""
+    monkeypatch.setattr(guard.Doubt, "open", True)
+
+
+def skipped_step(model, optimizer):
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(1.0)
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf
+
+
+@pytest.mark.parametrize("rule", [RWalk(delta_t=1), SI(), EWCpp()], ids=repr)
+def test_a_skipped_step_is_taken_back_before_parameters_grow_or_join(rule, late):
+    model = torch.nn.Linear(5, 3).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, fused=True)
+    memory = Consolidator(model, rule).attach(optimizer)
+    train(model, optimizer, batches(0, 3))
+    skipped_step(model, optimizer)
+    for p in model.parameters():
+        p.data, p.grad = torch.cat([p.data, torch.zeros(2, *p.shape[1:], dtype=p.dtype)]), None
+    memory.penalty()
+    train(model, optimizer, batches(1, 3))
+    memory.consolidate()
+    assert memory.skipped == 1
+    assert memory.anchor.omega["weight"].shape == (5, 5)
+
+
+def test_a_skipped_first_step_is_no_reason_to_refuse_another_optimiser(late):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, fused=True)
+    memory = Consolidator(model, RWalk()).attach(optimizer)
+    skipped_step(model, optimizer)
+    memory.attach(torch.optim.SGD(model.parameters(), lr=0.05))
+    assert memory.skipped == 1

@@ -241,6 +241,7 @@ walk = {"NOISE_LENGTH": 65536, "CLOSE": True, "SCALED": True, "SKIPS": True}
 compiles(ours._visit, (f,) * 10, whole, **walk)
 compiles(ours._visit, (h, h, f, f, f, f, h, None, f, h), whole, **walk)
 compiles(ours._visit, (d,) * 7 + (None, d, d), whole, **walk)
+compiles(ours._visit, (d,) * 6 + (h, None, d, h), whole, **walk)
 plain = walk | {"SCALED": False, "SKIPS": False}
 compiles(ours._visit, (f, f, *(None,) * 4, f, None, None, None), whole, **plain | {"CLOSE": False})
 compiles(ours._visit, (f, None, f, f, f, f, f, None, None, None), whole, **plain)
@@ -305,3 +306,16 @@ def test_a_backend_that_is_not_installed_explains_itself(monkeypatch):
     with pytest.raises(ImportError, match=r"Got backend `numba`.*pip install 'rwalk\[fast\]'"):
         kernels.use("numba")
     assert kernels.current() == "blocked"
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS], indirect=True)
+def test_importance_in_bfloat16_is_not_rounded_again_where_it_is_scaled(backend):
+    """Truth: the formulas in float64 with the importance as it is held."""
+    theta, point, second = torch.tensor([1.0, 2.0]), torch.tensor([5.0, -3.0]), torch.tensor([0.3, 0.7])
+    omega, grad = torch.tensor([1.0 + 2.0**-7, 3.0]).bfloat16(), torch.zeros(2)
+    kernels.visit_(Visit([theta], [grad], point=[point], omega=[omega], strength=0.5, scale=torch.tensor(0.3)))
+    close_to(grad, (0.3 * omega.double() * (theta - point)).float())
+    w = 0.3 * omega.double() / (second.double().sqrt() + 1e-3)
+    expected = ((theta + w * point) / (1 + w)).float()
+    kernels.after_([After(theta, point, omega, second, step=0.3, eps=1e-3)])
+    close_to(theta, expected)

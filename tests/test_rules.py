@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cases import batches, mlp, train
+from cases import Heads, batches, mlp, train
 from oracle import softmax_gradient, softmax_squares
 from rwalk import EWC, L2, MAS, SI, Anchor, Consolidator, EWCpp, OnlineEWC, RWalk, kernels
 from rwalk.importance.base import Finish, Step
@@ -396,3 +396,21 @@ def test_passes_that_the_gradient_does_not_hold_fall_back_to_the_batch_with_a_wa
         close(o, expected.numpy())
     with pytest.raises(RuntimeError, match="do not sum"):
         example_fisher(prepare, strict=True)
+
+
+@pytest.mark.parametrize("alpha", [0.5, "mean"])
+@pytest.mark.parametrize("accumulate", ["last", "sum"])
+def test_a_tensor_that_takes_no_part_in_a_task_adds_nothing_to_a_running_fisher_information(alpha, accumulate):
+    model = Heads()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    memory = Consolidator(model, EWCpp(alpha=alpha, accumulate=accumulate)).attach(optimizer)
+    train(model, optimizer, batches(0, 5))
+    memory.consolidate()
+    before = {name: omega.clone() for name, omega in memory.anchor.omega.items()}
+    memory.consolidate()
+    assert all(torch.equal(omega, before[name]) for name, omega in memory.anchor.omega.items())
+    model.on = 1
+    train(model, optimizer, batches(1, 5))
+    memory.consolidate()
+    assert torch.equal(memory.anchor.omega["heads.0.weight"], before["heads.0.weight"])
+    assert not torch.equal(memory.anchor.omega["trunk.weight"], before["trunk.weight"])

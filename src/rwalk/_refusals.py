@@ -270,6 +270,8 @@ def _alike(value: Any, fresh: Any) -> bool:
     """Tell whether a plain value of a state is of the kind that a fresh one has there."""
     if isinstance(value, tuple) and isinstance(fresh, tuple):
         return len(value) == len(fresh) and all(map(_alike, value, fresh))
+    if isinstance(fresh, Tensor):
+        return isinstance(value, Tensor) and value.shape == fresh.shape
     return isinstance(value, type(fresh))
 
 

@@ -145,6 +145,7 @@ class Consolidator:
             ValueError: if the optimiser holds none of the model's trainable parameters.
         """
         refusals.refuse_kind(optimizer)
+        self._resolve()
         optimizer = steps.innermost(optimizer)
         self._refuse_optimizer(optimizer)
         watch = look(self.model, optimizer, self._watch.theta)
@@ -245,6 +246,7 @@ class Consolidator:
             RuntimeError: if the rule measures during training.
             ValueError: if the rule measures on data and there is none.
         """
+        self._resolve()
         refusals.refuse_estimate(self.rule, self._steps)
         refusals.refuse_consolidation(self.rule, data, early=False)
         self._widen(trainable(self.model))
@@ -322,6 +324,7 @@ class Consolidator:
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to continue, mid-task included, as plain tensors and numbers, copied."""
         self._resolve()
+        self._theta()  # what grew is saved as it is now, so that it can be loaded into the model as it is now
         return {
             "format": refusals.FORMAT,
             "rule": refusals.description(self.rule),
@@ -455,6 +458,7 @@ class Consolidator:
 
     def _widen(self, names: Collection[str]) -> None:
         """Protect parameters of these names too, and take up modules that were replaced since the last look."""
+        self._resolve()  # it would bring back state of the old shapes
         known = {*self._watch.theta, *names}
         optimizer = self._optimizer
         watch = Watch.of(self.model, known) if optimizer is None else look(self.model, optimizer, known)

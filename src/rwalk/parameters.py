@@ -104,8 +104,8 @@ class Watch:
         return cls(theta, shapes={name: p.shape for name, p in theta.items()})
 
     def stale(self, optimizer: Optimizer) -> bool:
-        """Tell whether parameters joined the optimiser, were frozen, thawed, moved or grew since the look."""
-        return _fingerprint(held(optimizer)) != self.fingerprint
+        """Tell whether parameters joined the optimiser, were frozen, thawed, moved or grew since the look, or others grew."""
+        return _fingerprint(held(optimizer), self.theta, self.inside) != self.fingerprint
 
     def same(self, other: "Watch") -> bool:
         """Tell whether another look found the same parameters, of the same shapes."""
@@ -116,8 +116,10 @@ class Watch:
         return [n for n, old in self.shapes.items() if n not in other.shapes or not grown(old, other.shapes[n])]
 
 
-def _fingerprint(parameters: list[nn.Parameter]) -> list[Any]:
-    return [(id(p), p.shape, p.dtype, p.device, p.requires_grad) for p in parameters]
+def _fingerprint(held: list[nn.Parameter], theta: Mapping[str, nn.Parameter], inside: Collection[str]) -> list[tuple[Any, ...]]:
+    """Describe what an optimiser holds, and what is protected beside it."""
+    beside = [p for name, p in theta.items() if name not in inside]
+    return [(id(p), p.shape, p.dtype, p.device, p.requires_grad) for p in (*held, *beside)]
 
 
 def look(model: nn.Module, optimizer: Optimizer, known: Collection[str] = ()) -> Watch:
@@ -126,7 +128,7 @@ def look(model: nn.Module, optimizer: Optimizer, known: Collection[str] = ()) ->
     ids, trained = {id(p) for p in now}, {id(p) for p in now if p.requires_grad}
     theta = {name: p for name, p in named(model).items() if name in known or id(p) in trained}
     inside = frozenset(name for name, p in theta.items() if id(p) in ids)
-    return Watch(theta, inside, {name: p.shape for name, p in theta.items()}, _fingerprint(now))
+    return Watch(theta, inside, {name: p.shape for name, p in theta.items()}, _fingerprint(now, theta, inside))
 
 
 def regraft(

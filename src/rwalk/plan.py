@@ -43,7 +43,7 @@ class Formula(NamedTuple):
 
 TRACE = Formula("theta grad path mark previous", "path previous", 12, 4)
 CLOSE = Formula("theta path mark previous", "path mark previous", 10, 4)
-SETTLE = Formula("theta path mark previous fisher score", "path mark previous score", 30, 13)
+SETTLE = Formula("theta path mark previous fisher score", "path mark previous score", 31, 14)
 SQUARE = Formula("grad fisher", "fisher", 5, 2)
 PULL = Formula("theta grad point omega", "grad", 7, 2)
 DRAW = Formula("theta point omega", "theta", 12, 5)
@@ -84,7 +84,7 @@ RULES: dict[str, Rule] = {
     "rwalk": Rule(
         state="fisher path score mark previous",
         later="total",
-        coarse="fisher",
+        coarse="fisher total",
         slow="total",
         step=(TRACE, SQUARE),
         closing=SETTLE,

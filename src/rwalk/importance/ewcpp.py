@@ -20,12 +20,14 @@ class Running(NamedTuple):
 
     Args:
         fisher: F.
-        seen: steps that went into F: of this task with `alpha="mean"`, else of all tasks.
+        seen: how many steps of this task gave the tensor a gradient.
+        known: whether an earlier task did.
         scale: with `normalize="first"`, the scale kept from the first task; infinite before.
     """
 
     fisher: list[Tensor]
     seen: list[int]
+    known: list[bool]
     scale: float = math.inf
 
 
@@ -66,11 +68,12 @@ class EWCpp(Importance[Running]):
 
     def init(self, theta: list[Tensor]) -> Running:
         """Start without history: one tensor per parameter."""
-        return Running(zeros(theta), [0] * len(theta))
+        return Running(zeros(theta), [0] * len(theta), [False] * len(theta))
 
     def observe(self, state: Running, step: Step) -> Running:
         """Move the running Fisher information towards the new squared gradient."""
-        weight = [1 / (n + 1) if self.alpha == "mean" or n == 0 else self.alpha for n in state.seen]
+        counts = list(zip(state.seen, state.known, strict=True))
+        weight = [1 / (n + 1) if self.alpha == "mean" else self.alpha if n or known else 1.0 for n, known in counts]
         step.visit(fisher=state.fisher, weight=weight, tick=max(state.seen, default=0))
         return state._replace(seen=[n + (g is not None) for n, g in zip(state.seen, step.grad, strict=True)])
 
@@ -80,13 +83,16 @@ class EWCpp(Importance[Running]):
         if self.normalize != "none":
             scale = divisors(state.fisher, self.normalize, state.scale)
         omega = [f / c for f, c in zip(state.fisher, scale, strict=True)]
-        for i, (new, old) in enumerate(zip(omega, finish.earlier(), strict=True)):
-            if old is not None and (self.accumulate == "sum" or state.seen[i] == 0):
-                new.add_(old)  # a tensor that took no part in the task has a mean of zero, and keeps what it had
+        stands = self.accumulate == "last" and self.alpha != "mean"  # F is of all tasks, and is scaled anew
+        for new, old, n, known in zip(omega, finish.earlier(), state.seen, state.known, strict=True):
+            if old is not None and n == 0 and not (stands and known):
+                new.copy_(old)  # a tensor that took no part in the task keeps what it had
+            elif old is not None and self.accumulate == "sum":
+                new.add_(old)
         if self.normalize == "first" and scale:
             state = state._replace(scale=scale[0])
         if self.alpha == "mean":
             for fisher in state.fisher:
                 fisher.zero_()
-            state = state._replace(seen=[0] * len(state.seen))
-        return finish.renew(omega), state
+        ever = [known or n > 0 for n, known in zip(state.seen, state.known, strict=True)]
+        return finish.renew(omega), state._replace(seen=[0] * len(ever), known=ever)

@@ -147,7 +147,7 @@ class RWalk(Importance[Walk]):
         """Count the elements of a window that has ended, and those whose squared Riemannian distance exceeded eps."""
         if far is None or not state.steps:
             return state
-        return state._replace(windows=state.windows + sum(t.numel() for t in theta), far=state.far + far)
+        return state._replace(windows=state.windows + sum(t.numel() for t in theta), far=state.far.to(far.device) + far)
 
     def _weight(self, state: Walk, i: int) -> float:
         """Return the new square's share for tensor i: all of it on its very first step."""

@@ -125,4 +125,4 @@ def penalty(theta: Tensors, point: Tensors, omega: Tensors) -> float | Tensor:
     """Return the sum of omega * (theta - point)^2 over all tensors, a scalar."""
     triples = zip(theta, point, omega, strict=True)
     terms: list[Tensor] = [blocked.penalty(now, p.to(now.device), o.to(now.device)) for now, p, o in triples]
-    return sum(terms)
+    return sum(term.to(terms[0].device) for term in terms)

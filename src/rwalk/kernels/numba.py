@@ -32,6 +32,8 @@ NONE, WIDE, COARSE = 0, 1, 2
 ROW = (COARSE, COARSE, WIDE, WIDE, WIDE, WIDE, COARSE, WIDE, WIDE, COARSE)
 AFTER = (COARSE, WIDE, COARSE, COARSE, WIDE)
 """The most that the compiled code takes in each column of `Row` and `After`."""
+PATH, SCORE = 2, 5
+"""Places of columns of `Row`."""
 PRECISION = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
 """State precision of each kind of parameter that the compiled code takes."""
 LAYOUT: tuple[Any, ...] = (np.int64, np.int8, np.int64)
@@ -64,7 +66,8 @@ def visit_(rows: Iterable[Row], visit: Visit) -> tuple[list[Row], list[Tensor]]:
     numbers = (visit.eps, 2 * visit.strength * scale, scale)
     random = noise(CPU).numpy()
     far = sum(_run(_visit, table, numbers, visit.close, noise_start(visit.tick), random) for table in tables)
-    return left, [torch.tensor(far)] if visit.close and visit.score is not None else []
+    settled = visit.close and any((kinds[:, [PATH, SCORE]] != NONE).all(1).any() for _, kinds, *_ in tables)
+    return left, [torch.tensor(far)] if settled else []
 
 
 def after_(rows: Iterable[After]) -> list[After]:
@@ -84,7 +87,7 @@ def _tables(rows: Iterable[AnyRow], kinds: tuple[int, ...]) -> tuple[list[tuple[
     left: list[AnyRow] = []
     for row in rows:
         tensors: tuple[Any, ...] = row[: len(kinds)]
-        found = _kinds(tensors, kinds)
+        found = _kinds(tensors, kinds) if row.whole else None
         if found is None:
             left.append(row)
         else:

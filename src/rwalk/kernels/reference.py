@@ -52,7 +52,7 @@ def visit_one_(row: Row, visit: Visit, start: int = 0) -> Tensor | None:
         squares = row.squares if visit.scale is None or row.squares is None else row.squares / visit.scale**2
         update_(row.fisher, g, squares, row.weight, start, visit.tick)
     if row.point is not None and row.omega is not None:
-        omega = row.omega if visit.scale is None else row.omega * visit.scale
+        omega = row.omega if visit.scale is None else row.omega.to(row.point.dtype) * visit.scale
         pull_(row.grad, row.theta, row.point, omega, visit.strength)
     return far
 
@@ -131,13 +131,16 @@ def rounded(value: Tensor, noise: Tensor) -> Tensor:
 
 
 def bits(like: Tensor, start: int, tick: int) -> Tensor:
-    """Return 16 random bits for each element, from its position and the number of the visit: the same on every backend."""
+    """Return 16 random bits for each element, from its place in memory and the number of the visit: the same on every backend.
+
+    `like` is dense, in any order.
+    """
     table = noise(like.device)
     first = (noise_start(tick) + start) % NOISE
     if first + like.numel() <= len(table):
-        return table[first : first + like.numel()].view(like.shape)
+        return table.as_strided(like.shape, like.stride(), first)
     places = torch.arange(first, first + like.numel(), device=like.device) % NOISE
-    return table[places].view(like.shape)
+    return table[places].as_strided(like.shape, like.stride())
 
 
 def noise_start(tick: int) -> int:
@@ -175,7 +178,8 @@ def draw_scaled_(
     theta: Tensor, point: Tensor, omega: Tensor, second: Tensor, step: float, correction: float, eps: float
 ) -> None:
     """Move towards the anchor in Adam's metric: as `draw_`, with w = step * omega / (sqrt(second / correction) + eps)."""
-    _approach_(theta, point, (second / correction).sqrt_().add_(eps).div_(omega * step))
+    way = (second.to(point.dtype) / correction).sqrt_().add_(eps)
+    _approach_(theta, point, way.div_(omega.to(point.dtype) * step))
 
 
 def _approach_(theta: Tensor, point: Tensor, inverse: Tensor) -> None:

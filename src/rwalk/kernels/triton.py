@@ -43,7 +43,7 @@ def visit_(rows: Iterable[Row], visit: Visit) -> tuple[list[Row], list[Tensor]]:
         tables = (_on(visit.scale, count), _on(visit.skip, count), noise(device), count)
         numbers = (visit.eps, 2 * visit.strength, noise_start(visit.tick))
         _launch(_visit, mine, kinds, ROW_COLUMNS, *tables, *numbers, CLOSE=visit.close, NOISE_LENGTH=NOISE, **flags)
-        far += [count] if visit.close and kinds[5] is not None else []
+        far += [count] if visit.close and kinds[2] is not None and kinds[5] is not None else []
     return left, far
 
 
@@ -62,7 +62,7 @@ def _sort(rows: Iterable[AnyRow], columns: int) -> tuple[dict[tuple[Any, ...], l
     for row in rows:
         tensors = [t for t in row if isinstance(t, Tensor)]
         known = all(t.dtype in KINDS and t.device == row.theta.device for t in tensors)
-        if row.theta.device.type in DEVICES and known and one_order(tensors):
+        if row.theta.device.type in DEVICES and known and row.whole and one_order(tensors):
             kinds: list[Any] = [KINDS[t.dtype] if isinstance(t, Tensor) else None for t in row[:columns]]
             groups.setdefault((*kinds, row.theta.device), []).append(row)
         else:
@@ -137,7 +137,7 @@ def _visit(
         if CLOSE:
             path -= previous * moved
             if KINDS[5] is not None:
-                distance = 0.5 * fisher * moved * moved
+                distance = moved * moved * fisher * 0.5  # in the reference's order, so that both count alike
                 score = tl.load(_pointer(table, row, 5, KINDS) + at, mask=inside, other=0)
                 tl.store(_pointer(table, row, 5, KINDS) + at, score + path / (distance + eps), mask=inside)
                 tl.atomic_add(far, tl.sum((inside & (distance > eps)).to(tl.int64)))
@@ -164,7 +164,7 @@ def _visit(
             fisher = (1 - weight) * fisher + weight * fresh
             if KINDS[6] == tl.bfloat16:
                 noisy = tl.load(noise + (first + at) % NOISE_LENGTH)
-                fisher = ((fisher.to(tl.int32, bitcast=True) + noisy) & -65536).to(tl.float32, bitcast=True)
+                fisher = ((fisher.to(tl.float32).to(tl.int32, bitcast=True) + noisy) & -65536).to(tl.float32, bitcast=True)
             tl.store(_pointer(table, row, 6, KINDS) + at, fisher.to(KINDS[6]), mask=inside)
         if KINDS[9] is not None:
             point = tl.load(_pointer(table, row, 8, KINDS) + at, mask=inside, other=0)

@@ -27,6 +27,13 @@ class Row(NamedTuple):
     omega: Tensor | None = None
     weight: float = 0.0
 
+    @property
+    def whole(self) -> bool:
+        """Whether columns that work together are all there or all missing; fused backends leave other rows to the next one."""
+        path = (self.path is None) == (self.mark is None) == (self.previous is None)
+        score = self.score is None or self.fisher is not None
+        return path and score and (self.point is None) == (self.omega is None)
+
 
 class Visit(NamedTuple):
     """Before the optimiser moves: end a stretch of the path, extend the path, update the Fisher information, add the pull.
@@ -103,3 +110,8 @@ class After(NamedTuple):
     correction: float = 1.0
     eps: float = 0.0
     weight: float = 0.0
+
+    @property
+    def whole(self) -> bool:
+        """Whether columns that work together are all there or all missing; fused backends leave other rows to the next one."""
+        return (self.point is None) == (self.omega is None)
