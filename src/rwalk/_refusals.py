@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from rwalk._errors import explain
 from rwalk.anchor import Anchor, Match
 from rwalk.importance.base import Importance, no_data
+from rwalk.parallel import layout, sharded
 from rwalk.parameters import Watch
 
 FORMAT = 1
@@ -155,6 +156,21 @@ def refuse_nothing(watch: Watch) -> None:
                 "an optimiser that holds none of the model's trainable parameters",
                 "at least one in common",
                 "Build the optimiser from `model.parameters()` of the model that was given to the consolidator.",
+            )
+        )
+
+
+def refuse_change_of_spread(old: Watch, new: Watch) -> None:
+    """Refuse parameters that were cut into shards, or cut otherwise, while there is state beside them; also grown shards."""
+    both = [(name, p, new.parameters[name]) for name, p in old.parameters.items() if name in new.parameters]
+    changed = [name for name, p, q in both if (sharded(p) or sharded(q)) and layout(p) != layout(q)]
+    if changed:
+        raise RuntimeError(
+            explain(
+                f"parameters {listed(changed)} that were sharded anew, or grew in shards, under a consolidator",
+                "shards that stay as they are",
+                "Call `fully_shard` before `attach`; to go on with what was learned, `save` it before, `load` it into a new "
+                "consolidator of the plain model as it was, let that grow, and `load` once more what that one saves.",
             )
         )
 

@@ -78,7 +78,7 @@ class EWCpp(Importance[Running]):
         """Hold to the running Fisher information, or add it to that of earlier tasks."""
         scale = [1.0] * len(state.fisher)
         if self.normalize != "none":
-            scale = divisors(state.fisher, self.normalize, state.scale)
+            scale = divisors(state.fisher, self.normalize, state.scale, finish.spread)
         omega = [f / c for f, c in zip(state.fisher, scale, strict=True)]
         for i, (new, old) in enumerate(zip(omega, finish.earlier(), strict=True)):
             if old is not None and (self.accumulate == "sum" or state.seen[i] == 0):
