@@ -75,3 +75,68 @@ def test_every_rule_gives_what_one_process_gives(on, how, world):
     for name in ranked.RULES:
         for rank in results:
             alike(rank[name]["found"], truth(name)["found"], f"{name} on {world} ranks under {how}")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")  # that there is no process group in one process
+@pytest.mark.parametrize("name", ["rwalk", "recipe", "ewc"])
+def test_a_distributed_checkpoint_goes_on_with_another_number_of_ranks(on, name, tmp_path):
+    """Two ranks, then three, then one process; truth: training that was never interrupted."""
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    undisturbed = on(2, "saved", name=name, how="fsdp", folder=first)[0]
+    for rank in on(3, "resumed", name=name, how="fsdp", folder=first, again=second):
+        alike(rank, undisturbed, name)
+    alike(ranked.resumed(name, "alone", second), undisturbed, name)
+    for rank in on(2, "resumed", name=name, how="ddp", folder=second):
+        alike(rank, undisturbed, name)
+
+
+def test_under_fully_shard_each_rank_holds_its_part_alone(on):
+    """Whole / N but for uneven shards: 7 and 3 rows on 2 ranks are 4 + 3 and 2 + 1."""
+    ranks = on(2, "all_trained", names=["rwalk", "recipe"], how="fsdp")
+    shapes = [[(4, 5), (4,), (2, 7), (2,)], [(3, 5), (3,), (1, 7), (1,)]]
+    for tensors, name in ((8, "rwalk"), (4, "recipe")):
+        for rank, mine in zip(ranks, shapes, strict=True):
+            assert rank[name]["local"] == [list(shape) for shape in mine]
+            assert rank[name]["bytes"] == tensors * 8 * sum(map(math.prod, mine))
+        assert sum(rank[name]["bytes"] for rank in ranks) == truth(name)["bytes"]
+
+
+def test_what_is_communicated(on):
+    """Nothing under DDP but for what is measured on each rank's own examples; under fully_shard a few figures."""
+    names = ["rwalk", "recipe", "si", "ewc", "rwalk example"]
+    ddp, fsdp = (on(2, "all_counted", names=names, how=how)[0] for how in ("ddp", "fsdp"))
+    whole = {"allreduce_": 1}
+    assert [ddp[name] for name in ("rwalk", "recipe", "si")] == [[{}, {}]] * 3
+    assert ddp["ewc"] == [{}, {"allreduce_": 1 + 4}], "how many examples, and each tensor"
+    assert ddp["rwalk example"] == [whole, {}]
+    assert fsdp["rwalk"] == [whole, {"allreduce_": 2}], "whether all is finite; the largest F and the largest S"
+    assert fsdp["recipe"] == [whole, {}], "its scale is kept from the first task"
+    assert fsdp["si"] == [whole, {}]
+    step, end = fsdp["ewc"]
+    assert step == whole
+    assert end == {"all_gather_into_tensor": 4, "allreduce_": 1, "reduce_scatter_tensor": 4}
+    step, end = fsdp["rwalk example"]
+    assert step == {"allreduce_": 2, "reduce_scatter_tensor": 4, "all_gather_into_tensor": 1}
+    assert end == {"allreduce_": 2}
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_all_ranks_refuse_or_skip_a_step_together(on, how):
+    for rank in on(2, "spoiled", name="rwalk", how=how, nonfinite="raise"):
+        assert "Got gradients of `2.weight` that are not finite" in rank["error"]
+        alike(rank["before"], rank["after"])
+    for rank in on(2, "spoiled", name="rwalk", how=how, nonfinite="skip"):
+        assert not rank["error"]
+        assert rank["skipped"] == 1
+        alike(rank["before"] | {"figures": {}}, rank["after"] | {"figures": {}})
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_files_hold_whole_tensors_and_come_back_in_parts(on, how, tmp_path):
+    for rank in on(3, "filed", name="rwalk", how=how, folder=str(tmp_path)):
+        assert all(rank["same"])
+        assert all(rank["anchor"])
+        assert "4 the same shape" in rank["match"]
+        memory = ranked.started("rwalk")[2]
+        memory.load(tmp_path / "memory")
+        alike(memory.state_dict(), rank["state"], rtol=0, atol=0)

@@ -19,6 +19,8 @@ from rwalk.parameters import Watch
 
 FORMAT = 1
 """Version of the layout of `Consolidator.state_dict`."""
+GROUPS = (("shapes",), ("state",), ("anchor", "point"), ("anchor", "omega"), ("tail", "average"), ("tail", "count"))
+"""The dictionaries of that layout."""
 
 
 def check_strength(value: float) -> float:

@@ -329,6 +329,18 @@ class Consolidator:
             "tail": {"average": parallel.placed(_copied(self._tail.average), parameters), "count": dict(self._tail.count)},
         }
 
+    def blank_state_dict(self, folder: str | Path, key: str) -> dict[str, Any]:
+        """Return a state dictionary into which `torch.distributed.checkpoint` can load a saved one, on any number of ranks.
+
+        What is in a state depends on how far training had come, and `torch.distributed.checkpoint.load` fills only what it is
+        given. So pass `{KEY: memory.blank_state_dict(FOLDER, KEY)}` to it, and what it has filled to `load_state_dict`.
+
+        Args:
+            folder: the checkpoint, as `torch.distributed.checkpoint.save` wrote it.
+            key: under which key of what was saved the `state_dict` was.
+        """
+        return parallel.blank(folder, key, named(self.model), refusals.GROUPS)  # type: ignore[no-any-return]
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a `state_dict` of the same model and rule; on an error nothing changes.
 

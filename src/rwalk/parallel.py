@@ -168,6 +168,55 @@ def _cuts(parameters: Sequence[Any]) -> list[Any]:
     return [place for p in parameters for place in p.placements if place.is_shard()]
 
 
+def blank(folder: Any, key: str, parameters: Mapping[str, Tensor], groups: Sequence[Sequence[str]]) -> Any:
+    """Return a state to load a distributed checkpoint into: its layout, with empty tensors placed as the parameters are.
+
+    Args:
+        folder: the checkpoint, as `torch.distributed.checkpoint.save` wrote it.
+        key: where in what was saved the state is.
+        parameters: the model's parameters by name.
+        groups: where in the state there are dictionaries, also if nothing is in them: checkpoints drop empty ones.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    metadata = FileSystemReader(folder).read_metadata()
+    places = {name: path[1:] for name, path in (metadata.planner_data or {}).items() if path[0] == key}
+    names = list(dict.fromkeys(path[1] for path in places.values() if path[0] == "shapes"))
+    tree: Any = {}
+    for path in groups:
+        _plant(tree, path, {})
+    for entry, path in places.items():
+        stored = metadata.state_dict_metadata[entry]
+        leaf: Any = None
+        if isinstance(stored, TensorStorageMetadata):
+            like = parameters.get(names[path[2]] if path[0] == "state" and len(path) == 3 else path[-1])
+            leaf = _empty(stored, like)
+        _plant(tree, path, leaf)
+    return _listed(tree)
+
+
+def _empty(stored: Any, like: Tensor | None) -> Tensor:
+    """Make an empty tensor for one that is stored, in parts like those of a parameter."""
+    if like is None or not sharded(like) or like.shape != stored.size:
+        return torch.empty(stored.size, dtype=stored.properties.dtype)
+    return as_whole(torch.empty_like(local(like), dtype=stored.properties.dtype), like)
+
+
+def _plant(tree: dict[Any, Any], path: Sequence[Any], leaf: Any) -> None:
+    for step in path[:-1]:
+        tree = tree.setdefault(step, {})
+    tree[path[-1]] = leaf
+
+
+def _listed(tree: Any) -> Any:
+    """Turn dictionaries whose keys count from 0 into lists."""
+    if not isinstance(tree, dict):
+        return tree
+    inside = {key: _listed(value) for key, value in tree.items()}
+    return [inside[i] for i in range(len(inside))] if inside and all(isinstance(key, int) for key in inside) else inside
+
+
 def write(content: Any, spread: Spread, save: Callable[[Any], None]) -> None:
     """Have a state saved by one process, with whole tensors; returns once it has been."""
     if not spread.groups:
