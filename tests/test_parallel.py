@@ -105,19 +105,19 @@ def test_what_is_communicated(on):
     """Nothing under DDP but for what is measured on each rank's own examples; under fully_shard a few figures."""
     names = ["rwalk", "recipe", "si", "ewc", "rwalk example"]
     ddp, fsdp = (on(2, "all_counted", names=names, how=how)[0] for how in ("ddp", "fsdp"))
-    whole = {"allreduce_": 1}
+    whole = {"allreduce": 1}
     assert [ddp[name] for name in ("rwalk", "recipe", "si")] == [[{}, {}]] * 3
-    assert ddp["ewc"] == [{}, {"allreduce_": 1 + 4}], "how many examples, and each tensor"
+    assert ddp["ewc"] == [{}, {"allreduce": 1 + 4}], "how many examples, and each tensor"
     assert ddp["rwalk example"] == [whole, {}]
-    assert fsdp["rwalk"] == [whole, {"allreduce_": 2}], "whether all is finite; the largest F and the largest S"
+    assert fsdp["rwalk"] == [whole, {"allreduce": 2}], "whether all is finite; the largest F and the largest S"
     assert fsdp["recipe"] == [whole, {}], "its scale is kept from the first task"
     assert fsdp["si"] == [whole, {}]
     step, end = fsdp["ewc"]
     assert step == whole
-    assert end == {"all_gather_into_tensor": 4, "allreduce_": 1, "reduce_scatter_tensor": 4}
+    assert end == {"allgather": 4, "allreduce": 1, "reduce_scatter": 4}
     step, end = fsdp["rwalk example"]
-    assert step == {"allreduce_": 2, "reduce_scatter_tensor": 4, "all_gather_into_tensor": 1}
-    assert end == {"allreduce_": 2}
+    assert step == {"allreduce": 2, "reduce_scatter": 4, "allgather": 1}
+    assert end == {"allreduce": 2}
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])

@@ -368,7 +368,7 @@ class Consolidator:
 
         Under `fully_shard` all ranks have to call; the first one gathers and writes.
         """
-        parallel.write(self.state_dict(), self._watch.spread, lambda content: states.save(path, "consolidator", content))
+        parallel.write(self.state_dict(), self._watch.spread, partial(states.save, path, "consolidator"))
 
     def load(self, path: str | Path) -> None:
         """Continue from a file that `save` wrote under the same model and rule; on an error nothing changes.
