@@ -229,3 +229,101 @@ def pairs(a, b):
     if isinstance(a, list):
         return [pair for one, two in zip(a, b, strict=True) for pair in pairs(one, two)]
     return [(a, b)] if isinstance(a, torch.Tensor) else []
+
+
+def uneven(name, how, size=11):
+    """Parts of different size, weighted so that the mean over ranks of their losses is the mean over the whole batch."""
+    ranks = distributed.get_world_size() if distributed.is_initialized() else 1
+    model, moved, memory = started(name, how)
+    for task in range(2):
+        for x, y in load(task, 4, size):
+            moved.zero_grad()
+            (F.cross_entropy(model(x), y, reduction="sum") * ranks / size).backward()
+            moved.step()
+        memory.consolidate(load(task + 50, 2, size))
+    return measures(memory, model)
+
+
+def all_uneven(names, how):
+    return {name: uneven(name, how) for name in names}
+
+
+def capped(how):
+    """A cap on examples, each rank passing every so many one."""
+    model, _, memory = started("ewc", how)
+    memory.rule = EWC(samples=7)
+    whole = [(torch.as_tensor(x), torch.as_tensor(y)) for x, y in batches(50, 1, BATCH)]
+    rank, ranks = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    memory.consolidate([(x[rank::ranks], y[rank::ranks]) for x, y in whole])
+    return measures(memory, model)
+
+
+def normalised(how):
+    """Statistics of BatchNorm, recomputed over data of which the ranks have different numbers of batches."""
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7), torch.nn.Linear(7, 3)).double()
+    model = engine(model, how)
+    moved = torch.optim.SGD(model.parameters(), lr=0.05)
+    memory = Consolidator(model).attach(moved)
+    loop(model, moved, load(0))
+    memory.consolidate(load(50, 2 + distributed.get_rank()))
+    return {name: full(value.detach().clone()) for name, value in bare(model).state_dict().items()}
+
+
+def after_evaluation(name, how):
+    """A forward pass before each use of the memory, which leaves the outer module's parameters gathered under `fully_shard`."""
+    model, moved, memory = started(name, how)
+    x = load(9, 1)[0][0]
+
+    def look():
+        with torch.no_grad():
+            return model(x).clone()
+
+    loop(model, moved, load(0))
+    look()
+    memory.consolidate(load(50, 2))
+    there = look()
+    state = memory.state_dict()
+    look()
+    memory.load_state_dict(state)
+    loop(model, moved, load(1))
+    return measures(memory, model) | {"outputs": there.sum(0) if how == "alone" else summed(there.sum(0))}
+
+
+def summed(value):
+    distributed.all_reduce(value)
+    return value
+
+
+def refused():
+    """What cannot be done under several ranks, and how that is said."""
+    from torch.distributed.fsdp import fully_shard
+
+    said = {}
+    model, moved, memory = started("rwalk", "fsdp")
+    loop(model, moved, load(0, 2))
+    memory.consolidate()
+    model[2] = torch.nn.Linear(7, 5).double()
+    fully_shard(model[2])
+    moved = torch.optim.SGD(model.parameters(), lr=0.05)
+    for place, attempt in {
+        "grown": lambda: memory.attach(moved),
+        "mixed": lambda: mixed(),
+    }.items():
+        try:
+            attempt()
+        except (RuntimeError, ValueError) as error:
+            said[place] = str(error)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Consolidator(mlp(), EWC()).estimate(load(0, 1))
+    said["plain"] = str(caught[0].message)
+    return said
+
+
+def mixed():
+    from torch.distributed.fsdp import fully_shard
+
+    model = mlp()
+    fully_shard(model[0])
+    Consolidator(model, RWalk()).attach(torch.optim.SGD(model.parameters(), lr=0.1))

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import ranked
+from rwalk import averaging
+from rwalk.gradients import forward
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 WORLDS = [2, 3, 4]
@@ -140,3 +142,48 @@ def test_files_hold_whole_tensors_and_come_back_in_parts(on, how, tmp_path):
         memory = ranked.started("rwalk")[2]
         memory.load(tmp_path / "memory")
         alike(memory.state_dict(), rank["state"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_parts_of_different_sizes_count_by_their_examples(on, how):
+    names = ["rwalk", "rwalk example", "ewc", "mas"]
+    for rank in on(3, "all_uneven", names=names, how=how):
+        for name in names:
+            alike(rank[name], ranked.uneven(name, "alone"), name)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_cap_on_examples_is_one_on_those_of_all_ranks(on, how):
+    for rank in on(3, "capped", how=how):
+        alike(rank, ranked.capped("alone"))
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_adams_metric_of_the_proximal_pull(on, how):
+    for rank in on(2, "trained", name="rwalk proximal tail", how=how, optimizer="adam"):
+        alike(rank["found"], truth("rwalk proximal tail", "adam")["found"], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_statistics_of_batchnorm_are_means_over_the_batches_of_all_ranks(on, how):
+    ranks = on(2, "normalised", how=how)
+    alike(*ranks)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7), torch.nn.Linear(7, 3)).double()
+    model.load_state_dict(ranks[0])
+    whole = [(torch.as_tensor(x), torch.as_tensor(y)) for x, y in ranked.batches(50, 3, ranked.BATCH)]
+    parts = [part for i, (x, _) in enumerate(whole) for part in x.tensor_split(2)[0 if i < 2 else 1 :]]
+    averaging.refresh_batch_norms(model, parts, forward)
+    alike(ranks[0], dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("name", ["recipe", "ewc"])
+def test_a_forward_pass_in_between_changes_nothing(on, name):
+    for rank in on(2, "after_evaluation", name=name, how="fsdp"):
+        alike(rank, ranked.after_evaluation(name, "alone"), name)
+
+
+def test_what_cannot_be_done_says_so(on):
+    for rank in on(2, "refused"):
+        assert rank["grown"].startswith("Got parameters `2.weight`, `2.bias` that were sharded anew, or grew in shards")
+        assert rank["mixed"].startswith("Got parameters that are spread over ranks in different ways. Expected")
+        assert rank["plain"].startswith("Got a plain model in one of 2 processes of torch.distributed")

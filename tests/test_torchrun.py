@@ -1,6 +1,7 @@
 """`rwalk run` under torchrun: one model on two ranks, with what one process gives, also after a kill."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rwalk import cli
 from rwalk.bench import Record
 
 pytestmark = pytest.mark.skipif(
@@ -82,3 +84,17 @@ def test_two_ranks_give_the_records_of_one_process_also_after_a_kill(tmp_path):
     assert shown.count("average accuracy") == 2, "the first rank alone prints"
     assert not list((tmp_path / "two").glob("*.checkpoint"))
     same(records(tmp_path / "one"), records(tmp_path / "two"))
+
+
+def test_the_pages_examples_run_on_two_ranks(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(blocks) == 3
+    (tmp_path / "page.py").write_text("".join(blocks))
+    done = subprocess.run([*TWO[:-1], "page.py"], cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("(Shard(dim=0),)") == 2
+    assert (tmp_path / "memory.safetensors").exists()
+    (command,) = re.findall(r"```sh\n(.*?)\n```", page, re.S)
+    assert command.split()[1:5] == ["--standalone", "--nproc-per-node", "2", "-m"], "tried above with other arguments"
+    cli.tyro.cli(cli.COMMANDS, args=command.split()[6:])

@@ -7,6 +7,7 @@ about whole tensors, such as their largest element, is reduced over the ranks.
 
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,6 +62,11 @@ def as_whole(value: Tensor, like: Tensor) -> Tensor:
 
     place = {"run_check": False, "shape": like.shape, "stride": like.stride()}
     return DTensor.from_local(value, like.device_mesh, like.placements, **place)
+
+
+def whole(tensor: Tensor | None) -> Tensor | None:
+    """Gather a DTensor; return anything else as it is."""
+    return tensor.full_tensor() if sharded(tensor) else tensor
 
 
 def parts(column: Any, parameters: Mapping[str, Tensor]) -> Any:
@@ -267,7 +273,10 @@ class Ranks:
             outer = inner(outer)
         settle(model)
         mesh = next((p.device_mesh for p in model.parameters() if sharded(p)), None)
-        return cls() if mesh is None else cls(tuple(mesh.get_group(i) for i in range(mesh.ndim)))
+        if mesh is None:
+            _warn_of_plain_model()
+            return cls()
+        return cls(tuple(mesh.get_group(i) for i in range(mesh.ndim)))
 
     @property
     def size(self) -> int:
@@ -298,6 +307,20 @@ class Ranks:
 
         partial = [Partial()] * like.device_mesh.ndim
         return local(DTensor.from_local(value, like.device_mesh, partial).redistribute(placements=like.placements))
+
+
+def _warn_of_plain_model() -> None:
+    """Warn where what is measured on a rank's own data would stay its own."""
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        warnings.warn(
+            explain(
+                f"a plain model in one of {distributed.get_world_size()} processes of torch.distributed, measured on data",
+                "the model as DistributedDataParallel or `fully_shard` returns it",
+                "Pass that one to the consolidator, so that figures are averaged over the ranks; filter this warning if each "
+                "process trains a model of its own.",
+            ),
+            stacklevel=5,
+        )
 
 
 def settle(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from rwalk.gradients.layers import RULES, Gather, Sum
 from rwalk.gradients.loader import first_size
 from rwalk.gradients.pooled import Gathered, pooled
 from rwalk.gradients.undisturbed import set_aside
-from rwalk.parallel import Ranks, full, kind
+from rwalk.parallel import Ranks, kind, whole
 from rwalk.parameters import bare
 
 TOLERANCE = 0.02
@@ -136,7 +136,7 @@ class Squares:
             if self._ranks.groups:
                 found = self._joined(found, None if witness is None else witness.parameter)
             self._find_idle(set(found.squares))
-            grad = None if witness is None or witness.parameter.grad is None else full(witness.parameter.grad)
+            grad = None if witness is None else whole(witness.parameter.grad)
             scale = self._scale(found.total, grad) if found.squares else 1.0
             for square in found.squares.values() if scale not in (0.0, 1.0) else ():
                 square.mul_(scale)
