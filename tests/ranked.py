@@ -5,6 +5,7 @@ from collections import Counter
 
 import torch
 from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,11 +39,12 @@ def engine(model, how):
     """Put a model under one of torch's engines."""
     if how == "ddp":
         return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    if how == "fsdp":
+    if how in ("fsdp", "hybrid"):
         from torch.distributed.fsdp import fully_shard
 
-        fully_shard(model[0])
-        fully_shard(model)
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards")) if how == "hybrid" else None
+        fully_shard(model[0], mesh=mesh)
+        fully_shard(model, mesh=mesh)
     return model
 
 

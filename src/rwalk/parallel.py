@@ -142,8 +142,8 @@ class Spread:
         return cls(tuple(mesh.get_group(i) for i in dims), local(cut[0]).device, first)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Add up a tensor over the ranks, in place."""
-        return all_reduce_(tensor, self.groups)
+        """Add up a tensor over the ranks; where there are any, on the device of their tensors and perhaps in place."""
+        return all_reduce_(tensor.to(self.device), self.groups) if self.groups else tensor
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Add up numbers about the parts of tensors, to those about whole tensors."""
