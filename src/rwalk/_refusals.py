@@ -275,6 +275,7 @@ def _damage(state_dict: Mapping[str, Any], state: Any) -> list[str]:
         n for n, t in (*point.items(), *omega.items()) if n not in point or n not in omega or not _tensor(t, shapes.get(n))
     ]
     average, count = state_dict["tail"]["average"], state_dict["tail"]["count"]
+    wrong += [key for key in ("average", "count") if not isinstance(state_dict["tail"][key], Mapping)]
     wrong += [n for n in {*average, *count} if not (_tensor(average.get(n), shapes.get(n)) and _whole(count.get(n)))]
     wrong += [key for key in ("tasks", "steps") if not _whole(state_dict[key])]
     return wrong
