@@ -14,10 +14,13 @@ from torch.utils.data import Dataset
 from rwalk._errors import explain
 from rwalk.anchor import Anchor, Match
 from rwalk.importance.base import Importance, no_data
+from rwalk.parallel import layout, sharded
 from rwalk.parameters import Watch
 
 FORMAT = 1
 """Version of the layout of `Consolidator.state_dict`."""
+GROUPS = (("shapes",), ("state",), ("anchor", "point"), ("anchor", "omega"), ("tail", "average"), ("tail", "count"))
+"""The dictionaries of that layout."""
 
 
 def check_strength(value: float) -> float:
@@ -168,6 +171,21 @@ def refuse_nothing(watch: Watch) -> None:
         )
 
 
+def refuse_change_of_spread(old: Watch, new: Watch) -> None:
+    """Refuse parameters that were cut into shards, or cut otherwise, while there is state beside them; also grown shards."""
+    both = [(name, p, new.parameters[name]) for name, p in old.parameters.items() if name in new.parameters]
+    changed = [name for name, p, q in both if (sharded(p) or sharded(q)) and layout(p) != layout(q)]
+    if changed:
+        raise RuntimeError(
+            explain(
+                f"parameters {listed(changed)} that were sharded anew, or grew in shards, under a consolidator",
+                "shards that stay as they are",
+                "Call `fully_shard` before `attach`; to go on with what was learned, `save` it before, `load` it into a new "
+                "consolidator of the plain model as it was, let that grow, and `load` once more what that one saves.",
+            )
+        )
+
+
 def refuse_sparse(grad: Mapping[str, Tensor]) -> None:
     """Refuse sparse gradients."""
     sparse = [name for name, g in grad.items() if g.layout is not torch.strided]
@@ -254,6 +272,7 @@ def _damage(state_dict: Mapping[str, Any], state: Any) -> list[str]:
         n for n, t in (*point.items(), *omega.items()) if n not in point or n not in omega or not _tensor(t, shapes.get(n))
     ]
     average, count = state_dict["tail"]["average"], state_dict["tail"]["count"]
+    wrong += [key for key in ("average", "count") if not isinstance(state_dict["tail"][key], Mapping)]
     wrong += [n for n in {*average, *count} if not (_tensor(average.get(n), shapes.get(n)) and _whole(count.get(n)))]
     wrong += [key for key in ("tasks", "steps") if not _whole(state_dict[key])]
     return wrong

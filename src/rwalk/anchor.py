@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rwalk import kernels, states
+from rwalk import kernels, parallel, states
 from rwalk._errors import explain
 from rwalk.parameters import carry, copies, copy, grown, zero
 
@@ -102,8 +103,12 @@ class Anchor:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the anchor to a safetensors file, whole or not at all: entries `point/NAME` and `omega/NAME`."""
-        states.save(path, "anchor", {"point": self.point, "omega": self.omega})
+        """Write the anchor to a safetensors file, whole or not at all: entries `point/NAME` and `omega/NAME`.
+
+        If its tensors are DTensors all ranks have to call; the first one writes.
+        """
+        content = {"point": self.point, "omega": self.omega}
+        parallel.write(content, parallel.Spread.of(self.point.values()), partial(states.save, path, "anchor"))
 
     @classmethod
     def load(cls, path: str | Path) -> "Anchor":

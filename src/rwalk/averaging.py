@@ -10,7 +10,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from rwalk._errors import explain
 from rwalk.kernels import After
-from rwalk.parameters import carry, copy
+from rwalk.parallel import Ranks, gathered
+from rwalk.parameters import bare, carry, copy
 
 ETA = 3
 """Order of the polynomial average: larger forgets the start of a task sooner (Shamir and Zhang 2013, arXiv 1212.1824)."""
@@ -76,18 +77,19 @@ def refresh_batch_norms(model: nn.Module, data: Iterable[Any], forward: Callable
 
     Args:
         model: the model with its new weights.
-        data: batches; one that is too small for a variance, such as a last batch of one example, is passed over.
+        data: batches; one that is too small for a variance, such as a last batch of one example, is passed over. Where
+            several ranks train the model, each passes its own share, and the means are over the batches of all.
         forward: calls the model on a batch.
 
     Raises:
         ValueError: if there is no batch, or none of more than one example.
     """
-    norms = batch_norms(model)
+    norms, ranks = batch_norms(model), Ranks.of(model)
     for norm in norms:
         norm.reset_running_stats()
-    with _only_training(model, norms), torch.random.fork_rng():
-        used = sum(_normalised(model, batch, forward) for batch in data)
-    if not used:
+    with gathered(model), _only_training(model, norms), torch.random.fork_rng():
+        used = sum(_normalised(bare(model), batch, forward) for batch in data)
+    if not _joined(norms, used, ranks):
         raise ValueError(
             explain(
                 "no batch of more than one example to recompute the statistics of BatchNorm from",
@@ -95,6 +97,21 @@ def refresh_batch_norms(model: nn.Module, data: Iterable[Any], forward: Callable
                 "Pass a DataLoader with a larger `batch_size`, or a list of batches.",
             )
         )
+
+
+def _joined(norms: list[_NormBase], used: int, ranks: Ranks) -> int:
+    """Average statistics over the batches of all ranks; return how many batches there were."""
+    if not ranks.groups:
+        return used
+    buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
+    packed = torch.cat([*(b.double().flatten() for b in buffers), torch.ones_like(buffers[0][:1]).double()])
+    *means, count = ranks.sum_(packed.nan_to_num_() * used).split([*(b.numel() for b in buffers), 1])
+    for buffer, mean in zip(buffers, means, strict=True):
+        buffer.copy_((mean / count.clamp(min=1)).view_as(buffer))
+    for norm in norms:
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.copy_(count.squeeze(0))
+    return int(count)
 
 
 def _normalised(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any]) -> bool:

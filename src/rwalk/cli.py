@@ -17,6 +17,7 @@ import torch
 
 from rwalk import files, plan
 from rwalk._errors import explain
+from rwalk.bench import ranks
 from rwalk.bench.data import HUB, load
 from rwalk.bench.experience import STREAMS, Experience, Scenario, make, parse
 from rwalk.bench.learners import Training
@@ -48,6 +49,7 @@ class Run:
     """Train methods on a stream of tasks, write one record per run, and print a table.
 
     Started again with the same arguments, it goes on after the last finished task of the first run that has no record yet.
+    Under torchrun all ranks train one model together, each on its part of every batch.
     """
 
     stream: tyro.conf.Positional[str]
@@ -141,7 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = tyro.cli(COMMANDS, prog="rwalk", description=__doc__, args=arguments)
         if isinstance(command, Run):
-            _run(command, console)
+            with ranks.launched():
+                console.quiet = ranks.number() > 0
+                _run(command, console)
         elif isinstance(command, Report):
             _report(command.folder, console)
         elif isinstance(command, Plan):
@@ -194,7 +198,7 @@ def _one(
     config = configuration(stream, method, command.strength, command.training, **options)
     path = command.out / file_name(stream[0].stream["name"], name, seed, config)
     checkpoint = path.with_suffix(".checkpoint")
-    if path.exists():
+    if ranks.agreed(path.exists()):
         record = Record.load(path)
         checkpoint.unlink(missing_ok=True)
         progress.console.print(f"{name} seed {seed}: {_result(record)} (on disk)", highlight=False)
@@ -203,8 +207,9 @@ def _one(
     options |= {"checkpoint": checkpoint, "tick": lambda: progress.advance(bar)}
     record = run(stream, method, command.strength, seed, command.training, **options)
     progress.remove_task(bar)
-    record.save(command.out)
-    checkpoint.unlink(missing_ok=True)
+    if ranks.number() == 0:
+        record.save(command.out)
+        checkpoint.unlink(missing_ok=True)
     seconds = record.timings["train_seconds"]
     progress.console.print(f"{name} seed {seed}: {_result(record)} in {seconds:.1f} s", highlight=False)
     return record

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -12,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from rwalk import _refusals as refusals
-from rwalk import gradients, guard, kernels, proximal, states, steps
+from rwalk import gradients, guard, kernels, parallel, proximal, states, steps
 from rwalk._errors import explain
 from rwalk.anchor import Anchor, Match
 from rwalk.averaging import Tail, batch_norms, refresh_batch_norms, statistics
@@ -79,7 +80,6 @@ class Consolidator:
             cannot be had.
 
     Attributes:
-        anchor: what earlier tasks left behind: `anchor.point` and `anchor.omega` map parameter names to tensors.
         tasks: how many tasks have been consolidated.
         skipped: how many steps were left out, by a loss scaler or because gradients were not finite.
     """
@@ -103,7 +103,7 @@ class Consolidator:
         self.rule, self.strength, self.pull, self.average = resolve(rule, strength, pull, average)
         self.nonfinite: Nonfinite = nonfinite
         self.strict = strict
-        self.anchor = Anchor()
+        self._anchor = Anchor()
         self.tasks = 0
         self.skipped = 0
         self._storage = Storage.of(state_dtype, state_device)
@@ -123,6 +123,16 @@ class Consolidator:
         """Show the configuration and how far the work has come."""
         options = f"strength={self.strength}, pull={self.pull!r}, average={self.average!r}"
         return f"Consolidator({self.rule}, {options}, tasks={self.tasks}, tensors={len(self._watch.theta)})"
+
+    @property
+    def anchor(self) -> Anchor:
+        """What earlier tasks left behind: `anchor.point` and `anchor.omega` map parameter names to tensors.
+
+        Under `fully_shard` these are DTensors in the memory of each rank's parts.
+        """
+        if not self._watch.spread.groups:
+            return self._anchor
+        return Anchor(*(parallel.placed(column, self._watch.parameters) for column in (self._anchor.point, self._anchor.omega)))
 
     @property
     def strength(self) -> float:
@@ -207,6 +217,7 @@ class Consolidator:
         """
         refusals.refuse_consolidation(self.rule, data, early=not self._watch.theta)
         self._resolve()
+        parallel.settle(self.model)
         if self.rule.measures != "steps":
             self._widen(() if self._watch.theta else trainable(self.model))
         self._theta()
@@ -218,9 +229,10 @@ class Consolidator:
                 self._refresh_batch_norms(data)
             measured: Gradients = no_data
             if data is not None and self.rule.measures == "data":
-                measured = gradients.over(self.model, self._watch.theta, data, loss=loss, logits=logits)
+                measured = gradients.over(self.model, self._watch.parameters, data, loss=loss, logits=logits)
             theta = list(self._watch.theta.values())
-            finish = Finish(raw, self._watch.theta, self.anchor.align(self._watch.theta), measured)
+            earlier = self._anchor.align(self._watch.theta)
+            finish = Finish(raw, self._watch.theta, earlier, measured, self._watch.spread)
             self._hold(*self.rule.conclude(self._storage.fetch(self.rule, self._state, theta), finish))
         except BaseException:
             self._tail.swap(self._watch.theta)
@@ -280,14 +292,15 @@ class Consolidator:
                 stacklevel=2,
             )
         self._widen([*match.anchor.point, *trainable(self.model)])
-        self.anchor = self._storage.keep_anchor(match.anchor.align(self._watch.theta))
+        point, omega = (parallel.parts(c, self._watch.parameters) for c in (match.anchor.point, match.anchor.omega))
+        self._anchor = self._storage.keep_anchor(Anchor(point, omega).align(self._watch.theta))
         return match
 
     @torch.no_grad()
     def penalty(self) -> Tensor:
         """Return the current penalty, strength * sum of omega * (theta - point)^2, as a scalar for logging."""
         theta = self._theta()  # may carry the anchor over to tensors that grew
-        return torch.as_tensor(self.anchor.penalty(theta) * self.strength)
+        return self._watch.spread.sum_(torch.as_tensor(self._anchor.penalty(theta) * self.strength))
 
     @torch.no_grad()
     def summary(self, loss: float | Tensor | None = None) -> Summary:
@@ -310,21 +323,27 @@ class Consolidator:
         figures = {"penalty": float(self.penalty())} | ({"steps left out": float(self.skipped)} if self.skipped else {})
         if loss is not None and float(loss):
             figures["penalty / loss"] = figures["penalty"] / float(loss)
-        figures |= self.rule.report(self._state, self.anchor, self._watch.theta)
-        return Summary(settings, figures, layers(self.anchor, self._watch.theta))
+        figures |= self.rule.report(self._state, self._anchor, self._watch.theta, self._watch.spread)
+        return Summary(settings, figures, layers(self._anchor, self._watch.theta, self._watch.spread))
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the tensors held for rule, anchor, average and per-example squares."""
+        """Bytes of the tensors held for rule, anchor, average and per-example squares, on this rank."""
         squares = self._squares.nbytes if self._squares is not None else 0
         columns = [c for c in self._state if isinstance(c, list)]
-        columns += [list(d.values()) for d in (self.anchor.point, self.anchor.omega, self._tail.average)]
+        columns += [list(d.values()) for d in (self._anchor.point, self._anchor.omega, self._tail.average)]
         return squares + sum(t.nbytes for column in columns for t in column if isinstance(t, Tensor))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that is needed to continue, mid-task included, as plain tensors and numbers, copied."""
+        """Return all that is needed to continue, mid-task included, as plain tensors and numbers, copied.
+
+        Under `fully_shard` the tensors are DTensors, as `torch.distributed.checkpoint` takes them, and all ranks have to call.
+        """
         self._resolve()
         self._theta()  # what grew is saved as it is now, so that it can be loaded into the model as it is now
+        parameters = self._watch.parameters
+        state = {key: parallel.placed(_copied(value), parameters) for key, value in self._state._asdict().items()}
+        state |= {key: self._watch.spread.total(state[key]) for key in self.rule.counters}
         return {
             "format": refusals.FORMAT,
             "rule": refusals.description(self.rule),
@@ -332,11 +351,23 @@ class Consolidator:
             "average": self.average,
             "tasks": self.tasks,
             "steps": self._steps,
-            "shapes": {name: list(shape) for name, shape in self._watch.shapes.items()},
-            "state": {key: _copied(value) for key, value in self._state._asdict().items()},
+            "shapes": {name: list(p.shape) for name, p in parameters.items()},
+            "state": state,
             "anchor": {"point": _copied(self.anchor.point), "omega": _copied(self.anchor.omega)},
-            "tail": {"average": _copied(self._tail.average), "count": dict(self._tail.count)},
+            "tail": {"average": parallel.placed(_copied(self._tail.average), parameters), "count": dict(self._tail.count)},
         }
+
+    def blank_state_dict(self, folder: str | Path, key: str) -> dict[str, Any]:
+        """Return a state dictionary into which `torch.distributed.checkpoint` can load a saved one, on any number of ranks.
+
+        What is in a state depends on how far training had come, and `torch.distributed.checkpoint.load` fills only what it is
+        given. So pass `{KEY: memory.blank_state_dict(FOLDER, KEY)}` to it, and what it has filled to `load_state_dict`.
+
+        Args:
+            folder: the checkpoint, as `torch.distributed.checkpoint.save` wrote it.
+            key: under which key of what was saved the `state_dict` was.
+        """
+        return parallel.blank(folder, key, named(self.model), refusals.GROUPS)  # type: ignore[no-any-return]
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a `state_dict` of the same model and rule; on an error nothing changes.
@@ -346,22 +377,26 @@ class Consolidator:
         """
         parameters = named(self.model)
         refusals.refuse_state(state_dict, self.rule, self.average, parameters, self._state)
-        theta = {name: parameters[name] for name in state_dict["shapes"]}
-        shapes = {name: p.shape for name, p in theta.items()}
-        state = type(self._state)(**{key: _copied(value) for key, value in state_dict["state"].items()})
-        state = regraft(state, list(shapes), shapes, theta, self.rule.init)
-        anchor = Anchor(**_copied(dict(state_dict["anchor"]))).align(theta)
+        watch = Watch.of({name: parameters[name] for name in state_dict["shapes"]})
+        mine = partial(parallel.parts, parameters=watch.parameters)
+        state = type(self._state)(**{key: _copied(mine(value)) for key, value in state_dict["state"].items()})
+        state = state._replace(**{key: watch.spread.mine(getattr(state, key)) for key in self.rule.counters})
+        state = regraft(state, list(watch.shapes), watch.shapes, watch.theta, self.rule.init)
+        anchor = Anchor(**{key: _copied(mine(value)) for key, value in state_dict["anchor"].items()}).align(watch.theta)
         tail = Tail()
-        tail.average, tail.count = _copied(state_dict["tail"]["average"]), dict(state_dict["tail"]["count"])
+        tail.average, tail.count = _copied(mine(state_dict["tail"]["average"])), dict(state_dict["tail"]["count"])
         self.strength, self.tasks, self._steps = (state_dict[key] for key in ("strength", "tasks", "steps"))
-        self._tail, self._watch, self._doubt = tail, Watch(theta, shapes=shapes), None
+        self._tail, self._watch, self._doubt = tail, watch, None
         self._hold(anchor, state)
         if self._optimizer is not None:
-            self._follow(look(self.model, self._optimizer, theta))
+            self._follow(look(self.model, self._optimizer, watch.theta))
 
     def save(self, path: str | Path) -> None:
-        """Write `state_dict` to a safetensors file, whole or not at all, with a checksum and without pickle."""
-        states.save(path, "consolidator", self.state_dict())
+        """Write `state_dict` to a safetensors file, whole or not at all, with a checksum and without pickle.
+
+        Under `fully_shard` all ranks have to call; the first one gathers and writes.
+        """
+        parallel.write(self.state_dict(), self._watch.spread, partial(states.save, path, "consolidator"))
 
     def load(self, path: str | Path) -> None:
         """Continue from a file that `save` wrote under the same model and rule; on an error nothing changes.
@@ -390,14 +425,14 @@ class Consolidator:
         if doubt is None or not grad:
             return
         self._moved = list(grad)
-        pulling = self.pull == "gradient" and self.strength and len(self.anchor)
+        pulling = self.pull == "gradient" and self.strength and len(self._anchor)
         if pulling:
             self._warn_of_overshoot(optimizer)
         step = Step(
             list(theta.values()),
             [seen.get(name) for name in theta],
             squares=None if squares is None else [squares.get(name) for name in theta],
-            pull=self.anchor.pull(list(theta), self.strength) if pulling else None,
+            pull=self._anchor.pull(list(theta), self.strength) if pulling else None,
             scale=scale,
             skip=doubt.flag if doubt.open else None,
         )
@@ -412,8 +447,7 @@ class Consolidator:
         """Return the gradients of the protected parameters that the optimiser holds, after a look at what it holds now."""
         if self._watch.stale(optimizer):
             self._follow(look(self.model, optimizer, self._watch.theta))
-        inside = self._watch.inside
-        grad = {name: p.grad for name, p in self._watch.theta.items() if name in inside and p.grad is not None}
+        grad = self._watch.gradients()
         refusals.refuse_sparse(grad)
         return grad
 
@@ -422,7 +456,7 @@ class Consolidator:
     ) -> guard.Doubt | None:
         """Tell whether a step counts, as far as is known without waiting for a device; None if it does not."""
         whole = {f"{name} before clipping": g for name, g in seen.items()} if seen is not grad else {}
-        doubt = guard.Doubt.of(self._state, {**grad, **whole}, skip, self._steps + 1)
+        doubt = guard.Doubt.of(self._state, {**grad, **whole}, skip, self._steps + 1, self._watch.spread)
         if doubt.open and not (self.nonfinite == "skip" and doubt.norms is not None):
             return doubt
         if not bool(doubt.flag):
@@ -450,8 +484,8 @@ class Consolidator:
         if self._doubt is not None and bool(self._doubt.flag):
             return
         rows = {name: After(self._watch.theta[name]) for name in moved}
-        if self.pull == "proximal" and self.strength and len(self.anchor):
-            rows = proximal.drawn(rows, optimizer, self.anchor, self.strength)
+        if self.pull == "proximal" and self.strength and len(self._anchor):
+            rows = proximal.drawn(rows, optimizer, self._anchor, self.strength, self._watch.parameters)
         if self.average == "tail":
             rows = self._tail.averaged(rows)
         kernels.after_(rows.values())
@@ -461,11 +495,11 @@ class Consolidator:
         self._resolve()  # it would bring back state of the old shapes
         known = {*self._watch.theta, *names}
         optimizer = self._optimizer
-        watch = Watch.of(self.model, known) if optimizer is None else look(self.model, optimizer, known)
+        watch = look(self.model, optimizer, known) if optimizer is not None else Watch.of(named(self.model, known))
         if not watch.same(self._watch):
             self._follow(watch)
 
-    def _theta(self) -> Mapping[str, nn.Parameter]:
+    def _theta(self) -> Mapping[str, Tensor]:
         """Return the protected parameters, after taking up those that grew in place since the last look."""
         if any(p.shape != self._watch.shapes[name] for name, p in self._watch.theta.items()):
             self._widen(())
@@ -473,6 +507,7 @@ class Consolidator:
 
     def _follow(self, watch: Watch) -> None:
         """Carry state, anchor and average over to the parameters of a new look."""
+        refusals.refuse_change_of_spread(self._watch, watch)
         lost = self._watch.lost(watch)
         if lost:
             warnings.warn(
@@ -487,16 +522,16 @@ class Consolidator:
         if self.rule.per_example:
             if self._squares is not None:
                 self._squares.close()
-            self._squares = gradients.Squares(self.model, watch.theta, self.strict)
+            self._squares = gradients.Squares(self.model, watch.parameters, self.strict)
         state = regraft(self._state, list(self._watch.shapes), known, watch.theta, self.rule.init)
-        self._hold(self.anchor.align({name: p for name, p in watch.theta.items() if name not in lost}), state)
+        self._hold(self._anchor.align({name: p for name, p in watch.theta.items() if name not in lost}), state)
         if self.average == "tail":
             self._tail.follow(watch.theta, lost)
         self._watch = watch
 
     def _hold(self, anchor: Anchor, state: Any) -> None:
         """Keep a new anchor and state, where and as exactly as was asked for."""
-        self.anchor, self._state = self._storage.keep_anchor(anchor), self._storage.keep(self.rule, state)
+        self._anchor, self._state = self._storage.keep_anchor(anchor), self._storage.keep(self.rule, state)
 
     def _refresh_batch_norms(self, data: Iterable[Any] | None) -> None:
         """Bring running statistics in line with averaged weights, or say that they are not."""
@@ -516,12 +551,12 @@ class Consolidator:
 
     def _warn_of_overshoot(self, optimizer: Optimizer) -> None:
         """Warn, once for an anchor, when steps along the penalty's gradient are longer than the way to the anchor."""
-        if self._largest[0] is not self.anchor:
-            self._largest = self.anchor, self.anchor.largest()
+        if self._largest[0] is not self._anchor:
+            self._largest = self._anchor, self._watch.spread.maxima([self._anchor.largest()])[0]
         lr = max(proximal.rate(group) for group in optimizer.param_groups)
         largest = self._largest[1]
         if lr * 2 * self.strength * largest > 1:
-            self._largest = self.anchor, 0.0
+            self._largest = self._anchor, 0.0
             warnings.warn(
                 explain(
                     f"strength {self.strength:g} at learning rate {lr:g} and largest importance {largest:.3g}",

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rwalk._errors import explain
+from rwalk.parallel import ALONE, Spread
 
 
 class Doubt(NamedTuple):
@@ -32,13 +33,13 @@ class Doubt(NamedTuple):
     step: int = 0
 
     @classmethod
-    def of(cls, before: Any, grad: Mapping[str, Tensor], skip: Tensor | None, step: int) -> "Doubt":
-        """Take a loss scaler's word for a step where there is one, else look at the gradients."""
+    def of(cls, before: Any, grad: Mapping[str, Tensor], skip: Tensor | None, step: int, spread: Spread = ALONE) -> "Doubt":
+        """Take a loss scaler's word for a step where there is one, else look at the gradients: at those of all ranks."""
         if skip is not None:
             return cls(skip, before)
         if not grad:
             return cls(torch.zeros(()), before)
-        norms = norms_of(grad)
+        norms = spread.sum_(norms_of(grad))
         return cls(~torch.isfinite(norms).all(), before, norms, tuple(grad), step)
 
     @property

@@ -8,21 +8,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rwalk.parallel import ALONE, Spread, inner, local, settle, sharded
+
 
 def bare(model: nn.Module) -> nn.Module:
     """Return the user's own module behind `torch.compile` and distributed wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
+    while (within := inner(model)) is not None:
+        model = within
+    return model
 
 
-def named(model: nn.Module) -> dict[str, nn.Parameter]:
+def named(model: nn.Module, only: Collection[str] | None = None) -> dict[str, nn.Parameter]:
     """Map the names of a model's parameters, as they are without compilation, to the parameters; tied ones appear once."""
-    return {name.replace("_orig_mod.", ""): p for name, p in bare(model).named_parameters()}
+    settle(model)
+    found = {name.replace("_orig_mod.", ""): p for name, p in bare(model).named_parameters()}
+    return found if only is None else {name: p for name, p in found.items() if name in only}
 
 
 def held(optimizer: Optimizer) -> list[nn.Parameter]:
@@ -86,49 +86,59 @@ class Watch:
     """What is protected: the parameters of a model that an optimiser moves, and those that it or another one moved before.
 
     Args:
-        theta: the protected parameters by name.
+        parameters: the protected parameters by name.
+        theta: of each of them the part that this rank holds: the parameter itself, unless it is sharded.
+        spread: the ranks that hold the other parts.
         inside: the names of those that the optimiser holds now.
-        shapes: the shapes at the time of the look.
+        shapes: the shapes of `theta` at the time of the look.
         fingerprint: what the optimiser held at the time of the look.
     """
 
-    theta: dict[str, nn.Parameter] = field(default_factory=dict)
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    theta: dict[str, Tensor] = field(default_factory=dict)
+    spread: Spread = ALONE
     inside: frozenset[str] = frozenset()
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     fingerprint: list[Any] = field(default_factory=list)
 
     @classmethod
-    def of(cls, model: nn.Module, names: Collection[str]) -> "Watch":
-        """Watch parameters by name, before there is an optimiser."""
-        theta = {name: p for name, p in named(model).items() if name in names}
-        return cls(theta, shapes={name: p.shape for name, p in theta.items()})
+    def of(cls, parameters: dict[str, nn.Parameter], **more: Any) -> "Watch":
+        """Watch parameters by name."""
+        theta = {name: local(p) for name, p in parameters.items()}
+        shapes = {name: p.shape for name, p in theta.items()}
+        return cls(parameters, theta, Spread.of(parameters.values()), shapes=shapes, **more)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the gradients of the parameters that the optimiser is about to move, or this rank's parts of them."""
+        found = {name: p.grad for name, p in self.parameters.items() if name in self.inside and p.grad is not None}
+        return {name: local(grad) for name, grad in found.items()} if self.spread.groups else found
 
     def stale(self, optimizer: Optimizer) -> bool:
         """Tell whether parameters joined the optimiser, were frozen, thawed, moved or grew since the look, or others grew."""
-        return _fingerprint(held(optimizer), self.theta, self.inside) != self.fingerprint
+        return _fingerprint(held(optimizer), self.parameters, self.inside) != self.fingerprint
 
     def same(self, other: "Watch") -> bool:
         """Tell whether another look found the same parameters, of the same shapes."""
-        return self.shapes == other.shapes and all(p is other.theta[name] for name, p in self.theta.items())
+        return self.shapes == other.shapes and all(p is other.parameters[name] for name, p in self.parameters.items())
 
     def lost(self, other: "Watch") -> list[str]:
         """List the names whose history cannot be carried over to `other`: gone, or no longer the leading block."""
         return [n for n, old in self.shapes.items() if n not in other.shapes or not grown(old, other.shapes[n])]
 
 
-def _fingerprint(held: list[nn.Parameter], theta: Mapping[str, nn.Parameter], inside: Collection[str]) -> list[tuple[Any, ...]]:
+def _fingerprint(held: list[nn.Parameter], parameters: Mapping[str, nn.Parameter], inside: Collection[str]) -> list[Any]:
     """Describe what an optimiser holds, and what is protected beside it."""
-    beside = [p for name, p in theta.items() if name not in inside]
-    return [(id(p), p.shape, p.dtype, p.device, p.requires_grad) for p in (*held, *beside)]
+    everything = (*held, *(p for name, p in parameters.items() if name not in inside))
+    return [(id(p), p.shape, p.dtype, p.device, p.requires_grad, sharded(p) and local(p).data_ptr()) for p in everything]
 
 
 def look(model: nn.Module, optimizer: Optimizer, known: Collection[str] = ()) -> Watch:
     """Find the parameters to protect: those of the model that the optimiser trains, and those of names already `known`."""
     now = held(optimizer)
     ids, trained = {id(p) for p in now}, {id(p) for p in now if p.requires_grad}
-    theta = {name: p for name, p in named(model).items() if name in known or id(p) in trained}
-    inside = frozenset(name for name, p in theta.items() if id(p) in ids)
-    return Watch(theta, inside, {name: p.shape for name, p in theta.items()}, _fingerprint(now, theta, inside))
+    parameters = {name: p for name, p in named(model).items() if name in known or id(p) in trained}
+    inside = frozenset(name for name, p in parameters.items() if id(p) in ids)
+    return Watch.of(parameters, inside=inside, fingerprint=_fingerprint(now, parameters, inside))
 
 
 def regraft(

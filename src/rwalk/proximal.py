@@ -8,9 +8,12 @@ from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
 
 from rwalk.anchor import Anchor
 from rwalk.kernels import After
+from rwalk.parallel import local
 
 
-def drawn(rows: Mapping[str, After], optimizer: Optimizer, anchor: Anchor, strength: float) -> dict[str, After]:
+def drawn(
+    rows: Mapping[str, After], optimizer: Optimizer, anchor: Anchor, strength: float, parameters: Mapping[str, Tensor]
+) -> dict[str, After]:
     """Have the visits of parameters that have just moved draw them to (theta + w * point) / (1 + w).
 
     w is 2 * m * strength * omega, with m the optimiser's own metric: Adam's per coordinate, that of momentum, or the learning
@@ -21,10 +24,11 @@ def drawn(rows: Mapping[str, After], optimizer: Optimizer, anchor: Anchor, stren
         optimizer: the optimiser that has just made its step; m is read from it, group by group.
         anchor: where to, and with which importance.
         strength: factor of the penalty.
+        parameters: those that the optimiser knows, by name.
     """
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     return {
-        name: _drawn(row, optimizer, groups[id(row.theta)], strength)._replace(
+        name: _drawn(row, optimizer, parameters[name], groups[id(parameters[name])], strength)._replace(
             point=anchor.point[name], omega=anchor.omega[name]
         )
         if name in anchor.point
@@ -33,13 +37,13 @@ def drawn(rows: Mapping[str, After], optimizer: Optimizer, anchor: Anchor, stren
     }
 
 
-def _drawn(row: After, optimizer: Optimizer, group: dict[str, Any], strength: float) -> After:
+def _drawn(row: After, optimizer: Optimizer, parameter: Tensor, group: dict[str, Any], strength: float) -> After:
     """Fill in the metric of a parameter's group."""
     step = 2 * strength * rate(group)
-    second = _second_moment(optimizer, group, row.theta)
+    second = _second_moment(optimizer, group, parameter)
     if second is None:
         return row._replace(step=step / (1 - _momentum(optimizer, group)))
-    correction = 1 - float(group["betas"][1]) ** float(optimizer.state[row.theta]["step"])
+    correction = 1 - float(group["betas"][1]) ** float(optimizer.state[parameter]["step"])
     return row._replace(second=second, step=step, correction=correction, eps=float(group["eps"]))
 
 
@@ -48,7 +52,7 @@ def _second_moment(optimizer: Optimizer, group: dict[str, Any], theta: Tensor) -
     state = optimizer.state.get(theta, {})
     second = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
     fits = isinstance(second, Tensor) and second.shape == theta.shape and "betas" in group and "step" in state
-    return second if fits else None
+    return local(second) if fits else None
 
 
 def _momentum(optimizer: Optimizer, group: dict[str, Any]) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from rwalk.anchor import Anchor
+from rwalk.parallel import ALONE, Spread
 
 
 @dataclass(frozen=True)
@@ -58,22 +59,20 @@ class Summary:
         return table
 
 
-def layers(anchor: Anchor, theta: Mapping[str, Tensor]) -> list[Layer]:
+def layers(anchor: Anchor, theta: Mapping[str, Tensor], spread: Spread = ALONE) -> list[Layer]:
     """Measure each module's share of the importance and its drift from the anchor."""
     held: dict[str, list[str]] = {}
     for name in anchor.point:
         held.setdefault(name.rpartition(".")[0] or name, []).append(name)
-    whole = sum(float(omega.sum()) for omega in anchor.omega.values()) or 1.0
+    omega = spread.sums([sum(float(anchor.omega[n].sum()) for n in names) for names in held.values()])
+    moved = spread.sums([_square([theta[n] - anchor.point[n].to(theta[n].device) for n in ns]) for ns in held.values()])
+    point = spread.sums([_square([anchor.point[n] for n in names]) for names in held.values()])
+    whole = sum(omega) or 1.0
     return [
-        Layer(
-            module,
-            sum(float(anchor.omega[n].sum()) for n in names) / whole,
-            _norm([theta[n] - anchor.point[n].to(theta[n].device) for n in names])
-            / (_norm([anchor.point[n] for n in names]) or 1.0),
-        )
-        for module, names in held.items()
+        Layer(module, share / whole, (far / (norm or 1.0)) ** 0.5)
+        for module, share, far, norm in zip(held, omega, moved, point, strict=True)
     ]
 
 
-def _norm(tensors: list[Tensor]) -> float:
-    return float(sum(float(t.square().sum()) for t in tensors) ** 0.5)
+def _square(tensors: list[Tensor]) -> float:
+    return sum(float(t.square().sum()) for t in tensors)

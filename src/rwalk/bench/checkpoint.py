@@ -10,6 +10,7 @@ import torch
 
 from rwalk import states
 from rwalk._errors import explain
+from rwalk.bench import ranks
 from rwalk.bench.experience import Experience
 from rwalk.bench.learners import Learner, Resumable
 
@@ -42,12 +43,12 @@ class Checkpoint:
     run: dict[str, Any]
 
     def save(self, learner: Learner, measured: Measured) -> None:
-        """Keep where the run stands, if the learner can tell.
+        """Keep where the run stands, if the learner can tell; of several ranks the first one does.
 
         Raises:
             OSError: if the file cannot be written; an earlier checkpoint is still there.
         """
-        if self.path is not None and isinstance(learner, Resumable):
+        if self.path is not None and isinstance(learner, Resumable) and ranks.number() == 0:
             random = torch.get_rng_state()
             content = {"run": self.run, "measured": asdict(measured), "random": random, "learner": learner.state_dict()}
             states.save(self.path, "checkpoint", content)

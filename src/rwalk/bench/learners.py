@@ -9,10 +9,10 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer
 
 from rwalk._errors import explain
+from rwalk.bench import ranks
 from rwalk.bench.experience import Experience, Scenario
 from rwalk.consolidator import Consolidator, Settings
 
@@ -112,6 +112,7 @@ class FineTune:
 
     def _start(self) -> None:
         self.model = self.build()
+        self.network = ranks.joined(self.model)
         self.optimizer = OPTIMIZERS[self.training.optimizer](self.model.parameters(), self.training.lr)
 
     def fit(self, experience: Experience) -> None:
@@ -181,18 +182,20 @@ class FineTune:
         for _ in range(self.training.epochs):
             order = torch.randperm(len(y), generator=self.generator)
             for rows in order.split(self.training.batch_size):
-                batch, labels, closed = x[rows], y[rows], None if shut is None else shut[origin[rows]]
+                mine = ranks.share(rows)
+                batch, labels, closed = x[mine], y[mine], None if shut is None else shut[origin[mine]]
                 before = time.process_time()
-                self._step(batch, labels, closed)
+                self._step(batch, labels, closed, len(rows))
                 self.step_seconds.append(time.process_time() - before)
                 self.tick()
+        self.loss = ranks.mean(self.loss)
 
-    def _step(self, x: Tensor, y: Tensor, closed: Tensor | None) -> None:
+    def _step(self, x: Tensor, y: Tensor, closed: Tensor | None, whole: int) -> None:
         self.optimizer.zero_grad()
-        logits = self.model(x)
+        logits = self.network(x)
         if closed is not None:
             logits = logits.masked_fill(closed, -math.inf)
-        loss = F.cross_entropy(logits, y)
+        loss = ranks.mean_loss(logits, y, whole)
         loss.backward()
         self.optimizer.step()
         self.loss = loss.detach()
@@ -207,7 +210,7 @@ class Protected(FineTune):
 
     def __init__(self, settings: Settings, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.memory = Consolidator(self.model, *settings[:2], pull=settings.pull, average=settings.average)
+        self.memory = Consolidator(self.network, *settings[:2], pull=settings.pull, average=settings.average)
         self.memory.attach(self.optimizer)
 
     def fit(self, experience: Experience) -> None:
@@ -216,7 +219,7 @@ class Protected(FineTune):
         summary = self.memory.summary(self.loss)
         self.diagnostics.append({"figures": summary.figures, "layers": [asdict(layer) for layer in summary.layers]})
         labels = self._allowed(experience).nonzero().squeeze(1)
-        x, y = experience.train.read()
+        x, y = (ranks.share(column) for column in experience.train.read())
         data = list(zip(x.split(256), torch.searchsorted(labels, y).split(256), strict=True))
         self.memory.consolidate(data, logits=lambda output: output[:, labels])
 

@@ -30,7 +30,8 @@ class Record:
         memory: bytes of the model's parameters and of the method's state, and the number of stored examples.
         diagnostics: for each task, at its end and before consolidation, a consolidator's figures and layers.
         versions: of Python, torch and the library.
-        threads: CPU threads of the run.
+        threads: CPU threads of the run, on each rank.
+        ranks: processes that trained the model together.
     """
 
     method: str
@@ -44,6 +45,7 @@ class Record:
     diagnostics: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     threads: int = 1
+    ranks: int = 1
     format: int = FORMAT
 
     @property
@@ -136,7 +138,7 @@ def _problem(content: Any) -> str:
     if "sha256" in content and content["sha256"] != _digest({k: v for k, v in content.items() if k != "sha256"}):
         return "damaged or edited since it was written (its checksum is wrong)"
     kinds = {"method": str, "stream": str, "seed": int, "accuracy": list, "untrained": list, "config": dict,
-             "timings": dict, "memory": dict, "diagnostics": list, "versions": dict, "threads": int}  # fmt: skip
+             "timings": dict, "memory": dict, "diagnostics": list, "versions": dict, "threads": int, "ranks": int}  # fmt: skip
     wrong = [key for key, kind in kinds.items() if key in content and not isinstance(content[key], kind)]
     if wrong:
         return f"whose `{wrong[0]}` is not of type {kinds[wrong[0]].__name__}"

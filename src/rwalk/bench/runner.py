@@ -12,6 +12,7 @@ from torch import nn
 
 import rwalk
 from rwalk._errors import explain
+from rwalk.bench import ranks
 from rwalk.bench.checkpoint import Checkpoint, Measured
 from rwalk.bench.experience import Experience, check
 from rwalk.bench.learners import FineTune, Joint, Learner, Protected, Training
@@ -38,6 +39,8 @@ def run(
 ) -> Record:
     """Train on each task of a stream in turn, and after each evaluate on all tasks.
 
+    Within an initialised process group all ranks have to call, and train one model together.
+
     Args:
         stream: the tasks, for example `rwalk.bench.split("digits", tasks=5)`.
         method: "finetune", "joint", "recipe" (`Consolidator(model)`), a rule such as `RWalk()`, or an object with `fit` and
@@ -62,6 +65,7 @@ def run(
     )
     name, versions = stream[0].stream["name"], _versions()
     run = {"file": file_name(name, _name(method), seed, config), "versions": versions, "threads": torch.get_num_threads()}
+    run |= {"ranks": ranks.size()}
     place = Checkpoint(Path(checkpoint) if checkpoint else None, run)
 
     def begin() -> Learner:
@@ -71,7 +75,7 @@ def run(
     with torch.random.fork_rng(devices=[]):
         learner = begin()
         measured = place.restore(learner, stream)
-        if measured is None:
+        if not ranks.every(measured is not None) or measured is None:
             learner = begin()
             measured = Measured(_evaluate(learner, stream, -1) if isinstance(learner, FineTune) else [])
         for k in range(len(measured.accuracy), len(stream)):
@@ -92,6 +96,7 @@ def run(
         diagnostics=getattr(learner, "diagnostics", []),
         versions=versions,
         threads=torch.get_num_threads(),
+        ranks=ranks.size(),
     )
 
 

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from rwalk._errors import explain
 from rwalk.gradients.undisturbed import undisturbed
 from rwalk.importance.base import Objective
-from rwalk.parameters import bare, state_dtype
+from rwalk.parallel import Ranks, gathered
+from rwalk.parameters import bare, named, state_dtype
 
 MEMORY = 2**28
 """Bytes of per-example gradients that one chunk of a pass over data may hold."""
@@ -46,7 +47,8 @@ def over(
     Returns:
         A function `gradients(objective, of, samples=None)` that returns, for each parameter of `theta` in order and shape and
         in state precision, the mean over examples of `of(gradient of the objective at one example)`. `of` works elementwise;
-        `samples` caps the number of examples. The objectives: "true", log p(y|x) of the data's labels; "sample", log p(y|x) of
+        `samples` caps the number of examples. Where several ranks train the model, each passes its own share of the data, and
+        the mean is over the examples of all. The objectives: "true", log p(y|x) of the data's labels; "sample", log p(y|x) of
         a label drawn from the model; "exact", log p(c|x) for every class c, with `of` averaged under p(c|x); "norm", the sum of
         squares of the outputs. The function raises a ValueError if there are no examples or the objective does not fit data,
         outputs or `loss`, and a TypeError for batches and outputs of other kinds.
@@ -55,13 +57,17 @@ def over(
 
     def gradients(objective: Objective, of: Callable[[Tensor], Tensor], samples: int | None = None) -> list[Tensor]:
         _refuse_objective(objective, loss)
-        with undisturbed(model):
-            engine = _Engine(root, theta, _Score(objective, loss, logits), of)
-            for batch in _examples(data, samples, engine.device):
+        ranks = Ranks.of(model)
+        with gathered(model), undisturbed(model):
+            whole = named(model)
+            engine = _Engine(root, {name: whole[name] for name in theta}, _Score(objective, loss, logits), of)
+            for batch in _examples(data, ranks.share(samples), engine.device):
                 engine.add(batch)
-        if not engine.count:
+        fine = all(torch.isfinite(total).all() for total in engine.totals)
+        count, bad = ranks.sum_(torch.tensor([engine.count, not fine], dtype=torch.int64, device=engine.device)).tolist()
+        if not count:
             raise ValueError(_nothing(data))
-        if not all(torch.isfinite(total).all() for total in engine.totals):
+        if bad:
             raise ValueError(
                 explain(
                     "gradients over the data that are NaN or infinite",
@@ -69,7 +75,8 @@ def over(
                     "Look for NaN in the data and the model.",
                 )
             )
-        return [total.div_(engine.count) for total in engine.totals]
+        totals = (ranks.sum_part(total, p) for total, p in zip(engine.totals, theta.values(), strict=True))
+        return [total.div_(count) for total in totals]
 
     return gradients
 

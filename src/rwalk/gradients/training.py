@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from rwalk._errors import explain
 from rwalk.gradients.layers import RULES, Gather, Sum
 from rwalk.gradients.loader import first_size
+from rwalk.gradients.pooled import Gathered, pooled
 from rwalk.gradients.undisturbed import set_aside
+from rwalk.parallel import Ranks, as_whole, kind, whole
 from rwalk.parameters import bare
 
 TOLERANCE = 0.02
@@ -30,7 +32,7 @@ DIFFERENT = explain(
 
 def _unfit(module: nn.Module, x: Tensor, batch: int | None) -> str | None:
     """Say why the gradient of a module with input x cannot be told by example."""
-    dims = RULES[type(module)][1]
+    dims = RULES[kind(module)][1]
     own = 0 if isinstance(module, nn.Embedding) else len(getattr(module, "normalized_shape", (0,)))
     if batch is None:
         return "it is called outside of the model's forward, or the model takes no tensor"
@@ -93,11 +95,13 @@ class Squares:
     def __init__(self, model: nn.Module, theta: Mapping[str, nn.Parameter], strict: bool = False) -> None:
         self.strict = strict
         self._root = bare(model)
+        self._ranks = Ranks.of(model)
         self._theta = {name: p for name, p in theta.items() if p.requires_grad}
         self._passes = _Passes()
         self._found: dict[str, str] = {}
         self._reported: set[str] = set()
         self._owner, self._taps = self._survey()
+        self._layout = {s.name: s.parameter for tap in self._open() for s in tap.sums.values()}
         self._elect()
         self._handles = [self._root.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for module, tap in self._taps.items():
@@ -132,30 +136,48 @@ class Squares:
         """
         passes = self._passes
         sums = [s for tap in self._open() for s in tap.sums.values()]
-        self._find_idle({s.name for s in sums if s.examples})
+        witness = next((s for s in sums if s.witness), None)
+        used = witness if witness is not None and witness.examples else None
         with torch.no_grad():
-            scale = self._scale(sums, grad)
-            taken = {s.name: s.take(passes.examples) for s in sums if s.examples}
-            for square in taken.values() if scale not in (0.0, 1.0) else ():
+            squares = {s.name: s.take(passes.examples) for s in sums if s.examples}
+            found = Gathered(squares, frozenset(), None if used is None else used.total)
+            if self._ranks.groups:
+                found = self._joined(found, None if witness is None else witness.parameter)
+            self._find_idle(set(found.squares))
+            scale = self._scale(found.total, self._in_use(witness, grad)) if found.squares else 1.0
+            for square in found.squares.values() if scale not in (0.0, 1.0) else ():
                 square.mul_(scale)
-        if scale == 0:
-            taken = {}
+        taken = {} if scale == 0 else found.squares
+        for s in sums:
+            s.total = None
         passes.examples = 0
         passes.counted.clear()
         self._report()
         return taken
 
-    def _scale(self, sums: list[Sum], given: Mapping[str, Tensor] | None) -> float:
+    @staticmethod
+    def _in_use(witness: Sum | None, given: Mapping[str, Tensor] | None) -> Tensor | None:
+        """Return the whole gradient of the witness: of those given, which are this rank's parts, or as it is now."""
+        if witness is None or given is None:
+            return None if witness is None else whole(witness.parameter.grad)
+        found = given.get(witness.name)
+        return None if found is None else whole(as_whole(found, witness.parameter))
+
+    def _joined(self, mine: Gathered, witness: Tensor | None) -> Gathered:
+        """Join what the ranks have gathered, and close here what had to be closed on another one."""
+        mine = mine._replace(shut=frozenset(self._layout) - {s.name for tap in self._open() for s in tap.sums.values()})
+        found = pooled(mine, self._passes.examples, self._layout, witness, self._ranks)
+        for tap in self._open():
+            if any(s.name in found.shut for s in tap.sums.values()):
+                self._refuse(tap, "it could not be gathered on another rank")
+        return found if found.shut == mine.shut else Gathered({}, found.shut, None)  # the witness may have been one of them
+
+    def _scale(self, total: Tensor | None, grad: Tensor | None) -> float:
         """Compare what was gathered with the gradient in use: return the factor between their squares, 0 where they differ.
 
         Contributions of examples sum to the gradient. For the smallest parameter whose sum is kept this is looked at: a
         factor comes from loss scaling or from clipping by norm; anything else means that the gradient was made otherwise.
         """
-        witness = next((s for s in sums if s.witness and s.examples), None)
-        total = None if witness is None else witness.total
-        grad = None if witness is None else witness.parameter.grad if given is None else given.get(witness.name)
-        for s in sums:
-            s.total = None
         if total is None or grad is None:
             return 1.0
         total, grad = total.flatten().double(), grad.flatten().double()
@@ -246,7 +268,7 @@ class Squares:
         if why:
             self._refuse(tap, why)
         elif len(x):
-            rule = RULES[type(module)][0]
+            rule = RULES[kind(module)][0]
             gather = partial(self._gather, tap, rule(module, x), output.shape, self._passes.number)
             _unaltered(output).register_hook(gather)
 
@@ -300,7 +322,7 @@ class Squares:
 
 def _unsupported(module: nn.Module, mine: Mapping[str, nn.Parameter]) -> str | None:
     """Say why a module cannot be gathered, as far as can be told before it runs."""
-    if type(module) not in RULES:
+    if kind(module) not in RULES:
         return f"a `{type(module).__name__}`"
     odd = sorted(set(mine) - {"weight", "bias"})
     if odd:

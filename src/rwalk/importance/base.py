@@ -12,6 +12,7 @@ from torch import Tensor
 from rwalk import kernels
 from rwalk._errors import explain
 from rwalk.anchor import Anchor, Pull
+from rwalk.parallel import ALONE, Spread
 
 State = TypeVar("State", bound=tuple[Any, ...])
 Objective = Literal["true", "sample", "exact", "norm"]
@@ -91,12 +92,14 @@ class Finish(NamedTuple):
         point: the parameters that will be kept: those of `theta`, or their average over the task.
         anchor: what earlier tasks left behind.
         gradients: per-example gradients over the task's data; raises an error when the user passed no data.
+        spread: the ranks that hold the other parts of all these tensors, for figures about whole tensors.
     """
 
     theta: Mapping[str, Tensor]
     point: Mapping[str, Tensor]
     anchor: Anchor
     gradients: Gradients = no_data
+    spread: Spread = ALONE
 
     def earlier(self) -> list[Tensor | None]:
         """Return the importance that earlier tasks left, None for parameters that are new to the anchor."""
@@ -118,11 +121,13 @@ class Importance(ABC, Generic[State]):
         measures: what the rule needs: "steps" of training, "data" at a task's end, or "nothing".
         coarse: fields of its state that may be kept in bfloat16 between their uses; `conclude` gets them in full.
         slow: fields of its state that may be kept on another device between tasks: what only `conclude` reads.
+        counters: fields of its state that count elements, so that parts of tensors have parts of the count.
     """
 
     measures: ClassVar[Literal["steps", "data", "nothing"]] = "steps"
     coarse: ClassVar[tuple[str, ...]] = ()
     slow: ClassVar[tuple[str, ...]] = ()
+    counters: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def init(self, theta: list[Tensor]) -> State:
@@ -146,7 +151,13 @@ class Importance(ABC, Generic[State]):
         """Whether `observe` asks for squared per-example gradients."""
         return False
 
-    def report(self, state: State, anchor: Anchor, theta: Mapping[str, Tensor]) -> dict[str, float]:  # noqa: ARG002
+    def report(
+        self,
+        state: State,  # noqa: ARG002
+        anchor: Anchor,  # noqa: ARG002
+        theta: Mapping[str, Tensor],  # noqa: ARG002
+        spread: Spread = ALONE,  # noqa: ARG002
+    ) -> dict[str, float]:
         """Return figures about the rule's own workings, by name, for `Consolidator.summary`."""
         return {}
 

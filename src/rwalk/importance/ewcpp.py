@@ -81,7 +81,7 @@ class EWCpp(Importance[Running]):
         """Hold to the running Fisher information, or add it to that of earlier tasks."""
         scale = [1.0] * len(state.fisher)
         if self.normalize != "none":
-            scale = divisors(state.fisher, self.normalize, state.scale)
+            scale = divisors(state.fisher, self.normalize, state.scale, finish.spread)
         omega = [f / c for f, c in zip(state.fisher, scale, strict=True)]
         stands = self.accumulate == "last" and self.alpha != "mean"  # F is of all tasks, and is scaled anew
         for new, old, n, known in zip(omega, finish.earlier(), state.seen, state.known, strict=True):

@@ -17,6 +17,7 @@ from rwalk import kernels
 from rwalk.anchor import Anchor
 from rwalk.importance._scale import WAYS, Normalize, divisors
 from rwalk.importance.base import Finish, Fisher, Importance, Step, check, check_alpha, positive
+from rwalk.parallel import ALONE, Spread
 from rwalk.parameters import copies, zeros
 
 
@@ -74,6 +75,7 @@ class RWalk(Importance[Walk]):
 
     coarse: ClassVar[tuple[str, ...]] = ("fisher", "total", "total_fisher")
     slow: ClassVar[tuple[str, ...]] = ("total", "total_fisher")
+    counters: ClassVar[tuple[str, ...]] = ("far", "windows")
     alpha: float | Literal["mean"] = 0.9
     delta_t: int = 10
     eps: float = 1e-3
@@ -120,7 +122,7 @@ class RWalk(Importance[Walk]):
         mean = self.alpha == "mean"
         total_fisher = self._join(state.total_fisher, state.fisher, state.seen) if mean else state.total_fisher
         fisher = _filled(total_fisher, state.fisher) if mean else state.fisher
-        omega, by_f, by_s = self._normalise(fisher, _filled(total, state.score), state.scale)
+        omega, by_f, by_s = self._normalise(fisher, _filled(total, state.score), state.scale, finish.spread)
         for tensor in [*state.score, *(state.fisher if mean else ())]:
             tensor.zero_()
         if self.normalize == "first" and by_f:
@@ -128,14 +130,15 @@ class RWalk(Importance[Walk]):
         state = state._replace(total=total, total_fisher=total_fisher, by_score=by_s, seen=[0] * len(omega), steps=0)
         return finish.renew(omega), state
 
-    def report(self, state: Walk, anchor: Anchor, theta: Mapping[str, Tensor]) -> dict[str, float]:
+    def report(self, state: Walk, anchor: Anchor, theta: Mapping[str, Tensor], spread: Spread = ALONE) -> dict[str, float]:
         """Return the share of windows beyond eps, and the shares of the penalty that Fisher information and score bring."""
-        figures = {"windows beyond eps": float(state.far) / state.windows} if state.windows else {}
-        whole = float(anchor.penalty(theta))
+        part = [s / d for s, d in zip(_filled(state.total, state.score), state.by_score, strict=True)]
+        by_score = Anchor(anchor.point, dict(zip(theta, part, strict=True)))
+        parts = [float(state.far), state.windows, float(anchor.penalty(theta)), float(by_score.penalty(theta))]
+        far, windows, whole, score = spread.sums(parts)
+        figures = {"windows beyond eps": far / windows} if windows else {}
         if whole > 0:
-            part = [s / d for s, d in zip(_filled(state.total, state.score), state.by_score, strict=True)]
-            score = float(Anchor(anchor.point, dict(zip(theta, part, strict=True))).penalty(theta)) / whole
-            figures |= {"penalty from Fisher": 1 - score, "penalty from score": score}
+            figures |= {"penalty from Fisher": 1 - score / whole, "penalty from score": score / whole}
         return figures
 
     def _columns(self, state: Walk) -> dict[str, Any]:
@@ -166,10 +169,10 @@ class RWalk(Importance[Walk]):
         return [join(old, new) if n else old for old, new, n in zip(total, task, seen, strict=True)]
 
     def _normalise(
-        self, fisher: list[Tensor], total: list[Tensor], first: tuple[float, float]
+        self, fisher: list[Tensor], total: list[Tensor], first: tuple[float, float], spread: Spread
     ) -> tuple[list[Tensor], list[float], list[float]]:
         """Return F / its scale + S / its scale, and the scales by tensor."""
-        by_f, by_s = divisors(fisher, self.normalize, first[0]), divisors(total, self.normalize, first[1])
+        by_f, by_s = (divisors(raw, self.normalize, c, spread) for raw, c in zip((fisher, total), first, strict=True))
         return [f / a + s / b for f, s, a, b in zip(fisher, total, by_f, by_s, strict=True)], by_f, by_s
 
 
