@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 
+from rwalk import kernels
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: the tests run its kernels on the CPU
 
@@ -18,3 +20,10 @@ settings.load_profile("quick")
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _plain_kernels():
+    """Let no test leave its choice of a backend to the next one."""
+    yield
+    kernels.use("blocked")
