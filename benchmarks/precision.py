@@ -47,11 +47,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--tasks", type=int, default=10)
     parser.add_argument("--batch", type=int, default=10)
+    parser.add_argument("--methods", default=",".join(METHODS))
     options = parser.parse_args()
     torch.set_num_threads(1)
     kernels.use("auto")
     data = load("mnist", options.data)
-    for name, method in METHODS.items():
+    for name in options.methods.split(","):
+        method = METHODS[name]
         for dtype in (None, torch.bfloat16):
             args = (data, method, STRENGTH.get(name), dtype)
             found = [100 * one(*args, seed, options.tasks, options.batch) for seed in range(options.seeds)]
