@@ -45,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--tasks", type=int, default=10)
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--methods", default=",".join(METHODS))
@@ -56,7 +57,8 @@ def main() -> None:
         method = METHODS[name]
         for dtype in (None, torch.bfloat16):
             args = (data, method, STRENGTH.get(name), dtype)
-            found = [100 * one(*args, seed, options.tasks, options.batch) for seed in range(options.seeds)]
+            seeds = range(options.first_seed, options.first_seed + options.seeds)
+            found = [100 * one(*args, seed, options.tasks, options.batch) for seed in seeds]
             spread = stdev(found) if len(found) > 1 else 0.0
             each = " ".join(f"{value:.2f}" for value in found)
             print(f"{name:16} {'bfloat16' if dtype else 'float32':9} {fmean(found):.2f} ± {spread:.2f}  ({each})", flush=True)
