@@ -26,7 +26,7 @@ AnyRow = TypeVar("AnyRow", Row, After)
 
 def visit_(rows: Iterable[Row], visit: Visit) -> tuple[list[Row], list[Tensor]]:
     """Visit parameters before a step: see `Visit`. Returns the rows left to do (none), and counts as `settle_` returns."""
-    if visit.skip is not None and bool(visit.skip):
+    if visit.left_out:
         return [], []
     far = [reference.visit_one_(piece, visit, start) for start, piece in _pieces(rows)]
     return [], [count for count in far if count is not None]

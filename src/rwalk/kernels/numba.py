@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 def visit_(rows: Iterable[Row], visit: Visit) -> tuple[list[Row], list[Tensor]]:
     """Visit parameters before a step: see `Visit`. Returns the rows left to the next backend, and counts as `settle_` does."""
     tables, left = _tables(rows, ROW)
-    if not tables or (visit.skip is not None and bool(visit.skip)):
+    if not tables or visit.left_out:
         return left, []
     scale = 1.0 if visit.scale is None else float(visit.scale)
     numbers = (visit.eps, 2 * visit.strength * scale, scale)

@@ -20,7 +20,7 @@ NOISE = 2**16
 
 def visit_(rows: Iterable[Row], visit: Visit) -> tuple[list[Row], list[Tensor]]:
     """Visit parameters before a step: see `Visit`. Returns the rows left to do (none), and counts as `settle_` returns."""
-    if visit.skip is not None and bool(visit.skip):
+    if visit.left_out:
         return [], []
     return [], [far for row in rows if (far := visit_one_(row, visit)) is not None]
 

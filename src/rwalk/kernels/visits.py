@@ -76,6 +76,11 @@ class Visit(NamedTuple):
     skip: Tensor | None = None
     tick: int = 0
 
+    @property
+    def left_out(self) -> bool:
+        """Whether `skip` is set, for backends that ask on the host; where it lies on a GPU, this waits for it."""
+        return self.skip is not None and bool(self.skip)
+
     def rows(self) -> Iterator[Row]:
         """Yield the parameters for which there is something to do."""
         missing = [None] * len(self.theta)
