@@ -1,19 +1,25 @@
 # make demo: train on digits with and without RWalk, and print what was kept.
 # make test: everything that must hold before a change lands.
+# make test-integrations: train inside Avalanche, Lightning, Hugging Face and scikit-learn, in an environment of its own.
 # make bench: what a training step costs with each method; make bench-quick for two minutes of it.
 # make peers: install Avalanche, so that the benchmark shows it too.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python $(INSTALL)
+HOSTS ?= .venv-integrations
 
-.PHONY: demo test check format bench bench-quick peers clean
+.PHONY: demo test test-integrations check format bench bench-quick peers clean
 
 demo: $(VENV)/.bench
 	$(BIN)/rwalk run permuted-digits --methods finetune,rwalk,joint --seeds 3 --strength 1 --epochs 5 --lr 0.1 --out runs/demo
 
 test: check
 	$(BIN)/python -m pytest -n 2
+
+test-integrations: $(HOSTS)/.all
+	$(HOSTS)/bin/python -m pytest -n 2 tests/integrations
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check
@@ -53,5 +59,14 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.bench $(VENV)/.fast
 
+# Avalanche lies apart, where its tests alone find it: torchvision, which it needs and which cannot be imported as it is beside a
+# CPU build of torch, would break the others.
+$(HOSTS)/.all: pyproject.toml constraints.txt
+	@echo "Installing Lightning, Hugging Face, Avalanche and others into $(HOSTS) (two minutes)"
+	$(PYTHON) -m venv $(HOSTS)
+	$(HOSTS)/bin/python $(INSTALL) -e '.[integrations]'
+	$(HOSTS)/bin/python $(INSTALL) --no-deps --upgrade --target $(HOSTS)/avalanche avalanche-lib torchvision
+	@touch $@
+
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(HOSTS) runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -47,6 +47,13 @@ class Summary:
         lines += [f"{layer.name:<{width}}  holds {layer.share:6.1%}  drift {layer.drift:.3g}" for layer in self.layers]
         return "\n".join(lines)
 
+    def scalars(self, prefix: str = "memory/") -> dict[str, float]:
+        """Return all figures as one flat dictionary, as loggers take them: `memory/penalty`, `memory/drift/fc1`."""
+        scalars = {name.replace(" / ", " over "): value for name, value in self.figures.items()}
+        scalars |= {f"share/{layer.name}": layer.share for layer in self.layers}
+        scalars |= {f"drift/{layer.name}": layer.drift for layer in self.layers}
+        return {prefix + name.replace(" ", "_"): value for name, value in scalars.items()}
+
     def __rich__(self) -> Any:
         """Lay the summary out as a table for rich."""
         from rich.table import Table
