@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from rwalk._errors import explain
 
 
-def perceptron(features: int, classes: int, hidden: Sequence[int]) -> nn.Module:
+def perceptron(features: int, classes: int, hidden: int | Sequence[int]) -> nn.Module:
     """Make a multi-layer perceptron with ReLU that returns logits."""
-    widths = [features, *hidden]
+    widths = [features, *np.atleast_1d(hidden).tolist()]
     layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers, nn.Linear(widths[-1], classes))
 

@@ -24,7 +24,7 @@ class RWalkClassifier(ClassifierMixin, BaseEstimator):
 
     Args:
         rule, strength, options: of the `Consolidator`; `options` are its further arguments, such as `{"pull": "proximal"}`.
-        module: makes a network that returns logits, from (features, classes); None for a perceptron with `hidden` layers.
+        module: makes a network that returns logits, from (features, classes); None for a perceptron with `hidden` units.
         optimizer: called as `optimizer(parameters, lr=lr)`; `functools.partial` gives it more arguments.
         epochs, batch_size: passes over the data of `fit`, and examples per step; they may be changed later, all others not.
         dtype: of inputs and network, "float32" or "float64".
@@ -36,7 +36,7 @@ class RWalkClassifier(ClassifierMixin, BaseEstimator):
     _: KW_ONLY
     options: dict[str, Any] | None = None
     module: Callable[[int, int], torch.nn.Module] | None = None
-    hidden: tuple[int, ...] = (100,)
+    hidden: int | tuple[int, ...] = 100
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam
     lr: float = 0.001
     epochs: int = 20
@@ -63,7 +63,7 @@ class RWalkClassifier(ClassifierMixin, BaseEstimator):
         numbered(labels if classes is None else np.append(labels, classes), known)
         if first:
             self._begin(known)
-        if self._trained and task not in (None, self.task_):
+        if self.memory_.steps and task not in (None, self.task_):
             self.consolidate()
         self.task_: Any = self.task_ if task is None else task
         return self._train(x, labels, 1)
@@ -74,7 +74,6 @@ class RWalkClassifier(ClassifierMixin, BaseEstimator):
         tensors = () if X is None else self._tensors(*self._checked(X, y))
         with self._seeded():
             self.memory_.consolidate(list(zip(*(t.split(self.batch_size) for t in tensors), strict=True)) or None)
-        self._trained: bool = False
         return self
 
     def predict_proba(self, X: Any) -> Any:
@@ -101,7 +100,6 @@ class RWalkClassifier(ClassifierMixin, BaseEstimator):
 
     def _begin(self, classes: Any) -> None:
         self.classes_, self._random, self.task_ = classes, check_random_state(self.random_state), None
-        self._trained = False
         with self._seeded():
             network = (self.module or partial(perceptron, hidden=self.hidden))(self.n_features_in_, len(classes))
         self.network_ = network.to(self.device, getattr(torch, self.dtype))
@@ -110,7 +108,6 @@ class RWalkClassifier(ClassifierMixin, BaseEstimator):
 
     def _train(self, x: Any, labels: Any, epochs: int) -> Self:
         self.memory_.attach(self.optimizer_)
-        self._trained = True
         try:
             with self._seeded():
                 train(self.network_, self.optimizer_, *self._tensors(x, labels), epochs, self.batch_size)
