@@ -168,12 +168,17 @@ def test_a_file_of_joblib_continues_in_the_middle_of_a_task_exactly(rule, tmp_pa
 
 def test_random_state_decides_everything_and_disturbs_nobody():
     (x, y) = batches(0, 1, size=40)[0]
-    before = torch.get_rng_state()
-    same = [RWalkClassifier(epochs=2, batch_size=8, random_state=3).fit(x, y).partial_fit(x, y) for _ in range(2)]
-    other = RWalkClassifier(epochs=2, batch_size=8, random_state=4).fit(x, y)
-    assert torch.equal(before, torch.get_rng_state())
-    assert_same_state(same[0].memory_, same[1].memory_)
-    assert not np.array_equal(same[0].predict_proba(x), other.predict_proba(x))
+
+    def learned(seed):
+        torch.rand(1)
+        before = torch.get_rng_state()
+        ours = RWalkClassifier(epochs=2, batch_size=8, random_state=seed).fit(x, y).partial_fit(x, y)
+        assert torch.equal(before, torch.get_rng_state())
+        return ours
+
+    one, same, other = (learned(seed) for seed in (3, 3, 4))
+    assert_same_state(one.memory_, same.memory_)
+    assert not np.array_equal(one.predict_proba(x), other.predict_proba(x))
 
 
 def noisy(features, classes):
