@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from functools import partial
+from itertools import chain
 
 import joblib
 import numpy as np
@@ -92,6 +93,32 @@ def test_only_a_new_label_ends_a_task():
     assert ours.consolidate().partial_fit(*task, task="c").memory_.tasks == 3, "consolidated already"
     assert ours.fit(*task).memory_.tasks == 1, "anew"
     assert ours.partial_fit(*task, task="c").memory_.tasks == 1, "`fit` has ended its task"
+
+
+class Recorder(torch.nn.Linear):
+    """Writes down the first feature of what it is trained on."""
+
+    def forward(self, x):
+        if self.training:
+            vars(self).setdefault("seen", []).append(x[:, 0].tolist())
+        return super().forward(x)
+
+
+def test_each_pass_takes_every_example_once_in_a_new_order_and_one_call_of_partial_fit_is_one_pass():
+    x, y = np.arange(20, dtype=np.float32).reshape(10, 2)[::-1], np.array([0, 1] * 5)
+    ours = RWalkClassifier(module=Recorder, epochs=2, batch_size=4, random_state=0).fit(x, y).partial_fit(x, y)
+    assert [len(batch) for batch in ours.network_.seen] == [4, 4, 2] * 3
+    passes = [list(chain(*ours.network_.seen[i : i + 3])) for i in (0, 3, 6)]
+    assert all(sorted(one) == list(range(0, 20, 2)) for one in passes)
+    assert len({*map(tuple, passes), tuple(x[:, 0])}) == 4, "an order came twice"
+
+
+def test_options_go_to_the_consolidator():
+    (x, y) = batches(0, 1)[0]
+    ours = classifier(RWalk(), options={"pull": "proximal", "average": "tail"}).fit(x, y)
+    assert (ours.memory_.pull, ours.memory_.average) == ("proximal", "tail")
+    with pytest.raises(ValueError, match="pull"):
+        ours.set_params(options={"pull": "push"}).fit(x, y)
 
 
 def test_labels_may_be_words_and_classes_come_later():
