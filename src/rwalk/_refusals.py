@@ -113,6 +113,18 @@ def refuse_attachment(twice: bool, steps: int) -> None:
         )
 
 
+def refuse_two_gradients(inside: bool) -> None:
+    """Refuse that the rule sees another gradient than the one that the visit moves along."""
+    if inside:
+        raise RuntimeError(
+            explain(
+                "`before_clip` under `attach(optimizer, inside=True)`",
+                "one gradient for the rule and for the step",
+                "Leave out `inside=True`, or clip without `before_clip`.",
+            )
+        )
+
+
 def refuse_consolidation(rule: Importance[Any], data: Any, early: bool) -> None:
     """Refuse to end a task without the data that a rule measures on, or before `attach` under any other rule."""
     refuse_data(data)
