@@ -143,6 +143,12 @@ class Consolidator:
     def strength(self, value: float) -> None:
         self._strength = refusals.check_strength(value)
 
+    @property
+    def steps(self) -> int:
+        """How many steps of the task at hand have been observed; 0 right after `consolidate`."""
+        self._resolve()
+        return self._steps
+
     def attach(self, optimizer: Optimizer) -> "Consolidator":
         """Watch an optimiser from now on, and pull on its gradients once there is an anchor.
 
