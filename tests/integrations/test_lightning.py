@@ -215,6 +215,22 @@ def test_logits_are_read_as_the_user_says():
     assert (omega[:2] > 0).all()
 
 
+def test_a_loss_for_models_that_are_no_classifiers():
+    def loss(output, target):
+        return (output - target).square().sum()
+
+    class Regression(Net):
+        def training_step(self, batch, index):
+            return loss(self(batch[0]), batch[1])
+
+    callback, model = ConsolidationCallback(EWC(labels="true"), loss=loss), Regression()
+    loader = DataLoader(TensorDataset(torch.randn(8, 6, dtype=torch.float64), torch.randn(8, 3).double()), batch_size=4)
+    trainer(callback).fit(model, loader)
+    truth = Consolidator(model, EWC(labels="true"))
+    truth.estimate(loader, loss=loss)
+    torch.testing.assert_close(dict(callback.memory.anchor.omega), dict(truth.anchor.omega))
+
+
 class Converted(Net):
     """Batches arrive as other types, and become what the model takes on their way."""
 
