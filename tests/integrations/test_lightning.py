@@ -27,7 +27,9 @@ from rwalk import EWC, MAS, SI, Consolidator, RWalk
 from rwalk.integrations.lightning import ConsolidationCallback
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning:lightning.*"),
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available"),
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The `srun` command"),
 ]
@@ -552,6 +554,16 @@ def test_a_module_without_forward_trains_under_rules_that_need_no_data():
     same(callback.memory, by_hand(RWalk(delta_t=3), 0.5))
 
 
+def test_batch_norm_without_forward_gets_the_warning_of_a_loop_without_data():
+    class Normed(Formless):
+        def __init__(self):
+            super().__init__()
+            self.net.insert(1, torch.nn.BatchNorm1d(12).double())
+
+    with pytest.warns(UserWarning, match="Got `consolidate.*BatchNorm"):
+        fits(ConsolidationCallback(), Normed(), tasks=1)
+
+
 def test_another_model_is_refused():
     callback = ConsolidationCallback(RWalk())
     fits(callback, tasks=1)
@@ -593,6 +605,7 @@ def ranked(out, devices, size=8):
             small = DataLoader(loader.dataset, batch_size=size // devices, sampler=part)
             options = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto", "use_distributed_sampler": False}
             trainer(callback, **options).fit(model, small)
+            assert callback.memory.model is model  # and not a wrapper that has served
         found.append((callback.memory.state_dict(), model.state_dict()))
     found.append(woven(devices, size))
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:

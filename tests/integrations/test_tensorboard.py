@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from rwalk import cli
 from rwalk.bench import Record
 from rwalk.bench.checkpoint import Checkpoint
+from rwalk.bench.trackers import tensorboard
 
 RUN = ["run", "permuted-digits", "--tasks", "3", "--seeds", "1", "--hidden", "8", "--batch-size", "50"]
 
@@ -75,6 +76,12 @@ def test_a_run_that_is_cut_off_and_goes_on_writes_nothing_twice(tmp_path, monkey
     (path,) = (tmp_path / "cut").glob("*.json")
     accuracy = json.loads(path.read_text())["accuracy"]
     assert resumed["accuracy/task_1"] == {k + 1: accuracy[k][0] for k in range(3)}
+
+
+def test_what_was_tracked_is_on_disk_before_the_run_ends(tmp_path):
+    with tensorboard(tmp_path) as track:
+        track({"figure": 0.5}, 1)
+        assert events(tmp_path) == {"figure": {1: 0.5}}
 
 
 def test_without_the_option_nothing_is_written(tmp_path):
