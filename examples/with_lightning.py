@@ -86,11 +86,11 @@ print(callback.memory.summary())
 #     Trainer(max_epochs=5, callbacks=[callback, keep]).fit(model, loader, ckpt_path="last")
 #
 # goes on where it was when it is started again, whatever had happened to it. A `fit` that is interrupted leaves its task
-# unfinished, and the next `fit` goes on with it. Lightning does not keep the state of random generators, so dropout and shuffling
-# are drawn anew.
+# unfinished, and the next `fit` goes on with it. Lightning does not keep the state of random generators, so dropout and
+# shuffling are drawn anew.
 #
-# Rules see gradients as the optimiser uses them, clipped; `ConsolidationCallback(RWalk(), before_clip=True)` has them as they were
-# before. Several optimisers, and strategies that shard (FSDP, DeepSpeed) or train in processes that end with `fit`
+# Rules see gradients as the optimiser uses them, clipped; `ConsolidationCallback(RWalk(), before_clip=True)` has them as they
+# were before. Several optimisers, and strategies that shard (FSDP, DeepSpeed) or train in processes that end with `fit`
 # (`ddp_spawn`, `ddp_fork`), are refused.
 #
 # Fabric needs no callback: give the consolidator what `fabric.setup` returns, and call `memory.consolidate()` after each task.
