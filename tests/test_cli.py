@@ -164,7 +164,7 @@ senseless = st.lists(
 
 
 def stub(stream, method, strength, seed, training, **options):
-    del options["checkpoint"], options["tick"]
+    del options["checkpoint"], options["tick"], options["track"]
     config = cli.configuration(stream, method, strength, training, **options)
     name = method if isinstance(method, str) else type(method).__name__.lower()
     return Record(name, stream[0].stream["name"], seed, [[0.5]], config=config, timings={"train_seconds": 1.0})
@@ -236,3 +236,13 @@ def test_ctrl_c_and_the_same_command_again_give_what_an_undisturbed_run_gives(tm
     for name in names:
         a, b = (json.loads((folder / name).read_text()) for folder in (calm, disturbed))
         assert a["accuracy"] == b["accuracy"]
+
+
+def test_a_log_without_its_package_is_refused_before_anything_is_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    assert run("split-digits", *QUICK, "--log", "tensorboard", "--out", str(tmp_path / "runs")) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("rwalk: Got a log for TensorBoard without its package")
+    assert "Run: pip install 'rwalk[tensorboard]'" in message
+    assert not any(tmp_path.iterdir())

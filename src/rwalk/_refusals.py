@@ -40,7 +40,7 @@ def refuse_rule(rule: Any) -> None:
     """Refuse what is neither a rule nor None."""
     if rule is not None and not isinstance(rule, Importance):
         came = f"the class `{rule.__name__}`" if isinstance(rule, type) else f"a rule of type `{type(rule).__name__}`"
-        raise TypeError(explain(came, "a rule such as `RWalk()`", "Pass an instance of a rule as second argument."))
+        raise TypeError(explain(came, "a rule such as `RWalk()`", "Pass an instance of a rule."))
 
 
 def refuse_model(model: Any) -> None:

@@ -23,6 +23,7 @@ from rwalk.bench.experience import STREAMS, Experience, Scenario, make, parse
 from rwalk.bench.learners import Training
 from rwalk.bench.record import Record, file_name
 from rwalk.bench.runner import LEARNERS, configuration, run
+from rwalk.bench.trackers import tracker
 from rwalk.consolidator import Average, Pull, resolve
 from rwalk.importance import rules
 from rwalk.importance.base import Importance
@@ -74,6 +75,8 @@ class Run:
     """Number of tasks; default: 5 for split and rotated, 10 for permuted."""
     scenario: Scenario | None = None
     """For split streams: what is known at test time; default: task."""
+    log: Literal["tensorboard"] | None = None
+    """Also write each task's figures for TensorBoard, into a folder beside each record; tensorboard --logdir OUT shows them."""
     threads: int = 1
     """CPU threads; small networks are fastest with one, and equal results need equal numbers."""
     training: Annotated[Training, tyro.conf.arg(name="")] = field(default_factory=Training)
@@ -171,6 +174,8 @@ def _run(command: Run, console: Console) -> None:
             came = f"--{option.replace('_', '-')} {getattr(command, option)}"
             raise ValueError(explain(came, f"{allowed[0]} to {allowed[-1]}", "Pass such a number."))
     resolve(None, command.strength)
+    with tracker(command.log, command.out):
+        pass  # says now if its package is missing
     torch.set_num_threads(command.threads)
     kind, name = parse(command.stream)
     data = load(name, command.data)
@@ -205,7 +210,8 @@ def _one(
         return record
     bar = progress.add_task(f"{name} seed {seed}", total=_steps(stream, name, command.training))
     options |= {"checkpoint": checkpoint, "tick": lambda: progress.advance(bar)}
-    record = run(stream, method, command.strength, seed, command.training, **options)
+    with tracker(command.log, path.with_suffix("")) as track:
+        record = run(stream, method, command.strength, seed, command.training, track=track, **options)
     progress.remove_task(bar)
     if ranks.number() == 0:
         record.save(command.out)

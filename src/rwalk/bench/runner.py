@@ -18,6 +18,7 @@ from rwalk.bench.experience import Experience, check
 from rwalk.bench.learners import FineTune, Joint, Learner, Protected, Training
 from rwalk.bench.models import mlp
 from rwalk.bench.record import Record, file_name
+from rwalk.bench.trackers import Track, figures, quiet
 from rwalk.consolidator import Average, Pull, Settings, resolve
 from rwalk.importance import rules
 from rwalk.importance.base import Importance
@@ -36,6 +37,7 @@ def run(
     average: Average | None = None,
     checkpoint: str | Path | None = None,
     tick: Callable[[], None] = lambda: None,
+    track: Track = quiet,
 ) -> Record:
     """Train on each task of a stream in turn, and after each evaluate on all tasks.
 
@@ -53,6 +55,8 @@ def run(
         checkpoint: file that keeps where the run stands after each task; if it is there already, the run goes on from there. It
             stays until it is removed. Learners of one's own need the methods of `rwalk.bench.learners.Resumable` for it.
         tick: called after each training step, for progress displays.
+        track: called after each task with figures by name and the number of tasks learned, before the checkpoint is written: a
+            task that is cut off in between comes twice. Of several ranks the first one calls.
 
     Returns:
         The record. In class-incremental streams later tasks are not evaluated before they come.
@@ -83,6 +87,8 @@ def run(
             learner.fit(stream[k])
             measured.seconds += time.perf_counter() - start
             measured.accuracy.append(_evaluate(learner, stream, k))
+            if ranks.number() == 0:
+                track(figures(measured.accuracy) | getattr(learner, "scalars", dict)(), k + 1)
             place.save(learner, measured)
     return Record(
         method=_name(method),

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from rwalk import Consolidator
 from rwalk._errors import explain
 from rwalk.importance.base import Importance
+from rwalk.parameters import bare
 
 
 class Guest:
@@ -67,7 +68,7 @@ class Guest:
         if memory is None:
             rule, strength, options = self._arguments
             memory = Consolidator(model, rule, strength, **options)
-        if memory.model is not model:
+        if bare(memory.model) is not bare(model):
             raise ValueError(
                 explain(
                     "another model than that of the tasks before",
@@ -79,12 +80,14 @@ class Guest:
             memory.load_state_dict(self._saved)
         self._memory, self._saved = memory, None
         memory.detach()
+        memory.model = model  # a host may wrap it anew for each task
         return memory.attach(optimizer)
 
     def end(self, data: Iterable[Any] | None = None, **options: Any) -> None:
         """End the task: `Consolidator.consolidate`, then stop watching."""
         self.memory.consolidate(data, **options)
         self.memory.detach()
+        self.memory.model = bare(self.memory.model)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the memory's state; empty before training has begun."""
