@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rwalk import cli
+from rwalk import cli, kernels
 from rwalk.bench import Record
 from rwalk.bench import data as data_sets
 from rwalk.cli import main
@@ -53,6 +53,24 @@ def test_runs_write_records_and_print_a_table(tmp_path, capsys):
     table = capsys.readouterr().out
     for word in ("finetune", "rwalk", "joint", "accuracy", "forgetting", "step"):
         assert word in table
+
+
+def test_the_kernels_are_chosen_and_recorded(tmp_path, capsys):
+    for backend in ("reference", "blocked"):
+        assert run("split-digits", "--methods", "rwalk", *QUICK, "--kernels", backend, "--out", str(tmp_path / backend)) == 0
+    one, two = (Record.load(next((tmp_path / backend).glob("*.json"))) for backend in ("reference", "blocked"))
+    assert (one.versions["kernels"], two.versions["kernels"]) == ("reference", "blocked")
+    assert one.accuracy == two.accuracy
+
+
+def test_kernels_that_are_not_installed_get_three_parts_and_status_two(tmp_path, capsys, monkeypatch):
+    def missing(name):
+        raise ImportError("No module named 'numba'")
+
+    monkeypatch.setattr(kernels, "import_module", missing)
+    assert run("split-digits", "--kernels", "numba", "--out", str(tmp_path / "out")) == 2
+    assert "Got backend `numba`" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_alpha_takes_a_number_or_mean(tmp_path):

@@ -15,7 +15,7 @@ except ImportError as error:
 
 import torch
 
-from rwalk import files, plan
+from rwalk import files, kernels, plan
 from rwalk._errors import explain
 from rwalk.bench import ranks
 from rwalk.bench.data import HUB, load
@@ -77,6 +77,8 @@ class Run:
     """For split streams: what is known at test time; default: task."""
     log: Literal["tensorboard"] | None = None
     """Also write each task's figures for TensorBoard, into a folder beside each record; tensorboard --logdir OUT shows them."""
+    kernels: Literal["auto", "blocked", "numba", "triton", "reference"] = "blocked"
+    """How the arithmetic is done: see `rwalk.kernels.use`; results agree to rounding."""
     threads: int = 1
     """CPU threads; small networks are fastest with one, and equal results need equal numbers."""
     training: Annotated[Training, tyro.conf.arg(name="")] = field(default_factory=Training)
@@ -155,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _plan(command, console)
         else:
             _list(console)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"rwalk: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -177,6 +179,7 @@ def _run(command: Run, console: Console) -> None:
     with tracker(command.log, command.out):
         pass  # says now if its package is missing
     torch.set_num_threads(command.threads)
+    kernels.use(command.kernels)
     kind, name = parse(command.stream)
     data = load(name, command.data)
     streams = {seed: make(kind, data, seed, command.scenario, tasks=command.tasks) for seed in seeds}

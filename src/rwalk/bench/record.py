@@ -29,7 +29,7 @@ class Record:
         timings: seconds of training and CPU milliseconds per step.
         memory: bytes of the model's parameters and of the method's state, and the number of stored examples.
         diagnostics: for each task, at its end and before consolidation, a consolidator's figures and layers.
-        versions: of Python, torch and the library.
+        versions: of Python, torch and the library, and the backend of its kernels.
         threads: CPU threads of the run, on each rank.
         ranks: processes that trained the model together.
     """

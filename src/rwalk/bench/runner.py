@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import rwalk
+from rwalk import kernels
 from rwalk._errors import explain
 from rwalk.bench import ranks
 from rwalk.bench.checkpoint import Checkpoint, Measured
@@ -123,7 +124,8 @@ def configuration(
 
 
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__, "rwalk": rwalk.__version__}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "rwalk": rwalk.__version__}
+    return versions | {"kernels": kernels.current()}
 
 
 def _settings(method: Method, strength: float | None, pull: Pull | None, average: Average | None) -> Settings | None:
