@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from rwalk import Consolidator
 from rwalk._errors import explain
 from rwalk.importance.base import Importance
+from rwalk.parameters import bare
 
 
 class Guest:
@@ -67,7 +68,7 @@ class Guest:
         if memory is None:
             rule, strength, options = self._arguments
             memory = Consolidator(model, rule, strength, **options)
-        if memory.model is not model:
+        if bare(memory.model) is not bare(model):
             raise ValueError(
                 explain(
                     "another model than that of the tasks before",
@@ -75,6 +76,7 @@ class Guest:
                     "Train the same model again, or make a new callback for the new one.",
                 )
             )
+        memory.model = model  # perhaps in another wrapper than for the task before
         if self._saved is not None:
             memory.load_state_dict(self._saved)
         self._memory, self._saved = memory, None

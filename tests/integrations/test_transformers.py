@@ -1,0 +1,454 @@
+"""Trainer with a memory gives what a loop written out with a `Consolidator` gives, also resumed, killed and on two ranks."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+pytest.importorskip("transformers", reason="needs Transformers: make test-integrations")
+pytest.importorskip("accelerate", reason="needs Accelerate: make test-integrations")
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE))
+
+import transformers
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from hf_run import two_tasks
+
+from rwalk import EWC, L2, MAS, SI, Consolidator, RWalk
+from rwalk.integrations.transformers import FILE, ConsolidationCallback, protect
+from rwalk.steps import innermost
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*pin_memory.*:UserWarning",  # from the DataLoader where there is no accelerator
+)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+VOCABULARY, LENGTH = 20, 8
+
+
+def bert(dropout=0.0, kind=BertForSequenceClassification):
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=LENGTH,
+        num_labels=3,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        pad_token_id=0,
+    )
+    return kind(config).double()
+
+
+def gpt(dropout=0.0):
+    torch.manual_seed(1)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=LENGTH,
+        n_embd=8,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=0,
+        eos_token_id=0,
+        loss_type="ForCausalLM",
+    )
+    return GPT2LMHeadModel(config).double()
+
+
+def sentences(task, count=24):
+    """Examples whose label says which of three tokens, others for each task, is the most frequent."""
+    generator = torch.Generator().manual_seed(task)
+    x = torch.randint(1, VOCABULARY, (count, LENGTH), generator=generator)
+    y = ((x + task) % 3).mode(1).values
+    return [{"input_ids": a, "labels": b} for a, b in zip(x, y, strict=True)]
+
+
+def lines(task, count=12):
+    return [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in sentences(task, count)]
+
+
+def arguments(folder, **options):
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 2,
+        "learning_rate": 0.01,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(str(folder), **defaults | options)
+
+
+def mean_over_the_step(outputs, labels, num_items_in_batch):
+    """A classifier's loss; Transformers' own, of BERT at least, is not divided by the number of micro-batches."""
+    return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+
+def trainer(folder, model, data, callbacks, loss=None, **options):
+    arranged = arguments(folder, **options)
+    return Trainer(model=model, args=arranged, train_dataset=data, callbacks=callbacks, compute_loss_func=loss)
+
+
+def batches(data, size=4):
+    return [{key: torch.stack([row[key] for row in data[i : i + size]]) for key in data[0]} for i in range(0, len(data), size)]
+
+
+def same(one, two, exact=False):
+    """Demand equal weights, anchors and state."""
+    tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-9, "atol": 1e-12}
+    torch.testing.assert_close(dict(one.model.named_parameters()), dict(two.model.named_parameters()), **tolerance)
+    a, b = one.state_dict(), two.state_dict()
+    for key in ("anchor", "tail", "state"):
+        torch.testing.assert_close(a[key], b[key], **tolerance)
+    assert [a[key] for key in ("tasks", "steps", "rule")] == [b[key] for key in ("tasks", "steps", "rule")]
+
+
+def by_hand(model, tasks, memory, accumulate=1, clip=1.0, epochs=2, lr=0.01, read=None):
+    """What Trainer does with its defaults, in the order of the data: AdamW, a rate that falls to zero, clipping."""
+    for data in tasks:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+        memory.detach()
+        memory.attach(optimizer)
+        parts = batches(data)
+        groups = [parts[i : i + accumulate] for i in range(0, len(parts), accumulate)]
+        total = epochs * len(groups)
+        for step in range(total):
+            optimizer.param_groups[0]["lr"] = lr * (total - step) / total
+            optimizer.zero_grad()
+            group = groups[step % len(groups)]
+            for batch in group:
+                model.train()
+                loss = F.cross_entropy(model(input_ids=batch["input_ids"]).logits, batch["labels"])
+                (loss / len(group)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+        memory.consolidate(**({"data": parts} if memory.rule.measures == "data" else {}))
+    return memory
+
+
+@pytest.mark.parametrize("rule", [RWalk(delta_t=3), None, SI(), EWC(), MAS()], ids=str)
+def test_a_trainer_for_each_task_gives_what_a_loop_by_hand_gives(tmp_path, rule):
+    model, other = bert(), bert()
+    callback = ConsolidationCallback(rule, strength=0.5)
+    tasks = [sentences(0), sentences(1)]
+    options = {"gradient_accumulation_steps": 3, "max_grad_norm": 0.3, "train_sampling_strategy": "sequential"}
+    for data in tasks:
+        trainer(tmp_path, model, data, [callback], mean_over_the_step, **options).train()
+    assert callback.memory.model is model
+    same(callback.memory, by_hand(other, tasks, Consolidator(other, rule, strength=0.5), accumulate=3, clip=0.3))
+    assert callback.memory.tasks == 2
+
+
+def launch(folder, *words, ranks=1, **options):
+    command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if ranks > 1 else [])]
+    command += [str(HERE / "hf_run.py"), str(folder), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+def end_of(folder, memory):
+    """Return a memory like `memory` as another process left it."""
+    other = Consolidator(copy.deepcopy(memory.model), memory.rule, memory.strength, average=memory.average, pull=memory.pull)
+    other.model.load_state_dict(torch.load(folder / "end.pt"))
+    other.load(folder / "end.safetensors")
+    return other
+
+
+def test_a_killed_training_goes_on_as_if_nothing_had_happened(tmp_path):
+    killed = launch(tmp_path / "killed", "rwalk", "5")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    left = sorted(path.name for path in (tmp_path / "killed/rwalk/1").iterdir())
+    assert left == ["checkpoint-2", "checkpoint-4"]
+    again = launch(tmp_path / "killed", "rwalk")
+    assert again.returncode == 0, again.stderr
+    whole = two_tasks(tmp_path / "whole", "rwalk")
+    same(end_of(tmp_path / "killed/rwalk", whole), whole, exact=True)
+
+
+def test_two_ranks_give_what_one_gives(tmp_path):
+    two = launch(tmp_path / "two", "rwalk,ewc", ranks=2)
+    assert two.returncode == 0, two.stderr
+    for rule in ("rwalk", "ewc"):
+        one = two_tasks(tmp_path / "one" / rule, rule, dropout=0.0, train_sampling_strategy="sequential")
+        same(end_of(tmp_path / "two" / rule, one), one)
+
+
+@pytest.mark.parametrize("rule", ["rwalk", "recipe", "ewc"])
+def test_a_new_callback_goes_on_from_a_checkpoint_wherever_it_lies(tmp_path, rule):
+    whole = two_tasks(tmp_path / "here", rule)
+    model = bert(0.1)
+    callback = ConsolidationCallback(whole.rule if rule != "recipe" else None, strength=0.5)
+    options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.3}
+    again = trainer(tmp_path / "there", model, sentences(1, 32), [callback], mean_over_the_step, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "here/1/checkpoint-4"))
+    same(callback.memory, whole, exact=True)
+
+
+def test_each_train_of_one_trainer_is_a_task(tmp_path):
+    model, other = bert(), bert()
+    callback = ConsolidationCallback(RWalk(), strength=0.5)
+    one = trainer(tmp_path, model, sentences(0), [callback], train_sampling_strategy="sequential", num_train_epochs=1)
+    for _ in range(2):
+        one.train()
+        assert not innermost(one.optimizer)._optimizer_step_pre_hooks
+        one.optimizer = None  # Trainer would go on with the moments of the task before
+    same(callback.memory, by_hand(other, [sentences(0)] * 2, Consolidator(other, RWalk(), strength=0.5), epochs=1))
+
+
+class Fail(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_task_is_not_over(tmp_path):
+    model = bert(0.1)
+    callback = ConsolidationCallback(RWalk(delta_t=3), strength=0.5)
+    options = {"save_strategy": "steps", "save_steps": 2}
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "a", model, sentences(0), [callback, Fail()], **options).train()
+    assert callback.memory.tasks == 0
+    assert callback.memory.state_dict()["steps"] == 3
+    trainer(tmp_path / "a", model, sentences(0), [callback], **options).train(resume_from_checkpoint=True)
+    whole = ConsolidationCallback(RWalk(delta_t=3), strength=0.5)
+    trainer(tmp_path / "b", bert(0.1), sentences(0), [whole], **options).train()
+    same(callback.memory, whole.memory, exact=True)
+
+
+class Worsen(TrainerCallback):
+    """Makes the evaluation of the fourth step the best one."""
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        metrics["eval_loss"] = abs(state.global_step - 4)
+
+
+@pytest.mark.parametrize("rule", [RWalk(delta_t=3), None, EWC()], ids=str)
+@pytest.mark.parametrize("only", [False, True], ids=["", "save_only_model"])
+def test_with_the_best_model_a_task_is_what_led_to_it(tmp_path, rule, only):
+    best, short = ConsolidationCallback(rule, strength=0.5), ConsolidationCallback(rule, strength=0.5)
+    options = {"train_sampling_strategy": "sequential", "lr_scheduler_type": "constant"}
+    watch = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "save_only_model": only}
+    data = sentences(0)
+    first = Trainer(
+        model=bert(),
+        args=arguments(tmp_path, load_best_model_at_end=True, **watch, **options),
+        train_dataset=data,
+        eval_dataset=data,
+        callbacks=[best, Worsen()],
+    )
+    first.train()
+    assert first.state.best_model_checkpoint.endswith("checkpoint-4")
+    trainer(tmp_path, bert(), data, [short], max_steps=4, **options).train()
+    same(best.memory, short.memory)
+    if rule is not None:  # averages are the model otherwise
+        point = best.memory.anchor.point
+        assert all(torch.equal(point[name], p) for name, p in first.model.named_parameters())
+
+
+def test_figures_reach_trackers_and_history_and_spare_the_console(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    model = bert()
+    callback = ConsolidationCallback(RWalk(), strength=0.5)
+    for task in (0, 1):
+        one = trainer(
+            tmp_path, model, sentences(task), [callback], logging_strategy="steps", logging_steps=3, report_to="tensorboard"
+        )
+        one.train()
+    assert sum(type(each).__name__ == "_Figures" for each in one.callback_handler.callbacks) == 1
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    drift, name = board.Scalars("train/memory/drift/classifier"), "memory/drift/classifier"
+    history = [entry for entry in one.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in history] == [3, 6, 9, 12]
+    assert [event.value for event in drift[-4:]] == pytest.approx([entry[name] for entry in history])
+    assert history[-1]["memory/penalty"] > history[0]["memory/penalty"] > 0
+    assert history[0]["memory/penalty_over_loss"] == pytest.approx(history[0]["memory/penalty"] / history[0]["loss"])
+    shown = capsys.readouterr().out
+    assert shown.count("memory/penalty'") == 8
+    assert "drift" not in shown
+
+
+def test_a_checkpoint_without_a_memory_is_refused(tmp_path):
+    model, callback = bert(), ConsolidationCallback(RWalk())
+    options = {"save_strategy": "steps", "save_steps": 2}
+    trainer(tmp_path, model, sentences(0), [callback], save_only_model=True, **options).train()
+    assert not list(tmp_path.rglob(FILE))
+    trainer(tmp_path / "plain", model, sentences(0), [], **options).train()
+    before = callback.memory.state_dict()
+    with pytest.raises(FileNotFoundError, match="without a `memory.safetensors`. .* Remove that folder"):
+        trainer(tmp_path / "plain", model, sentences(0), [callback], **options).train(resume_from_checkpoint=True)
+    torch.testing.assert_close(callback.memory.state_dict(), before, rtol=0, atol=0)
+
+
+def dense(model, examples, score):
+    """The mean of squared gradients, example by example."""
+    total = {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad}
+    model.eval()
+    for row in examples:
+        model.zero_grad()
+        score(model, {key: value.unsqueeze(0) for key, value in row.items()}).backward()
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                total[name] += p.grad**2 / len(examples)
+    model.zero_grad()
+    return total
+
+
+def tokens(model, row, reduction="mean"):
+    """The negative log-likelihood of a line's tokens, each given those before it."""
+    logits = model(input_ids=row["input_ids"]).logits
+    return F.cross_entropy(logits[0, :-1], row["input_ids"][0, 1:], reduction=reduction)
+
+
+def span(model, row):
+    output = model(**row)
+    return (
+        F.cross_entropy(output.start_logits, row["start_positions"]) + F.cross_entropy(output.end_logits, row["end_positions"])
+    ) / 2
+
+
+FLOAT32 = {"rtol": 1e-4, "atol": 1e-9}  # language models compute their loss in float32
+
+
+def test_a_language_models_importance_is_that_of_its_own_loss(tmp_path):
+    model = gpt()
+    callback = ConsolidationCallback(EWC(labels="true"), strength=0.5)
+    trainer(tmp_path, model, lines(0), [callback]).train()
+    truth = dense(model, lines(0), tokens)
+    torch.testing.assert_close(callback.memory.anchor.omega, truth, **FLOAT32)
+    masked = [row | {"attention_mask": torch.ones_like(row["input_ids"])} for row in lines(0)]  # goes one by one
+    torch.testing.assert_close(protect(model, masked, EWC(labels="true")).anchor.omega, truth, **FLOAT32)
+
+
+def test_a_loss_of_ones_own_takes_its_place(tmp_path):
+    model = gpt()
+
+    def summed(output, labels):
+        return F.cross_entropy(output.logits[0, :-1], labels[0, 1:], reduction="sum")
+
+    callback = ConsolidationCallback(EWC(labels="true"), loss=summed)
+    trainer(tmp_path, model, lines(0), [callback]).train()
+    truth = dense(model, lines(0), lambda m, row: tokens(m, row, "sum"))
+    torch.testing.assert_close(callback.memory.anchor.omega, truth, rtol=1e-9, atol=1e-14)
+
+
+def test_labels_of_other_names_and_outputs_of_other_names(tmp_path):
+    model = bert(kind=BertForQuestionAnswering)
+    data = [
+        {"input_ids": row["input_ids"], "start_positions": row["labels"], "end_positions": row["labels"] + 3}
+        for row in sentences(0)
+    ]
+    first = ConsolidationCallback(EWC(labels="true"))
+    trainer(tmp_path, model, data, [first]).train()
+    torch.testing.assert_close(first.memory.anchor.omega, dense(model, data, span), rtol=1e-9, atol=1e-14)
+    second = ConsolidationCallback(EWC(samples=3), logits=lambda output: output.start_logits)
+    trainer(tmp_path, model, data, [second], num_train_epochs=1, train_sampling_strategy="sequential").train()
+
+    truth = dict.fromkeys(second.memory.anchor.omega, 0)
+    for label in range(LENGTH):
+        for row in data[:3]:
+            model.zero_grad()
+            score = F.log_softmax(model(input_ids=row["input_ids"].unsqueeze(0)).start_logits, 1)[0, label]
+            score.backward()
+            for name, p in model.named_parameters():
+                truth[name] = truth[name] + float(score.exp()) * (p.grad**2 if p.grad is not None else torch.zeros_like(p)) / 3
+    torch.testing.assert_close(second.memory.anchor.omega, truth, rtol=1e-9, atol=1e-14)
+
+
+def test_what_cannot_be_measured_is_refused_with_a_remedy():
+    with pytest.raises(ValueError, match="Pass `loss=`"):
+        protect(gpt(), lines(0), EWC())
+    with pytest.raises(ValueError, match="without the model's own loss"):
+        protect(gpt(), [{"input_ids": row["input_ids"]} for row in lines(0)], EWC(labels="true"))
+    with pytest.raises(RuntimeError, match="measures during training"):
+        protect(bert(), sentences(0), RWalk())
+    with pytest.raises(ValueError, match="all frozen"):
+        protect(bert().requires_grad_(False), sentences(0), EWC())
+    with pytest.raises(ValueError, match="without data"):
+        protect(bert(), None, MAS())
+
+
+def test_a_pretrained_model_is_held_while_it_is_fine_tuned(tmp_path):
+    model, other = bert(), bert()
+    data = [row | {"text": "left out", "place": 1} for row in sentences(0)]
+    memory = protect(model, data, EWC(), strength=5, batch_size=5)
+    by_loader = protect(bert(), torch.utils.data.DataLoader(sentences(0), batch_size=7), EWC(), strength=5)
+    same(memory, by_loader)
+    expected = Consolidator(other, EWC(), strength=5)
+    expected.estimate(batches(sentences(0)))
+    trainer(tmp_path, model, sentences(1), [ConsolidationCallback(memory)], train_sampling_strategy="sequential").train()
+    same(memory, by_hand(other, [sentences(1)], expected))
+    assert protect(bert(), None, L2()).tasks == 1
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_stays_close_to_full(tmp_path, precision):
+    full, mixed = ConsolidationCallback(RWalk(), strength=0.5), ConsolidationCallback(RWalk(), strength=0.5)
+    models = [bert().float(), bert().float()]
+    for task in (0, 1):
+        options = {"train_sampling_strategy": "sequential", "learning_rate": 1e-3}
+        trainer(tmp_path, models[0], sentences(task), [full], **options).train()
+        last = trainer(tmp_path, models[1], sentences(task), [mixed], **options, **{precision: True})
+        last.train()
+    assert (last.accelerator.scaler is not None) == (precision == "fp16")
+    a, b = (torch.cat([o.flatten() for o in callback.memory.anchor.omega.values()]) for callback in (full, mixed))
+    assert b.dtype == torch.float32
+    assert 0 < float((a - b).norm() / a.norm()) < 0.05
+
+
+@pytest.mark.parametrize("engine", ["DEEPSPEED", "FSDP", "XLA"])
+def test_engines_that_hide_gradients_are_refused(tmp_path, monkeypatch, engine):
+    callback = ConsolidationCallback(RWalk())
+
+    class Pretend(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType[engine])
+
+    with pytest.raises(RuntimeError, match=f"Trainer under {engine}. Expected .* FSDP2"):
+        trainer(tmp_path, bert(), sentences(0), [Pretend(), callback]).train()
+    with pytest.raises(RuntimeError, match="before training has begun"):
+        _ = callback.memory
+
+
+def test_checkpoints_that_callbacks_do_not_see_are_refused(tmp_path):
+    with pytest.raises(RuntimeError, match="enable_jit_checkpoint"):
+        trainer(tmp_path, bert(), sentences(0), [ConsolidationCallback()], enable_jit_checkpoint=True).train()
+
+
+def test_another_model_is_refused(tmp_path):
+    callback = ConsolidationCallback(RWalk())
+    trainer(tmp_path, bert(), sentences(0), [callback], num_train_epochs=1).train()
+    with pytest.raises(ValueError, match="another model"):
+        trainer(tmp_path, bert(), sentences(1), [callback]).train()
