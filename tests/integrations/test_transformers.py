@@ -1,12 +1,10 @@
 """Trainer with a memory gives what a loop written out with a `Consolidator` gives, also resumed, killed and on two ranks."""
 
 import copy
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,9 +13,6 @@ from torch.nn import functional as F
 
 pytest.importorskip("transformers", reason="needs Transformers: make test-integrations")
 pytest.importorskip("accelerate", reason="needs Accelerate: make test-integrations")
-
-HERE = Path(__file__).parent
-sys.path.append(str(HERE))
 
 import transformers
 from accelerate.state import PartialState
@@ -32,22 +27,21 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-
-from hf_run import two_tasks
+from transformers.trainer_utils import get_last_checkpoint
 
 from rwalk import EWC, L2, MAS, SI, Consolidator, RWalk
 from rwalk.integrations.transformers import FILE, ConsolidationCallback, protect
 from rwalk.steps import innermost
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*pin_memory.*:UserWarning",  # from the DataLoader where there is no accelerator
-)
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # PEFT and TRL use it
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+HERE = Path(__file__).parent
 VOCABULARY, LENGTH = 20, 8
+RULES = {"rwalk": RWalk(delta_t=3), "recipe": None, "ewc": EWC()}
 
 
-def bert(dropout=0.0, kind=BertForSequenceClassification):
+def bert(dropout=0.0, kind=BertForSequenceClassification, labels=3):
     torch.manual_seed(1)
     config = BertConfig(
         vocab_size=VOCABULARY,
@@ -56,7 +50,7 @@ def bert(dropout=0.0, kind=BertForSequenceClassification):
         num_attention_heads=2,
         intermediate_size=16,
         max_position_embeddings=LENGTH,
-        num_labels=3,
+        num_labels=labels,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
         pad_token_id=0,
@@ -94,19 +88,21 @@ def lines(task, count=12):
     return [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in sentences(task, count)]
 
 
+USUAL = {
+    "per_device_train_batch_size": 4,
+    "num_train_epochs": 2,
+    "learning_rate": 0.01,
+    "use_cpu": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "logging_strategy": "no",
+    "dataloader_pin_memory": False,
+}
+
+
 def arguments(folder, **options):
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "num_train_epochs": 2,
-        "learning_rate": 0.01,
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "logging_strategy": "no",
-        "dataloader_pin_memory": False,
-    }
-    return TrainingArguments(str(folder), **defaults | options)
+    return TrainingArguments(str(folder), **USUAL | options)
 
 
 def mean_over_the_step(outputs, labels, num_items_in_batch):
@@ -123,9 +119,12 @@ def batches(data, size=4):
     return [{key: torch.stack([row[key] for row in data[i : i + size]]) for key in data[0]} for i in range(0, len(data), size)]
 
 
-def same(one, two, exact=False):
+EXACT = {"rtol": 0, "atol": 0}
+
+
+def same(one, two, rtol=1e-9, atol=1e-12):
     """Demand equal weights, anchors and state."""
-    tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-9, "atol": 1e-12}
+    tolerance = {"rtol": rtol, "atol": atol}
     torch.testing.assert_close(dict(one.model.named_parameters()), dict(two.model.named_parameters()), **tolerance)
     a, b = one.state_dict(), two.state_dict()
     for key in ("anchor", "tail", "state"):
@@ -133,10 +132,14 @@ def same(one, two, exact=False):
     assert [a[key] for key in ("tasks", "steps", "rule")] == [b[key] for key in ("tasks", "steps", "rule")]
 
 
-def by_hand(model, tasks, memory, accumulate=1, clip=1.0, epochs=2, lr=0.01, read=None):
+def classified(model, batch):
+    return F.cross_entropy(model(input_ids=batch["input_ids"]).logits, batch["labels"])
+
+
+def by_hand(model, tasks, memory, accumulate=1, clip=1.0, epochs=2, lr=0.01, loss=classified, kind=torch.optim.AdamW):
     """What Trainer does with its defaults, in the order of the data: AdamW, a rate that falls to zero, clipping."""
     for data in tasks:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+        optimizer = kind(model.parameters(), lr=lr, weight_decay=0.0)
         memory.detach()
         memory.attach(optimizer)
         parts = batches(data)
@@ -148,8 +151,7 @@ def by_hand(model, tasks, memory, accumulate=1, clip=1.0, epochs=2, lr=0.01, rea
             group = groups[step % len(groups)]
             for batch in group:
                 model.train()
-                loss = F.cross_entropy(model(input_ids=batch["input_ids"]).logits, batch["labels"])
-                (loss / len(group)).backward()
+                (loss(model, batch) / len(group)).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
         memory.consolidate(**({"data": parts} if memory.rule.measures == "data" else {}))
@@ -167,6 +169,28 @@ def test_a_trainer_for_each_task_gives_what_a_loop_by_hand_gives(tmp_path, rule)
     assert callback.memory.model is model
     same(callback.memory, by_hand(other, tasks, Consolidator(other, rule, strength=0.5), accumulate=3, clip=0.3))
     assert callback.memory.tasks == 2
+
+
+class Kill(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def two_tasks(folder, rule, kill=None, dropout=0.1, **options):
+    """Return the memory after two tasks, which go on from checkpoints that are there; `hf_run` does it in other processes."""
+    model = bert(dropout)
+    callback = ConsolidationCallback(RULES[rule], strength=0.5)
+    settings = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.3}
+    for task in (0, 1):
+        out = folder / str(task)
+        callbacks = [callback, *([Kill(kill)] if kill and task else [])]
+        one = trainer(out, model, sentences(task, 32), callbacks, mean_over_the_step, **settings | options)
+        one.train(resume_from_checkpoint=get_last_checkpoint(out) if out.is_dir() else None)
+    return callback.memory
 
 
 def launch(folder, *words, ranks=1, **options):
@@ -192,7 +216,7 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(tmp_path):
     again = launch(tmp_path / "killed", "rwalk")
     assert again.returncode == 0, again.stderr
     whole = two_tasks(tmp_path / "whole", "rwalk")
-    same(end_of(tmp_path / "killed/rwalk", whole), whole, exact=True)
+    same(end_of(tmp_path / "killed/rwalk", whole), whole, **EXACT)
 
 
 def test_two_ranks_give_what_one_gives(tmp_path):
@@ -207,11 +231,11 @@ def test_two_ranks_give_what_one_gives(tmp_path):
 def test_a_new_callback_goes_on_from_a_checkpoint_wherever_it_lies(tmp_path, rule):
     whole = two_tasks(tmp_path / "here", rule)
     model = bert(0.1)
-    callback = ConsolidationCallback(whole.rule if rule != "recipe" else None, strength=0.5)
+    callback = ConsolidationCallback(RULES[rule], strength=0.5)
     options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.3}
     again = trainer(tmp_path / "there", model, sentences(1, 32), [callback], mean_over_the_step, **options)
     again.train(resume_from_checkpoint=str(tmp_path / "here/1/checkpoint-4"))
-    same(callback.memory, whole, exact=True)
+    same(callback.memory, whole, **EXACT)
 
 
 def test_each_train_of_one_trainer_is_a_task(tmp_path):
@@ -242,7 +266,7 @@ def test_an_interrupted_task_is_not_over(tmp_path):
     trainer(tmp_path / "a", model, sentences(0), [callback], **options).train(resume_from_checkpoint=True)
     whole = ConsolidationCallback(RWalk(delta_t=3), strength=0.5)
     trainer(tmp_path / "b", bert(0.1), sentences(0), [whole], **options).train()
-    same(callback.memory, whole.memory, exact=True)
+    same(callback.memory, whole.memory, **EXACT)
 
 
 class Worsen(TrainerCallback):
@@ -306,10 +330,13 @@ def test_a_checkpoint_without_a_memory_is_refused(tmp_path):
     trainer(tmp_path, model, sentences(0), [callback], save_only_model=True, **options).train()
     assert not list(tmp_path.rglob(FILE))
     trainer(tmp_path / "plain", model, sentences(0), [], **options).train()
-    before = callback.memory.state_dict()
-    with pytest.raises(FileNotFoundError, match="without a `memory.safetensors`. .* Remove that folder"):
+    before = Consolidator(copy.deepcopy(model), RWalk())
+    before.load_state_dict(callback.memory.state_dict())
+    with pytest.raises(FileNotFoundError, match=r"without a `memory.safetensors`.* Remove that folder"):
         trainer(tmp_path / "plain", model, sentences(0), [callback], **options).train(resume_from_checkpoint=True)
-    torch.testing.assert_close(callback.memory.state_dict(), before, rtol=0, atol=0)
+    assert not callback.memory.state_dict()["steps"]
+    before.model.load_state_dict(model.state_dict())  # Trainer has loaded its weights by then
+    same(callback.memory, before, **EXACT)
 
 
 def dense(model, examples, score):
@@ -365,7 +392,7 @@ def test_a_loss_of_ones_own_takes_its_place(tmp_path):
 
 
 def test_labels_of_other_names_and_outputs_of_other_names(tmp_path):
-    model = bert(kind=BertForQuestionAnswering)
+    model = bert(kind=BertForQuestionAnswering, labels=2)
     data = [
         {"input_ids": row["input_ids"], "start_positions": row["labels"], "end_positions": row["labels"] + 3}
         for row in sentences(0)
@@ -383,7 +410,9 @@ def test_labels_of_other_names_and_outputs_of_other_names(tmp_path):
             score = F.log_softmax(model(input_ids=row["input_ids"].unsqueeze(0)).start_logits, 1)[0, label]
             score.backward()
             for name, p in model.named_parameters():
-                truth[name] = truth[name] + float(score.exp()) * (p.grad**2 if p.grad is not None else torch.zeros_like(p)) / 3
+                truth[name] = (
+                    truth[name] + score.detach().exp() * (p.grad**2 if p.grad is not None else torch.zeros_like(p)) / 3
+                )
     torch.testing.assert_close(second.memory.anchor.omega, truth, rtol=1e-9, atol=1e-14)
 
 
@@ -413,6 +442,11 @@ def test_a_pretrained_model_is_held_while_it_is_fine_tuned(tmp_path):
     assert protect(bert(), None, L2()).tasks == 1
 
 
+def in_fp16(one, scale):
+    """Arrange what Accelerate arranges for fp16 on a GPU; on a CPU it leaves half precision out without a word."""
+    one.accelerator.scaler, one.accelerator.native_amp = torch.amp.GradScaler("cpu", init_scale=scale), True
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_stays_close_to_full(tmp_path, precision):
     full, mixed = ConsolidationCallback(RWalk(), strength=0.5), ConsolidationCallback(RWalk(), strength=0.5)
@@ -421,11 +455,36 @@ def test_mixed_precision_stays_close_to_full(tmp_path, precision):
         options = {"train_sampling_strategy": "sequential", "learning_rate": 1e-3}
         trainer(tmp_path, models[0], sentences(task), [full], **options).train()
         last = trainer(tmp_path, models[1], sentences(task), [mixed], **options, **{precision: True})
+        if precision == "fp16":
+            in_fp16(last, 2.0**10)
         last.train()
-    assert (last.accelerator.scaler is not None) == (precision == "fp16")
     a, b = (torch.cat([o.flatten() for o in callback.memory.anchor.omega.values()]) for callback in (full, mixed))
     assert b.dtype == torch.float32
     assert 0 < float((a - b).norm() / a.norm()) < 0.05
+
+
+class Count(TrainerCallback):
+    """Notes after each step the loss scale, and how many steps the memory has counted."""
+
+    def __init__(self, callback):
+        self.callback, self.seen = callback, []
+
+    def on_step_end(self, args, state, control, optimizer, **kwargs):
+        self.seen.append((optimizer.scaler.get_scale(), self.callback.memory.state_dict()["steps"]))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_steps_that_a_loss_scaler_leaves_out_are_none(tmp_path, optim):
+    callback = ConsolidationCallback(RWalk(), strength=0.5)
+    count = Count(callback)
+    one = trainer(tmp_path, bert().float(), sentences(0), [callback, count], fp16=True, optim=optim)
+    in_fp16(one, 2.0**26)
+    one.train()
+    scales, steps = zip(*count.seen, strict=True)
+    left_out = sum(scale < 2.0**26 / 2**i for i, scale in enumerate(scales))
+    assert 0 < left_out < len(scales) == 12
+    assert scales[left_out:] == (2.0**26 / 2**left_out,) * (12 - left_out)
+    assert steps == (0,) * left_out + tuple(range(1, 13 - left_out))
 
 
 @pytest.mark.parametrize("engine", ["DEEPSPEED", "FSDP", "XLA"])
@@ -452,3 +511,103 @@ def test_another_model_is_refused(tmp_path):
     trainer(tmp_path, bert(), sentences(0), [callback], num_train_epochs=1).train()
     with pytest.raises(ValueError, match="another model"):
         trainer(tmp_path, bert(), sentences(1), [callback]).train()
+
+
+def adapted(model):
+    peft = pytest.importorskip("peft", reason="needs PEFT: make test-integrations")
+    torch.manual_seed(2)
+    kinds = {"GPT2LMHeadModel": ("CAUSAL_LM", "c_attn"), "BertForSequenceClassification": ("SEQ_CLS", "query")}
+    task, target = kinds[type(model).__name__]
+    settings = peft.LoraConfig(r=2, target_modules=[target], task_type=task, fan_in_fan_out=target == "c_attn")
+    return peft.get_peft_model(model, settings).double()
+
+
+def test_under_peft_the_adapters_are_protected_and_a_killed_task_goes_on(tmp_path):
+    runs = []
+    for name in ("whole", "again"):
+        model = adapted(gpt())
+        memory = protect(model, lines(0), EWC(labels="true"), strength=5)
+        assert set(memory.anchor.omega) == {name for name, p in model.named_parameters() if p.requires_grad}
+        assert all("lora_" in name for name in memory.anchor.omega)
+        assert "protects: 128 of 2,112 parameters" in str(memory.summary())
+        held = {name: p.clone() for name, p in model.named_parameters() if "lora_" not in name}
+        options = {"save_strategy": "steps", "save_steps": 2}
+        one = trainer(tmp_path / name, model, lines(1), [ConsolidationCallback(memory)], **options)
+        one.train(resume_from_checkpoint=None if name == "whole" else str(tmp_path / "whole/checkpoint-4"))
+        assert all(torch.equal(p, held[name]) for name, p in model.named_parameters() if name in held)
+        runs.append(memory)
+    same(*runs, **EXACT)
+    assert runs[0].tasks == 2
+
+
+def test_adapters_that_come_after_protection_are_refused_until_they_are_merged(tmp_path):
+    model = gpt()
+    memory = protect(model, lines(0), EWC(labels="true"), strength=5)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with_adapters = adapted(model)
+    with pytest.raises(ValueError, match="Call `protect` after `get_peft_model`"):
+        trainer(tmp_path, with_adapters, lines(1), [ConsolidationCallback(memory)]).train()
+    trainer(tmp_path, with_adapters, lines(1), []).train()
+    merged = with_adapters.merge_and_unload()
+    moved = sum((memory.anchor.omega[n] * (p - before[n]) ** 2).sum() for n, p in merged.named_parameters())
+    assert float(memory.penalty()) == pytest.approx(5 * float(moved)) != 0
+    trainer(tmp_path, merged.requires_grad_(True), lines(1), [ConsolidationCallback(memory)]).train()
+    assert memory.tasks == 2
+
+
+def test_an_anchor_of_the_base_model_is_adopted_under_pefts_names():
+    base = protect(bert(), sentences(0), EWC()).anchor
+    model = adapted(bert())
+    memory = Consolidator(model, EWC())
+
+    def renamed(name):
+        place = name.replace("classifier.", "classifier.modules_to_save.default.").replace("query.", "query.base_layer.")
+        return f"base_model.model.{place}"
+
+    match = memory.adopt(base, rename=renamed)
+    assert len(match.same) == len(base)
+    head = "base_model.model.classifier.modules_to_save.default.weight"
+    assert dict(model.named_parameters())[head].requires_grad
+    assert torch.equal(memory.anchor.omega[head], base.omega["classifier.weight"])
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(VOCABULARY - 3))]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special)
+
+
+def over_tokens(outputs, labels, num_items_in_batch=None):
+    """A language model's loss; TRL's own is divided by all tokens, the first of each line included."""
+    return F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def test_trls_sft_trainer_takes_the_same_callback(tmp_path):
+    trl = pytest.importorskip("trl", reason="needs TRL: make test-integrations")
+    import datasets
+
+    datasets.disable_progress_bars()
+    model, other = gpt(), gpt()
+    callback = ConsolidationCallback(SI(), strength=0.5)
+    tasks = []
+    for task in (0, 1):
+        texts = [{"text": " ".join(f"w{int(t) % 17}" for t in row["input_ids"][:7])} for row in sentences(task)]
+        more = {"max_length": LENGTH, "train_sampling_strategy": "sequential", "bf16": False, "optim": "sgd"}
+        one = trl.SFTTrainer(
+            model=model,
+            args=trl.SFTConfig(str(tmp_path), **USUAL | more),
+            train_dataset=datasets.Dataset.from_list(texts),
+            processing_class=tokenizer(),
+            callbacks=[callback],
+            compute_loss_func=over_tokens,
+        )
+        one.train()
+        tasks.append([{key: torch.tensor(row[key]) for key in ("input_ids", "labels")} for row in one.train_dataset])
+    memory = Consolidator(other, SI(), strength=0.5)
+    same(
+        callback.memory, by_hand(other, tasks, memory, loss=lambda m, b: over_tokens(m(**b), b["labels"]), kind=torch.optim.SGD)
+    )

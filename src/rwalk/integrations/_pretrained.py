@@ -63,6 +63,8 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         """Go through the batches."""
+        if hasattr(self._data, "set_epoch"):
+            self._data.set_epoch(0)  # in one order, also where training was resumed in the middle of an epoch
         for batch in self._data:
             yield (batch, batch) if isinstance(batch, Mapping) and "labels" not in batch else batch
 

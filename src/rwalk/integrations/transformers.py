@@ -111,7 +111,9 @@ def _saved(folder: str | Path) -> Path:
 def _refuse(args: Any, memory: Consolidator | None, model: nn.Module) -> None:
     """Refuse engines that hide gradients or weights, checkpoints that callbacks do not see, and weights that were frozen."""
     engine = args.distributed_state.distributed_type.value
-    if engine in ("DEEPSPEED", "MEGATRON_LM", "XLA") or (engine == "FSDP" and not AcceleratorState().is_fsdp2):
+    if engine in ("DEEPSPEED", "MEGATRON_LM", "XLA") or (
+        engine == "FSDP" and not getattr(AcceleratorState(), "is_fsdp2", False)
+    ):
         came, remedy = f"Trainer under {engine}", "Train under DistributedDataParallel or FSDP2 (`fsdp_config={'version': 2}`)."
         raise RuntimeError(explain(came, "an engine that leaves gradients and weights where they can be seen", remedy))
     if getattr(args, "enable_jit_checkpoint", False):
