@@ -2,6 +2,7 @@
 
 import copy
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -526,7 +527,7 @@ def test_under_peft_the_adapters_are_protected_and_a_killed_task_goes_on(tmp_pat
     runs = []
     for name in ("whole", "again"):
         model = adapted(gpt())
-        memory = protect(model, lines(0), EWC(labels="true"), strength=5)
+        memory = protect(model, lines(0), EWC(labels="true", samples=5), strength=5)
         assert set(memory.anchor.omega) == {name for name, p in model.named_parameters() if p.requires_grad}
         assert all("lora_" in name for name in memory.anchor.omega)
         assert "protects: 128 of 2,112 parameters" in str(memory.summary())
@@ -613,3 +614,85 @@ def test_trls_sft_trainer_takes_the_same_callback(tmp_path):
         tasks.append([{key: torch.tensor(row[key]) for key in ("input_ids", "labels")} for row in one.train_dataset])
     memory = Consolidator(other, SI(), strength=0.5)
     same(callback.memory, by_hand(other, tasks, memory, loss=over_tokens, kind=torch.optim.SGD))
+
+
+DATA = Path(os.environ.get("RWALK_DATA") or HERE.parents[2] / "shared" / "data")
+
+
+def table(name, split="train"):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    if not (DATA / name).is_dir():
+        pytest.skip(f"no folder {name} in RWALK_DATA")
+    return parquet.read_table(DATA / name / f"{split}.parquet").to_pylist()
+
+
+def characters(domain, count=160):
+    text = "".join(row["text"] for row in table("lm_domains") if row["domain"] == domain)[: 64 * count]
+    rows = torch.tensor([min(ord(letter), 127) for letter in text]).view(-1, 64)
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def test_real_text_of_one_domain_is_kept_while_another_is_learned(tmp_path):
+    shakespeare, union = characters(0), characters(2)
+    lost = {}
+    for name, callbacks in {"plain": [], "held": [ConsolidationCallback(RWalk(), strength=30)]}.items():
+        torch.manual_seed(0)
+        size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=128, **size))
+        seen = []
+        for data in (shakespeare, union):
+            one = trainer(tmp_path, model, data, callbacks, num_train_epochs=3, learning_rate=3e-3)
+            one.train()
+            seen.append(one.evaluate(shakespeare[:40])["eval_loss"])
+        lost[name] = seen[1] - seen[0]
+    assert lost["held"] < lost["plain"] - 0.05
+
+
+def reader(texts):
+    """A tokenizer of the words in some texts."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=["<pad>", "<unk>"], show_progress=False))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", unk_token="<unk>")
+
+
+def test_intents_of_one_domain_are_kept_while_another_is_learned(tmp_path):
+    known, unknown = table("clinc150"), table("clinc150", "validation")
+    words = reader([row["text"] for row in known])
+
+    def requests(rows, domain):
+        mine = [row for row in rows if row["domain"] == domain]
+        names = sorted({row["label"] for row in mine})
+        read = [dict(words(row["text"], return_token_type_ids=False)) | {"text": row["text"]} for row in mine]
+        return [batch | {"label": names.index(row["label"])} for batch, row in zip(read, mine, strict=True)]
+
+    def right(predicted):
+        return {"accuracy": float((predicted.predictions.argmax(1) == predicted.label_ids).mean())}
+
+    kept = {}
+    for name, callbacks in {"plain": [], "held": [ConsolidationCallback(RWalk(), strength=10)]}.items():
+        torch.manual_seed(0)
+        size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = BertForSequenceClassification(BertConfig(vocab_size=len(words), num_labels=15, **size))
+        for domain in (0, 1):
+            one = Trainer(
+                model=model,
+                args=arguments(tmp_path, num_train_epochs=8, learning_rate=3e-3, per_device_train_batch_size=16),
+                train_dataset=requests(known, domain)[::3],
+                data_collator=transformers.DataCollatorWithPadding(words),
+                callbacks=callbacks,
+                compute_metrics=right,
+            )
+            one.train()
+        kept[name] = [one.evaluate(requests(unknown, domain))["eval_accuracy"] for domain in (0, 1)]
+    assert kept["held"][0] > kept["plain"][0] + 0.15
+    assert sum(kept["held"]) > sum(kept["plain"]) + 0.1
+
+
+def test_the_example(capsys):
+    runpy.run_path(str(HERE.parents[1] / "examples" / "with_transformers.py"), run_name="__main__")
+    shown = capsys.readouterr().out.splitlines()
+    kitchen = {line[:29].strip(): float(line.split()[-3]) for line in shown if line.count("kitchen ") and "harbour " in line}
+    assert kitchen["kitchen alone"] < kitchen["EWC"] < kitchen["RWalk"] + 0.2 < kitchen["no memory"] - 1

@@ -76,17 +76,18 @@ class Guest:
                     "Train the same model again, or make a new callback for the new one.",
                 )
             )
-        memory.model = model  # perhaps in another wrapper than for the task before
         if self._saved is not None:
             memory.load_state_dict(self._saved)
         self._memory, self._saved = memory, None
         memory.detach()
+        memory.model = model  # a host may wrap it anew for each task
         return memory.attach(optimizer)
 
     def end(self, data: Iterable[Any] | None = None, **options: Any) -> None:
         """End the task: `Consolidator.consolidate`, then stop watching."""
         self.memory.consolidate(data, **options)
         self.memory.detach()
+        self.memory.model = bare(self.memory.model)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the memory's state; empty before training has begun."""
