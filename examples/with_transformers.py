@@ -21,8 +21,8 @@ from rwalk.integrations.transformers import ConsolidationCallback, protect
 torch.set_num_threads(1)  # small networks are fastest with one
 logging.set_verbosity_error()
 
-# All sentences of a place are of one pattern, 256 in number: 192 to learn from, 64 to be tested on. Of the eight words after the
-# first, four cannot be known better than one in four, so the best loss that one can hope for is ln(4) / 2 = 0.69.
+# All sentences of a place are of one pattern, 256 in number: 192 to learn from, 64 to be tested on. Of the eight words after
+# the first, four cannot be known better than one in four, so the best loss that one can hope for is ln(4) / 2 = 0.69.
 
 places = {
     "kitchen": ("cook baker guest waiter", "cuts fries tastes serves", "onion bread fish soup", "salt butter pepper oil"),
@@ -70,8 +70,8 @@ def learn(model, tasks, callbacks=None):
     return losses(trainer)
 
 
-# Rules that measure on data, such as `EWC`, go through the task's data when it ends. For a language model `labels="true"` takes the
-# loss that the model computes itself, for each example the mean over its tokens.
+# Rules that measure on data, such as `EWC`, go through the task's data when it ends. For a language model `labels="true"` takes
+# the loss that the model computes itself, for each example the mean over its tokens.
 
 ewc = {"rule": EWC(labels="true"), "strength": 1e5, "pull": "proximal"}
 results = {
@@ -80,8 +80,8 @@ results = {
     "EWC": learn(untrained(), places, [ConsolidationCallback(**ewc)]),
 }
 
-# A pretrained model can be protected before it is fine-tuned for the first time, on examples of what it does well. What is held is
-# what requires gradients: under PEFT the adapters alone, so add these first. `memory.summary()` says how much that is.
+# A pretrained model can be protected before it is fine-tuned for the first time, on examples of what it does well. What is held
+# is what requires gradients: under PEFT the adapters alone, so add these first. `memory.summary()` says how much that is.
 
 pretrained = untrained()
 results["kitchen alone"] = learn(pretrained, ["kitchen"])

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
@@ -49,21 +48,20 @@ class ConsolidationCallback(Guest, TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Watch the optimiser, and continue from a checkpoint where Trainer does."""
-        _refuse(args, self._memory, kwargs["model"])
         trainer, folder = _loop()
-        saved = _saved(folder) if folder is not None else None
-        if self._figures not in trainer.callback_handler.callbacks:
-            trainer.callback_handler.callbacks = [self._figures, *trainer.callback_handler.callbacks]
-        ranks = isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
-        memory = self.begin(trainer.model_wrapped if ranks else kwargs["model"], kwargs["optimizer"])
+        _refuse(trainer, self._memory)
+        saved = None if folder is None else _saved(folder)
+        handler, wrapped = trainer.callback_handler, trainer.model_wrapped
+        handler.callbacks = [self._figures, *(each for each in handler.callbacks if each is not self._figures)]
+        ranks = isinstance(wrapped, nn.parallel.DistributedDataParallel)
+        memory = self.begin(wrapped if ranks else trainer.model, kwargs["optimizer"])
         if saved is not None:
             memory.load(saved)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Put the memory into the checkpoint."""
-        if args.save_only_model and not args.load_best_model_at_end:
-            return
-        if args.should_save or any(sharded(p) for p in kwargs["model"].parameters()):
+        wanted = args.load_best_model_at_end or not args.save_only_model
+        if wanted and (args.should_save or any(sharded(p) for p in kwargs["model"].parameters())):
             self.memory.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
@@ -98,28 +96,26 @@ def _loop() -> tuple[Trainer, str | None]:
     return frame.f_locals["self"], frame.f_locals["resume_from_checkpoint"]
 
 
-def _saved(folder: str | Path) -> Path:
+def _saved(folder: str) -> Path:
     """Return where a checkpoint has its memory."""
-    path = Path(folder, FILE)
-    if not path.is_file():
-        came = f"the checkpoint `{folder}` without a `{FILE}`"
+    if not (path := Path(folder, FILE)).is_file():
+        came, expected = f"the checkpoint `{folder}` without a `{FILE}`", "one that was saved with a memory, and whole"
         remedy = "Remove that folder and resume from the checkpoint before it; or load its model and train without resuming."
-        raise FileNotFoundError(explain(came, "one that was saved with a memory, and whole", remedy))
+        raise FileNotFoundError(explain(came, expected, remedy))
     return path
 
 
-def _refuse(args: Any, memory: Consolidator | None, model: nn.Module) -> None:
+def _refuse(trainer: Any, memory: Consolidator | None) -> None:
     """Refuse engines that hide gradients or weights, checkpoints that callbacks do not see, and weights that were frozen."""
-    engine = args.distributed_state.distributed_type.value
-    if engine in ("DEEPSPEED", "MEGATRON_LM", "XLA") or (
-        engine == "FSDP" and not getattr(AcceleratorState(), "is_fsdp2", False)
-    ):
-        came, remedy = f"Trainer under {engine}", "Train under DistributedDataParallel or FSDP2 (`fsdp_config={'version': 2}`)."
-        raise RuntimeError(explain(came, "an engine that leaves gradients and weights where they can be seen", remedy))
-    if getattr(args, "enable_jit_checkpoint", False):
+    accelerator, model = trainer.accelerator, bare(trainer.model)
+    engine = accelerator.distributed_type.value
+    if engine in ("DEEPSPEED", "MEGATRON_LM", "XLA") or (engine == "FSDP" and not getattr(accelerator, "is_fsdp2", False)):
+        expected, remedy = "an engine under which gradients and weights can be seen", "Train under DistributedDataParallel."
+        raise RuntimeError(explain(f"Trainer under {engine}", expected, remedy))
+    if getattr(trainer.args, "enable_jit_checkpoint", False):
         came, remedy = "`enable_jit_checkpoint`", "Leave it out and save often: `save_steps`."
         raise RuntimeError(explain(came, "checkpoints that callbacks are told of", remedy))
-    if memory is not None and any(part is bare(memory.model) for part in list(bare(model).modules())[1:]):
+    if memory is not None and any(part is bare(memory.model) for part in list(model.modules())[1:]):
         came = "a model that was wrapped, with adapters perhaps, after it was protected"
         remedy = "Call `protect` after `get_peft_model`; or train without a memory, merge the adapters, and then use it."
         raise ValueError(explain(came, "the model that was protected: what is held is frozen now, and cannot move", remedy))
