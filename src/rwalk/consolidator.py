@@ -333,6 +333,7 @@ class Consolidator:
             "pull": self.pull,
             "average": self.average,
             "tasks": self.tasks,
+            "protects": f"{_count(self._watch.parameters):,} of {_count(named(self.model)):,} parameters",
         }
         if self.pull == "proximal" and self._optimizer is not None:
             settings["metric of the pull"] = proximal.metric(self._optimizer)
@@ -595,6 +596,10 @@ class Consolidator:
         steps.refuse_unwatchable(optimizer)
         twice = any(o is self or o.model is self.model for o in steps.watching(optimizer))
         refusals.refuse_attachment(twice, self._steps if self._optimizer is not None else 0)
+
+
+def _count(parameters: Mapping[str, Tensor]) -> int:
+    return sum(p.numel() for p in parameters.values())
 
 
 def _copied(value: Any) -> Any:
