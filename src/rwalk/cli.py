@@ -1,8 +1,12 @@
-"""The command line: `rwalk run`, `rwalk list`, `rwalk report` and `rwalk plan`."""
+"""The command line: `rwalk run`, `rwalk tune`, `rwalk list`, `rwalk report` and `rwalk plan`."""
 
+import os
+import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, make_dataclass
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,17 +21,18 @@ import torch
 
 from rwalk import files, kernels, plan
 from rwalk._errors import explain
-from rwalk.bench import ranks
+from rwalk.bench import ranks, tuning
 from rwalk.bench.data import HUB, load
 from rwalk.bench.experience import STREAMS, Experience, Scenario, make, parse
+from rwalk.bench.grid import Failure, once, outcomes
 from rwalk.bench.learners import Training
 from rwalk.bench.record import Record, file_name
-from rwalk.bench.runner import LEARNERS, configuration, run
+from rwalk.bench.runner import LEARNERS, configuration
 from rwalk.bench.trackers import tracker
 from rwalk.consolidator import Average, Pull, resolve
 from rwalk.importance import rules
 from rwalk.importance.base import Importance
-from rwalk.report import costs, read, show, summarise
+from rwalk.report import costs, read, show, summarise, tuned
 
 RULES = rules()
 
@@ -41,7 +46,7 @@ FIELDS = {name: _fields(kind) for name, kind in RULES.items()}
 RuleFields: Any = make_dataclass("RuleFields", [(name, kind, field(default_factory=kind)) for name, kind in FIELDS.items()])
 
 
-LIMITS = {"seeds": range(1, 10_001), "threads": range(1, 1025), "first_seed": range(2**62)}
+LIMITS = {"seeds": range(1, 10_001), "threads": range(1, 1025), "workers": range(1, 1025), "first_seed": range(2**62)}
 """Whole numbers that torch or the machine would choke on if they were larger."""
 
 
@@ -61,8 +66,9 @@ class Run:
     """Number of seeds; each one sets initial weights, batch order and permutations."""
     first_seed: int = 0
     """The first seed."""
-    strength: float | None = None
-    """Factor of the penalty; default: 1 for rules, 0.005 for the recipe."""
+    strength: str | None = None
+    """Factor of the penalty, several ones with commas between, or tuned: what `rwalk tune` has found with the same settings;
+    default: 1 for rules, 0.005 for the recipe."""
     pull: Pull | None = None
     """How rules pull: by the penalty's gradient, or by a proximal step; default: gradient, for the recipe proximal."""
     average: Average | None = None
@@ -80,9 +86,40 @@ class Run:
     kernels: Literal["auto", "blocked", "numba", "triton", "reference"] = "blocked"
     """How the arithmetic is done: see `rwalk.kernels.use`; results agree to rounding."""
     threads: int = 1
-    """CPU threads; small networks are fastest with one, and equal results need equal numbers."""
+    """CPU threads of a run; small networks are fastest with one, and equal results need equal numbers."""
+    skip: int = 0
+    """Leave out the first tasks of the stream: those that a strength was tuned on."""
+    workers: int = 1
+    """Processes of this machine that do runs side by side."""
+    backend: Literal["processes", "dask"] = "processes"
+    """Where runs are done: in processes of this machine, or on a Dask cluster, whose workers load the data themselves."""
+    address: str | None = None
+    """Of the Dask scheduler, such as tcp://host:8786."""
     training: Annotated[Training, tyro.conf.arg(name="")] = field(default_factory=Training)
     rules: Annotated[RuleFields, tyro.conf.arg(name="")] = field(default_factory=RuleFields)
+
+
+@dataclass(frozen=True)
+class Tune(Run):
+    """Choose the strength of methods: try values on the first tasks of a stream, and judge them on held-out training examples.
+
+    No test example is read. Started again with the same arguments, it goes on. `rwalk run --strength tuned` takes the result.
+    """
+
+    methods: Annotated[str, tyro.conf.arg(aliases=["--method"])] = "rwalk"
+    """Comma-separated: recipe, and rules (see `rwalk list`)."""
+    seeds: int = 1
+    """Number of seeds, over which accuracies are averaged."""
+    strength: str | None = None
+    """Strengths to try, with commas between; default: 0.01, 0.03, 0.1, ... 100 times the method's default."""
+    learning_rates: str | None = None
+    """Learning rates to try with each strength, with commas between; default: that of --lr."""
+    tune_tasks: int = 3
+    """How many of the stream's first tasks to try on."""
+    validation: float = 0.2
+    """Which share of their training examples is held out."""
+    refine: int = 0
+    """How many further values to try between those, where Optuna expects better."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +173,7 @@ class Plan:
 
 COMMANDS: Any = (
     Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[List, tyro.conf.subcommand("list")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
@@ -143,14 +181,15 @@ COMMANDS: Any = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    """Run the command line and return the exit status: 0, 1 for a mistake of ours, 2 for a user's, 130 after Ctrl-C."""
     console = Console()
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        command = tyro.cli(COMMANDS, prog="rwalk", description=__doc__, args=arguments)
+        command = _parsed(words)
         if isinstance(command, Run):
             with ranks.launched():
                 console.quiet = ranks.number() > 0
-                _run(command, console)
+                return _tune(command, words, console) if isinstance(command, Tune) else _run(command, words, console)
         elif isinstance(command, Report):
             _report(command.folder, console)
         elif isinstance(command, Plan):
@@ -166,66 +205,263 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(command: Run, console: Console) -> None:
-    """Do the runs that have no record yet, then print the table of all of them."""
-    ruled = {name: kind(**vars(getattr(command.rules, name))) for name, kind in RULES.items()}
-    methods = [_method(name.strip(), ruled) for name in command.methods.split(",")]
-    seeds = range(command.first_seed, command.first_seed + command.seeds)
+def _parsed(words: list[str]) -> Any:
+    return tyro.cli(COMMANDS, prog="rwalk", description=__doc__, args=words)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a command; its fields are the arguments that `_one` takes after the command."""
+
+    method: str
+    strength: float | None
+    seed: int
+    lr: float
+
+    def label(self, jobs: Mapping[Any, "Job"]) -> str:
+        """Name the run, with what tells it apart from the others."""
+        strengths = {job.strength for job in jobs.values() if job.method == self.method}
+        rates = {job.lr for job in jobs.values()}
+        words = [self.method] + ([f"strength {self.strength:g}"] if len(strengths) > 1 else [])
+        return " ".join(words + ([f"lr {self.lr:g}"] if len(rates) > 1 else []) + [f"seed {self.seed}"])
+
+
+class Runs:
+    """The runs of a command on its streams, done here or by workers that are sent the command's words.
+
+    Args:
+        command: what was parsed from the words, with absolute places.
+        words: the command line.
+        load: the function that loads a data set; a worker's remembers it.
+    """
+
+    def __init__(self, command: Run, words: list[str], load: Callable[..., Any] = load) -> None:
+        torch.set_num_threads(command.threads)
+        kernels.use(command.kernels)
+        self.command, self.words = command, words
+        ruled = {name: kind(**vars(getattr(command.rules, name))) for name, kind in RULES.items()}
+        self.methods = dict(_method(name.strip(), ruled) for name in command.methods.split(","))
+        kind, name = parse(command.stream)
+        self.data = load(name, command.data)
+        self.kind = kind
+        self._streams: dict[int, list[Experience]] = {}
+
+    @property
+    def seeds(self) -> range:
+        """The seeds of the command."""
+        return range(self.command.first_seed, self.command.first_seed + self.command.seeds)
+
+    def stream(self, seed: int) -> list[Experience]:
+        """Return the tasks of a seed: those that come after tuning, or those to tune on."""
+        command = self.command
+        if seed not in self._streams:
+            whole = make(self.kind, self.data, seed, command.scenario, tasks=command.tasks)
+            early = isinstance(command, Tune) and tuning.early(whole, command.tune_tasks, command.validation)
+            self._streams[seed] = early or tuning.later(whole, command.skip)
+        return self._streams[seed]
+
+    def options(self, name: str) -> dict[str, Any]:  # noqa: ARG002
+        """Return what `rwalk.bench.run` takes for a method beside strength, seed and training."""
+        return {"pull": self.command.pull, "average": self.command.average}
+
+    def place(self, job: Job) -> Path:
+        """Return the file of a run's record; runs with the same settings have the same."""
+        stream, method = self.stream(job.seed), self.methods[job.method]
+        config = configuration(stream, method, job.strength, self._training(job), **self.options(job.method))
+        return self.command.out / file_name(stream[0].stream["name"], job.method, job.seed, config)
+
+    def one(self, job: Job, progress: Progress | None = None) -> tuple[Record, bool]:
+        """Return the record of one run, and whether it was on disk already."""
+        stream, method, training, place = self.stream(job.seed), self.methods[job.method], self._training(job), self.place(job)
+        tick: Callable[[], None] = lambda: None  # noqa: E731
+        if progress is not None:
+            bar = progress.add_task(f"{job.method} seed {job.seed}", total=_steps(stream, job.method, training))
+            tick = lambda: progress.advance(bar)  # noqa: E731
+        try:
+            with tracker(self.command.log, place.with_suffix("")) as track:
+                options = self.options(job.method) | {"tick": tick, "track": track}
+                return once(place, stream, method, job.strength, job.seed, training, **options)
+        finally:
+            if progress is not None:
+                progress.remove_task(bar)
+
+    def _training(self, job: Job) -> Training:
+        return replace(self.command.training, lr=job.lr)
+
+    def outcomes(self, jobs: Mapping[Path, Job], progress: Progress) -> Iterator[tuple[Path, Record | Failure]]:
+        """Do runs, show each one's end, and yield its place with its record or why there is none."""
+        overall = progress.add_task("all runs", total=len(jobs))
+        for place, outcome in self._outcomes(jobs, progress):
+            progress.advance(overall)
+            record, there = (None, False) if isinstance(outcome, Failure) else outcome
+            if record is not None and not place.exists() and ranks.number() == 0:  # of a worker without our folder
+                record.save(place.parent)
+            progress.console.print(f"{jobs[place].label(jobs)}: {_result(record, there)}", highlight=False)
+            yield place, record or outcome
+
+    def _outcomes(self, jobs: Mapping[Path, Job], progress: Progress) -> Iterator[tuple[Path, Any]]:
+        command = self.command
+        address = command.address if command.backend == "dask" else None
+        if command.workers == 1 and address is None:
+            return outcomes(self._here, {place: (job, progress) for place, job in jobs.items()})
+        root = command.data or os.environ.get("RWALK_DATA")
+        places = {"out": command.out.resolve(), "data": root and Path(root).resolve()}
+        sent = {place: (self.words, places, job) for place, job in jobs.items()}
+        return outcomes(_there, sent, command.workers, address)
+
+    def _here(self, _: None, job: Job, progress: Progress) -> tuple[Record, bool]:
+        return self.one(job, progress)
+
+
+_one_at_a_time = threading.Lock()
+_remembered = lru_cache(maxsize=1)(load)
+
+
+def _there(_: None, words: list[str], places: dict[str, Any], job: Job) -> tuple[Record, bool]:
+    """Do one run in a worker, which loads the data once; threads of one worker take turns, as torch has one random state."""
+    with _one_at_a_time:
+        return Runs(replace(_parsed(words), **places), words, _remembered).one(job)
+
+
+def _check(command: Run) -> None:
+    """Refuse what does not fit together, before anything is loaded."""
     for option, allowed in LIMITS.items():
         if getattr(command, option) not in allowed:
             came = f"--{option.replace('_', '-')} {getattr(command, option)}"
             raise ValueError(explain(came, f"{allowed[0]} to {allowed[-1]}", "Pass such a number."))
-    resolve(None, command.strength)
+    if (command.backend == "dask") != (command.address is not None):
+        came = f"--backend {command.backend} with{'' if command.address else 'out'} --address"
+        raise ValueError(explain(came, "--backend dask with the address of its scheduler", "Pass both or neither."))
+    if ranks.size() > 1 and (command.workers > 1 or command.address):
+        came = "several workers under torchrun"
+        raise ValueError(explain(came, "either", "Start `rwalk` by itself, or leave the workers out."))
     with tracker(command.log, command.out):
         pass  # says now if its package is missing
-    torch.set_num_threads(command.threads)
-    kernels.use(command.kernels)
-    kind, name = parse(command.stream)
-    data = load(name, command.data)
-    streams = {seed: make(kind, data, seed, command.scenario, tasks=command.tasks) for seed in seeds}
+
+
+def _folder(command: Run) -> None:
     if command.out.exists() and not command.out.is_dir():
         raise ValueError(explain(f"`--out {command.out}`, which is a file", "a folder", "Name another folder."))
     command.out.mkdir(parents=True, exist_ok=True)
     files.sweep(command.out)
-    done = []
+
+
+def _run(command: Run, words: list[str], console: Console) -> int:
+    """Do the runs that have no record yet, then print the table of all of them, and what has failed."""
+    _check(command)
+    _strengths(command.strength)
+    runs = Runs(command, words)
+    jobs: dict[Path, Job] = {}
+    for seed in runs.seeds:
+        for name in runs.methods:
+            for strength in _resolved(runs, name, seed):
+                job = Job(name, strength, seed, command.training.lr)
+                jobs.setdefault(runs.place(job), job)
+    _folder(command)
     with _progress(console) as progress:
-        overall = progress.add_task("all runs", total=len(seeds) * len(methods))
-        for seed, stream in streams.items():
-            for name, method in methods:
-                done.append(_one(command, stream, name, method, seed, progress))
-                progress.advance(overall)
-    show(summarise(done), console)
-    console.print(f"Records: {command.out}", highlight=False)
+        ended = dict(runs.outcomes(jobs, progress))
+    done = [record for place in jobs if isinstance(record := ended[place], Record)]
+    if done:
+        show(summarise(done), console)
+        console.print(f"Records: {command.out}", highlight=False)
+    return _failures({jobs[place].label(jobs): why for place, why in ended.items() if isinstance(why, Failure)})
 
 
-def _one(
-    command: Run, stream: list[Experience], name: str, method: str | Importance[Any], seed: int, progress: Progress
-) -> Record:
-    """Return the record of one run: from disk if it is there, else by running it."""
-    options: dict[str, Any] = {"pull": command.pull, "average": command.average}
-    config = configuration(stream, method, command.strength, command.training, **options)
-    path = command.out / file_name(stream[0].stream["name"], name, seed, config)
-    checkpoint = path.with_suffix(".checkpoint")
-    if ranks.agreed(path.exists()):
-        record = Record.load(path)
-        checkpoint.unlink(missing_ok=True)
-        progress.console.print(f"{name} seed {seed}: {_result(record)} (on disk)", highlight=False)
-        return record
-    bar = progress.add_task(f"{name} seed {seed}", total=_steps(stream, name, command.training))
-    options |= {"checkpoint": checkpoint, "tick": lambda: progress.advance(bar)}
-    with tracker(command.log, path.with_suffix("")) as track:
-        record = run(stream, method, command.strength, seed, command.training, track=track, **options)
-    progress.remove_task(bar)
-    if ranks.number() == 0:
-        record.save(command.out)
-        checkpoint.unlink(missing_ok=True)
-    seconds = record.timings["train_seconds"]
-    progress.console.print(f"{name} seed {seed}: {_result(record)} in {seconds:.1f} s", highlight=False)
-    return record
+def _resolved(runs: Runs, name: str, seed: int) -> Sequence[float | None]:
+    """Return the strengths to run a method with."""
+    command = runs.command
+    if command.strength != "tuned":
+        return _strengths(command.strength) or [None]
+    stream, method = runs.stream(seed), runs.methods[name]
+    if "strength" not in configuration(stream, method, None, command.training, **runs.options(name)):
+        return [None]
+    return [tuning.find(command.out, stream, method, command.training, **runs.options(name)).strength]
 
 
-def _result(record: Record) -> str:
-    return f"average accuracy {record.average_accuracy:.2%}"
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise ValueError(explain(f"{option} {text}", "numbers with commas between", "Correct it.")) from None
+
+
+def _strengths(text: str | None) -> list[float]:
+    """Return the strengths that the command line gives, none for those that are found elsewhere."""
+    values = [] if text in (None, "tuned") else _numbers("--strength", str(text))
+    for value in values:
+        resolve(None, value)
+    return values
+
+
+def _failures(failures: Mapping[str, Failure]) -> int:
+    """Print why runs failed, each cause once, and return the exit status."""
+    runs: dict[Failure, list[str]] = {}
+    for label, failure in failures.items():
+        runs.setdefault(failure, []).append(label)
+    for failure, labels in runs.items():
+        print(f"rwalk: {failure.cause}\n  failed: {', '.join(labels)}", file=sys.stderr)
+    return 0 if not runs else 2 if all(failure.known for failure in runs) else 1
+
+
+def _tune(command: Tune, words: list[str], console: Console) -> int:
+    """Tune each method, print its trials and what to do with what was chosen, and keep it beside the records."""
+    _check(command)
+    if command.strength == "tuned" or command.skip:
+        came = "--strength tuned" if command.strength == "tuned" else f"--skip {command.skip}"
+        raise ValueError(explain(f"{came} for tuning itself", "strengths to try on the first tasks", "Leave it out."))
+    strengths = _strengths(command.strength)
+    rates = _numbers("--learning-rates", command.learning_rates) if command.learning_rates else None
+    runs = Runs(replace(command, out=command.out / "tuning"), words)
+    searches = {
+        name: tuning.Search(
+            runs.stream(command.first_seed), method, strengths, rates, runs.seeds, command.training, command.refine,
+            **runs.options(name),
+        )
+        for name, method in runs.methods.items()
+    }  # fmt: skip
+    _folder(runs.command)
+    failures: dict[str, Failure] = {}
+    for name, search in searches.items():
+        with _progress(console) as progress:
+            chosen = search.result(partial(_trials, runs, name, progress, failures))
+        chosen.save(command.out)
+        tuned.show(chosen, _command(command, words, chosen), console)
+    _failures(failures)
+    return 0 if all(failure.known for failure in failures.values()) else 1  # a strength that is too large may well fail
+
+
+def _trials(
+    runs: Runs, name: str, progress: Progress, failures: dict[str, Failure], candidates: Sequence[tuning.Candidate]
+) -> Iterator[tuple[tuning.Candidate, Record | Failure]]:
+    """Do the runs of some candidates, and gather what has failed."""
+    jobs = {c: Job(name, c.strength, c.seed, c.lr) for c in candidates}
+    places = {runs.place(job): candidate for candidate, job in jobs.items()}
+    for place, outcome in runs.outcomes({place: jobs[candidate] for place, candidate in places.items()}, progress):
+        if isinstance(outcome, Failure):
+            failures[jobs[places[place]].label(jobs)] = outcome
+        yield places[place], outcome
+
+
+def _command(command: Tune, words: list[str], chosen: tuning.Tuned) -> str:
+    """Return the command that runs what was chosen on the tasks that are left."""
+    ours = {"--method", "--methods", "--strength", "--lr", "--learning-rates", "--tune-tasks", "--validation", "--refine",
+            "--seeds", "--first-seed", "--workers", "--backend", "--address"}  # fmt: skip
+    left, taken = [], iter(words[1:])
+    for word in taken:
+        flag = word.split("=")[0].replace("_", "-")
+        if flag not in ours:
+            left.append(word)
+        elif "=" not in word:
+            next(taken, None)
+    values = ["--methods", chosen.method, "--strength", repr(chosen.strength), "--lr", repr(chosen.lr)]
+    return shlex.join(["rwalk", "run", *left, *values, "--skip", str(command.tune_tasks)])
+
+
+def _result(record: Record | None, there: bool) -> str:
+    if record is None:
+        return "failed; the cause comes at the end"
+    when = "(on disk)" if there else f"in {record.timings['train_seconds']:.1f} s"
+    return f"average accuracy {record.average_accuracy:.2%} {when}"
 
 
 def _steps(stream: list[Experience], name: str, training: Training) -> int:

@@ -4,7 +4,8 @@ import json
 import os
 import secrets
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,39 @@ def sweep(folder: str | Path) -> None:
         with suppress(OSError):
             if time.time() - part.stat().st_mtime > STALE:
                 part.unlink()
+
+
+@contextmanager
+def alone(path: str | Path) -> Iterator[None]:
+    """Let one process at a time do something; others wait here, and one that is killed lets go.
+
+    The file is there while it is done. Systems and network disks without such locks let everybody through.
+    """
+    handle = None
+    with suppress(OSError, ImportError):
+        handle = _locked(Path(path))
+    try:
+        yield
+    finally:
+        if handle is not None:
+            Path(path).unlink(missing_ok=True)
+            os.close(handle)
+
+
+def _locked(path: Path) -> int:
+    """Return a handle of the locked file; what was unlinked while we waited locks nothing any more."""
+    import fcntl
+
+    while True:
+        handle = os.open(path, os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
 
 
 def read(path: str | Path) -> bytes:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from rwalk.bench.learners import FineTune, Joint, Learner, Protected, Training
     from rwalk.bench.record import Record
     from rwalk.bench.runner import run
+    from rwalk.bench.tuning import Tuned, early, later, tune
 
 __all__ = [
     "Experience",
@@ -19,10 +20,14 @@ __all__ = [
     "Protected",
     "Record",
     "Training",
+    "Tuned",
+    "early",
+    "later",
     "permuted",
     "rotated",
     "run",
     "split",
+    "tune",
 ]
 
 _HOMES = {
@@ -30,5 +35,6 @@ _HOMES = {
     "rwalk.bench.learners": ["FineTune", "Joint", "Learner", "Protected", "Training"],
     "rwalk.bench.record": ["Record"],
     "rwalk.bench.runner": ["run"],
+    "rwalk.bench.tuning": ["Tuned", "early", "later", "tune"],
 }
 __getattr__ = lazily(__name__, {name: home for home, names in _HOMES.items() for name in names})

@@ -1,0 +1,30 @@
+"""What tuning has tried and chosen, as a table in a terminal."""
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def show(chosen: Any, command: str, console: Console) -> None:
+    """Print all trials, the chosen one, and the command that runs it; `chosen` is a `rwalk.bench.Tuned`."""
+    about = f"{chosen.stream}, first {chosen.tasks} tasks, accuracy in % on training examples that were held out"
+    console.print(f"\n[bold]{chosen.method}[/bold] on {about}", highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for heading in ("strength", "lr", "accuracy", "by seed"):
+        table.add_column(heading, justify="right")
+    for trial in chosen.trials:
+        best = (trial["strength"], trial["lr"]) == (chosen.strength, chosen.lr)
+        by_seed = ", ".join(_percent(a) for a in trial["seeds"].values())
+        cells = f"{trial['strength']:.6g}", f"{trial['lr']:.6g}", _percent(trial["accuracy"]), by_seed
+        table.add_row(*cells, style="bold" if best else None)
+    console.print(table)
+    console.print(f"Chosen: strength {chosen.strength:.6g}, learning rate {chosen.lr:.6g}.", highlight=False)
+    for name in chosen.edge:
+        console.print(f"This {name} lies at an end of what was tried: try further ones.", highlight=False)
+    console.print(f"Run: {command}", highlight=False, soft_wrap=True)
+
+
+def _percent(accuracy: float | None) -> str:
+    return "failed" if accuracy is None else f"{100 * accuracy:.1f}"
