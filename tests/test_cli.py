@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rwalk import cli, kernels
-from rwalk.bench import Record
+from rwalk.bench import Record, grid
 from rwalk.bench import data as data_sets
 from rwalk.cli import main
 
@@ -194,7 +194,7 @@ def test_no_arguments_end_in_a_traceback(tmp_path, monkeypatch, arguments):
     """Everything but the training itself is real; a status other than 0 and 2, or any other exception, is a mistake of ours."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RWALK_DATA", raising=False)
-    monkeypatch.setattr(cli, "run", stub)
+    monkeypatch.setattr(grid, "run", stub)
     monkeypatch.setattr(data_sets, "download", no_network)
     monkeypatch.setattr(data_sets, "_digits", DIGITS)
     monkeypatch.setattr(cli.torch, "set_num_threads", lambda _: None)

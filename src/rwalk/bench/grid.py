@@ -16,6 +16,8 @@ from rwalk.bench.runner import run
 
 PATIENCE = 10
 """Seconds that a cluster has to answer and to have a worker."""
+IDLE = 20
+"""Seconds after which a process without work ends, so that none outlives a parent that was killed."""
 
 
 @dataclass(frozen=True)
@@ -134,23 +136,25 @@ def _attempt(call: Callable[..., Any], *arguments: Any) -> Any:
     except Exception as error:
         if ranks.size() > 1:
             raise
-        known = isinstance(error, ValueError | OSError | ImportError)
+        known = isinstance(error, ValueError | OSError | ImportError | FloatingPointError)
         return Failure(str(error) if known else traceback.format_exc(), known)
 
 
 @contextmanager
 def _processes(workers: int, common: Any) -> Iterator[Executor]:
-    """Start processes of this machine; they end with the block, whatever they are doing."""
+    """Start processes of this machine; they end with the block, and at once if it is left early."""
     try:
         from joblib.externals.loky import ProcessPoolExecutor
     except ImportError as error:
         came, remedy = f"several workers without joblib ({error})", "Run: pip install 'rwalk[bench]'"
         raise ValueError(explain(came, "the package `joblib`", remedy)) from None
-    executor = ProcessPoolExecutor(workers, initializer=_receive, initargs=(common,))
+    executor = ProcessPoolExecutor(workers, timeout=IDLE, initializer=_receive, initargs=(common,))
     try:
         yield executor
-    finally:
+    except BaseException:
         executor.shutdown(kill_workers=True)
+        raise
+    executor.shutdown()
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Tuning: which strength serves a method best, tried on a stream's first tasks and judged on held-out training examples.
 
-No test example is read, and the other tasks are left for the runs that count: `later` returns them. Chaudhry et al. choose so in
+No test example is read, and the other tasks are for the runs that count: `later` returns them. Chaudhry et al. chose so in
 "Efficient Lifelong Learning with A-GEM" (ICLR 2019).
 """
 

@@ -1,0 +1,258 @@
+"""Runs side by side, in processes and on a Dask cluster: nothing is lost, nothing is done twice, and failures stop no others."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from rwalk import cli, files
+from rwalk.bench import Record, grid
+
+SMALL = ["--tasks", "3", "--hidden", "8", "--batch-size", "40"]
+SWEEP = ["run", "split-digits", "--methods", "finetune,rwalk", "--seeds", "2", "--strength", "0.1,1", *SMALL]
+SLOW = ["run", "permuted-digits", "--methods", "rwalk,recipe", "--seeds", "2", "--tasks", "3", "--hidden", "32"]
+
+
+def start(arguments, out, **options):
+    """Start the command line as users do."""
+    command = [sys.executable, "-m", "rwalk", *arguments, "--out", str(out)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def measured(folder):
+    """All that the records of a folder say, but for times; no other file may be there."""
+    assert {p.suffix for p in folder.iterdir()} == {".json"}
+    return {p.name: {k: v for k, v in vars(Record.load(p)).items() if k != "timings"} for p in folder.iterdir()}
+
+
+def wait(holds, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    """Records of the slow runs, done one after another."""
+    folder = tmp_path_factory.mktemp("calm")
+    assert cli.main([*SLOW, "--out", str(folder)]) == 0
+    return measured(folder)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A Dask scheduler as a process of its own: a function that starts a worker, and the address."""
+    pytest.importorskip("distributed")
+    place = tmp_path_factory.mktemp("dask")
+    children = []
+
+    def child(*words):
+        log = (place / f"{len(children)}.log").open("w")
+        children.append(subprocess.Popen([sys.executable, "-m", *words], stdout=log, stderr=log, cwd=place))
+        return children[-1]
+
+    file = place / "scheduler.json"
+    child("distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--no-show",
+          "--scheduler-file", str(file))  # fmt: skip
+    wait(file.exists)
+    address = json.loads(file.read_text())["address"]
+
+    def worker():
+        return child("distributed.cli.dask_worker", address, "--no-nanny", "--nthreads", "1", "--no-dashboard")
+
+    yield address, worker
+    for process in reversed(children):
+        process.kill()
+        process.wait(timeout=30)
+
+
+def test_workers_give_what_one_process_gives(tmp_path, capsys):
+    for workers in ("1", "2"):
+        assert cli.main([*SWEEP, "--workers", workers, "--out", str(tmp_path / workers)]) == 0
+        printed = capsys.readouterr().out
+        assert len(re.findall(r"average accuracy", printed)) == 6  # strength is nothing to finetune
+        assert "rwalk strength 0.1 seed 1: average accuracy" in printed
+    assert measured(tmp_path / "1") == measured(tmp_path / "2")
+    assert sorted(r["config"].get("strength", 0) for r in measured(tmp_path / "2").values()) == [0, 0, 0.1, 0.1, 1, 1]
+    assert cli.main([*SWEEP, "--out", str(tmp_path / "2")]) == 0
+    assert capsys.readouterr().out.count("on disk") == 6
+
+
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_ctrl_c_with_workers_and_the_same_command_again(tmp_path, calm, capsys, whole_group):
+    out = tmp_path / "out"
+    process = start([*SLOW, "--workers", "2"], out, start_new_session=True)
+    wait(lambda: out.is_dir() and any(out.glob("*.json")) and any(out.glob("*.checkpoint")))
+    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    assert "The same command continues" in error
+    finished = len(list(out.glob("*.json")))
+    assert 1 <= finished < len(calm)
+    assert cli.main([*SLOW, "--workers", "2", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.count("on disk") >= finished
+    assert measured(out) == calm
+
+
+def test_a_worker_that_is_killed_takes_no_other_run_with_it(tmp_path, calm):
+    out = tmp_path / "out"
+    process = start([*SLOW, "--workers", "2"], out)
+    wait(lambda: out.is_dir() and any(out.glob("*.json")) and any(out.glob("*.checkpoint")))
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    _, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error
+    assert measured(out) == calm
+
+
+def children(pid):
+    """Processes that train: those of loky that have loaded the library."""
+    found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=True).stdout
+    pids = [int(line.split()[0]) for line in found.splitlines() if "popen_loky" in line]
+    assert len(pids) == 2, found
+    return pids
+
+
+def test_a_run_that_fails_is_named_with_its_cause_and_stops_no_other(tmp_path, capsys, recwarn):
+    sweep = ["run", "permuted-digits", "--methods", "rwalk", "--seeds", "2", "--tasks", "2", "--strength", "1,1e6"]
+    for workers in ("1", "2"):
+        assert cli.main([*sweep, "--workers", workers, "--out", str(tmp_path / workers)]) == 2
+        printed, error = capsys.readouterr()
+        assert printed.count("failed; the cause comes at the end") == 2
+        causes = [part for part in error.split("rwalk: ")[1:] if part.startswith("Got gradients")]
+        assert "Expected finite gradients" in causes[0]
+        assert {"rwalk strength 1e+06 seed 0", "rwalk strength 1e+06 seed 1"} == set(
+            re.findall(r"rwalk strength \S+ seed \d", error)
+        )
+        assert len([p for p in (tmp_path / workers).glob("*.json")]) == 2
+        assert "Traceback" not in error
+
+
+def test_a_dask_worker_that_is_killed_loses_nothing(tmp_path, calm, cluster):
+    address, worker = cluster
+    first, _ = worker(), worker()
+    out = tmp_path / "out"
+    process = start([*SLOW, "--backend", "dask", "--address", address], out)
+    wait(lambda: out.is_dir() and any(out.glob("*.json")) and any(out.glob("*.checkpoint")))
+    first.kill()
+    assert first.wait(timeout=30) == -signal.SIGKILL
+    printed, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error
+    assert measured(out) == calm
+    assert len(re.findall(r"^\w+ seed \d: average accuracy", printed, re.M)) == len(calm)
+
+
+def test_a_cluster_without_our_folder_sends_records_back(tmp_path, cluster, monkeypatch):
+    """The folder is hidden from a worker by a call that finds another one."""
+    address, worker = cluster
+    worker()
+    words = [*SWEEP, "--out", str(tmp_path / "nowhere")]
+    job = cli.Job("rwalk", 1.0, 0, 0.1)
+    ((_, (record, there)),) = grid.outcomes(cli._there, {"k": (words, {}, job)}, cluster=address)
+    assert not there
+    assert record.config["strength"] == 1.0
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_what_is_sent_for_a_run_is_small_and_holds_no_data():
+    cloudpickle = pytest.importorskip("cloudpickle")
+    places = {"out": Path("/a/folder"), "data": Path("/another")}
+    sent = cloudpickle.dumps((grid._remotely, cli._there, list(SWEEP), places, cli.Job("rwalk", 1.0, 0, 0.1)))
+    assert len(sent) < 1000
+
+
+def test_a_cluster_that_is_not_there_or_has_no_workers(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(grid, "PATIENCE", 1)
+    assert cli.main([*SWEEP, "--backend", "dask", "--address", "tcp://127.0.0.1:1", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "Got no answer from a Dask scheduler at `tcp://127.0.0.1:1`" in error
+    assert "Expected an address such as" in error
+
+
+@pytest.mark.parametrize(("arguments", "word"), [
+    (["--workers", "0"], "Got --workers 0. Expected 1 to 1024."),
+    (["--backend", "dask"], "Got --backend dask without --address. Expected"),
+    (["--address", "tcp://h:1"], "Got --backend processes with --address. Expected"),
+    (["--strength", "1,x"], "Got --strength 1,x. Expected numbers with commas between"),
+    (["--strength", "1,-1"], "Got strength -1"),
+    (["--strength", "tuned"], "Got `tuned` strength for `rwalk`"),
+    (["--skip", "3"], "Got 3 tasks of a stream of 3. Expected 0 to 2."),
+    (["--skip", "-1"], "Got -1 tasks of a stream of 3."),
+])  # fmt: skip
+def test_mistakes_get_three_parts(arguments, word, capsys, tmp_path):
+    words = ["run", "split-digits", *SMALL, *arguments, "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 2
+    assert capsys.readouterr().err.startswith(f"rwalk: {word}")
+    assert not any(tmp_path.iterdir())
+
+
+def test_one_at_a_time_holds_a_file_and_a_killed_one_lets_go(tmp_path):
+    code = """
+import sys, time
+from rwalk import files
+with files.alone(sys.argv[1]):
+    print("in", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+    lock = tmp_path / "x.lock"
+
+    def holder(seconds):
+        return subprocess.Popen([sys.executable, "-c", code, str(lock), str(seconds)], stdout=subprocess.PIPE, text=True)
+
+    first = holder(60)
+    assert first.stdout.readline() == "in\n"
+    second = holder(0)
+    time.sleep(0.5)
+    assert second.poll() is None
+    first.kill()
+    first.wait(timeout=10)
+    assert second.stdout.readline() == "in\n"
+    assert second.wait(timeout=10) == 0
+    first.stdout.close()
+    second.stdout.close()
+    assert not lock.exists()
+
+
+def test_where_there_are_no_locks_nobody_waits(tmp_path):
+    with files.alone(tmp_path / "absent" / "x.lock"):
+        pass
+
+
+@contextmanager
+def counted(module, name, monkeypatch):
+    """Count calls of a function."""
+    calls, function = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args, **kwargs: (calls.append(1), function(*args, **kwargs))[1])
+    yield calls
+
+
+def test_two_threads_that_want_one_run_do_it_once(tmp_path, monkeypatch):
+    """As when a Dask scheduler gives a run that it believes lost to another worker."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from rwalk import bench
+
+    stream, training = bench.split("digits", tasks=2), bench.Training(hidden=(4,), batch_size=100)
+    with counted(grid, "run", monkeypatch) as calls, ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(grid.once, tmp_path / "r.json", stream, "finetune", None, 0, training) for _ in range(4)]
+        monkeypatch.setattr(grid.Record, "save", lambda record, folder: files.write(tmp_path / "r.json", saved(record)))
+        results = [f.result(timeout=60) for f in futures]
+    assert len(calls) == 1
+    assert sorted(there for _, there in results) == [False, True, True, True]
+    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+def saved(record):
+    import dataclasses
+
+    content = json.loads(json.dumps(dataclasses.asdict(record)))
+    return json.dumps(content).encode()
