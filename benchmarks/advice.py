@@ -5,9 +5,9 @@ Reads records of sweeps, each of one method, stream and seed over strengths that
     rwalk run permuted-digits --methods finetune,rwalk,recipe --strength 0.01,0.1,1,10 --out runs/advice
     python -m benchmarks.advice runs/advice
 
-A strength is too small if accuracy is more than two points below the sweep's best and all strengths that are within two points are
-larger; too large likewise. For each figure and verdict: the threshold that is right at least nine times in ten on all settings but
-one, and how often it is right on that one.
+A strength is too small if accuracy is more than two points below the sweep's best and all strengths within two points are
+larger; too large likewise. For each figure and verdict: how often a threshold is right on one setting that was right at least
+nine times in ten on all others.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Runs side by side, in processes and on a Dask cluster: nothing is lost, nothing is done twice, and failures stop no others."""
+"""Runs side by side, in processes and on a Dask cluster: nothing is lost or done twice, and failures stop no others."""
 
 import json
 import os
@@ -55,8 +55,8 @@ def cluster(tmp_path_factory):
     children = []
 
     def child(*words):
-        log = (place / f"{len(children)}.log").open("w")
-        children.append(subprocess.Popen([sys.executable, "-m", *words], stdout=log, stderr=log, cwd=place))
+        with (place / f"{len(children)}.log").open("w") as log:
+            children.append(subprocess.Popen([sys.executable, "-m", *words], stdout=log, stderr=log, cwd=place))
         return children[-1]
 
     file = place / "scheduler.json"
@@ -115,7 +115,8 @@ def test_a_worker_that_is_killed_takes_no_other_run_with_it(tmp_path, calm):
 
 def children(pid):
     """Processes that train: those of loky that have loaded the library."""
-    found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=True).stdout
+    command = ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(pid)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     pids = [int(line.split()[0]) for line in found.splitlines() if "popen_loky" in line]
     assert len(pids) == 2, found
     return pids
@@ -132,7 +133,7 @@ def test_a_run_that_fails_is_named_with_its_cause_and_stops_no_other(tmp_path, c
         assert {"rwalk strength 1e+06 seed 0", "rwalk strength 1e+06 seed 1"} == set(
             re.findall(r"rwalk strength \S+ seed \d", error)
         )
-        assert len([p for p in (tmp_path / workers).glob("*.json")]) == 2
+        assert len(list((tmp_path / workers).glob("*.json"))) == 2
         assert "Traceback" not in error
 
 

@@ -1,6 +1,5 @@
 """The command line: `rwalk run`, `rwalk tune`, `rwalk list`, `rwalk report` and `rwalk plan`."""
 
-import os
 import shlex
 import sys
 import threading
@@ -211,7 +210,7 @@ def _parsed(words: list[str]) -> Any:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a command; its fields are the arguments that `_one` takes after the command."""
+    """One run of a command: what its runs differ in."""
 
     method: str
     strength: float | None
@@ -232,7 +231,7 @@ class Runs:
     Args:
         command: what was parsed from the words, with absolute places.
         words: the command line.
-        load: the function that loads a data set; a worker's remembers it.
+        load: the function that loads a data set; a worker's remembers what it loaded.
     """
 
     def __init__(self, command: Run, words: list[str], load: Callable[..., Any] = load) -> None:
@@ -304,8 +303,7 @@ class Runs:
         address = command.address if command.backend == "dask" else None
         if command.workers == 1 and address is None:
             return outcomes(self._here, {place: (job, progress) for place, job in jobs.items()})
-        root = command.data or os.environ.get("RWALK_DATA")
-        places = {"out": command.out.resolve(), "data": root and Path(root).resolve()}
+        places = {"out": command.out.resolve(), "data": command.data and command.data.resolve()}
         sent = {place: (self.words, places, job) for place, job in jobs.items()}
         return outcomes(_there, sent, command.workers, address)
 
@@ -318,7 +316,7 @@ _remembered = lru_cache(maxsize=1)(load)
 
 
 def _there(_: None, words: list[str], places: dict[str, Any], job: Job) -> tuple[Record, bool]:
-    """Do one run in a worker, which loads the data once; threads of one worker take turns, as torch has one random state."""
+    """Do one run in a worker, which loads the data once; its threads take turns, as torch has one random state for them."""
     with _one_at_a_time:
         return Runs(replace(_parsed(words), **places), words, _remembered).one(job)
 
