@@ -115,7 +115,7 @@ def test_a_strength_that_fails_is_not_chosen(recwarn):
 
 @pytest.mark.parametrize(("options", "word"), [
     ({"strengths": [0, 1]}, "strength among"), ({"learning_rates": [float("nan")]}, "learning rate among"),
-    ({"tasks": 6}, "6 tasks of a stream of 5. Expected 1 to 5"), ({"tasks": 0}, "0 tasks"), ({"validation": 0}, "share of 0 "),
+    ({"tasks": 6}, "6 tasks of a stream of 5"), ({"tasks": 0}, "0 tasks"), ({"validation": 0}, "share of 0 "),
     ({"validation": 1.0}, "share of 1.0"), ({"validation": 1e-9}, "share of 1e-09"), ({"refine": -1}, "-1 trials"),
     ({"method": "finetune"}, "method `finetune`, which has no strength"),
 ])  # fmt: skip
@@ -137,12 +137,12 @@ def test_a_result_is_saved_whole(tmp_path):
 def test_from_the_command_line_to_the_runs_that_count(tmp_path, capsys):
     out = ["--out", str(tmp_path)]
     words = ["permuted-digits", *QUICK, *out, "--tasks", "4", "--rwalk.alpha", "0.5"]
-    tune = ["tune", *words, "--method", "rwalk", "--tune-tasks", "2", "--strength", "0.1,1,5", "--learning-rates", "0.1,0.2"]
+    tune = ["tune", *words, "--method", "rwalk", "--tune-tasks", "2", "--strength", "0.1,0.5,1", "--learning-rates", "0.1,0.2"]
     assert cli.main(tune) == 0
     printed = capsys.readouterr().out
     tuned = bench.Tuned.load(next(tmp_path.glob("*.tuned")))
     assert tuned.trials == bench.tune(
-        bench.permuted("digits", tasks=4), RWalk(alpha=0.5), [0.1, 1, 5], [0.1, 0.2], training=SMALL, tasks=2
+        bench.permuted("digits", tasks=4), RWalk(alpha=0.5), [0.1, 0.5, 1], [0.1, 0.2], training=SMALL, tasks=2
     ).trials  # fmt: skip
     assert f"Chosen: strength {tuned.strength:g}, learning rate {tuned.lr:g}" in printed
     assert cli.main(tune) == 0

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rwalk import files
 from rwalk._errors import explain
 from rwalk.bench import ranks
@@ -119,10 +121,11 @@ def _round(
 _common: Any = None
 
 
-def _receive(common: Any) -> None:
-    """Keep what all calls of this process share."""
+def _receive(threads: int, common: Any) -> None:
+    """Keep what all calls of this process share; equal results need equal numbers of threads."""
     global _common
     _common = common
+    torch.set_num_threads(threads)
 
 
 def _remotely(call: Callable[..., Any], *arguments: Any) -> Any:
@@ -142,19 +145,18 @@ def _attempt(call: Callable[..., Any], *arguments: Any) -> Any:
 
 @contextmanager
 def _processes(workers: int, common: Any) -> Iterator[Executor]:
-    """Start processes of this machine; they end with the block, and at once if it is left early."""
+    """Lend processes of this machine, which stay for the next calls; if the block is left early, they end at once."""
     try:
-        from joblib.externals.loky import ProcessPoolExecutor
+        from joblib.externals.loky import get_reusable_executor
     except ImportError as error:
         came, remedy = f"several workers without joblib ({error})", "Run: pip install 'rwalk[bench]'"
         raise ValueError(explain(came, "the package `joblib`", remedy)) from None
-    executor = ProcessPoolExecutor(workers, timeout=IDLE, initializer=_receive, initargs=(common,))
+    executor = get_reusable_executor(workers, timeout=IDLE, initializer=_receive, initargs=(torch.get_num_threads(), common))
     try:
         yield executor
     except BaseException:
         executor.shutdown(kill_workers=True)
         raise
-    executor.shutdown()
 
 
 @contextmanager
