@@ -1,6 +1,6 @@
 """Whether figures of one run tell that its strength is too small or too large, judged by sweeps over strength.
 
-Reads records of sweeps, each of one method, stream and seed over strengths that hold the best one and worse ones on both sides:
+Reads records of sweeps, each of one method, stream and seed over strengths on both sides of the best one:
 
     rwalk run permuted-digits --methods finetune,rwalk,recipe --strength 0.01,0.1,1,10 --out runs/advice
     python -m benchmarks.advice runs/advice
