@@ -14,7 +14,6 @@ from avalanche.evaluation import PluginMetric
 from avalanche.evaluation.metric_results import MetricValue
 from avalanche.models.utils import is_multi_task_module
 from avalanche.training.plugins import SupervisedPlugin
-from avalanche.training.utils import _at_task_boundary
 
 from rwalk import RWalk
 from rwalk.integrations._guest import Guest
@@ -27,6 +26,8 @@ class ConsolidationPlugin(Guest, SupervisedPlugin, supports_distributed=True):  
     through the strategy's own loader of training data, with all that is passed to `train`, but for replayed examples. To go on
     after a restart, load the model as it was, then `state_dict` into a new plugin, and train.
     """
+
+    _parts = 0
 
     def before_training(self, strategy: Any, **_: Any) -> None:
         """Get to know the model before it grows for the next experience; a saved state is about the model as it was."""
@@ -41,8 +42,12 @@ class ConsolidationPlugin(Guest, SupervisedPlugin, supports_distributed=True):  
 
     def after_training_exp(self, strategy: Any, **options: Any) -> None:
         """Consolidate, before Avalanche evaluates."""
-        if _at_task_boundary(strategy.experience, before=False):
-            self.end(_Batches(strategy, options))
+        experience = strategy.experience
+        if _is_part(experience):
+            self._parts = 1 if experience.is_first_subexp else self._parts + 1
+            if not (experience.is_last_subexp or self._parts == experience.sub_stream_length):  # the flag may be missing
+                return
+        self.end(_Batches(strategy, options))
 
 
 class RWalkPlugin(ConsolidationPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -92,7 +97,7 @@ class _Batches:
         strategy, experience = self._strategy, self._strategy.experience
         kept = strategy.adapted_dataset, strategy.dataloader, strategy.mbatch
         try:
-            if isinstance(experience, OnlineCLExperience) and experience.access_task_boundaries:
+            if _is_part(experience):
                 strategy.adapted_dataset = experience.origin_experience.dataset.train()
             strategy.make_train_dataloader(**self._options)
             for strategy.mbatch in strategy.dataloader:  # noqa: B020
@@ -101,3 +106,8 @@ class _Batches:
                 yield (strategy.mb_x, strategy.mb_task_id) if several else strategy.mb_x, strategy.mb_y
         finally:
             strategy.adapted_dataset, strategy.dataloader, strategy.mbatch = kept
+
+
+def _is_part(experience: Any) -> bool:
+    """Tell whether an experience is one of the parts of a known task, in an online stream."""
+    return isinstance(experience, OnlineCLExperience) and experience.access_task_boundaries
