@@ -41,8 +41,8 @@ benchmark = tensors_benchmark(
 )
 
 
-# A strategy with a plugin or without. Of all this only `MemoryMetrics` is ours: at the end of each epoch it hands the penalty, and
-# importance and drift of each layer, to Avalanche's loggers. The loss that Avalanche logs is that of the task alone.
+# A strategy with a plugin or without. Of all this only `MemoryMetrics` is ours: after each epoch it hands the penalty, and
+# each layer's importance and drift, to Avalanche's loggers. The loss that Avalanche logs is that of the task alone.
 
 
 def train(name, plugin=None):
