@@ -20,11 +20,16 @@ from rwalk.integrations._guest import Guest
 
 
 class ConsolidationPlugin(Guest, SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Holds a strategy's model to what earlier experiences need; all arguments are those of `Guest`.
+    """Holds a strategy's model to what earlier experiences need.
 
     `plugin.memory` is the `Consolidator`, once training has begun. Rules that measure on data read that of each experience
     through the strategy's own loader of training data, with all that is passed to `train`, but for replayed examples. To go on
     after a restart, load the model as it was, then `state_dict` into a new plugin, and train.
+
+    Args:
+        rule: how importance is measured, such as `SI()`; None for the recommended recipe; or a `Consolidator` made before.
+        strength: factor of the penalty.
+        options: further arguments of `Consolidator`.
     """
 
     _parts = 0
