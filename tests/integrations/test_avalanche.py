@@ -4,7 +4,6 @@
 import copy
 import inspect
 import runpy
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -567,37 +566,6 @@ def test_without_epochs_nothing_is_learned():
     plugin = RWalkPlugin(1.0)
     run([plugin], stream(tasks(2)), train_epochs=0)
     assert plugin.memory.anchor.largest() == 0
-
-
-SHARED = {"rwalk": RWalk(), "ewc": EWC(), "recipe": None}
-"""Rules that two ranks try: one that watches steps, one that measures on data, one with an average."""
-
-
-def rank(number, folder):
-    """Train on every second example, in batches of half the size."""
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    warnings.filterwarnings("ignore", "No loggers specified|find_unused_parameters")
-    store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=number, world_size=2)
-    plugins = {name: ConsolidationPlugin(rule, 0.5) for name, rule in SHARED.items()}
-    models = {name: nn.parallel.DistributedDataParallel(mlp()) for name in SHARED}
-    for name, plugin in plugins.items():
-        run([plugin], stream(tasks(2)), models[name], train_mb_size=BATCH // 2)
-    found = {name: (weights(models[name].module), plugins[name].memory.anchor.omega) for name in SHARED}
-    torch.save(found, f"{folder}/{number}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_two_ranks_are_as_one_process(tmp_path):
-    torch.multiprocessing.spawn(rank, (str(tmp_path),), nprocs=2)
-    for name, rule in SHARED.items():
-        plugin = ConsolidationPlugin(rule, 0.5)
-        here = run([plugin], stream(tasks(2)))[-1]
-        for number in range(2):
-            there, omega = torch.load(tmp_path / f"{number}.pt")[name]
-            assert distance(here, there) < 1e-14
-            assert distance(plugin.memory.anchor.omega, omega) < 1e-12
 
 
 # Figures, checkpoints, mistakes
