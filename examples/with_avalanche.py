@@ -12,7 +12,7 @@ classifiers that grow. `ewc_lambda` is the strength of the same penalty, so a va
 
 Here a small network learns five tasks, one after another: the handwritten digits of scikit-learn, with pixels shuffled anew for
 each task. `python examples/with_avalanche.py` runs this page.
-"""  # noqa: D400, D415
+"""
 
 import torch
 from avalanche.benchmarks import tensors_benchmark

@@ -45,7 +45,7 @@ def train_in_raw_loop(model, rule, tasks, strength=STRENGTH):
 
 def train_in_avalanche(model, rule, tasks):
     hosts.avalanche()
-    ours = pytest.importorskip("rwalk.integrations.avalanche")
+    import rwalk.integrations.avalanche as ours
     from avalanche.benchmarks import tensors_benchmark
     from avalanche.training.supervised import Naive
 
@@ -61,7 +61,7 @@ def train_in_avalanche(model, rule, tasks):
 
 def train_in_lightning(model, rule, tasks):
     pytest.importorskip("lightning", reason="needs Lightning: make test-integrations")
-    ours = pytest.importorskip("rwalk.integrations.lightning")
+    import rwalk.integrations.lightning as ours
     from lightning.pytorch import LightningModule, Trainer
 
     class Module(LightningModule):
@@ -145,7 +145,7 @@ class WithLoss(torch.nn.Module):
 def train_in_transformers(model, rule, tasks):
     pytest.importorskip("accelerate", reason="needs Accelerate: make test-integrations")
     pytest.importorskip("transformers", reason="needs Transformers: make test-integrations")
-    ours = pytest.importorskip("rwalk.integrations.transformers")
+    import rwalk.integrations.transformers as ours
     from transformers import Trainer, TrainingArguments
 
     class InOrder(Trainer):
