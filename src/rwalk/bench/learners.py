@@ -34,6 +34,8 @@ class Training:
         batch_size: Examples per step.
         lr: Learning rate.
         optimizer: Plain SGD, SGD with momentum 0.9, or Adam; kept over all tasks.
+        model: One of mlp, cnn, resnet, gpt and lstm; or package.module:factory, a function that takes a stream's first task and
+            makes a network; "auto" is cnn for colour images, lstm for characters and mlp for all else.
         hidden: Widths of the MLP's hidden layers.
         mask: Labels that compete in the training softmax: those of the "task", those "seen" so far, "all", or "auto": task for
             task-incremental, seen for class-incremental and all for domain-incremental streams.
@@ -43,6 +45,7 @@ class Training:
     batch_size: int = 10
     lr: float = 0.1
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    model: str = "auto"
     hidden: tuple[int, ...] = (256, 256)
     mask: Mask = "auto"
 
@@ -123,15 +126,14 @@ class FineTune:
 
     def predict(self, x: Tensor, seen: Collection[int]) -> Tensor:
         """Return the most likely label of each input among the labels of `seen`."""
+        labels = torch.tensor(sorted(seen))
         training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad():
-                logits = torch.cat([self.model(part) for part in x.split(2048)])
+                return torch.cat([labels[self.model(part)[:, labels].argmax(1)] for part in x.split(512)])
         finally:
             self.model.train(training)
-        labels = torch.tensor(sorted(seen))
-        return labels[logits[:, labels].argmax(1)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return model, optimiser, order of batches and what was measured so far."""

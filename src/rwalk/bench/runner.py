@@ -12,11 +12,10 @@ from torch import nn
 
 import rwalk
 from rwalk._errors import explain
-from rwalk.bench import ranks
+from rwalk.bench import models, ranks
 from rwalk.bench.checkpoint import Checkpoint, Measured
 from rwalk.bench.experience import Experience, check
 from rwalk.bench.learners import FineTune, Joint, Learner, Protected, Training
-from rwalk.bench.models import mlp
 from rwalk.bench.record import Record, file_name
 from rwalk.consolidator import Average, Pull, Settings, resolve
 from rwalk.importance import rules
@@ -47,7 +46,7 @@ def run(
             `predict`.
         strength: factor of the penalty for a rule; the consolidator's default when None.
         seed: seed of initial weights and batch order; equal seeds give equal results, bit for bit on one machine's CPU.
-        training: epochs, batch size, optimiser, hidden widths and softmax mask.
+        training: epochs, batch size, optimiser, model and softmax mask.
         pull: "gradient" or "proximal", for a rule; the consolidator's default when None.
         average: "none" or "tail", for a rule; the consolidator's default when None.
         checkpoint: file that keeps where the run stands after each task; if it is there already, the run goes on from there. It
@@ -110,7 +109,11 @@ def configuration(
 ) -> dict[str, Any]:
     """Return every setting of a run but the method's name and the seed, as JSON values."""
     training = training or Training()
-    config = asdict(training) | {"hidden": list(training.hidden), "mask": training.resolved_mask(stream[0].scenario)}
+    config = asdict(training) | {
+        "hidden": list(training.hidden),
+        "mask": training.resolved_mask(stream[0].scenario),
+        "model": models.resolve(training.model, stream[0]),
+    }
     settings = _settings(method, strength, pull, average)
     ruled = settings._asdict() | {"rule": asdict(settings.rule)} if settings else {}
     return {"stream": stream[0].stream, "training": config} | ruled
@@ -145,7 +148,7 @@ def _learner(
     """Build the learner that a method names."""
 
     def build() -> nn.Module:
-        return mlp(stream[0].train.x.shape[1:], stream[0].outputs, training.hidden)
+        return models.build(training.model, stream[0], training.hidden)
 
     common = (build, training, seed, tick)
     if settings is not None:
