@@ -22,7 +22,7 @@ from rwalk.bench.data import HUB, load
 from rwalk.bench.experience import STREAMS, Experience, Scenario, make, parse
 from rwalk.bench.learners import Training
 from rwalk.bench.record import Record, file_name
-from rwalk.bench.runner import LEARNERS, configuration, run
+from rwalk.bench.runner import LEARNERS, configuration, refuse, run
 from rwalk.consolidator import Average, Pull, resolve
 from rwalk.importance import rules
 from rwalk.importance.base import Importance
@@ -185,6 +185,8 @@ def _run(command: Run, console: Console) -> None:
     data = load(name, command.data, command.label, **by)
     streams = {seed: make(kind, data, seed, command.scenario, tasks=command.tasks, **by) for seed in seeds}
     models.build(command.training.model, streams[seeds[0]][0], command.training.hidden)  # says now if it cannot
+    for _, method in methods:
+        refuse(streams[seeds[0]], method)
     if command.out.exists() and not command.out.is_dir():
         raise ValueError(explain(f"`--out {command.out}`, which is a file", "a folder", "Name another folder."))
     command.out.mkdir(parents=True, exist_ok=True)

@@ -201,9 +201,9 @@ def domain(
     _refuse_scenario(scenario, get_args(Scenario))
     if scenario != "domain":
         _labelled(found)
-    if not 1 <= (tasks or len(found.domains)) <= len(found.domains):
-        came = f"{tasks} tasks for {len(found.domains)} domains of `{found.name}`"
-        raise ValueError(explain(came, f"1 to {len(found.domains)} tasks", "Pass fewer tasks."))
+    most = len(found.domains)
+    if not 1 <= (most if tasks is None else tasks) <= most:
+        raise ValueError(explain(f"{tasks} tasks for {most} domains of `{found.name}`", f"1 to {most}", "Pass fewer tasks."))
     names = found.domains[:tasks]
     about = _about("domain", found, len(names), scenario, by=by, domains=list(names))
     where = found.train_domain, found.test_domain

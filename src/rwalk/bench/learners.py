@@ -4,11 +4,13 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer
 
 from rwalk._errors import explain
@@ -223,7 +225,8 @@ class Protected(FineTune):
         labels = self._allowed(experience).nonzero().squeeze(1)
         x, y = (ranks.share(column) for column in experience.train.read())
         data = list(zip(x.split(256), torch.searchsorted(labels, y).split(256), strict=True))
-        self.memory.consolidate(data, logits=lambda output: output[:, labels])
+        each = partial(F.cross_entropy, reduction="sum") if experience.kind == "characters" else None  # an example has many
+        self.memory.consolidate(data, loss=each, logits=lambda output: output[:, labels])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of plain training and that of the consolidator."""

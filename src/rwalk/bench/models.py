@@ -41,14 +41,13 @@ class Words(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (texts, width)."""
-        total, count = over_words(self.embed(x), x)
-        return total / count.sqrt()
+        return over_words(self.embed(x), x, 0.5)
 
 
-def over_words(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum of what stands for each word, (texts, words, width), over the words that are there, and their number."""
+def over_words(h: Tensor, x: Tensor, power: float) -> Tensor:
+    """Return the sum of what stands for each word, (texts, words, width), over a power of how many words there are."""
     there = (x != 0).unsqueeze(2)
-    return (h * there).sum(1), there.sum(1).clamp(min=1)
+    return (h * there).sum(1) / there.sum(1).clamp(min=1).pow(power)
 
 
 SMALLEST = 10
@@ -58,9 +57,9 @@ SMALLEST = 10
 def cnn(inputs: Sequence[int], outputs: int) -> nn.Module:
     """Build SI's network for CIFAR: 3 x 3 convolutions of 32, 32, 64 and 64 maps, dense layers of 512 and of the outputs.
 
-    As in Zenke, Poole and Ganguli, "Continual learning through synaptic intelligence" (ICML 2017), and its code; Riemannian Walk
-    follows it. Every second convolution has no padding; pooling over 2 x 2 and dropout of 1/4 come after it, and dropout of 1/2
-    after the first dense layer.
+    As in Zenke, Poole and Ganguli, "Continual learning through synaptic intelligence" (ICML 2017), and its code; Riemannian
+    Walk follows it. Every second convolution has no padding, and pooling over 2 x 2 and dropout of 1/4 behind it; the first
+    dense layer has dropout of 1/2.
 
     Args:
         inputs: channels, height and width.
@@ -127,7 +126,8 @@ class Block(nn.Module):
         """Return (examples, places, width); no place sees a later one."""
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.first(x)).chunk(3, dim=2))
         x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.second(x))))
+        y: Tensor = self.down(F.gelu(self.up(self.second(x))))
+        return x + y
 
 
 class Reader(nn.Module):
@@ -153,10 +153,7 @@ class Reader(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return scores, (examples, outputs, places) if a label belongs to each place, else (examples, outputs)."""
         h = self.read(x)
-        if self.each:
-            return torch.movedim(self.head(h), 2, 1)
-        total, count = over_words(h, x)
-        scores: Tensor = self.head(total / count)
+        scores: Tensor = self.head(h).transpose(1, 2) if self.each else self.head(over_words(h, x, 1))
         return scores
 
 

@@ -57,6 +57,7 @@ def run(
         The record. In class-incremental streams later tasks are not evaluated before they come.
     """
     check(stream)
+    refuse(stream, method)
     training = training or Training()
     settings, config = (
         _settings(method, strength, pull, average),
@@ -97,6 +98,14 @@ def run(
         threads=torch.get_num_threads(),
         ranks=ranks.size(),
     )
+
+
+def refuse(stream: Sequence[Experience], method: Method) -> None:
+    """Raise a ValueError if a rule draws labels where an example has many: only the likelihood of all of them is known."""
+    labels = getattr(method, "labels", "true")
+    if stream[0].kind == "characters" and labels != "true":
+        came = f'`{_name(method)}` with the labels "{labels}" for a stream of characters'
+        raise ValueError(explain(came, 'the labels "true"', "Pass the rule such labels."))
 
 
 def configuration(
