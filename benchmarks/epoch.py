@@ -3,9 +3,9 @@
     RWALK_DATA=... python -m benchmarks.epoch
 
 The bare loop takes its batches from the same tensors in memory. `learner` is `rwalk.bench.FineTune`, as `rwalk.bench.run` calls
-it; `command` is the same under the progress bar of `rwalk run`. Each permutes the task's data itself. Every time round all three
-train a new network for an epoch, on one thread, in an order of its own; printed are CPU time and its ratio to the bare loop of
-the same time round, median and quartiles.
+it; `command` is the same under the progress bar of `rwalk run`. Each permutes the task's data itself. Every time round all
+three train a new network for an epoch, on one thread, in an order of its own; printed are CPU time and its ratio to the bare
+loop of the same time round, median and quartiles.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Models: their sizes against their papers', what they may see, and which data they take; through runs where it can be."""
 
 import json
+import math
 from itertools import pairwise
 
 import pytest
@@ -113,7 +114,7 @@ def test_the_fisher_information_of_characters_is_that_of_whole_windows():
     assert torch.allclose(learner.memory.anchor.omega["head.weight"], expected, rtol=1e-4)
 
 
-def test_accuracy_on_characters_is_the_share_of_those_that_are_right(tmp_path, monkeypatch):
+def test_accuracy_on_characters_is_the_share_of_those_that_are_right_and_bits_are_of_their_chances(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "always_e.py").write_text(ALWAYS_E)
     text = b"the sea, the sea, and eleven trees. " * 20
@@ -121,7 +122,9 @@ def test_accuracy_on_characters_is_the_share_of_those_that_are_right(tmp_path, m
     y = torch.tensor(list(text[1:641])).view(5, 128)
     data = DataSet("c", x, y, x, y, tuple(map(chr, range(256))), 256, torch.zeros(5), torch.zeros(5), ("all",))
     record = bench.run(bench.domain(data), training=Training(lr=0.0, model="always_e:factory"))
-    assert record.accuracy == [[text[1:641].count(b"e") / 640]]
+    share, odds = text[1:641].count(b"e") / 640, math.exp(1)  # a score of 1, and 0 for the 255 others
+    assert record.accuracy == [[share]]
+    assert record.bits == [[pytest.approx(math.log2(odds + 255) - share * math.log2(odds))]]
 
 
 ALWAYS_E = """

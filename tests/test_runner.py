@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwalk import EWC, Consolidator, RWalk, bench
-from rwalk.bench import FineTune, Joint, Protected, Record, Training
+from rwalk.bench import FineTune, Joint, Protected, Record, Training, ranks
 from rwalk.bench.models import mlp
 from rwalk.bench.runner import configuration
 from rwalk.consolidator import resolve
@@ -40,6 +40,16 @@ def test_a_run_equals_the_plain_loop():
             assert record.accuracy[k][j] == (model(x).argmax(1) == y).double().mean().item()
 
 
+@pytest.mark.parametrize("shape", [(), (6,)])
+def test_the_losses_of_two_ranks_average_to_that_of_the_whole_batch(shape, monkeypatch):
+    """With one label for each example, or several, and parts of different sizes."""
+    scores, labels = torch.randn(5, 4, *shape), torch.randint(4, (5, *shape))
+    whole = F.cross_entropy(scores, labels)
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    parts = [ranks.mean_loss(scores[rows], labels[rows], 5) for rows in (slice(0, 5, 2), slice(1, 5, 2))]
+    assert torch.allclose(sum(parts) / 2, whole)
+
+
 class Calls(TorchDispatchMode):
     """Counts the operations of PyTorch."""
 
@@ -53,7 +63,7 @@ class Calls(TorchDispatchMode):
 
 
 def test_a_step_of_the_bench_has_two_operations_more_than_a_plain_one_and_data_is_read_once_a_task():
-    """Views both: a rank's share of the rows, and the loss kept for figures. Reading is permuting, say: once for all batches."""
+    """Views both: a rank's share of the rows, and the loss kept for figures. Reading, which may permute, comes once a task."""
     read = []
     x, y = torch.rand(60, 6), torch.arange(60) % 3
     part = bench.Part(x, y, transform=lambda x: read.append(len(x)) or x)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, Literal
 
 try:
@@ -228,7 +229,8 @@ def _one(
 
 
 def _result(record: Record) -> str:
-    return f"average accuracy {record.average_accuracy:.2%}"
+    bits = f", {fmean(record.bits[-1]):.3f} bits per character" if record.bits else ""
+    return f"average accuracy {record.average_accuracy:.2%}{bits}"
 
 
 def _steps(stream: list[Experience], name: str, training: Training) -> int:

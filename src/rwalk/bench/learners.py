@@ -129,11 +129,20 @@ class FineTune:
     def predict(self, x: Tensor, seen: Collection[int]) -> Tensor:
         """Return the most likely label of each input among the labels of `seen`."""
         labels = torch.tensor(sorted(seen))
+        return self._read(lambda scores: labels[scores[:, labels].argmax(1)], x)
+
+    def bits(self, x: Tensor, y: Tensor) -> float:
+        """Return the mean over labels of -log2 of the probability that the model gives to each, among all outputs."""
+        return self._read(partial(F.cross_entropy, reduction="none"), x, y).double().mean().item() / math.log(2)
+
+    def _read(self, read: Callable[..., Tensor], x: Tensor, *targets: Tensor) -> Tensor:
+        """Return what is read from the model's scores, in parts, as those of characters need much memory."""
         training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad():
-                return torch.cat([labels[self.model(part)[:, labels].argmax(1)] for part in x.split(512)])
+                parts = zip(*(column.split(512) for column in (x, *targets)), strict=True)
+                return torch.cat([read(self.model(part), *target) for part, *target in parts])
         finally:
             self.model.train(training)
 

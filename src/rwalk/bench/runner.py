@@ -83,6 +83,8 @@ def run(
             learner.fit(stream[k])
             measured.seconds += time.perf_counter() - start
             measured.accuracy.append(_evaluate(learner, stream, k))
+            if stream[0].kind == "characters" and isinstance(learner, FineTune):
+                measured.bits.append([learner.bits(*e.test.read()) for e in stream])
             place.save(learner, measured)
     return Record(
         method=_name(method),
@@ -90,6 +92,7 @@ def run(
         seed=seed,
         accuracy=measured.accuracy,
         untrained=measured.untrained,
+        bits=measured.bits,
         config=config,
         timings={"train_seconds": measured.seconds} | _step_time(learner),
         memory=_memory(learner),
