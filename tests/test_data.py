@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 
-from rwalk.bench import data as data_sets
 from rwalk.bench.data import download, load
 
 SHARED = Path(os.environ.get("RWALK_DATA") or Path(__file__).parents[2] / "shared" / "data")
@@ -388,7 +387,3 @@ def test_lm_domains_against_pyarrow():
         assert bytes(y.flatten().tolist()) == whole[1 : y.numel() + 1]
         assert 0 <= len(whole) - 1 - x.numel() < 128
     assert data.domains == ("shakespeare", "state_of_the_union", "movie_reviews", "genesis_kjv")
-
-
-def test_the_checks_of_texts_use_the_numbers_that_are_documented():
-    assert (data_sets.texts.BUCKETS, data_sets.texts.WINDOW) == (8192, 128)

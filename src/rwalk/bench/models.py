@@ -179,8 +179,9 @@ class GPT(Reader):
 
 
 class LSTM(Reader):
-    """One layer of long short-term memory (Hochreiter and Schmidhuber, 1997), of width 64 by default: 0.03 M parameters beside
-    those of words or characters.
+    """One layer of long short-term memory, by default of width 64 (Hochreiter and Schmidhuber, 1997).
+
+    It has 0.03 M parameters beside those of words or characters.
     """
 
     def __init__(self, inputs: Sequence[int], outputs: int, tokens: int, each: bool, width: int = 64) -> None:  # noqa: ARG002
