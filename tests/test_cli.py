@@ -16,6 +16,7 @@ from rwalk import cli, kernels
 from rwalk.bench import Record
 from rwalk.bench import data as data_sets
 from rwalk.cli import main
+from test_data import write
 
 QUICK = ["--seeds", "1", "--hidden", "8", "--batch-size", "100", "--tasks", "2"]
 
@@ -88,10 +89,39 @@ def test_scenario_mask_and_streams(tmp_path):
     assert {r["config"]["training"]["mask"] for r in records} == {"all"}
 
 
+def test_domains_and_stretches_of_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = {"x": [0.1 * i for i in range(40)], "label": [i % 2 for i in range(40)], "place": [i % 3 for i in range(40)]}
+    for split in ("train", "test"):
+        write(tmp_path / "d", f"{split}.parquet", rows)
+    write(tmp_path / "weather", "stream.parquet", {"t": list(range(40)), **rows})
+    assert run("domain-./d", "--by", "place", *QUICK, "--scenario", "class", "--out", "a") == 0
+    assert run("drift-./weather", *QUICK, "--label", "place", "--out", "b") == 0
+    for out, expected in (("a", ("domain-d", "class", 2)), ("b", ("drift-weather", "domain", 2))):
+        for path in (tmp_path / out).iterdir():
+            record = json.loads(path.read_text())
+            about = record["config"]["stream"]
+            assert (record["stream"], about["scenario"], len(record["accuracy"])) == expected
+            assert record["config"]["training"]["model"] == "mlp"
+
+
 def test_list_names_everything(capsys):
     assert main(["list"]) == 0
     printed = capsys.readouterr().out
-    for word in ("split", "permuted", "rotated", "digits", "mnist", "finetune", "joint", "rwalk"):
+    for word in (
+        "split",
+        "permuted",
+        "rotated",
+        "domain",
+        "drift",
+        "digits",
+        "mnist",
+        "cnn",
+        "lstm",
+        "finetune",
+        "joint",
+        "rwalk",
+    ):
         assert word in printed
 
 
@@ -111,6 +141,9 @@ def test_list_names_everything(capsys):
     (["run", "permuted-digits", "--tasks", "99999999999999999999"], "Expected 1 to 10000 tasks"),
     (["run", "split-digits", "--batch-size", "99999999999999999999"], "below 2^63"),
     (["run", "permuted-digits", "--scenario", "task"], "scenario `task`"),
+    (["run", "split-digits", "--by", "domain"], "--by domain"),
+    (["run", "domain-digits"], "column `domain`"),
+    (["run", "split-digits", "--model", "gpt"], "model `gpt`"),
     (["report", "absent"], "no records"),
 ])  # fmt: skip
 def test_mistakes_get_three_parts_and_status_two(arguments, word, capsys, tmp_path, monkeypatch):
@@ -154,17 +187,17 @@ FLAGS = [
     "--methods", "--seeds", "--first-seed", "--strength", "--pull", "--average", "--out", "--data", "--tasks",
     "--scenario", "--threads", "--epochs", "--batch-size", "--lr", "--optimizer", "--hidden", "--mask", "--rwalk.alpha",
     "--rwalk.eps", "--rwalk.delta-t", "--ewc.samples", "--si.xi", "--mas.decay", "--l2.toward", "--help", "-h",
-    "--bogus", "--rwalk", "--",
+    "--bogus", "--rwalk", "--", "--model", "--by", "--label",
 ]  # fmt: skip
 VALUES = [
     "0", "1", "2", "3", "-1", "0.5", "nan", "inf", "-inf", "1e400", "1e-400", "99999999999999999999999", "None", "x",
     "finetune", "joint", "rwalk", "recipe,ewc", ",", "rwalk,rwalk", "mean", "max", "first", "task", "class", "domain",
     "sgd", "adam", "gradient", "proximal", "tail", "none", "seen", "out", "../out", "true", "--seeds", "=", "{}", "é",
-    "", " ", "\0", "\ud800",
+    "", " ", "\0", "\ud800", "mlp", "lstm", "a:b", ":", "math:sqrt", "domain", "folder",
 ]  # fmt: skip
 STREAMS = [
     "split-digits", "permuted-digits", "rotated-digits", "split:digits", "split-absent", "split-", "split-./absent",
-    "digits",
+    "digits", "domain-digits", "drift-digits",
 ]  # fmt: skip
 value = st.sampled_from(VALUES) | st.text(st.characters(exclude_characters="/\\"), max_size=5) | st.integers().map(str)
 flag = st.sampled_from(FLAGS)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, Literal
 
 try:
@@ -17,12 +18,12 @@ import torch
 
 from rwalk import files, kernels, plan
 from rwalk._errors import explain
-from rwalk.bench import ranks
+from rwalk.bench import models, ranks
 from rwalk.bench.data import HUB, load
 from rwalk.bench.experience import STREAMS, Experience, Scenario, make, parse
 from rwalk.bench.learners import Training
 from rwalk.bench.record import Record, file_name
-from rwalk.bench.runner import LEARNERS, configuration, run
+from rwalk.bench.runner import LEARNERS, configuration, refuse, run
 from rwalk.bench.trackers import tracker
 from rwalk.consolidator import Average, Pull, resolve
 from rwalk.importance import rules
@@ -54,7 +55,8 @@ class Run:
     """
 
     stream: tyro.conf.Positional[str]
-    """Kind and data set: split-, permuted- or rotated-, then digits, a name such as mnist, or a folder of parquet files."""
+    """Kind and data set: split-, domain-, drift-, permuted- or rotated-, then digits, a name such as mnist, or a folder of
+    parquet files."""
     methods: str = "finetune,rwalk"
     """Comma-separated: finetune, joint, recipe, and rules (see `rwalk list`)."""
     seeds: int = 3
@@ -72,9 +74,14 @@ class Run:
     data: Path | None = None
     """Folder in which folders of data sets lie; default: the environment variable RWALK_DATA."""
     tasks: int | None = None
-    """Number of tasks; default: 5 for split and rotated, 10 for permuted."""
+    """Number of tasks; default: 5 for split and rotated, 10 for permuted and drift, all for domain."""
     scenario: Scenario | None = None
-    """For split streams: what is known at test time; default: task."""
+    """For split and domain streams: what is known at test time; default: task for split, domain for domain."""
+    label: str | None = None
+    """Column of labels; default: one of a usual name, such as label, or marked as such."""
+    by: str | None = None
+    """For domain streams: the column whose values are the tasks, or folder, if each is a folder in the data set's; default:
+    domain."""
     log: Literal["tensorboard"] | None = None
     """Also write each task's figures for TensorBoard, into a folder beside each record; tensorboard --logdir OUT shows them."""
     kernels: Literal["auto", "blocked", "numba", "triton", "reference"] = "blocked"
@@ -181,8 +188,14 @@ def _run(command: Run, console: Console) -> None:
     torch.set_num_threads(command.threads)
     kernels.use(command.kernels)
     kind, name = parse(command.stream)
-    data = load(name, command.data)
-    streams = {seed: make(kind, data, seed, command.scenario, tasks=command.tasks) for seed in seeds}
+    if command.by and kind != "domain":
+        raise ValueError(explain(f"`--by {command.by}` for a {kind} stream", "a domain stream", "Leave `--by` out."))
+    by = {"by": command.by or "domain"} if kind == "domain" else {}
+    data = load(name, command.data, command.label, **by)
+    streams = {seed: make(kind, data, seed, command.scenario, tasks=command.tasks, **by) for seed in seeds}
+    models.build(command.training.model, streams[seeds[0]][0], command.training.hidden)  # says now if it cannot
+    for _, method in methods:
+        refuse(streams[seeds[0]], method)
     if command.out.exists() and not command.out.is_dir():
         raise ValueError(explain(f"`--out {command.out}`, which is a file", "a folder", "Name another folder."))
     command.out.mkdir(parents=True, exist_ok=True)
@@ -225,7 +238,8 @@ def _one(
 
 
 def _result(record: Record) -> str:
-    return f"average accuracy {record.average_accuracy:.2%}"
+    bits = f", {fmean(record.bits[-1]):.3f} bits per character" if record.bits else ""
+    return f"average accuracy {record.average_accuracy:.2%}{bits}"
 
 
 def _steps(stream: list[Experience], name: str, training: Training) -> int:
@@ -256,6 +270,8 @@ def _list(console: Console) -> None:
     console.print("\nData sets:", style="bold")
     _entries(console, {"digits": "Comes with scikit-learn.", "FOLDER": "Parquet files in the Hugging Face schema.",
                        ", ".join(HUB): "A folder of that name below --data or RWALK_DATA, else a download."})  # fmt: skip
+    console.print("\nModels:", style="bold")
+    _entries(console, {name: build.__doc__ for name, build in models.MODELS.items()})
     console.print("\nMethods:", style="bold")
     recipe = "The recommended recipe, `Consolidator(model)`: summed Fisher information, proximal pull, tail averaging."
     docs = {name: kind.__doc__ for name, kind in {**LEARNERS, **RULES}.items()}

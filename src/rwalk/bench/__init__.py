@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from rwalk._lazy import lazily
 
 if TYPE_CHECKING:
-    from rwalk.bench.experience import Experience, Part, permuted, rotated, split
+    from rwalk.bench.experience import Experience, Part, domain, drift, permuted, rotated, split
     from rwalk.bench.learners import FineTune, Joint, Learner, Protected, Training
     from rwalk.bench.record import Record
     from rwalk.bench.runner import run
@@ -19,6 +19,8 @@ __all__ = [
     "Protected",
     "Record",
     "Training",
+    "domain",
+    "drift",
     "permuted",
     "rotated",
     "run",
@@ -26,7 +28,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "rwalk.bench.experience": ["Experience", "Part", "permuted", "rotated", "split"],
+    "rwalk.bench.experience": ["Experience", "Part", "domain", "drift", "permuted", "rotated", "split"],
     "rwalk.bench.learners": ["FineTune", "Joint", "Learner", "Protected", "Training"],
     "rwalk.bench.record": ["Record"],
     "rwalk.bench.runner": ["run"],

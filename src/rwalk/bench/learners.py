@@ -4,11 +4,13 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer
 
 from rwalk._errors import explain
@@ -34,6 +36,8 @@ class Training:
         batch_size: Examples per step.
         lr: Learning rate.
         optimizer: Plain SGD, SGD with momentum 0.9, or Adam; kept over all tasks.
+        model: One of mlp, cnn, resnet, gpt and lstm; or package.module:factory, a function that takes a stream's first task and
+            makes a network; "auto" is cnn for colour images, lstm for characters and mlp for all else.
         hidden: Widths of the MLP's hidden layers.
         mask: Labels that compete in the training softmax: those of the "task", those "seen" so far, "all", or "auto": task for
             task-incremental, seen for class-incremental and all for domain-incremental streams.
@@ -43,6 +47,7 @@ class Training:
     batch_size: int = 10
     lr: float = 0.1
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    model: str = "auto"
     hidden: tuple[int, ...] = (256, 256)
     mask: Mask = "auto"
 
@@ -123,15 +128,23 @@ class FineTune:
 
     def predict(self, x: Tensor, seen: Collection[int]) -> Tensor:
         """Return the most likely label of each input among the labels of `seen`."""
+        labels = torch.tensor(sorted(seen))
+        return self._read(lambda scores: labels[scores[:, labels].argmax(1)], x)
+
+    def bits(self, x: Tensor, y: Tensor) -> float:
+        """Return the mean over labels of -log2 of the probability that the model gives to each, among all outputs."""
+        return self._read(partial(F.cross_entropy, reduction="none"), x, y).double().mean().item() / math.log(2)
+
+    def _read(self, read: Callable[..., Tensor], x: Tensor, *targets: Tensor) -> Tensor:
+        """Return what is read from the model's scores, in parts, as those of characters need much memory."""
         training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad():
-                logits = torch.cat([self.model(part) for part in x.split(2048)])
+                parts = zip(*(column.split(512) for column in (x, *targets)), strict=True)
+                return torch.cat([read(self.model(part), *target) for part, *target in parts])
         finally:
             self.model.train(training)
-        labels = torch.tensor(sorted(seen))
-        return labels[logits[:, labels].argmax(1)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return model, optimiser, order of batches and what was measured so far."""
@@ -225,7 +238,8 @@ class Protected(FineTune):
         labels = self._allowed(experience).nonzero().squeeze(1)
         x, y = (ranks.share(column) for column in experience.train.read())
         data = list(zip(x.split(256), torch.searchsorted(labels, y).split(256), strict=True))
-        self.memory.consolidate(data, logits=lambda output: output[:, labels])
+        each = partial(F.cross_entropy, reduction="sum") if experience.kind == "characters" else None  # an example has many
+        self.memory.consolidate(data, loss=each, logits=lambda output: output[:, labels])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of plain training and that of the consolidator."""

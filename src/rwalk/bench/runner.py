@@ -13,11 +13,10 @@ from torch import nn
 import rwalk
 from rwalk import kernels
 from rwalk._errors import explain
-from rwalk.bench import ranks
+from rwalk.bench import models, ranks
 from rwalk.bench.checkpoint import Checkpoint, Measured
 from rwalk.bench.experience import Experience, check
 from rwalk.bench.learners import FineTune, Joint, Learner, Protected, Training
-from rwalk.bench.models import mlp
 from rwalk.bench.record import Record, file_name
 from rwalk.bench.trackers import Track, figures, quiet
 from rwalk.consolidator import Average, Pull, Settings, resolve
@@ -50,7 +49,7 @@ def run(
             `predict`.
         strength: factor of the penalty for a rule; the consolidator's default when None.
         seed: seed of initial weights and batch order; equal seeds give equal results, bit for bit on one machine's CPU.
-        training: epochs, batch size, optimiser, hidden widths and softmax mask.
+        training: epochs, batch size, optimiser, model and softmax mask.
         pull: "gradient" or "proximal", for a rule; the consolidator's default when None.
         average: "none" or "tail", for a rule; the consolidator's default when None.
         checkpoint: file that keeps where the run stands after each task; if it is there already, the run goes on from there. It
@@ -63,6 +62,7 @@ def run(
         The record. In class-incremental streams later tasks are not evaluated before they come.
     """
     check(stream)
+    refuse(stream, method)
     training = training or Training()
     settings, config = (
         _settings(method, strength, pull, average),
@@ -88,6 +88,8 @@ def run(
             learner.fit(stream[k])
             measured.seconds += time.perf_counter() - start
             measured.accuracy.append(_evaluate(learner, stream, k))
+            if stream[0].kind == "characters" and isinstance(learner, FineTune):
+                measured.bits.append([learner.bits(*e.test.read()) for e in stream])
             if ranks.number() == 0:
                 track(figures(measured.accuracy) | getattr(learner, "scalars", dict)(), k + 1)
             place.save(learner, measured)
@@ -97,6 +99,7 @@ def run(
         seed=seed,
         accuracy=measured.accuracy,
         untrained=measured.untrained,
+        bits=measured.bits,
         config=config,
         timings={"train_seconds": measured.seconds} | _step_time(learner),
         memory=_memory(learner),
@@ -105,6 +108,14 @@ def run(
         threads=torch.get_num_threads(),
         ranks=ranks.size(),
     )
+
+
+def refuse(stream: Sequence[Experience], method: Method) -> None:
+    """Raise a ValueError if a rule draws labels where an example has many: only the likelihood of all of them is known."""
+    labels = getattr(method, "labels", "true")
+    if stream[0].kind == "characters" and labels != "true":
+        came = f'`{_name(method)}` with the labels "{labels}" for a stream of characters'
+        raise ValueError(explain(came, 'the labels "true"', "Pass the rule such labels."))
 
 
 def configuration(
@@ -117,7 +128,11 @@ def configuration(
 ) -> dict[str, Any]:
     """Return every setting of a run but the method's name and the seed, as JSON values."""
     training = training or Training()
-    config = asdict(training) | {"hidden": list(training.hidden), "mask": training.resolved_mask(stream[0].scenario)}
+    config = asdict(training) | {
+        "hidden": list(training.hidden),
+        "mask": training.resolved_mask(stream[0].scenario),
+        "model": models.resolve(training.model, stream[0]),
+    }
     settings = _settings(method, strength, pull, average)
     ruled = settings._asdict() | {"rule": asdict(settings.rule)} if settings else {}
     return {"stream": stream[0].stream, "training": config} | ruled
@@ -153,7 +168,7 @@ def _learner(
     """Build the learner that a method names."""
 
     def build() -> nn.Module:
-        return mlp(stream[0].train.x.shape[1:], stream[0].outputs, training.hidden)
+        return models.build(training.model, stream[0], training.hidden)
 
     common = (build, training, seed, tick)
     if settings is not None:

@@ -66,8 +66,11 @@ class Comparison:
         words += [f"{training['epochs']} epochs"] if "epochs" in training else []
         words += [f"batch {training['batch_size']}"] if "batch_size" in training else []
         words += [f"{training['optimizer']}, learning rate {training['lr']}"] if "optimizer" in training else []
-        words += [f"hidden {' + '.join(map(str, training['hidden']))}"] if "hidden" in training else []
-        return ", ".join(words)
+        words += [f"model {training['model']}"] if "model" in training else []
+        hidden = (
+            " + ".join(map(str, training["hidden"])) if training.get("model", "mlp") == "mlp" and "hidden" in training else ""
+        )
+        return ", ".join(words + ([f"hidden {hidden}"] if hidden else []))
 
 
 def read(folder: str | Path) -> tuple[list[Record], list[str]]:
