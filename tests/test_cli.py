@@ -55,6 +55,32 @@ def test_runs_write_records_and_print_a_table(tmp_path, capsys):
         assert word in table
 
 
+def test_replay_by_itself_and_beside_rules(tmp_path, capsys):
+    """Replay keeps 200 examples if nothing is said; rules replay only if asked, and the report tells them apart."""
+    out, methods = str(tmp_path), "finetune,rwalk,replay,agem,lwf,cumulative"
+    assert run("split-digits", "--methods", methods, *QUICK, "--scenario", "class", "--out", out) == 0
+    more = ["--replay", "60", "--select", "herding", "--per", "class", "--replay-batch", "7"]
+    assert run("split-digits", "--methods", "rwalk,replay", *QUICK, "--scenario", "class", "--out", out, *more) == 0
+    records = [json.loads(p.read_text()) for p in tmp_path.iterdir()]
+    stored = sorted((r["method"], r["memory"]["stored_examples"], r["config"].get("replay", {}).get("select")) for r in records)
+    assert stored == [
+        ("agem", 200, "uniform"),
+        ("cumulative", 1433, None),
+        ("finetune", 0, None),
+        ("lwf", 0, None),
+        ("replay", 200, "uniform"),
+        ("replay", 600, "herding"),
+        ("rwalk", 0, None),
+        ("rwalk+replay", 600, "herding"),
+    ]
+    assert all(r["config"]["replay"]["batch"] == 7 for r in records if r["memory"]["stored_examples"] == 600)
+    capsys.readouterr()
+    assert main(["report", out]) == 0
+    printed = capsys.readouterr().out
+    for word in ("replay=size 60,", "select herding,", "select uniform", "rwalk+replay", "cumulative", "agem", "lwf"):
+        assert word in printed
+
+
 def test_alpha_takes_a_number_or_mean(tmp_path):
     assert run("split-digits", "--methods", "rwalk", *QUICK, "--out", str(tmp_path), "--rwalk.alpha", "mean") == 0
     (record,) = tmp_path.iterdir()
@@ -73,7 +99,7 @@ def test_scenario_mask_and_streams(tmp_path):
 def test_list_names_everything(capsys):
     assert main(["list"]) == 0
     printed = capsys.readouterr().out
-    for word in ("split", "permuted", "rotated", "digits", "mnist", "finetune", "joint", "rwalk"):
+    for word in ("split", "permuted", "rotated", "digits", "mnist", "finetune", "joint", "agem", "lwf", "rwalk"):
         assert word in printed
 
 
@@ -93,6 +119,10 @@ def test_list_names_everything(capsys):
     (["run", "permuted-digits", "--tasks", "99999999999999999999"], "Expected 1 to 10000 tasks"),
     (["run", "split-digits", "--batch-size", "99999999999999999999"], "below 2^63"),
     (["run", "permuted-digits", "--scenario", "task"], "scenario `task`"),
+    (["run", "split-digits", "--replay", "0"], "size 0"),
+    (["run", "split-digits", "--methods", "finetune,agem", "--replay", "9"], "9 examples in total for 10 classes"),
+    (["run", "permuted-digits", "--methods", "finetune,rwalk", "--replay", "50"], "50 examples in total for 100 classes"),
+    (["run", "split-digits", "--replay-batch", "0"], "batch=0"),
     (["report", "absent"], "no records"),
 ])  # fmt: skip
 def test_mistakes_get_three_parts_and_status_two(arguments, word, capsys, tmp_path, monkeypatch):
@@ -136,13 +166,13 @@ FLAGS = [
     "--methods", "--seeds", "--first-seed", "--strength", "--pull", "--average", "--out", "--data", "--tasks",
     "--scenario", "--threads", "--epochs", "--batch-size", "--lr", "--optimizer", "--hidden", "--mask", "--rwalk.alpha",
     "--rwalk.eps", "--rwalk.delta-t", "--ewc.samples", "--si.xi", "--mas.decay", "--l2.toward", "--help", "-h",
-    "--bogus", "--rwalk", "--",
+    "--bogus", "--rwalk", "--", "--replay", "--per", "--select", "--replay-batch",
 ]  # fmt: skip
 VALUES = [
     "0", "1", "2", "3", "-1", "0.5", "nan", "inf", "-inf", "1e400", "1e-400", "99999999999999999999999", "None", "x",
     "finetune", "joint", "rwalk", "recipe,ewc", ",", "rwalk,rwalk", "mean", "max", "first", "task", "class", "domain",
     "sgd", "adam", "gradient", "proximal", "tail", "none", "seen", "out", "../out", "true", "--seeds", "=", "{}", "é",
-    "", " ", "\0", "\ud800",
+    "replay,agem", "lwf", "herding", "", " ", "\0", "\ud800",
 ]  # fmt: skip
 STREAMS = [
     "split-digits", "permuted-digits", "rotated-digits", "split:digits", "split-absent", "split-", "split-./absent",

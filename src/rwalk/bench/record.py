@@ -26,8 +26,8 @@ class Record:
         accuracy: a[k][j], accuracy on task j after training task k, fractions, None where not evaluated.
         untrained: accuracy of the model on each task before training, None where not evaluated.
         config: every setting: stream, training (with scenario and softmax mask), strength and fields of the rule.
-        timings: seconds of training and CPU milliseconds per step.
-        memory: bytes of the model's parameters and of the method's state, and the number of stored examples.
+        timings: seconds of training, CPU milliseconds per step, and examples that go forward and backward in a step on average.
+        memory: bytes of the model's parameters and of the method's state, stored examples among it, and their number.
         diagnostics: for each task, at its end and before consolidation, a consolidator's figures and layers.
         versions: of Python, torch and the library.
         threads: CPU threads of the run, on each rank.
