@@ -77,7 +77,7 @@ def test_replay_by_itself_and_beside_rules(tmp_path, capsys):
     capsys.readouterr()
     assert main(["report", out]) == 0
     printed = capsys.readouterr().out
-    for word in ("replay=size 60,", "select herding,", "select uniform", "rwalk+replay", "cumulative", "agem", "lwf"):
+    for word in ("replay=60", "herding", "replay=200", "total,", "uniform", "rwalk+replay", "cumulative", "agem", "lwf"):
         assert word in printed
 
 
