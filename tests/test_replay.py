@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from rwalk import RWalk, states
 from rwalk.consolidator import Consolidator
-from rwalk.replay import SELECTIONS, Buffer, project_
+from rwalk.replay import Buffer, project_
+from rwalk.replay.selections import SELECTIONS
 
 
 class Known(torch.nn.Module):
@@ -185,7 +186,7 @@ def test_labels_of_different_tasks_are_different_classes_and_small_classes_are_k
 def test_a_selection_that_fails_has_used_up_no_chance():
     buffer = Buffer(3, select="plane")
     before = buffer.state_dict()
-    with pytest.raises(ValueError, match=r"Got keys that are NaN from the selection `plane`"):
+    with pytest.raises(ValueError, match=r"Got NaN among the keys from the selection `plane`"):
         buffer.add(LINEAR, [(GOOD[0][0] * math.nan, LABELS)])
     assert torch.equal(before["generator"], buffer.state_dict()["generator"])
     assert len(buffer) == 0
@@ -274,6 +275,23 @@ def test_a_buffer_that_was_saved_goes_on_as_if_nothing_had_happened(tmp_path, se
         Consolidator(model).load(tmp_path / "b")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("select", SELECTIONS)
+def test_a_gpu_keeps_what_the_cpu_keeps(tmp_path, select):
+    """Integers, so that sums are the same everywhere; a buffer from a file is on the CPU, and its batches need not be."""
+    model = Known([[1.0, 2.0, -3.0], [2.0, -1.0, 1.0], [0.0, 1.0, 4.0], [1.0, 1.0, -1.0]])
+    here, there = Buffer(12, select=select), Buffer(12, select=select)
+    for k in range(2):
+        x, y = task(40, labels=(2 * k, 2 * k + 1), seed=k)
+        x = (4 * x).round()
+        here.add(model.cpu(), [(x, y)])
+        there.add(model.cuda(), [(x.cuda(), y.cuda())])
+        assert all(torch.equal(a, b.cpu()) for a, b in zip(here.sample(12), there.sample(12), strict=True))
+        there.save(tmp_path / "b")
+        there.load(tmp_path / "b")
+    assert {column.device.type for column in there.mix(x.cuda(), y.cuda())} == {"cuda"}
+
+
 LABELS = torch.zeros(6, dtype=torch.int64)
 GOOD = [(torch.rand(6, 3), LABELS)]
 LINEAR = Known([[1.0, 0.0, 0.0]])
@@ -291,6 +309,7 @@ LINEAR = Known([[1.0, 0.0, 0.0]])
     (lambda b: Buffer(3, select="plane").add(LINEAR, [(GOOD[0][0], LABELS + 1)]), ValueError, "label 1 for a last linear"),
     (lambda b: Buffer(3, select="plane").add(LINEAR, GOOD, features=lambda x: x[:, :2]), ValueError, "features of width 2"),
     (lambda b: Buffer(3, select="herding").add(None, GOOD, features=lambda x: x[0]), ValueError, "from `features`"),
+    (lambda b: Buffer(3, select=lambda c, n, g: c.x).add(None, GOOD), ValueError, r"keys of shape \(6, 3\)"),
     (lambda b: Buffer(3, select="entropy").add(LINEAR, [(GOOD[0][0] * math.nan, LABELS)]), ValueError, "NaN"),
     (lambda b: b.add(None, GOOD, task=0), ValueError, "label 0 of task 0`, of which there are some already"),
     (lambda b: b.add(None, [(torch.rand(12, 3), torch.arange(12))]), ValueError, "14 classes for 10 examples"),

@@ -110,7 +110,8 @@ class Replay(FineTune):
         if len(self.buffer):
             old_x, old_y, shut, count = self._recall(whole)
             own = torch.zeros(len(y), shut.shape[1], dtype=torch.bool) if closed is None else closed
-            x, y, closed, whole = torch.cat([x, old_x]), torch.cat([y, old_y]), torch.cat([own, shut]), whole + count
+            closed = torch.cat([own, shut]) if closed is not None or shut.any() else None
+            x, y, whole = torch.cat([x, old_x]), torch.cat([y, old_y]), whole + count
         super()._step(x, y, closed, whole)
 
 

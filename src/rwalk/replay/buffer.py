@@ -54,7 +54,7 @@ class Buffer:
         if not callable(select):
             refusals.refuse_choice("select", select, tuple(SELECTIONS))
         self.size, self.per = size, per
-        self.select = select if isinstance(select, str) else f"{select.__module__}.{select.__qualname__}"
+        self.select = select if isinstance(select, str) else getattr(select, "__qualname__", type(select).__name__)
         self._selection = SELECTIONS[select] if isinstance(select, str) else select
         self._stream = select == "reservoir"
         self._generator = torch.Generator().manual_seed(seed)
@@ -119,7 +119,7 @@ class Buffer:
         seen = Candidates(x, y)
         if self._selection is not SELECTIONS["uniform"]:
             seen = Candidates(x, y, *look(model, [x for x, _ in batches], features, logits))
-        held = came if self._held is None else Sample(*(torch.cat(pair) for pair in zip(self._held, came, strict=True)))
+        held = came if self._held is None else _joined(self._held, came)
         groups, limit = self._groups(held)
         generator = self._generator.clone_state()
         keys = torch.cat([self._keys, self._new_keys(seen, groups[len(self) :], limit, generator)])
@@ -155,7 +155,7 @@ class Buffer:
             return batch
         self._refuse_form(batch)
         drawn = self.sample(len(y) if count is None else count)
-        return Sample(*(torch.cat([a, b.to(a.device)]) for a, b in zip(batch, drawn, strict=True)))
+        return _joined(batch, drawn)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to continue: the examples, and where chance stands."""
@@ -224,10 +224,12 @@ class Buffer:
             rows = (groups == group).nonzero().squeeze(1)
             x, y = (column[rows.to(column.device)] for column in seen[:2])
             phi, out = (None if column is None else column[rows] for column in (seen.features, seen.logits))
-            keys[rows] = self._selection(Candidates(x, y, phi, out, seen.weight), limit, generator)
-        if keys.isnan().any():
-            came = f"keys that are NaN from the selection `{self.select}`"
-            raise ValueError(explain(came, "a number for each example", "Look for NaN in the data and the model."))
+            found = self._selection(Candidates(x, y, phi, out, seen.weight), limit, generator)
+            if found.shape != rows.shape or found.isnan().any():
+                came = "NaN among the keys" if found.shape == rows.shape else f"keys of shape {tuple(found.shape)}"
+                remedy = "Look for NaN in the data and the model."
+                raise ValueError(explain(f"{came} from the selection `{self.select}`", "a number for each example", remedy))
+            keys[rows] = found.cpu().double()
         return keys
 
     def _refuse(self, came: Sample) -> None:
@@ -249,6 +251,11 @@ class Buffer:
             if (new.shape[1:], new.dtype) != (old.shape[1:], old.dtype):
                 forms = [f"{name} of shape {tuple(t.shape[1:])} and type {t.dtype} for each example" for t in (new, old)]
                 raise ValueError(explain(forms[0], f"{forms[1]}, as they are kept", "Convert them to one form."))
+
+
+def _joined(first: Sample, second: Sample) -> Sample:
+    """Put examples behind others, on their device."""
+    return Sample(*(torch.cat([a, b.to(a.device)]) for a, b in zip(first, second, strict=True)))
 
 
 def _pairs(data: Iterable[Any]) -> list[tuple[Tensor, Tensor]]:

@@ -32,12 +32,13 @@ def look(
         return Look(_whole([features(x) for x in inputs] if features else [], inputs, "features"))
     root = bare(model)
     phi, out = [], []
+    device = next((p.device for p in root.parameters()), torch.device("cpu"))
     with gradients.undisturbed(model), torch.no_grad(), _last_linear(root) as last:
         for x in inputs:
             out.append(gradients.read_output(gradients.forward(root, (x,)), logits))
             if features or last:
-                phi.append(features(x) if features else last[1])
-    weight = last[0].weight.double().cpu() if last else None
+                phi.append(features(x.to(device)) if features else last[1])
+    weight = last[0].weight.cpu().double() if last else None
     return Look(_whole(phi, inputs, "features" if features else ""), _whole(out, inputs, "logits" if logits else ""), weight)
 
 
@@ -63,4 +64,4 @@ def _whole(parts: list[Tensor], inputs: Sequence[Tensor], asked: str) -> Tensor 
     if strange and asked:
         came = f"shape {tuple(strange[0])} from `{asked}` for a batch of inputs of shape {tuple(inputs[0].shape)}"
         raise ValueError(explain(came, "one row for each example", "Let the function return such a tensor."))
-    return torch.cat(parts).double().cpu() if parts and not strange else None
+    return torch.cat(parts).cpu().double() if parts and not strange else None

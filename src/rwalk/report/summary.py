@@ -113,13 +113,13 @@ def _compare(records: list[Record]) -> Comparison:
 def _fields(record: Record) -> dict[str, Any]:
     """Return the rule's fields, the options of its consolidator, and what is replayed."""
     options = {key: record.config[key] for key in ("pull", "average") if key in record.config}
-    replayed = {"replay": _replayed(**record.config["replay"])} if "replay" in record.config else {}
+    replayed = {"replay": _replayed(record.config["replay"])} if "replay" in record.config else {}
     return dict(record.config.get("rule", {})) | options | replayed
 
 
-def _replayed(size: int, per: str, select: str, batch: int | None) -> str:
-    share = "in total" if per == "total" else f"per {per}"
-    return f"{size} {share}, {select}" + (f", {batch} a step" if batch else "")
+def _replayed(kept: dict[str, Any]) -> str:
+    share = "in total" if kept.get("per") == "total" else f"per {kept.get('per')}"
+    return f"{kept.get('size')} {share}, {kept.get('select')}" + (f", {kept['batch']} a step" if kept.get("batch") else "")
 
 
 def _rank(method: str) -> tuple[int, str]:
