@@ -74,6 +74,15 @@ def test_herding_by_hand():
     assert kept(buffer) == {(0, 0): {(0.0, 0.25), (2.0, 0.0)}}
 
 
+@pytest.mark.parametrize(("ones", "zeros", "first"), [(1, 2, 0.0), (2, 1, 3.0)])
+def test_herding_takes_features_that_are_zero_as_they_are(ones, zeros, first):
+    """Unit vectors (1, 0) and dead features (0, 0): the mean is (1/3, 0) or (2/3, 0), and the nearer of the two comes first."""
+    x = torch.tensor([[3.0, 0.0]] * ones + [[0.0, 0.0]] * zeros)
+    buffer = Buffer(1, select="herding")
+    buffer.add(None, [(x, torch.zeros(3, dtype=torch.int64))], features=lambda x: x)
+    assert kept(buffer) == {(0, 0): {(first, 0.0)}}
+
+
 def test_entropy_keeps_where_the_output_is_least_sure():
     """Logits (a, 0, 0): the nearer a is to 0, the higher the entropy; a shut class counts for nothing."""
     x = torch.tensor([[3.0], [0.25], [-1.0], [0.125], [8.0]])

@@ -131,6 +131,7 @@ class AGEM(Replay):
         reference: dict[Tensor, Tensor] = {}
         if len(self.buffer):
             self._backward(*self._recall(whole))
+            # copies: under DistributedDataParallel gradients are views that the next backward fills
             reference = {p: p.grad.clone() for p in self.model.parameters() if p.grad is not None}
         self._backward(x, y, closed, whole)
         if reference:
