@@ -61,12 +61,18 @@ class Watched(Loop):
     """Training with a consolidator of ours."""
 
     def __init__(
-        self, case: Case, optimizer: str, seed: int, rule: Importance[Any] | None = None, backend: str = "auto"
+        self,
+        case: Case,
+        optimizer: str,
+        seed: int,
+        rule: Importance[Any] | None = None,
+        backend: str = "auto",
+        inside: bool = False,
     ) -> None:
         super().__init__(case, optimizer, seed)
         self.backend = backend
         self.prepare()
-        self.memory = Consolidator(self.model, rule, STRENGTH).attach(self.optimizer)
+        self.memory = Consolidator(self.model, rule, STRENGTH).attach(self.optimizer, inside=inside)
 
     def conclude(self) -> None:
         x, y = self.pool[0]
@@ -114,9 +120,9 @@ class Variant:
         return loop
 
 
-def watched(about: str, rule: Importance[Any] | None, **options: Any) -> Variant:
+def watched(about: str, rule: Importance[Any] | None, inside: bool = False, **options: Any) -> Variant:
     backend = options.get("backend") or "auto"
-    return Variant(about, lambda case, optimizer, seed: Watched(case, optimizer, seed, rule, backend), **options)
+    return Variant(about, lambda case, optimizer, seed: Watched(case, optimizer, seed, rule, backend, inside), **options)
 
 
 def ours() -> dict[str, Variant]:
@@ -124,9 +130,11 @@ def ours() -> dict[str, Variant]:
     return {
         "plain": Variant("plain", Loop),
         **{f"rwalk-{name}": watched(f"RWalk, {name}", RWalk(), backend=name) for name in kernels.available()},
+        "rwalk-inside": watched("RWalk, inside the optimiser's pass", RWalk(), inside=True),
         "rwalk-50-tasks": watched("RWalk, 50 tasks", RWalk(), tasks=50, cases=("mlp-b10", "mlp-b128")),
         "rwalk-example": watched("RWalk, per example", RWalk(fisher="example")),
         "recipe": watched("recipe", None),
+        "recipe-inside": watched("recipe, inside", None, inside=True),
         "ewc": watched("EWC", EWC(labels="true")),
         "online-ewc": watched("OnlineEWC", OnlineEWC(labels="true")),
         "ewcpp": watched("EWCpp", EWCpp()),

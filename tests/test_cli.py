@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rwalk import cli
+from rwalk import cli, kernels
 from rwalk.bench import Record
 from rwalk.bench import data as data_sets
 from rwalk.cli import main
@@ -79,6 +79,24 @@ def test_replay_by_itself_and_beside_rules(tmp_path, capsys):
     printed = capsys.readouterr().out
     for word in ("replay=60", "herding", "replay=200", "total,", "uniform", "rwalk+replay", "cumulative", "agem", "lwf"):
         assert word in printed
+
+
+def test_the_kernels_are_chosen_and_recorded(tmp_path, capsys):
+    for backend in ("reference", "blocked"):
+        assert run("split-digits", "--methods", "rwalk", *QUICK, "--kernels", backend, "--out", str(tmp_path / backend)) == 0
+    one, two = (Record.load(next((tmp_path / backend).glob("*.json"))) for backend in ("reference", "blocked"))
+    assert (one.versions["kernels"], two.versions["kernels"]) == ("reference", "blocked")
+    assert one.accuracy == two.accuracy
+
+
+def test_kernels_that_are_not_installed_get_three_parts_and_status_two(tmp_path, capsys, monkeypatch):
+    def missing(name):
+        raise ImportError("No module named 'numba'")
+
+    monkeypatch.setattr(kernels, "import_module", missing)
+    assert run("split-digits", "--kernels", "numba", "--out", str(tmp_path / "out")) == 2
+    assert "Got backend `numba`" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_alpha_takes_a_number_or_mean(tmp_path):
@@ -194,7 +212,7 @@ senseless = st.lists(
 
 
 def stub(stream, method, strength, seed, training, **options):
-    del options["checkpoint"], options["tick"]
+    del options["checkpoint"], options["tick"], options["track"]
     config = cli.configuration(stream, method, strength, training, **options)
     name = method if isinstance(method, str) else type(method).__name__.lower()
     return Record(name, stream[0].stream["name"], seed, [[0.5]], config=config, timings={"train_seconds": 1.0})
@@ -266,3 +284,13 @@ def test_ctrl_c_and_the_same_command_again_give_what_an_undisturbed_run_gives(tm
     for name in names:
         a, b = (json.loads((folder / name).read_text()) for folder in (calm, disturbed))
         assert a["accuracy"] == b["accuracy"]
+
+
+def test_a_log_without_its_package_is_refused_before_anything_is_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    assert run("split-digits", *QUICK, "--log", "tensorboard", "--out", str(tmp_path / "runs")) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("rwalk: Got a log for TensorBoard without its package")
+    assert "Run: pip install 'rwalk[tensorboard]'" in message
+    assert not any(tmp_path.iterdir())

@@ -134,6 +134,28 @@ def test_a_compiled_model_keeps_the_names_of_the_plain_one():
     assert list(memory.anchor.point) == [name for name, _ in model.named_parameters()]
 
 
+class Wrapper(torch.nn.Module):
+    """Keeps a model as Lightning's Fabric does: under two names, the outer of which forwards."""
+
+    def __init__(self, model):
+        super().__init__()
+        self._forward_module = self._original_module = model
+
+    def forward(self, x):
+        return self._forward_module(x)
+
+
+def test_a_wrapped_model_keeps_the_names_of_the_plain_one():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    memory = Consolidator(Wrapper(model), RWalk()).attach(optimizer)
+    train(model, optimizer, batches(0, 3))
+    assert memory.steps == 3
+    memory.consolidate()
+    assert memory.steps == 0
+    assert list(memory.anchor.point) == [name for name, _ in model.named_parameters()]
+
+
 @pytest.mark.filterwarnings("ignore:Got strength")
 def test_state_survives_a_file_of_plain_tensors_and_numbers():
     model, optimizer, memory = attached(strength=2.0, normalize="first")

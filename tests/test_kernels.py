@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rwalk import kernels
-from rwalk.kernels import After, Visit, blocked, reference
+from rwalk.kernels import After, Move, Rates, Visit, blocked, reference
 
 SHAPES = [(), (0,), (3,), (blocked.BLOCK + 5,), (300, 257), (2, 3, 64, 111)]
 PARTS = {"path", "settle", "fisher", "squares", "pull"}
@@ -103,7 +103,7 @@ def check(visit, truth=None):
     if counts:
         assert int(far) == sum(int(c) for c in counts)
     for key, ours in visit._asdict().items():
-        if isinstance(ours, list) and key != "weight":
+        if isinstance(ours, list) and key not in ("weight", "moves"):
             for a, b in zip(ours, getattr(truth, key), strict=True):
                 assert (a is None) == (b is None)
                 if a is not None:
@@ -116,6 +116,36 @@ def check(visit, truth=None):
 def test_every_combination_of_parts(parts, backend):
     torch.manual_seed(0)
     check(a_visit([(9, 7), (3,), (4, 2), (40_000,), ()], parts=parts))
+
+
+RATES = {
+    "sgd": Rates(0.1, decay=0.2),
+    "momentum": Rates(0.1, 0.9, 1.0),
+    "adam": Rates(0.1, 0.9, 0.1, 0.01, 1.5, 1e-3, 0.2),
+    "adamw": Rates(0.1, 0.8, 0.2, 0.01, 1.5, 1e-3, shrink=0.02),
+}
+
+
+@pytest.mark.parametrize("backend", ["blocked", "numba", "triton"], indirect=True)
+@pytest.mark.parametrize("kind", RATES)
+@pytest.mark.parametrize("parts", COMBINATIONS, ids=lambda parts: "+".join(sorted(parts)) or "nothing")
+def test_every_combination_of_parts_with_the_optimisers_step(parts, kind, backend):
+    torch.manual_seed(0)
+    shapes = [(9, 7), (3,), (4, 2), (40_000,), ()]
+    visit = a_visit(shapes, parts=parts, scale=torch.tensor(2.0))
+    moments = {"sgd": 0, "momentum": 1}.get(kind, 2)
+    tensors = [[torch.rand(shape, device=torch.get_default_device()) for _ in range(moments)] for shape in shapes]
+    moves = [Move(RATES[kind], *some) for some in tensors]
+    if visit.previous and kind != "adam":  # what is left from a step that the optimiser made itself, but for adam
+        visit = visit._replace(previous=[None] * len(shapes))
+    ours, truth = visit._replace(moves=moves), copy_of(visit)
+    truth = truth._replace(moves=[Move(m.rates, *(None if t is None else t.clone() for t in m[1:])) for m in moves])
+    check(ours, truth)
+    for a, b in zip(ours.moves, truth.moves, strict=True):
+        for x, y in zip(a[1:], b[1:], strict=True):
+            assert (x is None) == (y is None)
+            if x is not None:
+                close_to(x, y)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)

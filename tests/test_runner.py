@@ -172,3 +172,17 @@ def test_fisher_information_of_a_masked_head_leaves_the_shut_outputs_alone():
     omega = learner.memory.anchor.omega["3.weight"]
     assert (omega[2:] == 0).all()
     assert (omega[:2].sum(1) > 0).all()
+
+
+def test_a_tracker_gets_the_figures_of_each_task():
+    """Any callable is one."""
+    calls = []
+    stream = bench.split("digits", tasks=2)
+    record = bench.run(stream, RWalk(), training=SMALL, track=lambda scalars, step: calls.append((step, scalars)))
+    assert [step for step, _ in calls] == [1, 2]
+    for k, (_, scalars) in enumerate(calls):
+        assert [scalars["accuracy/task_1"], scalars["accuracy/task_2"]] == record.accuracy[k]
+        assert scalars["memory/penalty"] == record.diagnostics[k]["figures"]["penalty"]
+        assert scalars["train/loss"] > 0
+    assert "forgetting" not in calls[0][1]
+    assert (calls[1][1]["average_accuracy"], calls[1][1]["forgetting"]) == (record.average_accuracy, record.forgetting)

@@ -199,45 +199,6 @@ def test_a_wrapper_that_hides_its_optimiser_and_calls_no_hooks_is_refused():
         Consolidator(model, RWalk()).attach(hiding)
 
 
-@pytest.mark.parametrize("mixed", [None, "fp16"])
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:accelerate")
-def test_accelerate_gives_what_the_plain_loop_gives(mixed, monkeypatch):
-    accelerate = pytest.importorskip("accelerate")
-
-    def with_accelerate(rule):
-        model = mlp()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
-        scaler = None if mixed is None else torch.amp.GradScaler("cpu", init_scale=2.0**8)
-        wrapped = accelerate.optimizer.AcceleratedOptimizer(optimizer, scaler=scaler)
-        memory = Consolidator(model, rule).attach(wrapped)
-        for task in range(2):
-            for x, y in batches(task, 14):
-                with accelerator.accumulate(model):
-                    loss = F.cross_entropy(model(torch.as_tensor(x)), torch.as_tensor(y)) / 2
-                    (loss if scaler is None else scaler.scale(loss)).backward()
-                    wrapped.step()
-                    wrapped.zero_grad()
-            memory.consolidate()
-        return model, memory
-
-    def by_hand(rule):
-        model = mlp()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        memory = Consolidator(model, rule).attach(optimizer)
-        for task in range(2):
-            for n, (x, y) in enumerate(batches(task, 14), start=1):
-                (F.cross_entropy(model(torch.as_tensor(x)), torch.as_tensor(y)) / 2).backward()
-                if n % 2 == 0:
-                    optimizer.step()
-                    optimizer.zero_grad()
-            memory.consolidate()
-        return model, memory
-
-    for rule in (RWalk(delta_t=3), None):
-        assert_same_run(with_accelerate(rule), by_hand(rule))
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("rule", RULES[:3] + RULES[4:], ids=repr)

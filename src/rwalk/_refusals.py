@@ -40,7 +40,7 @@ def refuse_rule(rule: Any) -> None:
     """Refuse what is neither a rule nor None."""
     if rule is not None and not isinstance(rule, Importance):
         came = f"the class `{rule.__name__}`" if isinstance(rule, type) else f"a rule of type `{type(rule).__name__}`"
-        raise TypeError(explain(came, "a rule such as `RWalk()`", "Pass an instance of a rule as second argument."))
+        raise TypeError(explain(came, "a rule such as `RWalk()`", "Pass an instance of a rule."))
 
 
 def refuse_model(model: Any) -> None:
@@ -109,6 +109,18 @@ def refuse_attachment(twice: bool, steps: int) -> None:
                 f"`attach` to another optimiser {steps} steps into a task",
                 "a finished task",
                 "Call `consolidate()` first, or `detach()` to go on with this task under the new optimiser.",
+            )
+        )
+
+
+def refuse_two_gradients(inside: bool) -> None:
+    """Refuse that the rule sees another gradient than the one that the visit moves along."""
+    if inside:
+        raise RuntimeError(
+            explain(
+                "`before_clip` under `attach(optimizer, inside=True)`",
+                "one gradient for the rule and for the step",
+                "Leave out `inside=True`, or clip without `before_clip`.",
             )
         )
 

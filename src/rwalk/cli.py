@@ -15,7 +15,7 @@ except ImportError as error:
 
 import torch
 
-from rwalk import files, plan
+from rwalk import files, kernels, plan
 from rwalk._errors import explain
 from rwalk.bench import ranks
 from rwalk.bench.comparators import Rehearsal
@@ -24,6 +24,7 @@ from rwalk.bench.experience import STREAMS, Experience, Scenario, make, parse
 from rwalk.bench.learners import Training
 from rwalk.bench.record import Record, file_name
 from rwalk.bench.runner import LEARNERS, called, configuration, run
+from rwalk.bench.trackers import tracker
 from rwalk.consolidator import Average, Pull, resolve
 from rwalk.importance import rules
 from rwalk.importance.base import Importance
@@ -84,6 +85,10 @@ class Run:
     """Number of tasks; default: 5 for split and rotated, 10 for permuted."""
     scenario: Scenario | None = None
     """For split streams: what is known at test time; default: task."""
+    log: Literal["tensorboard"] | None = None
+    """Also write each task's figures for TensorBoard, into a folder beside each record; tensorboard --logdir OUT shows them."""
+    kernels: Literal["auto", "blocked", "numba", "triton", "reference"] = "blocked"
+    """How the arithmetic is done: see `rwalk.kernels.use`; results agree to rounding."""
     threads: int = 1
     """CPU threads; small networks are fastest with one, and equal results need equal numbers."""
     training: Annotated[Training, tyro.conf.arg(name="")] = field(default_factory=Training)
@@ -162,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _plan(command, console)
         else:
             _list(console)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"rwalk: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -182,7 +187,10 @@ def _run(command: Run, console: Console) -> None:
             raise ValueError(explain(came, f"{allowed[0]} to {allowed[-1]}", "Pass such a number."))
     resolve(None, command.strength)
     rehearsals = [_replay(command, name) for name in ("replay", *(name for name, _ in methods))]
+    with tracker(command.log, command.out):
+        pass  # says now if its package is missing
     torch.set_num_threads(command.threads)
+    kernels.use(command.kernels)
     kind, name = parse(command.stream)
     data = load(name, command.data)
     streams = {seed: make(kind, data, seed, command.scenario, tasks=command.tasks) for seed in seeds}
@@ -220,7 +228,8 @@ def _one(
         return record
     bar = progress.add_task(f"{name} seed {seed}", total=steps)
     options |= {"checkpoint": checkpoint, "tick": lambda: progress.advance(bar)}
-    record = run(stream, method, command.strength, seed, command.training, **options)
+    with tracker(command.log, path.with_suffix("")) as track:
+        record = run(stream, method, command.strength, seed, command.training, track=track, **options)
     progress.remove_task(bar)
     if ranks.number() == 0:
         record.save(command.out)

@@ -248,8 +248,9 @@ def all_reduce_(tensor: Tensor, groups: Sequence[Group], how: str = "SUM") -> Te
 
 
 def inner(model: nn.Module) -> nn.Module | None:
-    """Return the module that `torch.compile` or DistributedDataParallel has wrapped, None for any other."""
+    """Return the module that `torch.compile`, Lightning's Fabric or DistributedDataParallel has wrapped, None for any other."""
     found = getattr(model, "_orig_mod", None)
+    found = getattr(model, "_forward_module", None) if found is None else found
     return model.module if found is None and isinstance(model, nn.parallel.DistributedDataParallel) else found
 
 

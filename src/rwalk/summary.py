@@ -30,7 +30,7 @@ class Summary:
     """Configuration, figures and layers of a consolidator; prints as text, and as a table under rich.
 
     Args:
-        settings: rule, strength, pull with its metric, averaging, tasks.
+        settings: rule, strength, pull with its metric, averaging, tasks, and how much of the model is protected.
         figures: penalty and what the rule reports, by name.
         layers: share of importance and drift of each module.
     """

@@ -157,6 +157,10 @@ class FineTune:
         for _ in self.step_seconds:
             self.tick()
 
+    def scalars(self) -> dict[str, float]:
+        """Return figures of the last task's training: the loss at its last step."""
+        return {"train/loss": float(self.loss)}
+
     def state_bytes(self) -> int:
         """Bytes held beside model and optimiser."""
         return 0
@@ -229,7 +233,7 @@ class Protected(FineTune):
     def fit(self, experience: Experience) -> None:
         """Train on one task and consolidate, over the outputs that compete in the training softmax."""
         super().fit(experience)
-        summary = self.memory.summary(self.loss)
+        summary = self.summary = self.memory.summary(self.loss)
         self.diagnostics.append({"figures": summary.figures, "layers": [asdict(layer) for layer in summary.layers]})
         labels = self._allowed(experience).nonzero().squeeze(1)
         x, y = (ranks.share(column) for column in experience.train.read())
@@ -244,6 +248,10 @@ class Protected(FineTune):
         """Continue from a `state_dict`; `past` are the tasks learned so far."""
         super().resume(state, past)
         self.memory.load_state_dict(state["memory"])
+
+    def scalars(self) -> dict[str, float]:
+        """Return the loss at the last task's last step, and the memory's figures there, before it was consolidated."""
+        return super().scalars() | self.summary.scalars()
 
     def state_bytes(self) -> int:
         """Bytes held by rule, anchor and average."""

@@ -29,7 +29,7 @@ class Record:
         timings: seconds of training, CPU milliseconds per step, and examples that go forward and backward in a step on average.
         memory: bytes of the model's parameters and of the method's state, stored examples among it, and their number.
         diagnostics: for each task, at its end and before consolidation, a consolidator's figures and layers.
-        versions: of Python, torch and the library.
+        versions: of Python, torch and the library, and the backend of its kernels.
         threads: CPU threads of the run, on each rank.
         ranks: processes that trained the model together.
     """

@@ -12,6 +12,7 @@ from torch import nn
 
 import rwalk
 from rwalk import _refusals as refusals
+from rwalk import kernels
 from rwalk._errors import explain
 from rwalk.bench import ranks
 from rwalk.bench.checkpoint import Checkpoint, Measured
@@ -20,6 +21,7 @@ from rwalk.bench.experience import Experience, check
 from rwalk.bench.learners import Cumulative, FineTune, Joint, Learner, Protected, Training
 from rwalk.bench.models import mlp
 from rwalk.bench.record import Record, file_name
+from rwalk.bench.trackers import Track, figures, quiet
 from rwalk.consolidator import Average, Pull, Settings, resolve
 from rwalk.importance import rules
 from rwalk.importance.base import Importance
@@ -39,6 +41,7 @@ def run(
     replay: Rehearsal | int | None = None,
     checkpoint: str | Path | None = None,
     tick: Callable[[], None] = lambda: None,
+    track: Track = quiet,
 ) -> Record:
     """Train on each task of a stream in turn, and after each evaluate on all tasks.
 
@@ -59,6 +62,8 @@ def run(
         checkpoint: file that keeps where the run stands after each task; if it is there already, the run goes on from there. It
             stays until it is removed. Learners of one's own need the methods of `rwalk.bench.learners.Resumable` for it.
         tick: called after each training step, for progress displays.
+        track: called after each task with figures by name and the number of tasks learned, before the checkpoint is written: a
+            task that is cut off in between comes twice. Of several ranks the first one calls.
 
     Returns:
         The record. In class-incremental streams later tasks are not evaluated before they come.
@@ -75,8 +80,8 @@ def run(
         "file": file_name(name, called(method, replay), seed, config),
         "versions": versions,
         "threads": torch.get_num_threads(),
+        "ranks": ranks.size(),
     }
-    run |= {"ranks": ranks.size()}
     place = Checkpoint(Path(checkpoint) if checkpoint else None, run)
 
     def begin() -> Learner:
@@ -94,6 +99,8 @@ def run(
             learner.fit(stream[k])
             measured.seconds += time.perf_counter() - start
             measured.accuracy.append(_evaluate(learner, stream, k))
+            if ranks.number() == 0:
+                track(figures(measured.accuracy) | getattr(learner, "scalars", dict)(), k + 1)
             place.save(learner, measured)
     return Record(
         method=called(method, replay),
@@ -134,7 +141,8 @@ def configuration(
 
 
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__, "rwalk": rwalk.__version__}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "rwalk": rwalk.__version__}
+    return versions | {"kernels": kernels.current()}
 
 
 def _settings(method: Method, strength: float | None, pull: Pull | None, average: Average | None) -> Settings | None:

@@ -13,6 +13,7 @@ from rwalk import kernels
 from rwalk._errors import explain
 from rwalk.anchor import Anchor, Pull
 from rwalk.parallel import ALONE, Spread
+from rwalk.parameters import zero
 
 State = TypeVar("State", bound=tuple[Any, ...])
 Objective = Literal["true", "sample", "exact", "norm"]
@@ -36,6 +37,8 @@ class Step:
         pull: the pull to the anchor, which `visit` adds to the gradients once it has looked at them.
         scale: what a loss scaler has multiplied the gradients by, one element; None for 1.
         skip: one element, not 0 if the optimiser is going to leave out this step; None for 0.
+        moves: the optimiser's own steps, parallel to `theta`, where the visit is to make them too.
+        visited: whether `visit` has been called.
     """
 
     theta: list[Tensor]
@@ -44,9 +47,25 @@ class Step:
     pull: Pull | None = None
     scale: Tensor | None = None
     skip: Tensor | None = None
+    moves: list[kernels.Move | None] | None = None
+    visited: bool = False
+
+    def previous(self, kept: list[Tensor | None]) -> list[Tensor | None]:
+        """Return where the gradients of the step before are, zeros where they are not kept yet but will be needed."""
+        if self.moves is not None:
+            return kept
+        return [zero(t) if p is None else p for p, t in zip(kept, self.theta, strict=True)]
+
+    def kept(self, previous: list[Tensor | None]) -> list[Tensor | None]:
+        """Return what `previous` gave, after the visit: none where the visit has made the optimiser's step."""
+        if self.moves is None:
+            return previous
+        return [p if move is None else None for p, move in zip(previous, self.moves, strict=True)]
 
     def visit(self, **columns: Any) -> Tensor | None:
-        """Do all of a rule's elementwise work at this step, and the pull, in one visit of memory; call it last in `observe`.
+        """Do all of a rule's elementwise work at this step, the pull and the optimiser's step in one visit of memory.
+
+        Call it last in `observe`; a second visit does not pull or move again.
 
         Args:
             columns: fields of `rwalk.kernels.Visit`: lists of the rule's state parallel to `theta`, and numbers.
@@ -54,15 +73,17 @@ class Step:
         Returns:
             What `rwalk.kernels.visit_` returns.
         """
-        pull, self.pull = self.pull, None
-        more = pull._asdict() if pull is not None else {}
-        return kernels.visit_(
-            kernels.Visit(self.theta, self.grad, squares=self.squares, scale=self.scale, skip=self.skip, **more, **columns)
+        more = self.pull._asdict() if self.pull is not None and not self.visited else {}
+        moves = None if self.visited else self.moves
+        self.visited = True
+        visit = kernels.Visit(
+            self.theta, self.grad, squares=self.squares, scale=self.scale, skip=self.skip, moves=moves, **more, **columns
         )
+        return kernels.visit_(visit)
 
     def finish(self) -> None:
-        """Add the pull if the rule has not visited the parameters."""
-        if self.pull is not None:
+        """Pull, and make the optimiser's step, if the rule has not visited the parameters."""
+        if not self.visited and (self.pull is not None or self.moves is not None):
             self.visit()
 
 

@@ -29,7 +29,8 @@ class Walk(NamedTuple):
         path: the path integral of the current window.
         score: s, the score of the current task.
         mark: the parameters at the start of the window.
-        previous: the gradient of the step before, zero at the start of a window.
+        previous: the gradient of the step before, zero at the start of a window; None where the visit makes the optimiser's
+            step.
         total: S, the score of earlier tasks; None for a tensor that has not been trained in an earlier task.
         total_fisher: with `alpha="mean"`, the Fisher information of earlier tasks; otherwise None.
         seen: how many steps of this task gave the tensor a gradient.
@@ -44,7 +45,7 @@ class Walk(NamedTuple):
     path: list[Tensor]
     score: list[Tensor]
     mark: list[Tensor]
-    previous: list[Tensor]
+    previous: list[Tensor | None]
     total: list[Tensor | None]
     total_fisher: list[Tensor | None]
     seen: list[int]
@@ -103,14 +104,16 @@ class RWalk(Importance[Walk]):
         none: list[Tensor | None] = [None] * len(theta)
         fisher, path, score, previous = (zeros(theta) for _ in range(4))
         counts, scales, far = [0] * len(theta), [math.inf] * len(theta), torch.zeros((), dtype=torch.int64)
-        return Walk(fisher, path, score, copies(theta), previous, none, list(none), counts, scales, far)
+        return Walk(fisher, path, score, copies(theta), [*previous], none, list(none), counts, scales, far)
 
     def observe(self, state: Walk, step: Step) -> Walk:
         """Extend the path and the Fisher information; every `delta_t` steps turn the window's path into score first."""
+        previous = step.previous(state.previous)
+        state = state._replace(previous=previous)
         close = state.steps % self.delta_t == 0  # before the first step too: an empty path only moves its mark
         far = step.visit(close=close, weight=[self._weight(state, i) for i in range(len(step.theta))], **self._columns(state))
         seen = [n + (g is not None) for n, g in zip(state.seen, step.grad, strict=True)]
-        return self._count(state, step.theta, far)._replace(seen=seen, steps=state.steps + 1)
+        return self._count(state, step.theta, far)._replace(seen=seen, steps=state.steps + 1, previous=step.kept(previous))
 
     def conclude(self, state: Walk, finish: Finish) -> tuple[Anchor, Walk]:
         """Settle what remains, join the task's score with the earlier ones and normalise: omega = F/max F + S/max S."""

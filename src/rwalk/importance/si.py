@@ -26,14 +26,15 @@ class Path(NamedTuple):
         path: the path integral of the current task.
         start: the parameters at the start of the task.
         mark: the parameters at the start of the stretch.
-        previous: the gradient of the step before, zero at the start of a stretch.
+        previous: the gradient of the step before, zero at the start of a stretch; None where the visit makes the optimiser's
+            step.
         steps: optimiser steps in this task.
     """
 
     path: list[Tensor]
     start: list[Tensor]
     mark: list[Tensor]
-    previous: list[Tensor]
+    previous: list[Tensor | None]
     steps: int = 0
 
 
@@ -58,15 +59,16 @@ class SI(Importance[Path]):
 
     def init(self, theta: list[Tensor]) -> Path:
         """Start at `theta` with an empty path: four tensors per parameter."""
-        return Path(zeros(theta), copies(theta), copies(theta), zeros(theta))
+        return Path(zeros(theta), copies(theta), copies(theta), [*zeros(theta)])
 
     def observe(self, state: Path, step: Step) -> Path:
         """Extend the path integral."""
+        previous = step.previous(state.previous)
         if state.steps == 0:
             torch._foreach_copy_(state.start, step.theta)
         close = state.steps % STRETCH == 0  # before the first step too: an empty path only moves its mark
-        step.visit(path=state.path, mark=state.mark, previous=state.previous, close=close)
-        return state._replace(steps=state.steps + 1)
+        step.visit(path=state.path, mark=state.mark, previous=previous, close=close)
+        return state._replace(previous=step.kept(previous), steps=state.steps + 1)
 
     def conclude(self, state: Path, finish: Finish) -> tuple[Anchor, Path]:
         """Add the task's importance to that of earlier tasks."""

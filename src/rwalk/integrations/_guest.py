@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from rwalk import Consolidator
 from rwalk._errors import explain
 from rwalk.importance.base import Importance
+from rwalk.parameters import bare
 
 
 class Guest:
@@ -57,8 +58,8 @@ class Guest:
             )
         return self._memory
 
-    def begin(self, model: nn.Module, optimizer: Optimizer) -> Consolidator:
-        """Watch an optimiser from now on: of a new task, or of one that was interrupted and goes on.
+    def meet(self, model: nn.Module) -> Consolidator:
+        """Return the memory of a model, with the state to continue from; made now if there is none.
 
         Raises:
             ValueError: if `model` is not the one of the tasks before, or a state to continue from does not fit.
@@ -67,7 +68,7 @@ class Guest:
         if memory is None:
             rule, strength, options = self._arguments
             memory = Consolidator(model, rule, strength, **options)
-        if memory.model is not model:
+        if bare(memory.model) is not bare(model):
             raise ValueError(
                 explain(
                     "another model than that of the tasks before",
@@ -78,13 +79,24 @@ class Guest:
         if self._saved is not None:
             memory.load_state_dict(self._saved)
         self._memory, self._saved = memory, None
+        return memory
+
+    def begin(self, model: nn.Module, optimizer: Optimizer) -> Consolidator:
+        """Watch an optimiser from now on: of a new task, or of one that was interrupted and goes on.
+
+        Raises:
+            ValueError: if `model` is not the one of the tasks before, or a state to continue from does not fit.
+        """
+        memory = self.meet(model)
         memory.detach()
+        memory.model = model  # a host may wrap it anew for each task
         return memory.attach(optimizer)
 
     def end(self, data: Iterable[Any] | None = None, **options: Any) -> None:
         """End the task: `Consolidator.consolidate`, then stop watching."""
         self.memory.consolidate(data, **options)
         self.memory.detach()
+        self.memory.model = bare(self.memory.model)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the memory's state; empty before training has begun."""

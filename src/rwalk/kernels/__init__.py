@@ -14,9 +14,22 @@ from torch import Tensor
 
 from rwalk._errors import explain
 from rwalk.kernels import blocked
-from rwalk.kernels.visits import After, Visit
+from rwalk.kernels.visits import After, Move, Rates, Visit
 
-__all__ = ["BACKENDS", "After", "Visit", "account_", "after_", "available", "current", "penalty", "use", "visit_"]
+__all__ = [
+    "BACKENDS",
+    "After",
+    "Move",
+    "Rates",
+    "Visit",
+    "account_",
+    "after_",
+    "available",
+    "current",
+    "penalty",
+    "use",
+    "visit_",
+]
 
 Tensors = Sequence[Tensor]
 BACKENDS: dict[str, tuple[str, ...]] = {

@@ -1,8 +1,8 @@
 """The loops that Numba compiles: the formulas of `reference`, on tiles that fit the cache.
 
-A tile goes through a few short loops, one for each formula, so that every tensor crosses the memory bus once. One loop for
-everything would touch ten arrays, and the compiler gives up on proving that they do not overlap; short loops it vectorises.
-Compiled code is kept on disk, beside this file or in the user's cache.
+All formulas of a step stand in one loop, which the compiler vectorises, so that every tensor is read and written once. Which
+columns a table has is part of the types, by None, and code is made for each combination that occurs. It is kept on disk, beside
+this file or in the user's cache.
 """
 
 from collections.abc import Callable
@@ -75,84 +75,132 @@ _as_bits: Compiled = _reinterpretation(types.float32, types.uint32)
 
 
 @compiled
-def visit_rows(addresses, kinds, sizes, weights, numbers, scratch, like, part, parts, close, first, noise):
+def visit_rows(
+    at, kind, sizes, rows, numbers, scratch, like, part, parts, close, first, noise,
+    graded, walks, remembers, scores, runs, squared, pulls, moves, leads, spreads,
+):  # fmt: skip
     """Visit a part of every row of a table, tile by tile; return how many elements were far from their mark.
 
-    `like` is a one of the table's precision, and `scratch` an address: views of bare memory need no reference counting.
+    `like` is a one of the table's precision, and `scratch` an address: views of bare memory need no reference counting. What is
+    on the last line of arguments says which columns there are: None or True, so that code is made for just these.
     """
     far = 0
     for k in range(sizes.size):
         begin, end = _span(sizes[k], part, parts)
         for lo in range(begin, end, TILE):
-            n = min(TILE, end - lo)
-            far += _visit_tile(addresses, kinds, k, lo, n, weights[k, 0], numbers, scratch, like, close, first, noise)
+            far += _visit_tile(
+                at, kind, k, lo, min(TILE, end - lo), rows[k], numbers, scratch, like, close, first, noise,
+                graded, walks, remembers, scores, runs, squared, pulls, moves, leads, spreads,
+            )  # fmt: skip
     return far
 
 
 @compiled
-def _visit_tile(at, kind, k, lo, n, weight, numbers, scratch, like, close, first, noise):
-    """Visit one tile; columns are those of `Row`, and one that is not there is an empty one or one that nobody reads."""
-    eps, pull, scale = numbers[0], numbers[1], numbers[2]
+def _visit_tile(
+    at, kind, k, lo, n, row, numbers, scratch, like, close, first, noise,
+    graded, walks, remembers, scores, runs, squared, pulls, moves, leads, spreads,
+):  # fmt: skip
+    """Visit one tile; columns are those of `Row`."""
     far = 0
     theta = _read(at[k, 0], kind[k, 0], lo, n, scratch, 0, like)
-    path, mark, previous = (
-        _read(at[k, 2], WIDE, lo, n, scratch, 0, like),
-        _read(at[k, 3], WIDE, lo, n, scratch, 0, like),
-        _read(at[k, 4], WIDE, lo, n, scratch, 0, like),
-    )
-    fisher = _read(at[k, 6], kind[k, 6], lo, n, scratch, 1, like)
-    if close and kind[k, 2] and kind[k, 5]:
-        far = _settle(theta, fisher, path, _read(at[k, 5], WIDE, lo, n, scratch, 0, like), mark, previous, eps)
-    elif close and kind[k, 2]:
-        _close(theta, path, mark, previous)
-    if not kind[k, 1]:
-        return far
-    grad = _read(at[k, 1], kind[k, 1], lo, n, scratch, 2, like)
-    g = grad
-    if scale != 1:
-        g = _spare(scratch, 3, n, like)
-        _divide(g, grad, scale)
-    if kind[k, 2]:
-        _trace(theta, g, path, mark, previous)
-    if kind[k, 6] and kind[k, 7]:
-        _blend(fisher, _read(at[k, 7], WIDE, lo, n, scratch, 0, like), weight, scale * scale)
-    elif kind[k, 6]:
-        _square(fisher, g, weight)
-    if kind[k, 6] == COARSE:
-        _write_at_random(at[k, 6], lo, fisher, noise, first)
-    if kind[k, 9]:
-        _pull(
-            grad,
-            theta,
-            _read(at[k, 8], WIDE, lo, n, scratch, 0, like),
-            _read(at[k, 9], kind[k, 9], lo, n, scratch, 4, like),
-            pull,
-        )
-        if kind[k, 1] == COARSE:
+    path = _column(walks, at[k, 2], WIDE, lo, n, scratch, 0, like)
+    mark = _column(walks, at[k, 3], WIDE, lo, n, scratch, 0, like)
+    previous = _column(remembers, at[k, 4], WIDE, lo, n, scratch, 0, like)
+    fisher = _column(runs, at[k, 6], kind[k, 6], lo, n, scratch, 1, like)
+    if walks is not None and close:
+        score = _column(scores, at[k, 5], WIDE, lo, n, scratch, 0, like)
+        far = _close(theta, fisher, path, score, mark, previous, numbers[0])
+    if graded is not None:
+        grad = _read(at[k, 1], kind[k, 1], lo, n, scratch, 2, like)
+        squares = _column(squared, at[k, 7], WIDE, lo, n, scratch, 0, like)
+        point = _column(pulls, at[k, 8], WIDE, lo, n, scratch, 0, like)
+        omega = _column(pulls, at[k, 9], kind[k, 9], lo, n, scratch, 3, like)
+        one = _column(leads, at[k, 10], WIDE, lo, n, scratch, 0, like)
+        two = _column(spreads, at[k, 11], WIDE, lo, n, scratch, 0, like)
+        _step(theta, grad, path, mark, previous, fisher, squares, point, omega, one, two, moves, row, numbers, like)
+        if runs is not None and kind[k, 6] == COARSE:
+            _write_at_random(at[k, 6], lo, fisher, noise, first)
+        if moves is None and pulls is not None and kind[k, 1] == COARSE:
             _write(at[k, 1], lo, grad)
     return far
 
 
 @compiled
-def after_rows(at, kind, sizes, numbers, _, scratch, like, part, parts):
-    """Visit a part of every row of a table after a step; columns are those of `After`."""
+def _close(theta, fisher, path, score, mark, previous, eps):
+    """End a stretch of the path, and a window where there is a score: `close_` and `settle_` of the reference."""
+    far = 0
+    half = theta.dtype.type(0.5)
+    for i in range(theta.size):
+        moved = theta[i] - mark[i]
+        whole = path[i]
+        if previous is not None:
+            whole -= previous[i] * moved
+            previous[i] = 0
+        if score is not None:
+            distance = moved * moved * fisher[i] * half
+            far += distance > eps
+            score[i] += whole / (distance + eps)
+            whole *= 0
+        path[i] = whole
+        mark[i] = theta[i]
+    return far
+
+
+@compiled
+def _step(theta, grad, path, mark, previous, fisher, squares, point, omega, first, second, moves, row, numbers, one):
+    """Extend the path, update the Fisher information, and pull or make the optimiser's step, in one loop."""
+    pull, scale = numbers[1], numbers[2]
+    weight, step, keep, fresh, square, root, eps, decay, shrink = row
+    for i in range(theta.size):
+        g, t = grad[i] / scale, theta[i]
+        if previous is not None:
+            path[i] += (g - previous[i]) * (t - mark[i])
+            previous[i] = g
+        if fisher is not None:
+            if squares is None:  # noqa: SIM108 - what is not None must be told by a statement
+                new = g * g
+            else:
+                new = squares[i] / (scale * scale)
+            fisher[i] = (one - weight) * fisher[i] + weight * new
+        if moves is None:
+            if point is not None:
+                grad[i] += pull * scale * omega[i] * (t - point[i])
+        else:
+            along = g + decay * t
+            if point is not None:
+                along += pull * omega[i] * (t - point[i])
+            way = along
+            if first is not None:
+                way = keep * first[i] + fresh * along
+                first[i] = way
+            if second is not None:
+                spread = (one - square) * second[i] + square * (along * along)
+                second[i] = spread
+                way /= root * np.sqrt(spread) + eps
+            now = (one - shrink) * t - step * way
+            theta[i] = now
+            if path is not None:
+                path[i] -= g * (now - t)
+
+
+@compiled
+def after_rows(at, kind, sizes, rows, _, scratch, like, part, parts, pulls, spreads, averages):
+    """Visit a part of every row of a table after a step; columns are those of `After`, flags as in `visit_rows`."""
     for k in range(sizes.size):
-        step, correction, eps, weight = numbers[k, 0], numbers[k, 1], numbers[k, 2], numbers[k, 3]
         begin, end = _span(sizes[k], part, parts)
         for lo in range(begin, end, TILE):
             n = min(TILE, end - lo)
             theta = _read(at[k, 0], kind[k, 0], lo, n, scratch, 0, like)
-            if kind[k, 2]:
-                way = _spare(scratch, 1, n, like)
-                _weigh(way, _read(at[k, 2], kind[k, 2], lo, n, scratch, 2, like), step)
-                if kind[k, 3]:
-                    _rescale(way, _read(at[k, 3], kind[k, 3], lo, n, scratch, 3, like), correction, eps)
-                _approach(theta, _read(at[k, 1], WIDE, lo, n, scratch, 0, like), way)
+            if pulls is not None:
+                point = _read(at[k, 1], WIDE, lo, n, scratch, 0, like)
+                omega = _read(at[k, 2], kind[k, 2], lo, n, scratch, 1, like)
+                second = _column(spreads, at[k, 3], kind[k, 3], lo, n, scratch, 2, like)
+                _draw(theta, point, omega, second, rows[k], like)
                 if kind[k, 0] == COARSE:
                     _write(at[k, 0], lo, theta)
-            if kind[k, 4]:
+            if averages is not None:
                 rounded = _read(at[k, 0], kind[k, 0], lo, n, scratch, 0, like)
-                _blend(_read(at[k, 4], WIDE, lo, n, scratch, 0, like), rounded, weight, like)
+                _blend(_read(at[k, 4], WIDE, lo, n, scratch, 0, like), rounded, rows[k, 3], like)
     return 0
 
 
@@ -161,6 +209,18 @@ def _span(size, part, parts):
     """Return where one of several equal parts begins and ends, in whole tiles."""
     tiles = (size + TILE - 1) // TILE
     return tiles * part // parts * TILE, min(tiles * (part + 1) // parts * TILE, size)
+
+
+def _column(there, address, kind, lo, n, scratch, row, like):
+    """Return a tile as `_read` does, or None where the column is not there."""
+
+
+@extending.overload(_column)
+def _column_by_type(there, address, kind, lo, n, scratch, row, like):  # noqa: ARG001
+    """Choose by the type of `there`, so that the type of the result is one or the other, and not either."""
+    if isinstance(there, types.NoneType):
+        return lambda there, address, kind, lo, n, scratch, row, like: None  # noqa: ARG005
+    return lambda there, address, kind, lo, n, scratch, row, like: _read(address, kind, lo, n, scratch, row, like)  # noqa: ARG005
 
 
 @compiled
@@ -202,80 +262,17 @@ def _write_at_random(address, lo, tile, noise, first):
 
 
 @compiled
-def _divide(g, grad, scale):
-    for i in range(g.size):
-        g[i] = grad[i] / scale
-
-
-@compiled
-def _trace(theta, g, path, mark, previous):
-    for i in range(g.size):
-        path[i] += (g[i] - previous[i]) * (theta[i] - mark[i])
-    for i in range(g.size):
-        previous[i] = g[i]
-
-
-@compiled
-def _close(theta, path, mark, previous):
+def _draw(theta, point, omega, second, row, one):
+    """Move towards the anchor: `draw_` and `draw_scaled_` of the reference."""
+    step, correction, eps = row[0], row[1], row[2]
     for i in range(theta.size):
-        path[i] -= previous[i] * (theta[i] - mark[i])
-    for i in range(theta.size):
-        previous[i] = 0
-        mark[i] = theta[i]
+        way = one / (omega[i] * step)
+        if second is not None:
+            way *= np.sqrt(second[i] / correction) + eps
+        theta[i] += (point[i] - theta[i]) / (one + way)
 
 
 @compiled
-def _settle(theta, fisher, path, score, mark, previous, eps):
-    far = 0
-    half = theta.dtype.type(0.5)
-    for i in range(theta.size):
-        moved = theta[i] - mark[i]
-        distance = moved * moved * fisher[i] * half
-        far += distance > eps
-        score[i] += (path[i] - previous[i] * moved) / (distance + eps)
-    for i in range(theta.size):
-        path[i] = 0
-        previous[i] = 0
-        mark[i] = theta[i]
-    return far
-
-
-@compiled
-def _square(fisher, g, weight):
-    keep = fisher.dtype.type(1) - weight
-    for i in range(g.size):
-        fisher[i] = keep * fisher[i] + weight * (g[i] * g[i])
-
-
-@compiled
-def _blend(average, value, weight, scale):
-    keep = average.dtype.type(1) - weight
-    share = weight / scale
+def _blend(average, value, weight, one):
     for i in range(average.size):
-        average[i] = keep * average[i] + share * value[i]
-
-
-@compiled
-def _pull(grad, theta, point, omega, pull):
-    for i in range(grad.size):
-        grad[i] += pull * omega[i] * (theta[i] - point[i])
-
-
-@compiled
-def _weigh(way, omega, step):
-    one = way.dtype.type(1)
-    for i in range(way.size):
-        way[i] = one / (omega[i] * step)
-
-
-@compiled
-def _rescale(way, second, correction, eps):
-    for i in range(way.size):
-        way[i] *= np.sqrt(second[i] / correction) + eps
-
-
-@compiled
-def _approach(theta, point, way):
-    one = way.dtype.type(1)
-    for i in range(theta.size):
-        theta[i] += (point[i] - theta[i]) / (one + way[i])
+        average[i] = (one - weight) * average[i] + weight * value[i]

@@ -7,7 +7,7 @@ and float64, and bfloat16 beside float32 state; the next backend does the rest.
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,15 +17,17 @@ from torch import Tensor
 from rwalk.kernels.blocked import AnyRow, one_order
 from rwalk.kernels.loops import COARSE, NONE, TILE, WIDE, Compiled, after_rows, visit_rows
 from rwalk.kernels.reference import noise, noise_start
-from rwalk.kernels.visits import After, Row, Visit
+from rwalk.kernels.visits import After, Rates, Row, Visit
 
 SHARE = 2**18
 """Elements of work below which a second thread does not pay."""
-ROW = (COARSE, COARSE, WIDE, WIDE, WIDE, WIDE, COARSE, WIDE, WIDE, COARSE)
+ROW = (COARSE, COARSE, WIDE, WIDE, WIDE, WIDE, COARSE, WIDE, WIDE, COARSE, WIDE, WIDE)
 AFTER = (COARSE, WIDE, COARSE, COARSE, WIDE)
 """The most that the compiled code takes in each column of `Row` and `After`."""
-PATH, SCORE = 2, 5
-"""Places of columns of `Row`."""
+GRAD, PATH, PREVIOUS, SCORE, FISHER, SQUARES, OMEGA, FIRST, SECOND, MOVES = 1, 2, 4, 5, 6, 7, 9, 10, 11, 12
+"""Places of columns of `Row`, and after them of whether the optimiser's step is to be made."""
+STILL = Rates(0.0)
+"""Stands where the optimiser makes its own step."""
 PRECISION = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
 """State precision of each kind of parameter that the compiled code takes."""
 LAYOUT: tuple[Any, ...] = (np.int64, np.int8, np.int64)
@@ -38,49 +40,71 @@ def visit_(rows: Iterable[Row], visit: Visit) -> tuple[list[Row], list[Tensor]]:
     if not tables or visit.left_out:
         return left, []
     scale = 1.0 if visit.scale is None else float(visit.scale)
-    numbers = (visit.eps, 2 * visit.strength * scale, scale)
-    random = noise(CPU).numpy()
-    far = sum(_run(visit_rows, table, numbers, visit.close, noise_start(visit.tick), random) for table in tables)
-    settled = visit.close and any((kinds[:, [PATH, SCORE]] != NONE).all(1).any() for _, kinds, *_ in tables)
-    return left, [torch.tensor(far)] if settled else []
+    numbers = (visit.eps, 2 * visit.strength, scale)
+    rest = (visit.close, noise_start(visit.tick), noise(CPU).numpy())
+    far = []
+    for there, table in tables.items():
+        has = [there[place] for place in (GRAD, PATH, PREVIOUS, SCORE, FISHER, SQUARES, OMEGA, MOVES, FIRST, SECOND)]
+        count = _run(visit_rows, table, numbers, *rest, *(flag or None for flag in has))
+        far += [torch.tensor(count)] if visit.close and there[PATH] and there[SCORE] else []
+    return left, far
 
 
 def after_(rows: Iterable[After]) -> list[After]:
     """Visit parameters after a step: see `After`. Returns the rows left to the next backend."""
     tables, left = _tables(rows, AFTER)
-    for table in tables:
-        _run(after_rows, table, ())
+    for there, table in tables.items():
+        _run(after_rows, table, (), *(flag or None for flag in there[2:5]))
     return left
 
 
-def _tables(rows: Iterable[AnyRow], kinds: tuple[int, ...]) -> tuple[list[tuple[Any, ...]], list[AnyRow]]:
-    """Lay out rows for the compiled code, those of each precision together: addresses, kinds, sizes and numbers.
+def _tables(rows: Iterable[AnyRow], kinds: tuple[int, ...]) -> tuple[dict[tuple[Any, ...], tuple[Any, ...]], list[AnyRow]]:
+    """Lay out rows for the compiled code, those with the same columns together: addresses, kinds, sizes and numbers.
 
+    The keys say for each column whether it is there, then whether the optimiser's step is to be made, and the precision.
     Also returns the rows that the compiled code cannot take.
     """
-    entries: dict[torch.dtype, list[tuple[list[int], list[int], int, tuple[float, ...]]]] = {}
+    entries: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
     left: list[AnyRow] = []
     for row in rows:
         tensors: tuple[Any, ...] = row[: len(kinds)]
-        found = _kinds(tensors, kinds) if row.whole else None
+        moves, numbers = _numbers(row)
+        takes = row.whole and not (moves and row.theta.dtype is torch.bfloat16)
+        found: Any = _kinds(tensors, kinds) if takes else None
         if found is None:
             left.append(row)
-        else:
-            numbers: tuple[Any, ...] = row[len(kinds) :]
-            addresses = [0 if t is None else t.data_ptr() for t in tensors]
-            entries.setdefault(PRECISION[row.theta.dtype], []).append((addresses, found, row.theta.numel(), numbers))
-    types = {torch.float32: np.float32, torch.float64: np.float64}
-    return [
-        tuple(np.array(column, of) for column, of in zip(zip(*mine, strict=True), LAYOUT + (types[dtype],), strict=True))
-        for dtype, mine in entries.items()
-    ], left
+            continue
+        there = (*map(bool, found), moves, PRECISION[row.theta.dtype])
+        addresses = tuple([0 if t is None else t.data_ptr() for t in tensors])
+        entries.setdefault(there, []).append((addresses, found, row.theta.numel(), numbers))
+    tables = {}
+    for there, mine in entries.items():
+        kind = np.float64 if there[-1] is torch.float64 else np.float32
+        tables[there] = tuple(map(_array, zip(*mine, strict=True), (*LAYOUT, kind)))
+    return tables, left
 
 
-def _kinds(tensors: tuple[Any, ...], allowed: tuple[int, ...]) -> list[int] | None:
+def _numbers(row: Row | After) -> tuple[bool, tuple[Any, ...]]:
+    """Return whether the optimiser's step is to be made, and the numbers of a row."""
+    if isinstance(row, After):
+        return False, row[len(AFTER) :]
+    return row.rates is not None, (row.weight, *(row.rates or STILL))
+
+
+@lru_cache(maxsize=64)
+def _array(values: tuple[Any, ...], dtype: Any) -> Any:
+    """Make a column of a table; most are as at the step before, gradients are often where they were then."""
+    return np.array(values, dtype)
+
+
+def _kinds(tensors: tuple[Any, ...], allowed: tuple[int, ...]) -> tuple[int, ...] | None:
     """Return the kind of each column of a row; None if one is not what the compiled code knows, or in another order."""
     wide = PRECISION.get(tensors[0].dtype)
     if wide is None or not tensors[0].is_cpu:
         return None
+    present = [t for t in tensors if t is not None]
+    if all(t.dtype is wide for t in present) and all(map(Tensor.is_contiguous, present)):  # nearly always
+        return tuple([NONE if t is None else WIDE for t in tensors])
     kinds, dense = [], True
     for t, most in zip(tensors, allowed, strict=True):
         dtype = None if t is None else t.dtype
@@ -89,7 +113,7 @@ def _kinds(tensors: tuple[Any, ...], allowed: tuple[int, ...]) -> list[int] | No
             return None
         kinds.append(kind)
         dense = dense and (t is None or t.is_contiguous())
-    return kinds if dense or one_order([t for t in tensors if t is not None]) else None
+    return tuple(kinds) if dense or one_order(present) else None
 
 
 def _run(kernel: Compiled, table: tuple[Any, ...], numbers: tuple[float, ...], *rest: Any) -> int:
@@ -98,7 +122,7 @@ def _run(kernel: Compiled, table: tuple[Any, ...], numbers: tuple[float, ...], *
     parts = max(1, min(torch.get_num_threads(), int(table[2].sum()) // SHARE))
 
     def call(part: int) -> int:
-        scratch = np.empty((5, TILE), dtype)
+        scratch = np.empty((4, TILE), dtype)
         return int(kernel(*table, np.array(numbers, dtype), scratch.ctypes.data, dtype.type(1), part, parts, *rest))
 
     others = [_pool().submit(call, part) for part in range(1, parts)]

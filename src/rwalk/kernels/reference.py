@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rwalk.kernels.many import above
-from rwalk.kernels.visits import After, Row, Visit
+from rwalk.kernels.visits import After, Rates, Row, Visit
 
 NOISE = 2**16
 """Length of the table of random bits for stochastic rounding, after which they repeat within a tensor."""
@@ -35,15 +35,17 @@ def after_(rows: Iterable[After]) -> list[After]:
 def visit_one_(row: Row, visit: Visit, start: int = 0) -> Tensor | None:
     """Visit one parameter, or a piece of it that begins at element `start`. Returns what `settle_` does, if that was called."""
     far = None
-    if visit.close and row.path is not None and row.mark is not None and row.previous is not None:
-        if row.score is not None and row.fisher is not None:
+    if row.path is not None and row.mark is not None:
+        if visit.close and row.score is not None and row.fisher is not None:
             far = settle_(row.theta, row.fisher, row.path, row.score, row.mark, row.previous, visit.eps)
-        else:
+        elif visit.close:
             close_(row.theta, row.path, row.mark, row.previous)
+        elif row.rates is not None and row.previous is not None:
+            balance_(row.theta, row.path, row.mark, row.previous)
     if row.grad is None:
         return far
     g = row.grad if visit.scale is None else row.grad.to(torch.promote_types(row.grad.dtype, torch.float32)) / visit.scale
-    if row.path is not None and row.mark is not None and row.previous is not None:
+    if row.path is not None and row.mark is not None and row.previous is not None and row.rates is None:
         if visit.close:
             row.previous.copy_(g)  # the path of a stretch that begins here is 0
         else:
@@ -51,10 +53,38 @@ def visit_one_(row: Row, visit: Visit, start: int = 0) -> Tensor | None:
     if row.fisher is not None:
         squares = row.squares if visit.scale is None or row.squares is None else row.squares / visit.scale**2
         update_(row.fisher, g, squares, row.weight, start, visit.tick)
-    if row.point is not None and row.omega is not None:
+    if row.rates is not None:
+        walk_(row, row.rates, g, visit.strength)
+    elif row.point is not None and row.omega is not None:
         omega = row.omega if visit.scale is None else row.omega.to(row.point.dtype) * visit.scale
         pull_(row.grad, row.theta, row.point, omega, visit.strength)
     return far
+
+
+def walk_(row: Row, rates: Rates, g: Tensor, strength: float) -> None:
+    """Make the optimiser's own step of one parameter along g and the pull, and extend the path by it (equation 7)."""
+    along, before = g.clone(), row.theta.clone()
+    if row.point is not None and row.omega is not None:
+        pull_(along, row.theta, row.point, row.omega, strength)
+    move_(row.theta, along, row.first, row.second, rates)
+    if row.path is not None:
+        row.path.addcmul_(g, row.theta - before, value=-1)
+
+
+def move_(theta: Tensor, along: Tensor, first: Tensor | None, second: Tensor | None, rates: Rates) -> None:
+    """Make a step of SGD, Adam (Kingma and Ba 2015) or AdamW (Loshchilov and Hutter 2019) as `torch.optim` does.
+
+    d = g + decay * theta; m <- keep * m + fresh * d; v <- square * d^2 + (1 - square) * v;
+    theta <- (1 - shrink) * theta - step * m / (root * sqrt(v) + eps), without m or v where the optimiser has none.
+    """
+    along.add_(theta, alpha=rates.decay)
+    way = along if first is None else first.mul_(rates.keep).add_(along, alpha=rates.fresh)
+    theta.mul_(1 - rates.shrink)
+    if second is None:
+        theta.add_(way, alpha=-rates.step)
+    else:
+        square_(second, along, rates.square)
+        theta.addcdiv_(way, second.sqrt().mul_(rates.root).add_(rates.eps), value=-rates.step)
 
 
 def after_one_(row: After) -> None:
@@ -71,21 +101,29 @@ def after_one_(row: After) -> None:
 def trace_(theta: Tensor, grad: Tensor, path: Tensor, mark: Tensor, previous: Tensor) -> None:
     """Extend the path integral: path += (g - g_previous) * (theta - mark), then remember g.
 
-    Summed over a stretch and closed by `close_`, this telescopes to the sum of -g_t * (theta_{t+1} - theta_t) (equation 7)
+    Summed over a stretch and balanced at its end, this telescopes to the sum of -g_t * (theta_{t+1} - theta_t) (equation 7)
     without a copy of the parameters from before the step.
     """
     path.addcmul_(grad - previous, theta - mark)
     previous.copy_(grad)
 
 
-def close_(theta: Tensor, path: Tensor, mark: Tensor, previous: Tensor) -> None:
-    """End a stretch of the path: path -= g_previous * (theta - mark), so that it holds the whole path integral; mark anew."""
+def balance_(theta: Tensor, path: Tensor, mark: Tensor, previous: Tensor) -> None:
+    """Have the path hold the whole path integral up to here: path -= g_previous * (theta - mark)."""
     path.addcmul_(previous, theta - mark, value=-1)
     previous.zero_()
+
+
+def close_(theta: Tensor, path: Tensor, mark: Tensor, previous: Tensor | None) -> None:
+    """End a stretch of the path, and begin a new one at theta."""
+    if previous is not None:
+        balance_(theta, path, mark, previous)
     mark.copy_(theta)
 
 
-def settle_(theta: Tensor, fisher: Tensor, path: Tensor, score: Tensor, mark: Tensor, previous: Tensor, eps: float) -> Tensor:
+def settle_(
+    theta: Tensor, fisher: Tensor, path: Tensor, score: Tensor, mark: Tensor, previous: Tensor | None, eps: float
+) -> Tensor:
     """End a window: s <- s + path / (F * (theta - mark)^2 / 2 + eps), then start a new one at theta (equation 7).
 
     Returns in how many elements the squared Riemannian distance, F * (theta - mark)^2 / 2, exceeded eps: a scalar.

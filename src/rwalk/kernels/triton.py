@@ -62,7 +62,8 @@ def _sort(rows: Iterable[AnyRow], columns: int) -> tuple[dict[tuple[Any, ...], l
     for row in rows:
         tensors = [t for t in row if isinstance(t, Tensor)]
         known = all(t.dtype in KINDS and t.device == row.theta.device for t in tensors)
-        if row.theta.device.type in DEVICES and known and row.whole and one_order(tensors):
+        still = isinstance(row, After) or (row.rates is None and (row.path is None or row.previous is not None))
+        if row.theta.device.type in DEVICES and known and row.whole and still and one_order(tensors):
             kinds: list[Any] = [KINDS[t.dtype] if isinstance(t, Tensor) else None for t in row[:columns]]
             groups.setdefault((*kinds, row.theta.device), []).append(row)
         else:
@@ -75,7 +76,7 @@ def _launch(kernel: Any, rows: list[Any], kinds: tuple[Any, ...], columns: int, 
     device = rows[0].theta.device
     sizes = tuple(row.theta.numel() for row in rows)
     addresses = tuple(tuple(0 if t is None else t.data_ptr() for t in row[:columns]) for row in rows)
-    numbers = tuple(tuple(float(n) for n in row[columns:]) for row in rows)
+    numbers = tuple((row.weight,) if isinstance(row, Row) else row[columns:] for row in rows)
     chunks = _chunks(sizes, device)
     if len(chunks):
         table, scalars = _on_device(addresses, torch.int64, device), _on_device(numbers, torch.float64, device)

@@ -5,11 +5,49 @@ Single entries may be None too: then that part of the work is left out for that 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 Column = Sequence[Tensor | None] | None
+
+
+class Rates(NamedTuple):
+    """The numbers of an optimiser's step of one parameter; the formulas are `move_` of the reference.
+
+    Args:
+        step: learning rate, over Adam's correction of the first moment.
+        keep: which share of the first moment stays.
+        fresh: with which factor the gradient joins it.
+        square: with which share the squared gradient joins the second moment.
+        root: what the root of the second moment is multiplied by, Adam's correction.
+        eps: what Adam adds to that.
+        decay: weight decay as part of the gradient.
+        shrink: weight decay beside the gradient (AdamW), times learning rate.
+    """
+
+    step: float
+    keep: float = 0.0
+    fresh: float = 1.0
+    square: float = 0.0
+    root: float = 1.0
+    eps: float = 0.0
+    decay: float = 0.0
+    shrink: float = 0.0
+
+
+class Move(NamedTuple):
+    """The optimiser's own step of one parameter, made inside the visit.
+
+    Args:
+        rates: its numbers.
+        first: the running mean of gradients: momentum's buffer, or Adam's first moment; None for plain SGD.
+        second: Adam's running mean of squared gradients; None for SGD.
+    """
+
+    rates: Rates
+    first: Tensor | None = None
+    second: Tensor | None = None
 
 
 class Row(NamedTuple):
@@ -25,18 +63,26 @@ class Row(NamedTuple):
     squares: Tensor | None = None
     point: Tensor | None = None
     omega: Tensor | None = None
+    first: Tensor | None = None
+    second: Tensor | None = None
     weight: float = 0.0
+    rates: Rates | None = None
 
     @property
     def whole(self) -> bool:
         """Whether columns that work together are all there or all missing; fused backends leave other rows to the next one."""
-        path = (self.path is None) == (self.mark is None) == (self.previous is None)
+        path = (self.path is None) == (self.mark is None)
+        needed = self.path is not None and self.rates is None
+        previous = (self.previous is not None) == needed or (self.grad is None and self.path is not None)
         score = self.score is None or self.fisher is not None
-        return path and score and (self.point is None) == (self.omega is None)
+        return path and previous and score and (self.point is None) == (self.omega is None)
 
 
 class Visit(NamedTuple):
     """Before the optimiser moves: end a stretch of the path, extend the path, update the Fisher information, add the pull.
+
+    With `moves` the visit also makes the optimiser's step: the pull goes into that step and not into `grad`, and the path is
+    extended by it at once, so that no `previous` is needed; one that is there ends its part of the path first.
 
     Args:
         theta: the parameters.
@@ -50,6 +96,7 @@ class Visit(NamedTuple):
         point: where the pull leads.
         omega: how strongly, in state precision or lower.
         weight: the new square's share in `fisher`, one number for each parameter.
+        moves: the optimiser's own steps, for each parameter that has a gradient.
         close: whether a stretch ends here, before anything else is done.
         eps: damping in the score's denominator.
         strength: factor of the penalty.
@@ -69,6 +116,7 @@ class Visit(NamedTuple):
     point: Column = None
     omega: Column = None
     weight: Sequence[float] | None = None
+    moves: Sequence[Move | None] | None = None
     close: bool = False
     eps: float = 0.0
     strength: float = 0.0
@@ -86,9 +134,12 @@ class Visit(NamedTuple):
         missing = [None] * len(self.theta)
         columns = [missing if column is None else column for column in self[1:10]]
         weights = [0.0] * len(self.theta) if self.weight is None else self.weight
-        for row in zip(self.theta, *columns, weights, strict=True):
-            if row[1] is not None or self.close:
-                yield Row(*row)
+        moves = missing if self.moves is None else self.moves
+        for theta, grad, *others, weight, move in zip(self.theta, *columns, weights, moves, strict=True):
+            if grad is not None or self.close:
+                rates, first, second = move or (None, None, None)
+                values: tuple[Any, ...] = (theta, grad, *others, first, second, weight, rates)
+                yield Row(*values)
 
 
 class After(NamedTuple):

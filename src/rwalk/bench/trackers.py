@@ -1,0 +1,60 @@
+"""A tracker shows figures while a run makes them: any callable that takes a dictionary of scalars and a step."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from rwalk._errors import explain
+from rwalk.bench import metrics
+
+Track = Callable[[dict[str, float], int], None]
+
+
+def figures(accuracy: metrics.Matrix) -> dict[str, float]:
+    """Return what the last row of an accuracy matrix says: accuracy on each task, on average, and forgetting."""
+    row = {f"accuracy/task_{j + 1}": a for j, a in enumerate(accuracy[-1])}
+    row |= {"average_accuracy": metrics.average_accuracy(accuracy), "forgetting": metrics.forgetting(accuracy)}
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def quiet(scalars: dict[str, float], step: int) -> None:
+    """Show nothing."""
+
+
+@contextmanager
+def tensorboard(folder: Path) -> Iterator[Track]:
+    """Write event files for TensorBoard into a folder, which is made at the first step.
+
+    What an earlier process has written there from that step on, before it was cut off, TensorBoard then leaves out.
+
+    Raises:
+        ValueError: if the package is missing.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        came, remedy = f"a log for TensorBoard without its package ({error})", "Run: pip install 'rwalk[tensorboard]'"
+        raise ValueError(explain(came, "the package `tensorboard`", remedy)) from None
+    writer: Any = None
+
+    def track(scalars: dict[str, float], step: int) -> None:
+        nonlocal writer
+        writer = writer or SummaryWriter(str(folder), purge_step=step)
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    try:
+        yield track
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+TRACKERS = {"tensorboard": tensorboard}
+
+
+def tracker(name: str | None, folder: Path) -> AbstractContextManager[Track]:
+    """Open the tracker of a name for the folder of a run; one that shows nothing for None."""
+    return nullcontext(quiet) if name is None else TRACKERS[name](folder)
