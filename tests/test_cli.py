@@ -56,6 +56,32 @@ def test_runs_write_records_and_print_a_table(tmp_path, capsys):
         assert word in table
 
 
+def test_replay_by_itself_and_beside_rules(tmp_path, capsys):
+    """Replay keeps 200 examples if nothing is said; rules replay only if asked, and the report tells them apart."""
+    out, methods = str(tmp_path), "finetune,rwalk,replay,agem,lwf,cumulative"
+    assert run("split-digits", "--methods", methods, *QUICK, "--scenario", "class", "--out", out) == 0
+    more = ["--replay", "60", "--select", "herding", "--per", "class", "--replay-batch", "7"]
+    assert run("split-digits", "--methods", "rwalk,replay", *QUICK, "--scenario", "class", "--out", out, *more) == 0
+    records = [json.loads(p.read_text()) for p in tmp_path.iterdir()]
+    stored = sorted((r["method"], r["memory"]["stored_examples"], r["config"].get("replay", {}).get("select")) for r in records)
+    assert stored == [
+        ("agem", 200, "uniform"),
+        ("cumulative", 1433, None),
+        ("finetune", 0, None),
+        ("lwf", 0, None),
+        ("replay", 200, "uniform"),
+        ("replay", 600, "herding"),
+        ("rwalk", 0, None),
+        ("rwalk+replay", 600, "herding"),
+    ]
+    assert all(r["config"]["replay"]["batch"] == 7 for r in records if r["memory"]["stored_examples"] == 600)
+    capsys.readouterr()
+    assert main(["report", out]) == 0
+    printed = capsys.readouterr().out
+    for word in ("replay=60", "herding", "replay=200", "total,", "uniform", "rwalk+replay", "cumulative", "agem", "lwf"):
+        assert word in printed
+
+
 def test_the_kernels_are_chosen_and_recorded(tmp_path, capsys):
     for backend in ("reference", "blocked"):
         assert run("split-digits", "--methods", "rwalk", *QUICK, "--kernels", backend, "--out", str(tmp_path / backend)) == 0
@@ -120,6 +146,8 @@ def test_list_names_everything(capsys):
         "lstm",
         "finetune",
         "joint",
+        "agem",
+        "lwf",
         "rwalk",
     ):
         assert word in printed
@@ -144,6 +172,10 @@ def test_list_names_everything(capsys):
     (["run", "split-digits", "--by", "domain"], "--by domain"),
     (["run", "domain-digits"], "column `domain`"),
     (["run", "split-digits", "--model", "gpt"], "model `gpt`"),
+    (["run", "split-digits", "--replay", "0"], "size 0"),
+    (["run", "split-digits", "--methods", "finetune,agem", "--replay", "9"], "9 examples in total for 10 classes"),
+    (["run", "permuted-digits", "--methods", "finetune,rwalk", "--replay", "50"], "50 examples in total for 100 classes"),
+    (["run", "split-digits", "--replay-batch", "0"], "batch=0"),
     (["report", "absent"], "no records"),
 ])  # fmt: skip
 def test_mistakes_get_three_parts_and_status_two(arguments, word, capsys, tmp_path, monkeypatch):
@@ -188,12 +220,14 @@ FLAGS = [
     "--scenario", "--threads", "--epochs", "--batch-size", "--lr", "--optimizer", "--hidden", "--mask", "--rwalk.alpha",
     "--rwalk.eps", "--rwalk.delta-t", "--ewc.samples", "--si.xi", "--mas.decay", "--l2.toward", "--help", "-h",
     "--bogus", "--rwalk", "--", "--model", "--by", "--label",
+    "--replay", "--per", "--select", "--replay-batch",
 ]  # fmt: skip
 VALUES = [
     "0", "1", "2", "3", "-1", "0.5", "nan", "inf", "-inf", "1e400", "1e-400", "99999999999999999999999", "None", "x",
     "finetune", "joint", "rwalk", "recipe,ewc", ",", "rwalk,rwalk", "mean", "max", "first", "task", "class", "domain",
     "sgd", "adam", "gradient", "proximal", "tail", "none", "seen", "out", "../out", "true", "--seeds", "=", "{}", "é",
     "", " ", "\0", "\ud800", "mlp", "lstm", "a:b", ":", "math:sqrt", "domain", "folder",
+    "replay,agem", "lwf", "herding",
 ]  # fmt: skip
 STREAMS = [
     "split-digits", "permuted-digits", "rotated-digits", "split:digits", "split-absent", "split-", "split-./absent",

@@ -1,4 +1,4 @@
-"""Learners: anything with `fit(experience)` and `predict(x, seen)`; here fine-tuning, joint training and any rule."""
+"""Learners: anything with `fit(experience)` and `predict(x, seen)`; here fine-tuning, any rule, and training on all data."""
 
 import math
 import time
@@ -110,6 +110,7 @@ class FineTune:
         self.tick = tick
         self.generator = torch.Generator().manual_seed(seed)
         self.step_seconds: list[float] = []
+        self.passed = 0
         self.seen: set[int] = set()
         self.loss = torch.zeros(())
         self.diagnostics: list[dict[str, Any]] = []
@@ -153,6 +154,7 @@ class FineTune:
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "step_seconds": torch.tensor(self.step_seconds, dtype=torch.float64),
+            "passed": self.passed,
             "seen": sorted(self.seen),
             "loss": self.loss,
             "diagnostics": self.diagnostics,
@@ -163,7 +165,7 @@ class FineTune:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
-        self.step_seconds = state["step_seconds"].tolist()
+        self.step_seconds, self.passed = state["step_seconds"].tolist(), state["passed"]
         self.seen, self.loss, self.diagnostics = set(state["seen"]), state["loss"], state["diagnostics"]
         for _ in self.step_seconds:
             self.tick()
@@ -183,6 +185,10 @@ class FineTune:
     def step_milliseconds(self) -> float:
         """Median CPU time of a step: forward, backward and optimiser, with all that hangs on it."""
         return median(self.step_seconds) * 1e3 if self.step_seconds else 0.0
+
+    def examples_per_step(self) -> float:
+        """Mean number of examples that go forward and backward in a step, those of earlier tasks among them."""
+        return self.passed / len(self.step_seconds) if self.step_seconds else 0.0
 
     def _allowed(self, experience: Experience) -> Tensor:
         """Return which outputs compete in the training softmax, as a boolean vector."""
@@ -208,14 +214,21 @@ class FineTune:
         self.loss = ranks.mean(self.loss)
 
     def _step(self, x: Tensor, y: Tensor, closed: Tensor | None, whole: int) -> None:
+        self._backward(x, y, closed, whole)
+        self.optimizer.step()
+
+    def _backward(self, x: Tensor, y: Tensor, closed: Tensor | None, whole: int) -> None:
+        """Leave the gradient of the loss, of this rank's part of a batch of `whole` examples."""
         self.optimizer.zero_grad()
-        logits = self.network(x)
+        loss = self._loss(x, self.network(x), y, closed, whole)
+        loss.backward()
+        self.loss = loss.detach()
+        self.passed += whole
+
+    def _loss(self, x: Tensor, logits: Tensor, y: Tensor, closed: Tensor | None, whole: int) -> Tensor:  # noqa: ARG002
         if closed is not None:
             logits = logits.masked_fill(closed, -math.inf)
-        loss = ranks.mean_loss(logits, y, whole)
-        loss.backward()
-        self.optimizer.step()
-        self.loss = loss.detach()
+        return ranks.mean_loss(logits, y, whole)
 
 
 class Protected(FineTune):
@@ -259,18 +272,17 @@ class Protected(FineTune):
         return self.memory.state_bytes
 
 
-class Joint(FineTune):
-    """A new model for each task, trained on the data of all tasks so far: the upper reference, and a* of intransigence."""
+class Cumulative(FineTune):
+    """Training on the data of all tasks so far, going on from the last weights: replay of everything."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._past: list[Experience] = []
 
     def fit(self, experience: Experience) -> None:
-        """Train a new model on all tasks up to this one."""
+        """Train on all tasks up to this one."""
         self._past.append(experience)
         self.seen |= set(experience.classes)
-        self._start()
         data = [e.train.read() for e in self._past]
         origin = torch.cat([torch.full((len(y),), i) for i, (_, y) in enumerate(data)])
         x, y = (torch.cat(column) for column in zip(*data, strict=True))
@@ -284,3 +296,12 @@ class Joint(FineTune):
     def stored_examples(self) -> int:
         """Count the examples kept: all of them."""
         return sum(len(e.train) for e in self._past)
+
+
+class Joint(Cumulative):
+    """A new model for each task, trained on the data of all tasks so far: the upper reference, and a* of intransigence."""
+
+    def fit(self, experience: Experience) -> None:
+        """Train a new model on all tasks up to this one."""
+        self._start()
+        super().fit(experience)

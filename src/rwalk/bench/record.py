@@ -28,8 +28,8 @@ class Record:
         bits: bits[k][j], for streams of characters: the mean over task j's characters, after training task k, of -log2 of the
             probability that the model gave to each.
         config: every setting: stream, training (with model, scenario and softmax mask), strength and fields of the rule.
-        timings: seconds of training and CPU milliseconds per step.
-        memory: bytes of the model's parameters and of the method's state, and the number of stored examples.
+        timings: seconds of training, CPU milliseconds per step, and examples that go forward and backward in a step on average.
+        memory: bytes of the model's parameters and of the method's state, stored examples among it, and their number.
         diagnostics: for each task, at its end and before consolidation, a consolidator's figures and layers.
         versions: of Python, torch and the library, and the backend of its kernels.
         threads: CPU threads of the run, on each rank.
