@@ -32,5 +32,6 @@ __getattr__ = lazily(
         "SI": "rwalk.importance.si",
         "bench": "rwalk.bench",
         "kernels": "rwalk.kernels",
+        "replay": "rwalk.replay",
     },
 )

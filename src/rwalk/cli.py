@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, Literal
 
 try:
@@ -20,17 +21,19 @@ import torch
 
 from rwalk import files, kernels, plan
 from rwalk._errors import explain
-from rwalk.bench import ranks, tuning
+from rwalk.bench import models, ranks, tuning
+from rwalk.bench.comparators import Rehearsal
 from rwalk.bench.data import HUB, load
 from rwalk.bench.experience import STREAMS, Experience, Scenario, make, parse
 from rwalk.bench.grid import Failure, once, outcomes
 from rwalk.bench.learners import Training
 from rwalk.bench.record import Record, file_name
-from rwalk.bench.runner import LEARNERS, configuration
+from rwalk.bench.runner import LEARNERS, called, configuration, refuse
 from rwalk.bench.trackers import tracker
 from rwalk.consolidator import Average, Pull, resolve
 from rwalk.importance import rules
 from rwalk.importance.base import Importance
+from rwalk.replay.buffer import Per
 from rwalk.report import costs, read, show, summarise, tuned
 
 RULES = rules()
@@ -58,28 +61,42 @@ class Run:
     """
 
     stream: tyro.conf.Positional[str]
-    """Kind and data set: split-, permuted- or rotated-, then digits, a name such as mnist, or a folder of parquet files."""
+    """Kind and data set: split-, domain-, drift-, permuted- or rotated-, then digits, a name such as mnist, or a folder of
+    parquet files."""
     methods: str = "finetune,rwalk"
-    """Comma-separated: finetune, joint, recipe, and rules (see `rwalk list`)."""
+    """Comma-separated: finetune, joint, cumulative, replay, agem, lwf, recipe, and rules (see `rwalk list`)."""
     seeds: int = 3
     """Number of seeds; each one sets initial weights, batch order and permutations."""
     first_seed: int = 0
     """The first seed."""
     strength: str | None = None
     """Factor of the penalty, several ones with commas between, or tuned: what `rwalk tune` has found with the same settings;
-    default: 1 for rules, 0.005 for the recipe."""
+    default: 1 for rules and lwf, 0.005 for the recipe."""
     pull: Pull | None = None
     """How rules pull: by the penalty's gradient, or by a proximal step; default: gradient, for the recipe proximal."""
     average: Average | None = None
     """Whether rules end a task at the average of its later iterates; default: none, for the recipe tail."""
+    replay: int | None = None
+    """Examples of earlier tasks that replay and agem keep; default: 200. If given, rules and the recipe replay them, too."""
+    per: Per = "total"
+    """Whether all classes share that number, or each one has it."""
+    select: Literal["uniform", "plane", "entropy", "herding", "reservoir"] = "uniform"
+    """Which examples are kept."""
+    replay_batch: int | None = None
+    """How many of them join each step; default: as many as the batch has."""
     out: Path = Path("runs")
     """Folder for the records."""
     data: Path | None = None
     """Folder in which folders of data sets lie; default: the environment variable RWALK_DATA."""
     tasks: int | None = None
-    """Number of tasks; default: 5 for split and rotated, 10 for permuted."""
+    """Number of tasks; default: 5 for split and rotated, 10 for permuted and drift, all for domain."""
     scenario: Scenario | None = None
-    """For split streams: what is known at test time; default: task."""
+    """For split and domain streams: what is known at test time; default: task for split, domain for domain."""
+    label: str | None = None
+    """Column of labels; default: one of a usual name, such as label, or marked as such."""
+    by: str | None = None
+    """For domain streams: the column whose values are the tasks, or folder, if each is a folder in the data set's; default:
+    domain."""
     log: Literal["tensorboard"] | None = None
     """Also write each task's figures for TensorBoard, into a folder beside each record; tensorboard --logdir OUT shows them."""
     kernels: Literal["auto", "blocked", "numba", "triton", "reference"] = "blocked"
@@ -240,9 +257,12 @@ class Runs:
         self.command, self.words = command, words
         ruled = {name: kind(**vars(getattr(command.rules, name))) for name, kind in RULES.items()}
         self.methods = dict(_method(name.strip(), ruled) for name in command.methods.split(","))
-        kind, name = parse(command.stream)
-        self.data = load(name, command.data)
-        self.kind = kind
+        self.kind, name = parse(command.stream)
+        if command.by and self.kind != "domain":
+            came = f"`--by {command.by}` for a {self.kind} stream"
+            raise ValueError(explain(came, "a domain stream", "Leave `--by` out."))
+        self.by = {"by": command.by or "domain"} if self.kind == "domain" else {}
+        self.data = load(name, command.data, command.label, **self.by)
         self._streams: dict[int, list[Experience]] = {}
 
     @property
@@ -254,20 +274,32 @@ class Runs:
         """Return the tasks of a seed: those that come after tuning, or those to tune on."""
         command = self.command
         if seed not in self._streams:
-            whole = make(self.kind, self.data, seed, command.scenario, tasks=command.tasks)
+            whole = make(self.kind, self.data, seed, command.scenario, tasks=command.tasks, **self.by)
             early = isinstance(command, Tune) and tuning.early(whole, command.tune_tasks, command.validation)
             self._streams[seed] = early or tuning.later(whole, command.skip)
         return self._streams[seed]
 
-    def options(self, name: str) -> dict[str, Any]:  # noqa: ARG002
+    def refuse(self) -> None:
+        """Refuse a model or a method that does not fit the stream, before anything is written."""
+        first = self.stream(self.seeds[0])
+        models.build(self.command.training.model, first[0], self.command.training.hidden)
+        _replay(self.command, "replay")  # says what is wrong with its settings, even where nobody replays
+        for name, method in self.methods.items():
+            refuse(first, method)
+            if (rehearsal := _replay(self.command, name)) is not None:
+                rehearsal.check(first)
+
+    def options(self, name: str) -> dict[str, Any]:
         """Return what `rwalk.bench.run` takes for a method beside strength, seed and training."""
-        return {"pull": self.command.pull, "average": self.command.average}
+        return {"pull": self.command.pull, "average": self.command.average, "replay": _replay(self.command, name)}
 
     def place(self, job: Job) -> Path:
         """Return the file of a run's record; runs with the same settings have the same."""
         stream, method = self.stream(job.seed), self.methods[job.method]
-        config = configuration(stream, method, job.strength, self._training(job), **self.options(job.method))
-        return self.command.out / file_name(stream[0].stream["name"], job.method, job.seed, config)
+        options = self.options(job.method)
+        config = configuration(stream, method, job.strength, self._training(job), **options)
+        name = called(method, options["replay"])
+        return self.command.out / file_name(stream[0].stream["name"], name, job.seed, config)
 
     def one(self, job: Job, progress: Progress | None = None) -> tuple[Record, bool]:
         """Return the record of one run, and whether it was on disk already."""
@@ -349,6 +381,7 @@ def _run(command: Run, words: list[str], console: Console) -> int:
     _check(command)
     _strengths(command.strength)
     runs = Runs(command, words)
+    runs.refuse()
     jobs: dict[Path, Job] = {}
     for seed in runs.seeds:
         for name in runs.methods:
@@ -363,6 +396,14 @@ def _run(command: Run, words: list[str], console: Console) -> int:
         show(summarise(done), console)
         console.print(f"Records: {command.out}", highlight=False)
     return _failures({jobs[place].label(jobs): why for place, why in ended.items() if isinstance(why, Failure)})
+
+
+def _replay(command: Run, name: str) -> Rehearsal | None:
+    """Return what a method keeps: replay and agem always, rules and the recipe if the command says how much."""
+    rules_too = command.replay is not None and name not in LEARNERS
+    size = 200 if command.replay is None else command.replay
+    rehearsal = Rehearsal(size, command.per, command.select, command.replay_batch)
+    return rehearsal if rules_too or name in ("replay", "agem") else None
 
 
 def _resolved(runs: Runs, name: str, seed: int) -> Sequence[float | None]:
@@ -410,6 +451,7 @@ def _tune(command: Tune, words: list[str], console: Console) -> int:
     strengths = _strengths(command.strength)
     rates = _numbers("--learning-rates", command.learning_rates) if command.learning_rates else None
     runs = Runs(replace(command, out=command.out / "tuning"), words)
+    runs.refuse()
     searches = {
         name: tuning.Search(
             runs.stream(command.first_seed), method, strengths, rates, runs.seeds, command.training, command.refine,
@@ -458,14 +500,15 @@ def _command(command: Tune, words: list[str], chosen: tuning.Tuned) -> str:
 def _result(record: Record | None, there: bool) -> str:
     if record is None:
         return "failed; the cause comes at the end"
+    bits = f", {fmean(record.bits[-1]):.3f} bits per character" if record.bits else ""
     when = "(on disk)" if there else f"in {record.timings['train_seconds']:.1f} s"
-    return f"average accuracy {record.average_accuracy:.2%} {when}"
+    return f"average accuracy {record.average_accuracy:.2%}{bits} {when}"
 
 
 def _steps(stream: list[Experience], name: str, training: Training) -> int:
-    """Count the steps of a run; joint training sees all earlier data again at each task."""
+    """Count the steps of a run; joint and cumulative training see all earlier data again at each task."""
     sizes = [len(e.train) for e in stream]
-    parts = [sum(sizes[: k + 1]) for k in range(len(sizes))] if name == "joint" else sizes
+    parts = [sum(sizes[: k + 1]) for k in range(len(sizes))] if name in ("joint", "cumulative") else sizes
     return sum(-(-size // training.batch_size) * training.epochs for size in parts)
 
 
@@ -490,6 +533,8 @@ def _list(console: Console) -> None:
     console.print("\nData sets:", style="bold")
     _entries(console, {"digits": "Comes with scikit-learn.", "FOLDER": "Parquet files in the Hugging Face schema.",
                        ", ".join(HUB): "A folder of that name below --data or RWALK_DATA, else a download."})  # fmt: skip
+    console.print("\nModels:", style="bold")
+    _entries(console, {name: build.__doc__ for name, build in models.MODELS.items()})
     console.print("\nMethods:", style="bold")
     recipe = "The recommended recipe, `Consolidator(model)`: summed Fisher information, proximal pull, tail averaging."
     docs = {name: kind.__doc__ for name, kind in {**LEARNERS, **RULES}.items()}

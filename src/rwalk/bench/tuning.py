@@ -21,8 +21,7 @@ from rwalk.bench.experience import Experience, Part, check
 from rwalk.bench.grid import Failure, once, outcomes
 from rwalk.bench.learners import Training
 from rwalk.bench.record import Record, file_name
-from rwalk.bench.runner import Method, configuration, run
-from rwalk.bench.runner import _name as method_name
+from rwalk.bench.runner import Method, called, configuration, run
 
 SPREAD = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 """Strengths tried when none are given, over the default one."""
@@ -141,7 +140,7 @@ def _trial(common: tuple[Any, ...], strength: float, lr: float, seed: int) -> Re
     if out is None:
         return run(stream, method, strength, seed, training, **options)
     config = configuration(stream, method, strength, training, **options)
-    place = Path(out) / file_name(stream[0].stream["name"], method_name(method), seed, config)
+    place = Path(out) / file_name(stream[0].stream["name"], called(method, options.get("replay")), seed, config)
     return once(place, stream, method, strength, seed, training, **options)[0]
 
 
@@ -211,11 +210,11 @@ class Search:
     ) -> None:
         self.config = configuration(stream, method, None, training, **options)
         if "strength" not in self.config:
-            came = f"method `{method_name(method)}`, which has no strength"
+            came = f"method `{called(method)}`, which has no strength"
             raise ValueError(explain(came, "recipe or a rule", "Tune another method."))
         if refine < 0:
             raise ValueError(explain(f"{refine} trials to refine", "0 or more", "Pass such a number."))
-        self.method, self.tasks, self.seeds = method_name(method), len(stream), list(seeds)
+        self.method, self.tasks, self.seeds = called(method), len(stream), list(seeds)
         self.name = stream[0].stream["name"].removesuffix(VALIDATION)
         self.ends = {
             "strength": _positive("strength", strengths or [self.config["strength"] * s for s in SPREAD]),
@@ -295,9 +294,9 @@ def find(folder: Path, stream: Sequence[Experience], method: Method, training: T
         ValueError: if it was not, or with another learning rate.
     """
     name = stream[0].stream["name"]
-    path = folder / _file(name, method_name(method), configuration(stream, method, None, training, **options))
+    path = folder / _file(name, called(method), configuration(stream, method, None, training, **options))
     if not path.exists():
-        came = f"`tuned` strength for `{method_name(method)}` on {name} with these settings, which `{folder}` does not have"
+        came = f"`tuned` strength for `{called(method)}` on {name} with these settings, which `{folder}` does not have"
         raise ValueError(explain(came, "a run of `rwalk tune` with them", "Tune first, or pass a number."))
     tuned = Tuned.load(path)
     if tuned.lr != training.lr:

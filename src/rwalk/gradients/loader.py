@@ -218,10 +218,10 @@ class _Score:
         if self.objective == "true" and self.loss is not None:
             score = _scalar(self.loss(output, target))
         elif self.objective == "norm":
-            values = _read_output(output, self.logits)
+            values = read_output(output, self.logits)
             score = values.masked_fill(values == -math.inf, 0).square().sum()  # a shut class is no output
         else:
-            return self._likelihood(_classes(_read_output(output, self.logits)), target)
+            return self._likelihood(_classes(read_output(output, self.logits)), target)
         return score.reshape(1), torch.ones_like(score).reshape(1)
 
     def _likelihood(self, z: Tensor, target: Any) -> tuple[Tensor, Tensor]:
@@ -251,7 +251,7 @@ def _scalar(value: Any) -> Tensor:
     return value.reshape(())
 
 
-def _read_output(output: Any, logits: Callable[[Any], Tensor] | None) -> Tensor:
+def read_output(output: Any, logits: Callable[[Any], Tensor] | None) -> Tensor:
     """Find the logits in a model's output."""
     if logits is not None:
         output = logits(output)
