@@ -27,14 +27,12 @@ def drawn(
         parameters: those that the optimiser knows, by name.
     """
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    return {
-        name: _drawn(row, optimizer, parameters[name], groups[id(parameters[name])], strength)._replace(
-            point=anchor.point[name], omega=anchor.omega[name]
-        )
-        if name in anchor.point
-        else row
+    held = {
+        name: _drawn(row, optimizer, parameters[name], groups[id(parameters[name])], strength)
         for name, row in rows.items()
+        if name in anchor.point
     }
+    return {**rows, **anchor.draw(held)}
 
 
 def _drawn(row: After, optimizer: Optimizer, parameter: Tensor, group: dict[str, Any], strength: float) -> After:
