@@ -25,7 +25,7 @@ class Spectrum(NamedTuple):
     def of(cls, matrix: Tensor) -> "Spectrum":
         """Decompose a matrix; eigenvalues that rounding has made negative become 0."""
         values, basis = torch.linalg.eigh(matrix.double())
-        return cls(basis.to(matrix.dtype), values.clamp(min=0).to(matrix.dtype))
+        return cls(basis.to(matrix.dtype).contiguous(), values.clamp(min=0).to(matrix.dtype))  # as a file will give it back
 
     def matrix(self) -> Tensor:
         """Multiply the matrix out."""

@@ -244,7 +244,7 @@ class _Score:
         p = score.detach().exp()
         if self.objective == "exact":
             return score, p
-        drawn = _draw(p) if self.objective == "sample" else labels(target)
+        drawn = draw(p) if self.objective == "sample" else labels(target)
         return -F.nll_loss(score.unsqueeze(0), drawn, reduction="sum").reshape(1), torch.ones_like(p[:1])
 
 
@@ -298,9 +298,9 @@ def classes(z: Tensor) -> Tensor:
     return z
 
 
-def _draw(p: Tensor) -> Tensor:
-    """Draw a class, shape (1,), with the chances p: of independent exponential times with rates p, the first is that of c."""
-    return (p / -torch.rand_like(p).log()).argmax().reshape(1)
+def draw(p: Tensor) -> Tensor:
+    """Draw a class for each row of chances p: of independent exponential times with rates p, the first is that of c."""
+    return (p / -torch.rand_like(p).log()).argmax(-1).reshape(-1)
 
 
 def labels(target: Any, size: int = 1) -> Tensor:

@@ -156,5 +156,5 @@ def _scores(
         for c in range(p.shape[1]):
             yield torch.where(p[:, c] > 0, score[:, c] * p[:, c].sqrt(), 0).sum()  # a shut class must not bring in 0 * inf
     else:
-        drawn = p.multinomial(1).squeeze(1) if objective == "sample" else loader.labels(batch.target, batch.size)
+        drawn = loader.draw(p) if objective == "sample" else loader.labels(batch.target, batch.size)
         yield -F.nll_loss(score, drawn, reduction="sum")
