@@ -44,12 +44,12 @@ def factors(model, x):
     return a, g
 
 
-def quadratics(model, tasks, measured):
-    """For each layer np.kron(G, A), both summed over tasks, in the unit of the first task's mean diagonal."""
+def quadratics(measured):
+    """For each layer np.kron(G, A), the sum and the mean over tasks, in the unit of the first task's mean diagonal."""
     (a0, g0), *_ = measured
     diagonal = np.concatenate([np.outer(np.diag(g0[w]), np.diag(a0[w])).ravel() for w in LAYERS])
     return {
-        w: np.kron(sum(g[w] for _, g in measured[:tasks]), sum(a[w] for a, _ in measured[:tasks])) / diagonal.mean()
+        w: np.kron(sum(g[w] for _, g in measured), sum(a[w] for a, _ in measured) / len(measured)) / diagonal.mean()
         for w in LAYERS
     }
 
@@ -64,7 +64,7 @@ def consolidated(tasks=2, rule=None, **options):
         train(model, optimizer, batches(task, 5))
         memory.consolidate(data(task))
         measured.append(factors(model, torch.cat([x for x, _ in data(task)])))
-    return model, optimizer, memory, quadratics(model, tasks, measured)
+    return model, optimizer, memory, quadratics(measured)
 
 
 def test_one_example_of_one_layer_is_the_whole_fisher_information():
@@ -95,7 +95,7 @@ def test_a_linear_model_with_one_residual_is_the_whole_fisher_information_too():
     assert np.allclose(np.kron(layer.outputs.matrix(), layer.inputs.matrix()), truth, rtol=1e-10, atol=1e-12)
 
 
-def test_matrices_are_those_of_the_definition_summed_over_tasks_and_omega_is_the_diagonal():
+def test_matrices_are_those_of_the_definition_joined_over_tasks_and_omega_is_the_diagonal():
     _, _, memory, truth = consolidated()
     for weight, bias in LAYERS.items():
         layer = memory.anchor.layers[weight]
@@ -368,7 +368,7 @@ def test_refusals(call, kind, words):
         call()
 
 
-@pytest.mark.parametrize("damage", ["inputs", "outputs", "bias", "owed", "missing"])
+@pytest.mark.parametrize("damage", ["inputs", "outputs", "bias", "tasks", "owed", "missing"])
 def test_damaged_layers_are_refused_and_change_nothing(damage):
     _, _, memory, _ = consolidated(1)
     state = memory.state_dict()
@@ -376,7 +376,7 @@ def test_damaged_layers_are_refused_and_change_nothing(damage):
     if damage == "missing":
         del entry["inputs"]
     else:
-        entry[damage] = {"bias": "2.bias", "owed": [0.0, 0, 0]}.get(damage, [torch.zeros(2, 2), torch.zeros(2)])
+        entry[damage] = {"bias": "2.bias", "tasks": 1.5, "owed": [0.0, 0, 0]}.get(damage, [torch.zeros(2, 2), torch.zeros(2)])
     other = Consolidator(mlp(), memory.rule)
     with pytest.raises(ValueError, match=r"damaged state: `0\.weight`"):
         other.load_state_dict(state)

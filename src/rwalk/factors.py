@@ -72,22 +72,29 @@ class Layer:
         bias: the name of its bias, None where that one is no part of it.
         inputs: A.
         outputs: G.
+        tasks: how many tasks have reached it.
         owed: what the pull is behind with: the sum of 2 * strength * learning rate over steps, and their number.
     """
 
     bias: str | None
     inputs: Spectrum
     outputs: Spectrum
+    tasks: int = 1
     owed: list[float] = field(default_factory=lambda: [0.0, 0])
 
     @classmethod
     def of(cls, moments: Moments, earlier: "Layer | None" = None) -> "Layer":
-        """Add what was measured to what earlier tasks left, matrix by matrix; an earlier layer says whether the bias counts."""
+        """Join what was measured with what earlier tasks left: A is the mean over tasks, G the sum.
+
+        So the quadratic grows as a sum over tasks does, and not with their number squared. An earlier layer says whether the
+        bias counts.
+        """
         if earlier is None:
             return cls(moments.bias, Spectrum.of(moments.inputs), Spectrum.of(moments.outputs))
         now = moments if earlier.bias else moments.unbiased()
-        inputs, outputs = earlier.inputs.matrix() + now.inputs, earlier.outputs.matrix() + now.outputs
-        return cls(earlier.bias, Spectrum.of(inputs), Spectrum.of(outputs))
+        inputs = earlier.inputs.matrix().lerp(now.inputs, 1 / (earlier.tasks + 1))
+        outputs = earlier.outputs.matrix() + now.outputs
+        return cls(earlier.bias, Spectrum.of(inputs), Spectrum.of(outputs), earlier.tasks + 1)
 
     def names(self, weight: str) -> list[str]:
         """Name the layer's parameters, in the order of the columns of D."""
@@ -95,9 +102,8 @@ class Layer:
 
     def omega(self, weight: str) -> dict[str, Tensor]:
         """Return the quadratic's diagonal, as importance by name."""
-        return dict(
-            zip(self.names(weight), self.split(torch.outer(self.outputs.diagonal(), self.inputs.diagonal())), strict=True)
-        )
+        parts = self.split(torch.outer(self.outputs.diagonal(), self.inputs.diagonal()))
+        return {name: part.contiguous() for name, part in zip(self.names(weight), parts, strict=True)}
 
     def split(self, matrix: Tensor) -> list[Tensor]:
         """Cut a matrix of the shape of D into parts of the shapes of the layer's parameters."""
@@ -134,7 +140,8 @@ class Layer:
 
     def content(self) -> dict[str, Any]:
         """Return the layer as plain values and tensors, for state files."""
-        return {"bias": self.bias, "inputs": list(self.inputs), "outputs": list(self.outputs), "owed": list(self.owed)}
+        sides = {"inputs": list(self.inputs), "outputs": list(self.outputs)}
+        return {"bias": self.bias, **sides, "tasks": self.tasks, "owed": list(self.owed)}
 
     @classmethod
     def read(cls, content: Mapping[str, Any], weight: str, point: Mapping[str, Tensor]) -> "Layer":
@@ -143,15 +150,15 @@ class Layer:
         Raises:
             ValueError: if it does not fit the parameters of `point`.
         """
-        bias, owed = content["bias"], content["owed"]
+        bias, tasks, owed = content["bias"], content["tasks"], content["owed"]
         sides = {key: Spectrum(*content[key]) for key in ("inputs", "outputs")}
         rows, columns = point[weight].shape
         for key, size in (("inputs", columns + (bias is not None)), ("outputs", rows)):
             if [t.shape for t in sides[key]] != [(size, size), (size,)] or not (sides[key].values >= 0).all():
                 raise ValueError(key)
-        if (bias is not None and point[bias].shape != (rows,)) or [type(v) for v in owed] != [float, int]:
-            raise ValueError("bias" if bias is not None else "owed")
-        return cls(bias, sides["inputs"], sides["outputs"], list(owed))
+        if (bias is not None and point[bias].shape != (rows,)) or [type(v) for v in (tasks, *owed)] != [int, float, int]:
+            raise ValueError("bias, tasks or owed")
+        return cls(bias, sides["inputs"], sides["outputs"], tasks, list(owed))
 
     def tensors(self) -> list[Tensor]:
         """List the tensors that are held."""

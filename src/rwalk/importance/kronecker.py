@@ -30,11 +30,11 @@ class Scaled(NamedTuple):
 
 @dataclass(frozen=True)
 class Kronecker(Importance[Scaled]):
-    """Fisher information of each linear layer as a product of two matrices, summed over tasks, in the unit of the first.
+    """Fisher information of each linear layer as a product of two matrices, added up over tasks, in the unit of the first.
 
     Over a task's data, A is the mean of x x^T of a layer's inputs x, with a 1 for the bias, and G the mean of d d^T of the
-    gradients d at its outputs; all other parameters are held by their Fisher information, as under `EWC`. The unit is the mean
-    of the whole diagonal after the first task. A layer that an adopted anchor holds weight by weight stays so.
+    gradients d at its outputs; over tasks A is averaged and G summed. All other parameters are held by their Fisher information,
+    as under `EWC`. The unit is the mean of the whole diagonal after the first task. A layer that an adopted anchor holds weight by weight stays so.
 
     Args:
         labels: "sample" draws one label from the model for one backward pass, "exact" weights every class by its probability
@@ -70,7 +70,7 @@ class Kronecker(Importance[Scaled]):
         return state
 
     def conclude(self, state: Scaled, finish: Finish) -> tuple[Anchor, Scaled]:
-        """Add the task's matrices to those of earlier tasks, and its importance of all other parameters to theirs."""
+        """Join the task's matrices with those of earlier tasks, and its importance of all other parameters to theirs."""
         held, earlier = _layers(finish.anchor), finish.anchor.omega
         fresh = self._measured(finish)
         inside = {*held, *fresh, *(layer.bias for layer in held.values()), *(m.bias for m in fresh.values())}
