@@ -62,7 +62,7 @@ class Run:
     first_seed: int = 0
     """The first seed."""
     strength: float | None = None
-    """Factor of the penalty; default: 1 for rules, 0.005 for the recipe and kronecker."""
+    """Factor of the penalty; default: 1 for rules, 0.005 for the recipe, 0.0015 for kronecker."""
     pull: Pull | None = None
     """How rules pull: by the penalty's gradient, or by a proximal step; default: gradient; recipe and kronecker: proximal."""
     average: Average | None = None

@@ -33,8 +33,9 @@ class Kronecker(Importance[Scaled]):
     """Fisher information of each linear layer as a product of two matrices, added up over tasks, in the unit of the first.
 
     Over a task's data, A is the mean of x x^T of a layer's inputs x, with a 1 for the bias, and G the mean of d d^T of the
-    gradients d at its outputs; over tasks A is averaged and G summed. All other parameters are held by their Fisher information,
-    as under `EWC`. The unit is the mean of the whole diagonal after the first task. A layer that an adopted anchor holds weight by weight stays so.
+    gradients d at its outputs; over tasks A is averaged and G summed. All other parameters are held by their Fisher
+    information, as under `EWC`. The unit is the mean of the whole diagonal after the first task. A layer that an adopted
+    anchor holds weight by weight stays so.
 
     Args:
         labels: "sample" draws one label from the model for one backward pass, "exact" weights every class by its probability
@@ -44,7 +45,7 @@ class Kronecker(Importance[Scaled]):
     """
 
     measures: ClassVar[Literal["steps", "data", "nothing"]] = "data"
-    usual: ClassVar[Usual] = Usual(0.005, "proximal", "tail")
+    usual: ClassVar[Usual] = Usual(0.0015, "proximal", "tail")
     layered: ClassVar[bool] = True
     labels: Labels = "sample"
     samples: int | None = None
