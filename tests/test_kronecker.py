@@ -161,6 +161,7 @@ def test_under_adam_a_layer_has_one_step_size_from_the_mean_of_its_denominators(
     model, _, memory, truth = consolidated(average="none")
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     memory.attach(optimizer)
+    assert "one mean for each layer" in memory.summary().settings["metric of the pull"]
     other = copy.deepcopy(model)
     plain = torch.optim.Adam(other.parameters(), lr=0.01)
     train(model, optimizer, batches(9, 1))

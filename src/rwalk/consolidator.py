@@ -339,7 +339,7 @@ class Consolidator:
             "protects": f"{_count(self._watch.parameters):,} of {_count(named(self.model)):,} parameters",
         }
         if self.pull == "proximal" and self._optimizer is not None:
-            settings["metric of the pull"] = proximal.metric(self._optimizer)
+            settings["metric of the pull"] = proximal.metric(self._optimizer, self.rule.layered)
         self._resolve()
         figures = {"penalty": float(self.penalty())} | ({"steps left out": float(self.skipped)} if self.skipped else {})
         if loss is not None and float(loss):

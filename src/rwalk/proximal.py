@@ -62,10 +62,10 @@ def rate(group: dict[str, Any]) -> float:
     return float(group.get("lr") or 0.0)
 
 
-def metric(optimizer: Optimizer) -> str:
-    """Say in which metric `drawn` works under an optimiser."""
+def metric(optimizer: Optimizer, layered: bool = False) -> str:
+    """Say in which metric `drawn` works under an optimiser, for anchors that hold whole layers or not."""
     groups = optimizer.param_groups
     known = any(_second_moment(optimizer, group, p) is not None for group in groups for p in group["params"])
     if known or isinstance(optimizer, Adam | AdamW | NAdam):
-        return "lr / (sqrt(v) + eps), per coordinate"
+        return "lr / (sqrt(v) + eps), per coordinate" + ", but one mean for each layer" * layered
     return "lr / (1 - momentum)" if any(_momentum(optimizer, group) for group in groups) else "lr"
