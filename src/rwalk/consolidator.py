@@ -526,6 +526,7 @@ class Consolidator:
         known = {*self._watch.theta, *names}
         optimizer = self._optimizer
         watch = look(self.model, optimizer, known) if optimizer is not None else Watch.of(named(self.model, known))
+        refusals.refuse_shards(self.rule, watch)
         if not watch.same(self._watch):
             self._follow(watch)
 
