@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from rwalk.bench.models import Block, resnet
 
 Batch = tuple[Tensor, Tensor]
 
@@ -29,22 +30,6 @@ class Case:
     apart: bool = False
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.first(x)).chunk(3, dim=2))
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.second(x))))
-
-
 class GPT(nn.Module):
     """A small language model: 7.4 M parameters with 9 blocks of width 256 and 512 tokens."""
 
@@ -58,26 +43,9 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(self.embed(x)))).transpose(1, 2)
 
 
-class Residual(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut."""
-
-    def __init__(self, into: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(into, out, 3, stride, 1, bias=False), nn.Conv2d(out, out, 3, 1, 1, bias=False)
-        self.na, self.nb = nn.BatchNorm2d(out), nn.BatchNorm2d(out)
-        same = into == out and stride == 1
-        self.short = nn.Identity() if same else nn.Sequential(nn.Conv2d(into, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.nb(self.b(F.relu(self.na(self.a(x))))) + self.short(x))
-
-
 def resnet18() -> nn.Module:
     """ResNet-18 in its CIFAR form."""
-    stages = [(64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)]
-    body = [b for i, o, s in stages for b in (Residual(i, o, s), Residual(o, o, 1))]
-    stem = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
-    return nn.Sequential(*stem, *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+    return resnet((3, 32, 32), 10, base=64)
 
 
 def mlp(*widths: int) -> nn.Module:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import memory, predict
+from benchmarks import epoch, memory, predict
 from benchmarks.__main__ import main
 from benchmarks.variants import ours
 
@@ -60,3 +60,10 @@ def test_predictions_stand_beside_what_is_measured():
 def test_the_operations_of_a_perceptron_are_counted():
     """Forward, gradient of the weights, and gradient of the input but for the first layer; 2 for each multiplication."""
     assert predict.setup("tiny", "fused").flops == 2 * 4 * (2 * 8 * 8 + 3 * 8 * 10)
+
+
+def test_an_epoch_of_the_runner_stands_beside_a_bare_one(capfd):
+    times = epoch.main(["--stream=permuted-digits", "--rounds=2", "--batch=100"])
+    assert times.keys() == {"bare", "learner", "command"}
+    assert all(len(found) == 2 and min(found) > 0 for found in times.values())
+    assert capfd.readouterr().out.count("ratio") == 3

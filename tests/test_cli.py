@@ -16,6 +16,7 @@ from rwalk import cli, kernels
 from rwalk.bench import Record
 from rwalk.bench import data as data_sets
 from rwalk.cli import main
+from test_data import write
 
 QUICK = ["--seeds", "1", "--hidden", "8", "--batch-size", "100", "--tasks", "2"]
 
@@ -55,6 +56,32 @@ def test_runs_write_records_and_print_a_table(tmp_path, capsys):
         assert word in table
 
 
+def test_replay_by_itself_and_beside_rules(tmp_path, capsys):
+    """Replay keeps 200 examples if nothing is said; rules replay only if asked, and the report tells them apart."""
+    out, methods = str(tmp_path), "finetune,rwalk,replay,agem,lwf,cumulative"
+    assert run("split-digits", "--methods", methods, *QUICK, "--scenario", "class", "--out", out) == 0
+    more = ["--replay", "60", "--select", "herding", "--per", "class", "--replay-batch", "7"]
+    assert run("split-digits", "--methods", "rwalk,replay", *QUICK, "--scenario", "class", "--out", out, *more) == 0
+    records = [json.loads(p.read_text()) for p in tmp_path.iterdir()]
+    stored = sorted((r["method"], r["memory"]["stored_examples"], r["config"].get("replay", {}).get("select")) for r in records)
+    assert stored == [
+        ("agem", 200, "uniform"),
+        ("cumulative", 1433, None),
+        ("finetune", 0, None),
+        ("lwf", 0, None),
+        ("replay", 200, "uniform"),
+        ("replay", 600, "herding"),
+        ("rwalk", 0, None),
+        ("rwalk+replay", 600, "herding"),
+    ]
+    assert all(r["config"]["replay"]["batch"] == 7 for r in records if r["memory"]["stored_examples"] == 600)
+    capsys.readouterr()
+    assert main(["report", out]) == 0
+    printed = capsys.readouterr().out
+    for word in ("replay=60", "herding", "replay=200", "total,", "uniform", "rwalk+replay", "cumulative", "agem", "lwf"):
+        assert word in printed
+
+
 def test_the_kernels_are_chosen_and_recorded(tmp_path, capsys):
     for backend in ("reference", "blocked"):
         assert run("split-digits", "--methods", "rwalk", *QUICK, "--kernels", backend, "--out", str(tmp_path / backend)) == 0
@@ -88,10 +115,41 @@ def test_scenario_mask_and_streams(tmp_path):
     assert {r["config"]["training"]["mask"] for r in records} == {"all"}
 
 
+def test_domains_and_stretches_of_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = {"x": [0.1 * i for i in range(40)], "label": [i % 2 for i in range(40)], "place": [i % 3 for i in range(40)]}
+    for split in ("train", "test"):
+        write(tmp_path / "d", f"{split}.parquet", rows)
+    write(tmp_path / "weather", "stream.parquet", {"t": list(range(40)), **rows})
+    assert run("domain-./d", "--by", "place", *QUICK, "--scenario", "class", "--out", "a") == 0
+    assert run("drift-./weather", *QUICK, "--label", "place", "--out", "b") == 0
+    for out, expected in (("a", ("domain-d", "class", 2)), ("b", ("drift-weather", "domain", 2))):
+        for path in (tmp_path / out).iterdir():
+            record = json.loads(path.read_text())
+            about = record["config"]["stream"]
+            assert (record["stream"], about["scenario"], len(record["accuracy"])) == expected
+            assert record["config"]["training"]["model"] == "mlp"
+
+
 def test_list_names_everything(capsys):
     assert main(["list"]) == 0
     printed = capsys.readouterr().out
-    for word in ("split", "permuted", "rotated", "digits", "mnist", "finetune", "joint", "rwalk"):
+    for word in (
+        "split",
+        "permuted",
+        "rotated",
+        "domain",
+        "drift",
+        "digits",
+        "mnist",
+        "cnn",
+        "lstm",
+        "finetune",
+        "joint",
+        "agem",
+        "lwf",
+        "rwalk",
+    ):
         assert word in printed
 
 
@@ -111,6 +169,13 @@ def test_list_names_everything(capsys):
     (["run", "permuted-digits", "--tasks", "99999999999999999999"], "Expected 1 to 10000 tasks"),
     (["run", "split-digits", "--batch-size", "99999999999999999999"], "below 2^63"),
     (["run", "permuted-digits", "--scenario", "task"], "scenario `task`"),
+    (["run", "split-digits", "--by", "domain"], "--by domain"),
+    (["run", "domain-digits"], "column `domain`"),
+    (["run", "split-digits", "--model", "gpt"], "model `gpt`"),
+    (["run", "split-digits", "--replay", "0"], "size 0"),
+    (["run", "split-digits", "--methods", "finetune,agem", "--replay", "9"], "9 examples in total for 10 classes"),
+    (["run", "permuted-digits", "--methods", "finetune,rwalk", "--replay", "50"], "50 examples in total for 100 classes"),
+    (["run", "split-digits", "--replay-batch", "0"], "batch=0"),
     (["report", "absent"], "no records"),
 ])  # fmt: skip
 def test_mistakes_get_three_parts_and_status_two(arguments, word, capsys, tmp_path, monkeypatch):
@@ -154,17 +219,19 @@ FLAGS = [
     "--methods", "--seeds", "--first-seed", "--strength", "--pull", "--average", "--out", "--data", "--tasks",
     "--scenario", "--threads", "--epochs", "--batch-size", "--lr", "--optimizer", "--hidden", "--mask", "--rwalk.alpha",
     "--rwalk.eps", "--rwalk.delta-t", "--ewc.samples", "--si.xi", "--mas.decay", "--l2.toward", "--help", "-h",
-    "--bogus", "--rwalk", "--",
+    "--bogus", "--rwalk", "--", "--model", "--by", "--label",
+    "--replay", "--per", "--select", "--replay-batch",
 ]  # fmt: skip
 VALUES = [
     "0", "1", "2", "3", "-1", "0.5", "nan", "inf", "-inf", "1e400", "1e-400", "99999999999999999999999", "None", "x",
     "finetune", "joint", "rwalk", "recipe,ewc", ",", "rwalk,rwalk", "mean", "max", "first", "task", "class", "domain",
     "sgd", "adam", "gradient", "proximal", "tail", "none", "seen", "out", "../out", "true", "--seeds", "=", "{}", "é",
-    "", " ", "\0", "\ud800",
+    "", " ", "\0", "\ud800", "mlp", "lstm", "a:b", ":", "math:sqrt", "domain", "folder",
+    "replay,agem", "lwf", "herding",
 ]  # fmt: skip
 STREAMS = [
     "split-digits", "permuted-digits", "rotated-digits", "split:digits", "split-absent", "split-", "split-./absent",
-    "digits",
+    "digits", "domain-digits", "drift-digits",
 ]  # fmt: skip
 value = st.sampled_from(VALUES) | st.text(st.characters(exclude_characters="/\\"), max_size=5) | st.integers().map(str)
 flag = st.sampled_from(FLAGS)

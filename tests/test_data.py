@@ -1,11 +1,13 @@
 """Data sets from scikit-learn and from parquet files in the Hugging Face schema, whole and damaged."""
 
+import binascii
 import io
 import json
 import os
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -137,7 +139,9 @@ def test_damaged_folders(tmp_path, pictures):
 
 
 @pytest.mark.parametrize(("columns", "match"), [
-    ({"text": ["a"], "label": [0]}, "a column marked as Image"),
+    ({"name": ["a"], "label": [0]}, "a column marked as Image"),
+    ({"text": ["a", None], "label": [0, 1]}, "missing texts"),
+    ({"text": ["a"], "tags": [["b"]]}, "column of labels"),
     ({"x": [1.0], "kind": [0]}, "column of labels"),
     ({"x": [float("nan")], "label": [0]}, "missing or infinite"),
     ({"x": [1.0], "label": [-1]}, "missing or -1"),
@@ -235,3 +239,151 @@ def test_a_task_without_test_examples_is_refused(tmp_path):
     write(tmp_path / "d", "test.parquet", {"x": [1.0, 2.0], "label": [0, 1]})
     with pytest.raises(ValueError, match="no train or test example of the classes 2"):
         bench.split(str(tmp_path / "d"), tasks=3)
+
+
+def number(word):
+    return binascii.crc32(word.encode()) % 8192 + 1
+
+
+def test_words_are_numbered_by_a_checksum_and_padded_to_the_longest_training_text(tmp_path):
+    texts = ["Play: the NEXT song!", "don't", "..."]
+    write(tmp_path / "d", "train.parquet", {"text": texts, "label": ["a", "b", "a"], "source": ["x", "y", "z"], "n": [1, 2, 3]})
+    write(tmp_path / "d", "test.parquet", {"text": ["next next next next next"], "label": ["b"]})
+    data = load(str(tmp_path / "d"))
+    assert data.train_x.dtype == torch.int64
+    assert data.train_x.tolist() == [[number(w) for w in ("play", "the", "next", "song")], [number("don't"), 0, 0, 0], [0] * 4]
+    assert data.test_x.tolist() == [[number("next")] * 4]
+    assert data.tokens == 8193
+    assert (data.train_y.tolist(), data.test_y.tolist()) == ([0, 1, 0], [1])
+
+
+def test_texts_without_labels_are_windows_of_bytes_and_what_follows_each(tmp_path):
+    rows = ["ab" * 100, "\u00e9" * 150, "c" * 57]
+    write(tmp_path / "d", "train.parquet", {"text": rows, "domain": ["one", "two", "one"]})
+    write(tmp_path / "d", "test.parquet", {"text": rows[:2], "domain": ["one", "two"]})
+    data = load(str(tmp_path / "d"), by="domain")
+    one, two = (rows[0] + rows[2]).encode(), rows[1].encode()
+    assert data.domains == ("one", "two")
+    assert data.train_domain.tolist() == [0, 0, 1, 1]
+    expected = [one[:128], one[128:256], two[:128], two[128:256]]
+    assert [bytes(row) for row in data.train_x.tolist()] == expected
+    assert [bytes(row) for row in data.train_y.tolist()] == [one[1:129], one[129:257], two[1:129], two[129:257]]
+    assert data.test_domain.tolist() == [0, 1, 1]
+    assert len(load(str(tmp_path / "d")).train_x) == (len(one) + len(two) - 1) // 128
+
+
+def test_a_stream_in_one_file_is_ordered_by_its_time_and_every_fifth_row_is_for_testing(tmp_path):
+    rng = np.random.default_rng(1)
+    time, value = rng.permutation(50), rng.normal(2, 3, 50)
+    write(tmp_path / "d", "stream.parquet", {"t": time, "x": value, "label": time % 2})
+    data = load(str(tmp_path / "d"))
+    ordered = pd.DataFrame({"x": value, "label": time % 2}, index=time).sort_index()
+    train, test = ordered[ordered.index % 5 != 4], ordered[ordered.index % 5 == 4]
+    for x, y, truth in ((data.train_x, data.train_y, train), (data.test_x, data.test_y, test)):
+        assert y.tolist() == truth.label.tolist()
+        expected = (truth.x - train.x.mean()) / train.x.std(ddof=0)
+        np.testing.assert_allclose(x[:, 0].numpy(), expected, atol=1e-5)
+    assert data.train_x.shape == (40, 1)
+
+
+def test_folders_can_be_the_domains(tmp_path):
+    for k, name in enumerate(("books", "films")):
+        write(tmp_path / "d" / name, "train.parquet", {"x": [0.0, 1.0], "label": [0, k]})
+        write(tmp_path / "d" / name / "test", "part.parquet", {"x": [k * 1.0], "label": [k]})
+    data = load(str(tmp_path / "d"), by="folder")
+    assert data.domains == ("books", "films")
+    assert (data.train_domain.tolist(), data.test_domain.tolist()) == ([0, 0, 1, 1], [0, 1])
+    assert data.train_x.shape == (4, 1)
+    assert data.train_y.tolist() == [0, 0, 0, 1]
+    fails(tmp_path / "d", ValueError, "by `folder`")
+
+
+def from_the_hub(monkeypatch, folder, cache):
+    """Point the real `datasets.load_dataset` at a folder, and return the names that it was asked for."""
+    import datasets
+
+    real, asked = datasets.load_dataset, []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: asked.append(name) or real(str(folder), cache_dir=str(cache)))
+    return asked
+
+
+def test_cifar100_by_name_has_fine_labels_coarse_labels_and_coarse_domains(tmp_path, monkeypatch):
+    class_label = {"_type": "ClassLabel", "names": ["a", "b", "c", "d"]}
+    marked = features(img={"_type": "Image"}, fine_label=class_label, coarse_label={**class_label, "names": ["p", "q"]})
+    image = png(np.zeros((4, 4, 3), np.uint8), "RGB")
+    for split, fine in (("train", [0, 3, 1, 2]), ("test", [3, 2, 1, 0])):
+        columns = {"img": [image] * 4, "fine_label": fine, "coarse_label": [f // 2 for f in fine]}
+        write(tmp_path / "hub", f"{split}-00000-of-00001.parquet", columns, marked)
+    asked = from_the_hub(monkeypatch, tmp_path / "hub", tmp_path / "cache")
+    monkeypatch.delenv("RWALK_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    fine, coarse = load("cifar100"), load("cifar100", label="coarse_label", by="fine_label")
+    assert asked == ["uoft-cs/cifar100"] * 2
+    assert (fine.train_y.tolist(), fine.classes) == ([0, 3, 1, 2], ("a", "b", "c", "d"))
+    assert (coarse.train_y.tolist(), coarse.classes) == ([0, 1, 0, 1], ("p", "q"))
+    assert (coarse.test_domain.tolist(), coarse.domains) == ([3, 2, 1, 0], ("a", "b", "c", "d"))
+    assert coarse.train_x.shape == (4, 3, 4, 4)
+    assert fine.digest() != coarse.digest()
+
+
+def test_tiny_imagenet_by_name_is_tested_on_its_validation_split(tmp_path, monkeypatch):
+    grey, colour = png(np.full((4, 4), 51, np.uint8)), png(np.full((4, 4, 3), 255, np.uint8), "RGB")
+    write(tmp_path / "hub", "train-00000-of-00001.parquet", {"image": [grey, colour], "label": [0, 1]})
+    write(tmp_path / "hub", "valid-00000-of-00001.parquet", {"image": [colour], "label": [1]})
+    asked = from_the_hub(monkeypatch, tmp_path / "hub", tmp_path / "cache")
+    monkeypatch.delenv("RWALK_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    data = load("tiny_imagenet")
+    assert asked == ["zh-plus/tiny-imagenet"]
+    assert data.train_x[:, :, 0, 0].tolist() == [[pytest.approx(0.2)] * 3, [1.0] * 3]
+    assert data.test_y.tolist() == [1]
+
+
+def test_columns_that_are_not_there(tmp_path):
+    write(tmp_path / "d", "train.parquet", {"x": [1.0, 2.0], "label": [0, 1], "place": [0, 1]})
+    write(tmp_path / "d", "test.parquet", {"x": [1.0, 2.0], "label": [0, 1], "place": [0, 2]})
+    for wrong, match in (
+        ({"label": "kind"}, "column `kind`"),
+        ({"by": "domain"}, "column `domain`"),
+        ({"by": "place"}, "2 that"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            load(str(tmp_path / "d"), **wrong)
+    with pytest.raises(ValueError, match="column `domain`"):
+        load("digits", by="domain")
+
+
+def shared(name):
+    return pytest.mark.skipif(not (SHARED / name).is_dir(), reason=f"no folder {name} in RWALK_DATA")
+
+
+@shared("clinc150")
+def test_clinc150_against_pandas():
+    data = load("clinc150", SHARED, by="domain")
+    for split, x, y, domain in (
+        ("train", data.train_x, data.train_y, data.train_domain),
+        ("test", data.test_x, data.test_y, data.test_domain),
+    ):
+        truth = pd.read_parquet(SHARED / "clinc150" / f"{split}.parquet")
+        assert y.tolist() == truth.label.tolist()
+        assert domain.tolist() == truth.domain.tolist()
+        words = truth.text.str.lower().str.findall(r"[\w']+")
+        assert (x != 0).sum(1).tolist() == words.str.len().clip(upper=28).tolist()
+        for row in range(0, len(truth), 1000):
+            assert x[row][x[row] != 0].tolist() == [number(w) for w in words[row]][:28]
+    assert data.train_x.shape == (15100, 28)
+    assert data.classes[150] == "oos"
+    assert len(data.domains) == 11
+
+
+@shared("lm_domains")
+def test_lm_domains_against_pyarrow():
+    data = load("lm_domains", SHARED, by="domain")
+    table = pq.read_table(SHARED / "lm_domains" / "test.parquet").to_pylist()
+    for d in range(4):
+        whole = "".join(row["text"] for row in table if row["domain"] == d).encode()
+        x, y = data.test_x[data.test_domain == d], data.test_y[data.test_domain == d]
+        assert bytes(x.flatten().tolist()) == whole[: x.numel()]
+        assert bytes(y.flatten().tolist()) == whole[1 : y.numel() + 1]
+        assert 0 <= len(whole) - 1 - x.numel() < 128
+    assert data.domains == ("shakespeare", "state_of_the_union", "movie_reviews", "genesis_kjv")

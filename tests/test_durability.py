@@ -16,6 +16,7 @@ import torch
 
 from rwalk import RWalk, bench, files, states
 from rwalk.bench import Record, Training
+from rwalk.bench.runner import LEARNERS
 from rwalk.importance import rules
 
 COMMAND = ["run", "split-digits", "--methods", "finetune,rwalk,recipe,joint", "--seeds", "1", "--tasks", "3", "--hidden", "6",
@@ -197,7 +198,7 @@ class Stop(BaseException):
     pass
 
 
-def interrupted(stream, method, checkpoint, after, training=SMALL):
+def interrupted(stream, method, checkpoint, after, training=SMALL, **options):
     """Run until so many steps are done."""
     left = [after]
 
@@ -207,27 +208,29 @@ def interrupted(stream, method, checkpoint, after, training=SMALL):
             raise Stop
 
     with pytest.raises(Stop):
-        bench.run(stream, method, training=training, checkpoint=checkpoint, tick=tick)
+        bench.run(stream, method, training=training, checkpoint=checkpoint, tick=tick, **options)
 
 
 @pytest.mark.filterwarnings("ignore:Got strength")
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
-@pytest.mark.parametrize("method", ["finetune", "joint", "recipe", "example", *sorted(rules())])
+@pytest.mark.parametrize("method", [*LEARNERS, "recipe", "example", "rwalk + replay", *sorted(rules())])
 def test_every_learner_goes_on_after_its_last_task(tmp_path, method, optimizer):
     """Truth: the record of an undisturbed run. The run is stopped twice, in the second and in the fourth of five tasks."""
     training = Training(hidden=(6,), batch_size=50, optimizer=optimizer, lr=0.01)
     stream, place = bench.split("digits", tasks=5, scenario="class"), tmp_path / "c"
+    options = {"replay": bench.Rehearsal(40, select="plane", batch=9)} if "replay" in method else {}
+    method = method.removesuffix(" + replay")
     method = RWalk(fisher="example") if method == "example" else rules()[method]() if method in rules() else method
     steps = [-(-len(e.train) // 50) for e in stream]
-    if method == "joint":
+    if method in ("joint", "cumulative"):
         steps = [-(-sum(len(e.train) for e in stream[: k + 1]) // 50) for k in range(5)]
     for tasks in (1, 3):
-        interrupted(stream, method, place, sum(steps[:tasks]) + 2, training)
+        interrupted(stream, method, place, sum(steps[:tasks]) + 2, training, **options)
         assert len(states.load(place, "checkpoint")["measured"]["accuracy"]) == tasks
     ticks = []
-    record = bench.run(stream, method, training=training, checkpoint=place, tick=lambda: ticks.append(1))
+    record = bench.run(stream, method, training=training, checkpoint=place, tick=lambda: ticks.append(1), **options)
     assert len(ticks) == sum(steps)
-    assert measurement(record) == measurement(bench.run(stream, method, training=training))
+    assert measurement(record) == measurement(bench.run(stream, method, training=training, **options))
 
 
 def test_a_checkpoint_that_does_not_fit_is_named_and_the_run_starts_anew(tmp_path):

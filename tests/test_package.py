@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 import rwalk
-from rwalk import bench
+from rwalk import bench, replay
 from rwalk.importance import rules
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("module", [rwalk, bench], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [rwalk, bench, replay], ids=lambda m: m.__name__)
 def test_public_names_exist(module):
     for name in module.__all__:
         assert getattr(module, name).__name__ == name
@@ -37,7 +37,7 @@ def test_every_rule_says_where_it_comes_from():
         assert re.search(r"(19|20)\d\d", sys.modules[rule.__module__].__doc__), name
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/replay.md"])
 def test_the_python_of_pages_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwalk import EWC, Consolidator, RWalk, bench
-from rwalk.bench import FineTune, Joint, Protected, Record, Training
+from rwalk.bench import FineTune, Joint, Protected, Record, Training, ranks
 from rwalk.bench.models import mlp
 from rwalk.bench.runner import configuration
 from rwalk.consolidator import resolve
@@ -37,6 +38,53 @@ def test_a_run_equals_the_plain_loop():
         for j, other in enumerate(stream):
             x, y = other.test.read()
             assert record.accuracy[k][j] == (model(x).argmax(1) == y).double().mean().item()
+
+
+@pytest.mark.parametrize("shape", [(), (6,)])
+def test_the_losses_of_two_ranks_average_to_that_of_the_whole_batch(shape, monkeypatch):
+    """With one label for each example, or several, and parts of different sizes."""
+    scores, labels = torch.randn(5, 4, *shape), torch.randint(4, (5, *shape))
+    whole = F.cross_entropy(scores, labels)
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    parts = [ranks.mean_loss(scores[rows], labels[rows], 5) for rows in (slice(0, 5, 2), slice(1, 5, 2))]
+    assert torch.allclose(sum(parts) / 2, whole)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations of PyTorch."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_of_the_bench_has_two_operations_more_than_a_plain_one_and_data_is_read_once_a_task():
+    """Views both: a rank's share of the rows, and the loss kept for figures. Reading, which may permute, comes once a task."""
+    read = []
+    x, y = torch.rand(60, 6), torch.arange(60) % 3
+    part = bench.Part(x, y, transform=lambda x: read.append(len(x)) or x)
+    task = bench.Experience(part, part, 0, (0, 1, 2), 3, "domain")
+
+    def operations(batch_size):
+        model = mlp((6,), 3, (4,))
+        learner = FineTune(lambda: model, Training(batch_size=batch_size))
+        with Calls() as ours:
+            learner.fit(task)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with Calls() as plain:
+            for rows in torch.randperm(60).split(batch_size):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x[rows]), y[rows]).backward()
+                optimizer.step()
+        return ours.count - plain.count
+
+    few, many = operations(30), operations(2)
+    assert read == [60, 60]
+    assert many - few <= 2 * (30 - 2)
 
 
 @pytest.mark.parametrize("method", ["finetune", "joint", RWalk()], ids=str)

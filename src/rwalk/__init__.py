@@ -35,5 +35,6 @@ __getattr__ = lazily(
         "SI": "rwalk.importance.si",
         "bench": "rwalk.bench",
         "kernels": "rwalk.kernels",
+        "replay": "rwalk.replay",
     },
 )

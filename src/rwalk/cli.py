@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, Literal
 
 try:
@@ -17,16 +18,18 @@ import torch
 
 from rwalk import files, kernels, plan
 from rwalk._errors import explain
-from rwalk.bench import ranks
+from rwalk.bench import models, ranks
+from rwalk.bench.comparators import Rehearsal
 from rwalk.bench.data import HUB, load
 from rwalk.bench.experience import STREAMS, Experience, Scenario, make, parse
 from rwalk.bench.learners import Training
 from rwalk.bench.record import Record, file_name
-from rwalk.bench.runner import LEARNERS, configuration, run
+from rwalk.bench.runner import LEARNERS, called, configuration, refuse, run
 from rwalk.bench.trackers import tracker
 from rwalk.consolidator import Average, Pull, resolve
 from rwalk.importance import rules
 from rwalk.importance.base import Importance
+from rwalk.replay.buffer import Per
 from rwalk.report import costs, read, show, summarise
 
 RULES = rules()
@@ -54,27 +57,41 @@ class Run:
     """
 
     stream: tyro.conf.Positional[str]
-    """Kind and data set: split-, permuted- or rotated-, then digits, a name such as mnist, or a folder of parquet files."""
+    """Kind and data set: split-, domain-, drift-, permuted- or rotated-, then digits, a name such as mnist, or a folder of
+    parquet files."""
     methods: str = "finetune,rwalk"
-    """Comma-separated: finetune, joint, recipe, and rules (see `rwalk list`)."""
+    """Comma-separated: finetune, joint, cumulative, replay, agem, lwf, recipe, and rules (see `rwalk list`)."""
     seeds: int = 3
     """Number of seeds; each one sets initial weights, batch order and permutations."""
     first_seed: int = 0
     """The first seed."""
     strength: float | None = None
-    """Factor of the penalty; default: 1 for rules, 0.005 for the recipe, 0.0015 for kronecker."""
+    """Factor of the penalty; default: 1 for rules and lwf, 0.005 for the recipe, 0.0015 for kronecker."""
     pull: Pull | None = None
     """How rules pull: by the penalty's gradient, or by a proximal step; default: gradient; recipe and kronecker: proximal."""
     average: Average | None = None
     """Whether rules end a task at the average of its later iterates; default: none; recipe and kronecker: tail."""
+    replay: int | None = None
+    """Examples of earlier tasks that replay and agem keep; default: 200. If given, rules and the recipe replay them, too."""
+    per: Per = "total"
+    """Whether all classes share that number, or each one has it."""
+    select: Literal["uniform", "plane", "entropy", "herding", "reservoir"] = "uniform"
+    """Which examples are kept."""
+    replay_batch: int | None = None
+    """How many of them join each step; default: as many as the batch has."""
     out: Path = Path("runs")
     """Folder for the records."""
     data: Path | None = None
     """Folder in which folders of data sets lie; default: the environment variable RWALK_DATA."""
     tasks: int | None = None
-    """Number of tasks; default: 5 for split and rotated, 10 for permuted."""
+    """Number of tasks; default: 5 for split and rotated, 10 for permuted and drift, all for domain."""
     scenario: Scenario | None = None
-    """For split streams: what is known at test time; default: task."""
+    """For split and domain streams: what is known at test time; default: task for split, domain for domain."""
+    label: str | None = None
+    """Column of labels; default: one of a usual name, such as label, or marked as such."""
+    by: str | None = None
+    """For domain streams: the column whose values are the tasks, or folder, if each is a folder in the data set's; default:
+    domain."""
     log: Literal["tensorboard"] | None = None
     """Also write each task's figures for TensorBoard, into a folder beside each record; tensorboard --logdir OUT shows them."""
     kernels: Literal["auto", "blocked", "numba", "triton", "reference"] = "blocked"
@@ -176,13 +193,23 @@ def _run(command: Run, console: Console) -> None:
             came = f"--{option.replace('_', '-')} {getattr(command, option)}"
             raise ValueError(explain(came, f"{allowed[0]} to {allowed[-1]}", "Pass such a number."))
     resolve(None, command.strength)
+    rehearsals = [_replay(command, name) for name in ("replay", *(name for name, _ in methods))]
     with tracker(command.log, command.out):
         pass  # says now if its package is missing
     torch.set_num_threads(command.threads)
     kernels.use(command.kernels)
     kind, name = parse(command.stream)
-    data = load(name, command.data)
-    streams = {seed: make(kind, data, seed, command.scenario, tasks=command.tasks) for seed in seeds}
+    if command.by and kind != "domain":
+        raise ValueError(explain(f"`--by {command.by}` for a {kind} stream", "a domain stream", "Leave `--by` out."))
+    by = {"by": command.by or "domain"} if kind == "domain" else {}
+    data = load(name, command.data, command.label, **by)
+    streams = {seed: make(kind, data, seed, command.scenario, tasks=command.tasks, **by) for seed in seeds}
+    models.build(command.training.model, streams[seeds[0]][0], command.training.hidden)  # says now if it cannot
+    for _, method in methods:
+        refuse(streams[seeds[0]], method)
+    for rehearsal in rehearsals[1:]:
+        if rehearsal is not None:
+            rehearsal.check(streams[command.first_seed])
     if command.out.exists() and not command.out.is_dir():
         raise ValueError(explain(f"`--out {command.out}`, which is a file", "a folder", "Name another folder."))
     command.out.mkdir(parents=True, exist_ok=True)
@@ -202,8 +229,9 @@ def _one(
     command: Run, stream: list[Experience], name: str, method: str | Importance[Any], seed: int, progress: Progress
 ) -> Record:
     """Return the record of one run: from disk if it is there, else by running it."""
-    options: dict[str, Any] = {"pull": command.pull, "average": command.average}
+    options: dict[str, Any] = {"pull": command.pull, "average": command.average, "replay": _replay(command, name)}
     config = configuration(stream, method, command.strength, command.training, **options)
+    steps, name = _steps(stream, name, command.training), called(method, options["replay"])
     path = command.out / file_name(stream[0].stream["name"], name, seed, config)
     checkpoint = path.with_suffix(".checkpoint")
     if ranks.agreed(path.exists()):
@@ -211,7 +239,7 @@ def _one(
         checkpoint.unlink(missing_ok=True)
         progress.console.print(f"{name} seed {seed}: {_result(record)} (on disk)", highlight=False)
         return record
-    bar = progress.add_task(f"{name} seed {seed}", total=_steps(stream, name, command.training))
+    bar = progress.add_task(f"{name} seed {seed}", total=steps)
     options |= {"checkpoint": checkpoint, "tick": lambda: progress.advance(bar)}
     with tracker(command.log, path.with_suffix("")) as track:
         record = run(stream, method, command.strength, seed, command.training, track=track, **options)
@@ -224,14 +252,23 @@ def _one(
     return record
 
 
+def _replay(command: Run, name: str) -> Rehearsal | None:
+    """Return what a method keeps: replay and agem always, rules and the recipe if the command says how much."""
+    rules_too = command.replay is not None and name not in LEARNERS
+    size = 200 if command.replay is None else command.replay
+    rehearsal = Rehearsal(size, command.per, command.select, command.replay_batch)
+    return rehearsal if rules_too or name in ("replay", "agem") else None
+
+
 def _result(record: Record) -> str:
-    return f"average accuracy {record.average_accuracy:.2%}"
+    bits = f", {fmean(record.bits[-1]):.3f} bits per character" if record.bits else ""
+    return f"average accuracy {record.average_accuracy:.2%}{bits}"
 
 
 def _steps(stream: list[Experience], name: str, training: Training) -> int:
-    """Count the steps of a run; joint training sees all earlier data again at each task."""
+    """Count the steps of a run; joint and cumulative training see all earlier data again at each task."""
     sizes = [len(e.train) for e in stream]
-    parts = [sum(sizes[: k + 1]) for k in range(len(sizes))] if name == "joint" else sizes
+    parts = [sum(sizes[: k + 1]) for k in range(len(sizes))] if name in ("joint", "cumulative") else sizes
     return sum(-(-size // training.batch_size) * training.epochs for size in parts)
 
 
@@ -256,6 +293,8 @@ def _list(console: Console) -> None:
     console.print("\nData sets:", style="bold")
     _entries(console, {"digits": "Comes with scikit-learn.", "FOLDER": "Parquet files in the Hugging Face schema.",
                        ", ".join(HUB): "A folder of that name below --data or RWALK_DATA, else a download."})  # fmt: skip
+    console.print("\nModels:", style="bold")
+    _entries(console, {name: build.__doc__ for name, build in models.MODELS.items()})
     console.print("\nMethods:", style="bold")
     recipe = "The recommended recipe, `Consolidator(model)`: summed Fisher information, proximal pull, tail averaging."
     docs = {name: kind.__doc__ for name, kind in {**LEARNERS, **RULES}.items()}

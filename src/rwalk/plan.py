@@ -426,19 +426,31 @@ def _counted(path: str) -> Weights:
     """Make a model on the meta device and count its trainable parameters."""
     import torch
 
+    with torch.device("meta"):
+        model = made(path, "`package.module:factory`, with a function without arguments that makes an `nn.Module`")
+    return Weights.of(p for p in model.parameters() if p.requires_grad)
+
+
+def made(path: str, expected: str, *arguments: Any) -> Any:
+    """Return the `nn.Module` that the function at `package.module:factory` makes.
+
+    Raises:
+        ValueError: if there is none, or it makes none; `expected` says what kind of function it should be.
+    """
+    from torch import nn
+
     module, _, name = path.partition(":")
     sys.path.insert(0, "")
     try:
-        with torch.device("meta"):
-            model = getattr(import_module(module), name)()
-        counted = Weights.of(p for p in model.parameters() if p.requires_grad)
+        model = getattr(import_module(module), name)(*arguments)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"it makes an object of type {type(model).__name__}")
     except Exception as error:
-        expected = "`package.module:factory`, with a function without arguments that makes an `nn.Module`"
         remedy = "Correct the path; packages are looked for in the current folder too."
         raise ValueError(explain(f"model `{path}` ({type(error).__name__}: {error})", expected, remedy)) from None
     finally:
         sys.path.remove("")
-    return counted
+    return model
 
 
 def machine(

@@ -24,7 +24,7 @@ from rwalk._errors import explain
 
 FORMAT = 1
 """Version of the layout of state files."""
-WRITERS = {"anchor": "Anchor.save", "consolidator": "Consolidator.save", "checkpoint": "rwalk run"}
+WRITERS = {"anchor": "Anchor.save", "consolidator": "Consolidator.save", "checkpoint": "rwalk run", "buffer": "Buffer.save"}
 """Who writes each kind of state file."""
 BLANK = b"0" * 64
 LAYOUTS = {"channels_last": (4, torch.channels_last), "channels_last_3d": (5, torch.channels_last_3d)}

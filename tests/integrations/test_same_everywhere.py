@@ -45,9 +45,10 @@ def train_in_raw_loop(model, rule, tasks, strength=STRENGTH):
 
 def train_in_avalanche(model, rule, tasks):
     hosts.avalanche()
-    ours = pytest.importorskip("rwalk.integrations.avalanche")
     from avalanche.benchmarks import tensors_benchmark
     from avalanche.training.supervised import Naive
+
+    import rwalk.integrations.avalanche as ours
 
     data = [together(task) for task in tasks]
     stream = tensors_benchmark(train_tensors=data, test_tensors=data, task_labels=[0] * len(data)).train_stream
@@ -61,8 +62,9 @@ def train_in_avalanche(model, rule, tasks):
 
 def train_in_lightning(model, rule, tasks):
     pytest.importorskip("lightning", reason="needs Lightning: make test-integrations")
-    ours = pytest.importorskip("rwalk.integrations.lightning")
     from lightning.pytorch import LightningModule, Trainer
+
+    import rwalk.integrations.lightning as ours
 
     class Module(LightningModule):
         def __init__(self):
@@ -145,8 +147,9 @@ class WithLoss(torch.nn.Module):
 def train_in_transformers(model, rule, tasks):
     pytest.importorskip("accelerate", reason="needs Accelerate: make test-integrations")
     pytest.importorskip("transformers", reason="needs Transformers: make test-integrations")
-    ours = pytest.importorskip("rwalk.integrations.transformers")
     from transformers import Trainer, TrainingArguments
+
+    import rwalk.integrations.transformers as ours
 
     class InOrder(Trainer):
         def _get_train_sampler(self, train_dataset=None):

@@ -5,20 +5,28 @@ from typing import TYPE_CHECKING
 from rwalk._lazy import lazily
 
 if TYPE_CHECKING:
-    from rwalk.bench.experience import Experience, Part, permuted, rotated, split
-    from rwalk.bench.learners import FineTune, Joint, Learner, Protected, Training
+    from rwalk.bench.comparators import AGEM, LwF, Rehearsal, Replay
+    from rwalk.bench.experience import Experience, Part, domain, drift, permuted, rotated, split
+    from rwalk.bench.learners import Cumulative, FineTune, Joint, Learner, Protected, Training
     from rwalk.bench.record import Record
     from rwalk.bench.runner import run
 
 __all__ = [
+    "AGEM",
+    "Cumulative",
     "Experience",
     "FineTune",
     "Joint",
     "Learner",
+    "LwF",
     "Part",
     "Protected",
     "Record",
+    "Rehearsal",
+    "Replay",
     "Training",
+    "domain",
+    "drift",
     "permuted",
     "rotated",
     "run",
@@ -26,8 +34,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "rwalk.bench.experience": ["Experience", "Part", "permuted", "rotated", "split"],
-    "rwalk.bench.learners": ["FineTune", "Joint", "Learner", "Protected", "Training"],
+    "rwalk.bench.comparators": ["AGEM", "LwF", "Rehearsal", "Replay"],
+    "rwalk.bench.experience": ["Experience", "Part", "domain", "drift", "permuted", "rotated", "split"],
+    "rwalk.bench.learners": ["Cumulative", "FineTune", "Joint", "Learner", "Protected", "Training"],
     "rwalk.bench.record": ["Record"],
     "rwalk.bench.runner": ["run"],
 }

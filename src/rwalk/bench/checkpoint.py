@@ -22,11 +22,13 @@ class Measured:
     Args:
         untrained: accuracy on each task before training.
         accuracy: one row for each finished task.
+        bits: the same for bits per character, where there are any.
         seconds: time spent on training.
     """
 
     untrained: list[float | None] = field(default_factory=list)
     accuracy: list[list[float | None]] = field(default_factory=list)
+    bits: list[list[float]] = field(default_factory=list)
     seconds: float = 0.0
 
 

@@ -1,4 +1,7 @@
-"""Data sets: scikit-learn's digits, or any parquet data set in the Hugging Face schema, as tensors in memory."""
+"""Data sets: scikit-learn's digits, or any parquet data set in the Hugging Face schema, as tensors in memory.
+
+Inputs are the images, else the lists of numbers, else the texts, else all numbers. Texts without labels are to be continued.
+"""
 
 import hashlib
 import io
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rwalk._errors import explain
+from rwalk.bench import texts
 
 HUB = {
     "mnist": "ylecun/mnist",
@@ -25,6 +29,10 @@ HUB = {
 
 SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}
 LABELS = ("label", "labels", "fine_label", "target", "class", "y")
+TEXTS = ("text", "sentence", "utterance", "content")
+TIMES = ("t", "time", "timestamp", "date")
+STREAM = "stream"
+"""The one split of a data set whose rows come in order; a column of `TIMES` gives the order, and is no input."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +41,14 @@ class DataSet:
 
     Args:
         name: short name.
-        train_x, test_x: inputs, float32: images as (examples, channels, height, width) in [0, 1], tables as (examples, columns)
-            with mean 0 and standard deviation 1 over the training examples.
-        train_y, test_y: labels from 0 on, int64.
+        train_x, test_x: inputs. Images: float32 (examples, channels, height, width) in [0, 1]. Tables: float32 (examples,
+            columns) with mean 0 and standard deviation 1 over the training examples. Texts: int64 (examples, words), 0 after a
+            text's end. Texts without labels: int64 (windows, characters).
+        train_y, test_y: labels from 0 on, int64 (examples,); or the next characters, (windows, characters).
         classes: names of the labels.
+        tokens: how many different numbers a text's inputs can be; 0 for other inputs.
+        train_domain, test_domain: to which of the `domains` each example belongs, int64, where a column was chosen for that.
+        domains: names of the domains.
     """
 
     name: str
@@ -45,22 +57,30 @@ class DataSet:
     test_x: Tensor
     test_y: Tensor
     classes: tuple[str, ...]
+    tokens: int = 0
+    train_domain: Tensor | None = None
+    test_domain: Tensor | None = None
+    domains: tuple[str, ...] = ()
 
     def digest(self) -> str:
         """Return a short fingerprint of the content."""
         whole = hashlib.sha256()
-        for tensor in (self.train_x, self.train_y, self.test_x, self.test_y):
-            whole.update(tensor.contiguous().numpy().data)
+        for tensor in (self.train_x, self.train_y, self.test_x, self.test_y, self.train_domain, self.test_domain):
+            whole.update(b"" if tensor is None else tensor.contiguous().numpy().data)
         return whole.hexdigest()[:16]
 
 
-def load(name: str, root: str | Path | None = None) -> DataSet:
+def load(name: str, root: str | Path | None = None, label: str | None = None, by: str | None = None) -> DataSet:
     """Load a data set by name or folder.
+
+    Of a folder whose only file is `stream.parquet`, every fifth row in its order is for testing.
 
     Args:
         name: "digits" (comes with scikit-learn), a folder with parquet files, or a name: a folder of that name below `root`,
             else a download through Hugging Face `datasets`.
         root: where folders of data sets lie, or such a folder itself; the environment variable `RWALK_DATA` when not given.
+        label: the column of labels; a usual name, or one that is marked as such, when not given.
+        by: a column that divides the examples into domains, or "folder", if each domain is a folder in the data set's.
 
     Raises:
         FileNotFoundError: if a folder is missing or has no parquet file of a needed split.
@@ -68,11 +88,15 @@ def load(name: str, root: str | Path | None = None) -> DataSet:
         ConnectionError: if a download fails.
     """
     if name == "digits":
+        if label or by:
+            raise ValueError(explain(f"the column `{label or by}`", "digits without one", "Choose another data set."))
         return _digits()
     folder = find(name, root)
     if folder is None:
-        return _assemble(name.split("/")[-1], download(HUB.get(name, name)))
-    return _assemble(folder.name, {split: _read(folder, split) for split in SPLITS})
+        return _assemble(name.split("/")[-1], download(HUB.get(name, name)), label, by)
+    ordered = _files(folder, STREAM) and not _files(folder, "train")
+    tables = _held_out(_read(folder, (STREAM,))) if ordered else {s: _read(folder, names, by) for s, names in SPLITS.items()}
+    return _assemble(folder.name, tables, label, by)
 
 
 def find(name: str, root: str | Path | None = None) -> Path | None:
@@ -131,35 +155,48 @@ def _digits() -> DataSet:
     return DataSet("digits", x[~test], y[~test], x[test], y[test], tuple(map(str, range(10))))
 
 
-def _read(folder: Path, split: str) -> Any:
-    """Read the parquet files of a split: train.parquet, train-00000-of-00001.parquet, train/part.parquet and the like."""
+def _held_out(table: Any) -> dict[str, Any]:
+    """Bring rows into their order, and set every fifth aside for testing."""
+    times = [c for c in TIMES if c in table.column_names][:1]
+    if times:
+        table = table.sort_by(times[0]).drop_columns(times)
+    last = np.arange(len(table)) % 5 == 4
+    return {"train": table.filter(~last), "test": table.filter(last)}
+
+
+def _files(folder: Path, name: str) -> list[Path]:
+    """Find the files of a split: train.parquet, train-00000-of-00001.parquet, train/part.parquet and the like."""
     files = sorted(folder.rglob("*.parquet"))
-    for name in SPLITS[split]:
-        mine = [f for f in files if f.stem.split("-")[0] == name or (f.parent != folder and f.parent.name == name)]
-        if mine:
-            return _join(folder, split, mine)
-    found = ", ".join(f.name for f in files[:5]) or "no parquet file"
+    return [f for f in files if f.stem.split("-")[0] == name or (f.parent != folder and f.parent.name == name)]
+
+
+def _read(folder: Path, names: tuple[str, ...], by: str | None = None) -> Any:
+    """Read the parquet files of a split, which may have one of several names."""
+    for name in names:
+        if mine := _files(folder, name):
+            return _join(folder, names[0], mine, by)
+    found = ", ".join(f.name for f in sorted(folder.rglob("*.parquet"))[:5]) or "no parquet file"
     raise FileNotFoundError(
         explain(
             f"the folder `{folder}` with {found}",
-            f"a parquet file of the {split} split, such as {split}.parquet",
+            f"a parquet file of the {names[0]} split, such as {names[0]}.parquet",
             "Point to a folder with train and test files.",
         )
     )
 
 
-def _join(folder: Path, split: str, files: list[Path]) -> Any:
-    """Read the files of a split as one table."""
+def _join(folder: Path, split: str, files: list[Path], by: str | None) -> Any:
+    """Read the files of a split as one table, with a column of folders if they are the domains."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     places = sorted({str(f.parent.relative_to(folder)) for f in files})
-    if len(places) > 1:
+    if len(places) > 1 and by != "folder":
         raise ValueError(
             explain(
                 f"the folder `{folder}` with {split} files in {', '.join(places[:5])}",
                 "the files of one data set",
-                "Point to one of these folders.",
+                "Point to one of these folders, or make each a task with a `domain-` stream by `folder`.",
             )
         )
     try:
@@ -178,23 +215,67 @@ def _join(folder: Path, split: str, files: list[Path]) -> Any:
         raise ValueError(
             explain(f"{split} files of `{folder}` with different columns: {came}", "the same columns", "Make the files alike.")
         )
+    if by == "folder":
+        homes = [f.relative_to(folder).parts[0] for f in files]
+        tables = [t.append_column(by, pa.array([home] * len(t))) for home, t in zip(homes, tables, strict=True)]
     return pa.concat_tables(tables, promote_options="permissive")
 
 
-def _assemble(name: str, tables: dict[str, Any]) -> DataSet:
+def _assemble(name: str, tables: dict[str, Any], label: str | None = None, by: str | None = None) -> DataSet:
     """Turn the Arrow tables of a train and a test split into tensors."""
     for split, table in tables.items():
         if len(table) == 0:
             raise ValueError(explain(f"an empty {split} split of `{name}`", "at least one example", "Check the files."))
-    label = _label_column(name, tables["train"])
-    columns = _input_columns(name, tables["train"], label)
+    label = label or _label_column(tables["train"], by)
+    named = [column for column in (label, by) if column]
+    columns = _input_columns(name, tables["train"], named)
+    text = _text(tables["train"], columns[0])
+    if label is None and not text:
+        expected = "a column of labels, named `label` or marked as ClassLabel"
+        raise ValueError(_schema_error(name, tables["train"], expected))
     for split, table in tables.items():
-        lacking = [c for c in (label, *columns) if c not in table.column_names]
+        lacking = [c for c in (*named, *columns) if c not in table.column_names]
         if lacking:
             raise ValueError(_schema_error(name, table, f"the column `{lacking[0]}` in the {split} split too"))
-    train_x, test_x = _same_form(name, *(_inputs(name, tables[split], columns) for split in ("train", "test")))
-    train_y, test_y, classes = _labels(name, tables, label)
-    return DataSet(name, train_x, train_y, test_x, test_y, classes)
+    domains = _labels(name, tables, by) if by else (None, None, ())
+    if label is None:
+        return _continued(name, tables, columns[0], *domains)
+    labels = _labels(name, tables, label)
+    if text:
+        train, test = (_strings(name, tables[split], columns[0]) for split in ("train", "test"))
+        train_x = texts.padded(train)
+        inputs, tokens = (train_x, texts.padded(test, train_x.shape[1])), texts.BUCKETS + 1
+    else:
+        inputs, tokens = _same_form(name, *(_inputs(name, tables[split], columns) for split in ("train", "test"))), 0
+    return DataSet(name, inputs[0], labels[0], inputs[1], labels[1], labels[2], tokens, *domains)
+
+
+def _continued(
+    name: str, tables: dict[str, Any], column: str, train: Tensor | None, test: Tensor | None, domains: tuple[str, ...]
+) -> DataSet:
+    """Return texts as windows of characters, to each of which belongs the next one; domains are as in `DataSet`."""
+    parts = []
+    for split, domain in (("train", train), ("test", test)):
+        whole = _strings(name, tables[split], column)
+        parts.append(texts.windows(whole, torch.zeros(len(whole), dtype=torch.long) if domain is None else domain))
+    (train_x, train_y, train_at), (test_x, test_y, test_at) = parts
+    known = tuple(map(chr, range(256)))
+    where = (train_at, test_at, domains) if domains else ()
+    return DataSet(name, train_x, train_y, test_x, test_y, known, len(known), *where)
+
+
+def _text(table: Any, column: str) -> bool:
+    """Tell whether a column holds texts."""
+    import pyarrow.types as kinds
+
+    return any(kind(table.schema.field(column).type) for kind in (kinds.is_string, kinds.is_large_string))
+
+
+def _strings(name: str, table: Any, column: str) -> list[str]:
+    found: list[str] = table.column(column).to_pylist()
+    if None in found:
+        raise ValueError(explain(f"`{name}` with missing texts", "a text in each row", "Fill or drop those rows."))
+    return found
 
 
 def _features(table: Any) -> dict[str, Any]:
@@ -206,14 +287,15 @@ def _features(table: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _label_column(name: str, table: Any) -> str:
-    marked = [c for c, f in _features(table).items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"]
-    usual = [c for c in LABELS if c in table.column_names]
+def _label_column(table: Any, by: str | None) -> str | None:
+    """Return the column of labels, if there is one."""
+    marked = [c for c, f in _features(table).items() if isinstance(f, dict) and f.get("_type") == "ClassLabel" and c != by]
+    usual = [c for c in LABELS if c in table.column_names and c != by]
     both = [c for c in usual if c in marked]
     for candidates in (both, marked, usual):
         if candidates and candidates[0] in table.column_names:
             return candidates[0]
-    raise ValueError(_schema_error(name, table, "a column of labels, named `label` or marked as ClassLabel"))
+    return None
 
 
 def _schema_error(name: str, table: Any, expected: str) -> str:
@@ -234,7 +316,9 @@ def _labels(name: str, tables: dict[str, Any], column: str) -> tuple[Tensor, Ten
         came = f"test labels {', '.join(strange[:5])} that train lacks" if strange else ""
     if came:
         raise ValueError(
-            explain(f"`{name}` with {came}", "whole numbers or names, the same in train and test", "Check the label column.")
+            explain(
+                f"`{name}` with {came}", "whole numbers or names, the same in train and test", f"Check the column `{column}`."
+            )
         )
     numbers = {label: i for i, label in enumerate(known)}
     train, test = (torch.tensor([numbers[v] for v in raw[split]]) for split in ("train", "test"))
@@ -249,19 +333,23 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _input_columns(name: str, table: Any, label: str) -> list[str]:
-    """Choose the inputs: the images, else the lists of numbers, else all numeric columns but a stored row index."""
+def _input_columns(name: str, table: Any, named: list[str]) -> list[str]:
+    """Choose the inputs: the images, else the lists, else the texts, else all numeric columns but a stored row index."""
     import pyarrow.types as kinds
 
-    others = [f for f in table.schema if f.name != label and not f.name.startswith("__index_level_")]
+    others = [f for f in table.schema if f.name not in named and not f.name.startswith("__index_level_")]
+    pictures = [f.name for f in others if _pictures(table, f.name)]
     lists = [f.name for f in others if kinds.is_list(f.type) or kinds.is_fixed_size_list(f.type) or kinds.is_large_list(f.type)]
     numeric = [f.name for f in others if any(k(f.type) for k in (kinds.is_integer, kinds.is_floating, kinds.is_boolean))]
-    texts = any(kinds.is_string(f.type) or kinds.is_large_string(f.type) for f in others)
-    for candidates in ([f.name for f in others if _pictures(table, f.name)], lists):
+    strings = [f.name for f in others if _text(table, f.name)]
+    usual = [c for c in TEXTS if c in strings]
+    for candidates in (pictures, lists, usual):
         if candidates:
             return candidates[:1]
-    if texts or not numeric:
-        expected = "images (a struct with `bytes`, or a column marked as Image), lists of numbers, or numeric columns"
+    if strings or not numeric:
+        expected = (
+            "images (a struct with `bytes`, or a column marked as Image), lists of numbers, a column `text`, or numeric columns"
+        )
         raise ValueError(_schema_error(name, table, expected))
     return numeric
 

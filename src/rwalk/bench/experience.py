@@ -1,8 +1,8 @@
-"""One task's data, and streams of tasks: split, permuted and rotated versions of a data set."""
+"""One task's data, and streams of tasks: a data set by classes, by domains, by time, or in permuted and rotated versions."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,6 +16,8 @@ from rwalk.bench.data import DataSet, load
 Scenario = Literal["task", "domain", "class"]
 """Task-incremental: the task is known at test time. Domain-incremental: all tasks share their labels. Class-incremental: the
 task is not known and its labels compete with those of all tasks so far (van de Ven and Tolias, 2019)."""
+
+Kind = Literal["table", "image", "text", "characters"]
 
 MOST = 10_000
 """Tasks that a stream may have: each one holds its permutation."""
@@ -59,6 +61,7 @@ class Experience:
         outputs: how many labels the whole stream has.
         scenario: what is known at test time: "task", "domain" or "class".
         stream: what the experience was made from, for records; `name` is the stream's name.
+        tokens: for inputs that number words or characters, how many numbers there are; 0 for other inputs.
     """
 
     train: Part
@@ -68,6 +71,19 @@ class Experience:
     outputs: int
     scenario: Scenario = "task"
     stream: dict[str, Any] = field(default_factory=lambda: {"name": "custom"})
+    tokens: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        return tuple(self.train.x.shape[1:])
+
+    @property
+    def kind(self) -> Kind:
+        """What one input is: "characters" are those to each of which a label belongs."""
+        if self.tokens:
+            return "characters" if self.train.y.dim() == 2 else "text"
+        return "image" if len(self.shape) == 3 else "table"
 
 
 def split(
@@ -85,6 +101,7 @@ def split(
         ValueError: if there are more tasks than classes, or "domain" tasks have different numbers of classes.
     """
     found = _found(data, root)
+    _labelled(found)
     count = len(found.classes)
     if not 1 <= tasks <= count:
         raise ValueError(
@@ -116,6 +133,10 @@ def permuted(
         root: where folders of data sets lie.
     """
     found = _found(data, root)
+    if found.tokens:
+        raise ValueError(
+            explain(f"the texts of `{found.name}`", "images or numbers", "Choose a split or domain stream for this data set.")
+        )
     generator = torch.Generator().manual_seed(seed)
     size = math.prod(found.train_x.shape[1:])
     orders = [torch.randperm(size, generator=generator) for _ in range(_positive(tasks))]
@@ -155,6 +176,70 @@ def rotated(
     return [_domain(found, task, lambda x, a=angle: rotate(x, a), about) for task, angle in enumerate(angles)]  # type: ignore[misc]
 
 
+def domain(
+    data: str | DataSet,
+    tasks: int | None = None,
+    scenario: Scenario = "domain",
+    by: str = "domain",
+    root: str | Path | None = None,
+) -> list[Experience]:
+    """Make a task of each domain of a data set: of each value of a column, or of each folder, in their sorted order.
+
+    Args:
+        data: a data set with domains, or a name or folder for `rwalk.bench.data.load`.
+        tasks: the first so many domains; all when None.
+        scenario: with "domain", all labels compete in every task; else a task's labels are those that occur in it.
+        by: the column, or "folder", if each domain is a folder in the data set's; for a name or folder.
+        root: where folders of data sets lie.
+
+    Raises:
+        ValueError: if there are fewer domains, or a task has no train or no test example.
+    """
+    found = load(data, root, by=by) if isinstance(data, str) else data
+    if found.train_domain is None or found.test_domain is None:
+        raise ValueError(explain(f"`{found.name}` without domains", "a data set loaded `by` a column", "Pass `by` to `load`."))
+    _refuse_scenario(scenario, get_args(Scenario))
+    if scenario != "domain":
+        _labelled(found)
+    most = len(found.domains)
+    if not 1 <= (most if tasks is None else tasks) <= most:
+        raise ValueError(explain(f"{tasks} tasks for {most} domains of `{found.name}`", f"1 to {most}", "Pass fewer tasks."))
+    names = found.domains[:tasks]
+    about = _about("domain", found, len(names), scenario, by=by, domains=list(names))
+    where = found.train_domain, found.test_domain
+    rows = [[(at == d).nonzero().squeeze(1) for at in where] for d in range(len(names))]
+    return [_task(found, d, mine, scenario, about, f"the domain {names[d]}") for d, mine in enumerate(rows)]
+
+
+def drift(data: str | DataSet, tasks: int = 10, root: str | Path | None = None) -> list[Experience]:
+    """Cut the rows of a data set, in their order, into stretches of the same length: what comes in time changes by itself.
+
+    Tables get mean 0 and standard deviation 1 over the training rows of the first stretch, as nothing later is known then.
+
+    Args:
+        data: a data set whose rows are in order, or a name or folder for `rwalk.bench.data.load`.
+        tasks: number of stretches, domain-incremental.
+        root: where folders of data sets lie.
+
+    Raises:
+        ValueError: if there are fewer rows than tasks.
+    """
+    found = _found(data, root)
+    rows = [torch.arange(len(y)).tensor_split(_positive(tasks)) for y in (found.train_y, found.test_y)]
+    about = _about("drift", found, tasks, "domain")
+    table = found.train_x.dim() == 2 and not found.tokens
+    scaled = _scaled(found.train_x[rows[0][0]]) if table else None
+    stretches = enumerate(zip(*rows, strict=True))
+    return [_task(found, k, mine, "domain", about, f"stretch {k + 1}", transform=scaled) for k, mine in stretches]
+
+
+def _scaled(known: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return what gives the columns of known rows mean 0 and standard deviation 1; one that never changes is only shifted."""
+    deviation, mean = torch.std_mean(known, 0, correction=0)
+    deviation = torch.where(deviation > 0, deviation, 1.0)
+    return lambda x: (x - mean) / deviation
+
+
 def rotate(x: Tensor, degrees: float) -> Tensor:
     """Rotate images counter-clockwise about their centre with bilinear interpolation; what comes from outside is 0."""
     angle = math.radians(degrees)
@@ -169,7 +254,13 @@ def rotate(x: Tensor, degrees: float) -> Tensor:
     return F.grid_sample(x, grid.expand(len(x), -1, -1, -1), align_corners=False)
 
 
-STREAMS: dict[str, Callable[..., list[Experience]]] = {"split": split, "permuted": permuted, "rotated": rotated}
+STREAMS: dict[str, Callable[..., list[Experience]]] = {
+    "split": split,
+    "permuted": permuted,
+    "rotated": rotated,
+    "domain": domain,
+    "drift": drift,
+}
 
 
 def parse(name: str) -> tuple[str, str]:
@@ -187,11 +278,11 @@ def parse(name: str) -> tuple[str, str]:
 
 
 def make(kind: str, data: str | DataSet, seed: int = 0, scenario: Scenario | None = None, **options: Any) -> list[Experience]:
-    """Make a stream of a kind; `seed` matters to permuted streams and `scenario` to split ones, None stands for a default."""
+    """Make a stream of a kind; `seed` matters to permuted streams, `scenario` to split and domain ones, None is a default."""
     options = {key: value for key, value in options.items() if value is not None}
     if kind == "permuted":
         options["seed"] = seed
-    if kind == "split" and scenario is not None:
+    if kind in ("split", "domain") and scenario is not None:
         options["scenario"] = scenario
     elif scenario is not None:
         _refuse_scenario(scenario, ("domain",))
@@ -228,23 +319,46 @@ def _about(kind: str, data: DataSet, tasks: int, scenario: Scenario, **more: Any
     return about | more
 
 
+def _labelled(data: DataSet) -> None:
+    if data.train_y.dim() > 1:
+        came = f"`{data.name}`, whose labels are the next characters"
+        raise ValueError(explain(came, "a label for each example", "Choose a domain stream, and its scenario `domain`."))
+
+
 def _group(data: DataSet, task: int, group: tuple[int, ...], scenario: Scenario, about: dict[str, Any]) -> Experience:
+    """Make a task of some classes."""
     shift = group[0] if scenario == "domain" else 0
     rows = [(torch.isin(y, torch.tensor(group))).nonzero().squeeze(1) for y in (data.train_y, data.test_y)]
-    if not all(map(len, rows)):
-        names = ", ".join(data.classes[label] for label in group)
-        raise ValueError(
-            explain(f"no train or test example of the classes {names}", "examples of every task", "Pass fewer tasks.")
-        )
-    relabel = (lambda y: y - shift) if shift else None
-    train, test = (
-        Part(data.train_x, data.train_y, rows[0], relabel=relabel),
-        Part(data.test_x, data.test_y, rows[1], relabel=relabel),
-    )
-    outputs = len(group) if scenario == "domain" else len(data.classes)
-    return Experience(train, test, task, tuple(label - shift for label in group), outputs, scenario, about)
+    what = f"the classes {', '.join(data.classes[label] for label in group)}"
+    made = _task(data, task, rows, scenario, about, what, relabel=(lambda y: y - shift) if shift else None)
+    outputs = len(group) if scenario == "domain" else made.outputs
+    return replace(made, classes=tuple(label - shift for label in group), outputs=outputs)
 
 
 def _domain(data: DataSet, task: int, transform: Callable[[Tensor], Tensor], about: dict[str, Any]) -> Experience:
-    train, test = (Part(x, y, transform=transform) for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)))
-    return Experience(train, test, task, tuple(range(len(data.classes))), len(data.classes), "domain", about)
+    """Make a task of all examples, changed."""
+    return _task(data, task, None, "domain", about, transform=transform)
+
+
+def _task(
+    data: DataSet,
+    task: int,
+    rows: Sequence[Tensor] | None,
+    scenario: Scenario,
+    about: dict[str, Any],
+    what: str = "",
+    **seen: Any,
+) -> Experience:
+    """Make a task of some rows of train and test, or all; `what` says which ones, and `seen` how they are seen."""
+    if rows and not all(map(len, rows)):
+        raise ValueError(explain(f"no train or test example of {what}", "examples of every task", "Pass fewer tasks."))
+    train_rows, test_rows = rows or (None, None)
+    train, test = Part(data.train_x, data.train_y, train_rows, **seen), Part(data.test_x, data.test_y, test_rows, **seen)
+    outputs = len(data.classes)
+    labels = range(outputs) if scenario == "domain" else _occurring(data, train_rows, test_rows)
+    return Experience(train, test, task, tuple(labels), outputs, scenario, about, data.tokens)
+
+
+def _occurring(data: DataSet, train: Tensor | None, test: Tensor | None) -> list[int]:
+    labels: list[int] = torch.cat([data.train_y[train], data.test_y[test]]).unique().tolist()
+    return labels

@@ -1,14 +1,16 @@
-"""Learners: anything with `fit(experience)` and `predict(x, seen)`; here fine-tuning, joint training and any rule."""
+"""Learners: anything with `fit(experience)` and `predict(x, seen)`; here fine-tuning, any rule, and training on all data."""
 
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer
 
 from rwalk._errors import explain
@@ -34,6 +36,8 @@ class Training:
         batch_size: Examples per step.
         lr: Learning rate.
         optimizer: Plain SGD, SGD with momentum 0.9, or Adam; kept over all tasks.
+        model: One of mlp, cnn, resnet, gpt and lstm; or package.module:factory, a function that takes a stream's first task and
+            makes a network; "auto" is cnn for colour images, lstm for characters and mlp for all else.
         hidden: Widths of the MLP's hidden layers.
         mask: Labels that compete in the training softmax: those of the "task", those "seen" so far, "all", or "auto": task for
             task-incremental, seen for class-incremental and all for domain-incremental streams.
@@ -43,6 +47,7 @@ class Training:
     batch_size: int = 10
     lr: float = 0.1
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    model: str = "auto"
     hidden: tuple[int, ...] = (256, 256)
     mask: Mask = "auto"
 
@@ -105,6 +110,7 @@ class FineTune:
         self.tick = tick
         self.generator = torch.Generator().manual_seed(seed)
         self.step_seconds: list[float] = []
+        self.passed = 0
         self.seen: set[int] = set()
         self.loss = torch.zeros(())
         self.diagnostics: list[dict[str, Any]] = []
@@ -123,15 +129,23 @@ class FineTune:
 
     def predict(self, x: Tensor, seen: Collection[int]) -> Tensor:
         """Return the most likely label of each input among the labels of `seen`."""
+        labels = torch.tensor(sorted(seen))
+        return self._read(lambda scores: labels[scores[:, labels].argmax(1)], x)
+
+    def bits(self, x: Tensor, y: Tensor) -> float:
+        """Return the mean over labels of -log2 of the probability that the model gives to each, among all outputs."""
+        return self._read(partial(F.cross_entropy, reduction="none"), x, y).double().mean().item() / math.log(2)
+
+    def _read(self, read: Callable[..., Tensor], x: Tensor, *targets: Tensor) -> Tensor:
+        """Return what is read from the model's scores, in parts, as those of characters need much memory."""
         training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad():
-                logits = torch.cat([self.model(part) for part in x.split(2048)])
+                parts = zip(*(column.split(512) for column in (x, *targets)), strict=True)
+                return torch.cat([read(self.model(part), *target) for part, *target in parts])
         finally:
             self.model.train(training)
-        labels = torch.tensor(sorted(seen))
-        return labels[logits[:, labels].argmax(1)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return model, optimiser, order of batches and what was measured so far."""
@@ -140,6 +154,7 @@ class FineTune:
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "step_seconds": torch.tensor(self.step_seconds, dtype=torch.float64),
+            "passed": self.passed,
             "seen": sorted(self.seen),
             "loss": self.loss,
             "diagnostics": self.diagnostics,
@@ -150,7 +165,7 @@ class FineTune:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
-        self.step_seconds = state["step_seconds"].tolist()
+        self.step_seconds, self.passed = state["step_seconds"].tolist(), state["passed"]
         self.seen, self.loss, self.diagnostics = set(state["seen"]), state["loss"], state["diagnostics"]
         for _ in self.step_seconds:
             self.tick()
@@ -170,6 +185,10 @@ class FineTune:
     def step_milliseconds(self) -> float:
         """Median CPU time of a step: forward, backward and optimiser, with all that hangs on it."""
         return median(self.step_seconds) * 1e3 if self.step_seconds else 0.0
+
+    def examples_per_step(self) -> float:
+        """Mean number of examples that go forward and backward in a step, those of earlier tasks among them."""
+        return self.passed / len(self.step_seconds) if self.step_seconds else 0.0
 
     def _allowed(self, experience: Experience) -> Tensor:
         """Return which outputs compete in the training softmax, as a boolean vector."""
@@ -195,14 +214,21 @@ class FineTune:
         self.loss = ranks.mean(self.loss)
 
     def _step(self, x: Tensor, y: Tensor, closed: Tensor | None, whole: int) -> None:
+        self._backward(x, y, closed, whole)
+        self.optimizer.step()
+
+    def _backward(self, x: Tensor, y: Tensor, closed: Tensor | None, whole: int) -> None:
+        """Leave the gradient of the loss, of this rank's part of a batch of `whole` examples."""
         self.optimizer.zero_grad()
-        logits = self.network(x)
+        loss = self._loss(x, self.network(x), y, closed, whole)
+        loss.backward()
+        self.loss = loss.detach()
+        self.passed += whole
+
+    def _loss(self, x: Tensor, logits: Tensor, y: Tensor, closed: Tensor | None, whole: int) -> Tensor:  # noqa: ARG002
         if closed is not None:
             logits = logits.masked_fill(closed, -math.inf)
-        loss = ranks.mean_loss(logits, y, whole)
-        loss.backward()
-        self.optimizer.step()
-        self.loss = loss.detach()
+        return ranks.mean_loss(logits, y, whole)
 
 
 class Protected(FineTune):
@@ -225,7 +251,8 @@ class Protected(FineTune):
         labels = self._allowed(experience).nonzero().squeeze(1)
         x, y = (ranks.share(column) for column in experience.train.read())
         data = list(zip(x.split(256), torch.searchsorted(labels, y).split(256), strict=True))
-        self.memory.consolidate(data, logits=lambda output: output[:, labels])
+        each = partial(F.cross_entropy, reduction="sum") if experience.kind == "characters" else None  # an example has many
+        self.memory.consolidate(data, loss=each, logits=lambda output: output[:, labels])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of plain training and that of the consolidator."""
@@ -245,18 +272,17 @@ class Protected(FineTune):
         return self.memory.state_bytes
 
 
-class Joint(FineTune):
-    """A new model for each task, trained on the data of all tasks so far: the upper reference, and a* of intransigence."""
+class Cumulative(FineTune):
+    """Training on the data of all tasks so far, going on from the last weights: replay of everything."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._past: list[Experience] = []
 
     def fit(self, experience: Experience) -> None:
-        """Train a new model on all tasks up to this one."""
+        """Train on all tasks up to this one."""
         self._past.append(experience)
         self.seen |= set(experience.classes)
-        self._start()
         data = [e.train.read() for e in self._past]
         origin = torch.cat([torch.full((len(y),), i) for i, (_, y) in enumerate(data)])
         x, y = (torch.cat(column) for column in zip(*data, strict=True))
@@ -270,3 +296,12 @@ class Joint(FineTune):
     def stored_examples(self) -> int:
         """Count the examples kept: all of them."""
         return sum(len(e.train) for e in self._past)
+
+
+class Joint(Cumulative):
+    """A new model for each task, trained on the data of all tasks so far: the upper reference, and a* of intransigence."""
+
+    def fit(self, experience: Experience) -> None:
+        """Train a new model on all tasks up to this one."""
+        self._start()
+        super().fit(experience)

@@ -1,22 +1,252 @@
-"""Models for the benchmarks."""
+"""Models for the benchmarks, by name or by import path."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rwalk._errors import explain
+from rwalk.bench.experience import Experience, Kind
+from rwalk.plan import made
 
 
-def mlp(inputs: Sequence[int], outputs: int, hidden: Sequence[int] = (256, 256)) -> nn.Module:
-    """Build a multi-layer perceptron with ReLU.
+def mlp(inputs: Sequence[int], outputs: int, hidden: Sequence[int] = (256, 256), tokens: int = 0) -> nn.Module:
+    """Build a multi-layer perceptron with ReLU; of a text it sees the sum over its words of 64 numbers for each.
 
     Args:
         inputs: shape of one example.
         outputs: number of labels.
         hidden: widths of the hidden layers.
+        tokens: how many different numbers a text's inputs can be, 0 for other inputs.
     """
-    widths = [math.prod(inputs), *hidden]
-    layers: list[nn.Module] = [nn.Flatten()]
+    widths = [64 if tokens else math.prod(inputs), *hidden]
+    layers: list[nn.Module] = [Words(tokens, 64) if tokens else nn.Flatten()]
     for a, b in pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
+
+
+class Words(nn.Module):
+    """The sum of the numbers that stand for each word of a text, over the root of how many words there are.
+
+    So that texts of any length begin at the scale of one word. Texts are (texts, words), 0 after their end.
+    """
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(tokens, width, padding_idx=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (texts, width)."""
+        return over_words(self.embed(x), x, 0.5)
+
+
+def over_words(h: Tensor, x: Tensor, power: float) -> Tensor:
+    """Return the sum of what stands for each word, (texts, words, width), over a power of how many words there are."""
+    there = (x != 0).unsqueeze(2)
+    return (h * there).sum(1) / there.sum(1).clamp(min=1).pow(power)
+
+
+SMALLEST = 10
+"""Pixels on a side that `cnn` needs."""
+
+
+def cnn(inputs: Sequence[int], outputs: int) -> nn.Module:
+    """Build SI's network for CIFAR: 3 x 3 convolutions of 32, 32, 64 and 64 maps, dense layers of 512 and of the outputs.
+
+    As in Zenke, Poole and Ganguli, "Continual learning through synaptic intelligence" (ICML 2017), and its code; Riemannian
+    Walk follows it. Every second convolution has no padding, and pooling over 2 x 2 and dropout of 1/4 behind it; the first
+    dense layer has dropout of 1/2.
+
+    Args:
+        inputs: channels, height and width.
+        outputs: number of labels.
+
+    Raises:
+        ValueError: if images are smaller than 10 x 10 pixels.
+    """
+    channels, *sides = inputs
+    if min(sides) < SMALLEST:
+        came = f"images of {' x '.join(map(str, sides))} pixels for the model `cnn`"
+        raise ValueError(explain(came, f"{SMALLEST} x {SMALLEST} pixels or more", "Choose the model `mlp` or `resnet`."))
+    layers: list[nn.Module] = []
+    for a, b in ((channels, 32), (32, 64)):
+        layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.Conv2d(b, b, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25)]
+    height, width = (((side - 2) // 2 - 2) // 2 for side in sides)
+    dense = [nn.Linear(64 * height * width, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, outputs)]
+    return nn.Sequential(*layers, nn.Flatten(), *dense)
+
+
+class Residual(nn.Module):
+    """Two 3 x 3 convolutions beside a shortcut."""
+
+    def __init__(self, into: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(into, out, 3, stride, 1, bias=False), nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.na, self.nb = nn.BatchNorm2d(out), nn.BatchNorm2d(out)
+        same = into == out and stride == 1
+        self.short = nn.Identity() if same else nn.Sequential(nn.Conv2d(into, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return maps of the same size, or half of it."""
+        return F.relu(self.nb(self.b(F.relu(self.na(self.a(x))))) + self.short(x))
+
+
+def resnet(inputs: Sequence[int], outputs: int, base: int = 20) -> nn.Module:
+    """Build ResNet-18 for small images; with 20 maps at its base, and not 64, it is the reduced one of GEM and A-GEM.
+
+    As in Lopez-Paz and Ranzato, "Gradient episodic memory for continual learning" (NeurIPS 2017): a 3 x 3 convolution, four
+    stages of two blocks with 1, 2, 4 and 8 times `base` maps, the mean over pixels, one dense layer.
+
+    Args:
+        inputs: channels, height and width.
+        outputs: number of labels.
+        base: maps of the first stage.
+    """
+    stages = [(1, 1, 1), (1, 2, 2), (2, 4, 2), (4, 8, 2)]
+    body = [b for i, o, s in stages for b in (Residual(i * base, o * base, s), Residual(o * base, o * base, 1))]
+    stem = [nn.Conv2d(inputs[0], base, 3, 1, 1, bias=False), nn.BatchNorm2d(base), nn.ReLU()]
+    return nn.Sequential(*stem, *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * base, outputs))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (examples, places, width); no place sees a later one."""
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.first(x)).chunk(3, dim=2))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        y: Tensor = self.down(F.gelu(self.up(self.second(x))))
+        return x + y
+
+
+class Reader(nn.Module):
+    """Reads words or characters in their order; scores the next character at each place, or the whole text.
+
+    Args:
+        outputs: number of labels.
+        tokens: how many different numbers the inputs can be.
+        each: whether a label belongs to each place.
+        width: numbers that stand for a word or character, and of what is read so far.
+    """
+
+    def __init__(self, outputs: int, tokens: int, each: bool, width: int) -> None:
+        super().__init__()
+        self.each = each
+        self.embed = nn.Embedding(tokens, width, padding_idx=None if each else 0)
+        self.head = nn.Linear(width, outputs)
+
+    def read(self, x: Tensor) -> Tensor:
+        """Return what is read up to each place, (examples, places, width)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return scores, (examples, outputs, places) if a label belongs to each place, else (examples, outputs)."""
+        h = self.read(x)
+        scores: Tensor = self.head(h).transpose(1, 2) if self.each else self.head(over_words(h, x, 1))
+        return scores
+
+
+class GPT(Reader):
+    """A small transformer: learned places, pre-norm blocks with GELU, in the manner of GPT-2 (Radford et al., 2019).
+
+    By default two blocks of width 64 with 4 heads: about 0.1 M parameters beside those of words or characters.
+    """
+
+    def __init__(
+        self, inputs: Sequence[int], outputs: int, tokens: int, each: bool, width: int = 64, blocks: int = 2, heads: int = 4
+    ) -> None:
+        super().__init__(outputs, tokens, each, width)
+        self.places = nn.Embedding(inputs[0], width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(blocks)))
+        self.norm = nn.LayerNorm(width)
+
+    def read(self, x: Tensor) -> Tensor:
+        """Return what is read up to each place."""
+        places = torch.arange(x.shape[1]).expand_as(x)  # one row for each example, for per-example gradients
+        h: Tensor = self.norm(self.blocks(self.embed(x) + self.places(places)))
+        return h
+
+
+class LSTM(Reader):
+    """One layer of long short-term memory, by default of width 64 (Hochreiter and Schmidhuber, 1997).
+
+    It has 0.03 M parameters beside those of words or characters.
+    """
+
+    def __init__(self, inputs: Sequence[int], outputs: int, tokens: int, each: bool, width: int = 64) -> None:  # noqa: ARG002
+        super().__init__(outputs, tokens, each, width)
+        self.lstm = nn.LSTM(width, width, batch_first=True)
+
+    def read(self, x: Tensor) -> Tensor:
+        """Return what is read up to each place."""
+        h: Tensor = self.lstm(self.embed(x))[0]
+        return h
+
+
+_BUILD: dict[str, tuple[tuple[Kind, ...], Callable[[Experience, Sequence[int]], nn.Module]]] = {
+    "mlp": (("table", "image", "text"), lambda task, hidden: mlp(task.shape, task.outputs, hidden, task.tokens)),
+    "cnn": (("image",), lambda task, _: cnn(task.shape, task.outputs)),
+    "resnet": (("image",), lambda task, _: resnet(task.shape, task.outputs)),
+    "gpt": (("text", "characters"), lambda task, _: GPT(task.shape, task.outputs, task.tokens, task.kind == "characters")),
+    "lstm": (("text", "characters"), lambda task, _: LSTM(task.shape, task.outputs, task.tokens, task.kind == "characters")),
+}
+MODELS = {"mlp": mlp, "cnn": cnn, "resnet": resnet, "gpt": GPT, "lstm": LSTM}
+"""By name, for `rwalk list`."""
+
+
+def resolve(name: str, task: Experience) -> str:
+    """Return the model that "auto" stands for: cnn for colour images, lstm for characters, mlp for all else."""
+    if name != "auto":
+        return name
+    colour = task.kind == "image" and task.shape[0] == 3 and min(task.shape[1:]) >= SMALLEST
+    return "cnn" if colour else "lstm" if task.kind == "characters" else "mlp"
+
+
+def build(name: str, task: Experience, hidden: Sequence[int]) -> nn.Module:
+    """Make the model for a stream.
+
+    Args:
+        name: "auto", a name, or `package.module:factory`, a function that is called with `task` and makes an `nn.Module`.
+        task: the stream's first task.
+        hidden: widths of the MLP's hidden layers.
+
+    Raises:
+        ValueError: if there is no such model, it does not fit the data, or its scores are not one for each output.
+    """
+    name = resolve(name, task)
+    if ":" in name:
+        expected = "`package.module:factory`, with a function that takes the first task and makes an `nn.Module`"
+        return _fitting(made(name, expected, task), name, task)
+    kinds, make = _BUILD.get(name, ((), None))
+    if make is None or task.kind not in kinds:
+        fitting = ", ".join(known for known, (kinds, _) in _BUILD.items() if task.kind in kinds)
+        expected = f"one of {fitting}, or `package.module:factory`"
+        raise ValueError(explain(f"model `{name}` for inputs of kind {task.kind}", expected, "Pass such a `model`."))
+    return make(task, hidden)
+
+
+def _fitting(model: nn.Module, name: str, task: Experience) -> nn.Module:
+    """Return a model that gives one score for each output; else raise a ValueError."""
+    x, y = task.test.x[:2], task.test.y[:2]
+    expected = (len(x), task.outputs, *y.shape[1:])
+    try:
+        with torch.no_grad():
+            came = str(tuple(model.eval()(x).shape))
+    except Exception as error:  # whatever it raises
+        came = f"{type(error).__name__}: {error}"
+    model.train()
+    if came != str(expected):
+        came = f"model `{name}` with inputs of shape {tuple(x.shape)}: {came}"
+        raise ValueError(explain(came, f"scores of shape {expected}", "Use the task's `shape`, `outputs` and `tokens`."))
+    return model

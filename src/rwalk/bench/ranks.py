@@ -5,6 +5,7 @@ examples, times the number of ranks, over the size of the whole batch: the avera
 have different numbers of examples.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ def mean_loss(logits: Tensor, labels: Tensor, whole: int) -> Tensor:
     """Return this rank's loss on its part of a batch of `whole` examples: the mean over ranks is the batch's cross-entropy."""
     if size() == 1:
         return F.cross_entropy(logits, labels)
-    return F.cross_entropy(logits, labels, reduction="sum") * (size() / whole)
+    return F.cross_entropy(logits, labels, reduction="sum") * (size() / (whole * math.prod(labels.shape[1:])))
 
 
 def mean(value: Tensor) -> Tensor:

@@ -25,9 +25,11 @@ class Record:
         seed: seed of initial weights, batch order and, for permuted and rotated streams, of the stream itself.
         accuracy: a[k][j], accuracy on task j after training task k, fractions, None where not evaluated.
         untrained: accuracy of the model on each task before training, None where not evaluated.
-        config: every setting: stream, training (with scenario and softmax mask), strength and fields of the rule.
-        timings: seconds of training and CPU milliseconds per step.
-        memory: bytes of the model's parameters and of the method's state, and the number of stored examples.
+        bits: bits[k][j], for streams of characters: the mean over task j's characters, after training task k, of -log2 of the
+            probability that the model gave to each.
+        config: every setting: stream, training (with model, scenario and softmax mask), strength and fields of the rule.
+        timings: seconds of training, CPU milliseconds per step, and examples that go forward and backward in a step on average.
+        memory: bytes of the model's parameters and of the method's state, stored examples among it, and their number.
         diagnostics: for each task, at its end and before consolidation, a consolidator's figures and layers.
         versions: of Python, torch and the library, and the backend of its kernels.
         threads: CPU threads of the run, on each rank.
@@ -39,6 +41,7 @@ class Record:
     seed: int
     accuracy: list[list[float | None]]
     untrained: list[float | None] = field(default_factory=list)
+    bits: list[list[float]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     memory: dict[str, float] = field(default_factory=dict)
@@ -137,7 +140,7 @@ def _problem(content: Any) -> str:
         return f"of format {content['format']}"
     if "sha256" in content and content["sha256"] != _digest({k: v for k, v in content.items() if k != "sha256"}):
         return "damaged or edited since it was written (its checksum is wrong)"
-    kinds = {"method": str, "stream": str, "seed": int, "accuracy": list, "untrained": list, "config": dict,
+    kinds = {"method": str, "stream": str, "seed": int, "accuracy": list, "untrained": list, "bits": list, "config": dict,
              "timings": dict, "memory": dict, "diagnostics": list, "versions": dict, "threads": int, "ranks": int}  # fmt: skip
     wrong = [key for key, kind in kinds.items() if key in content and not isinstance(content[key], kind)]
     if wrong:

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 import rwalk
+from rwalk import _refusals as refusals
 from rwalk import kernels
 from rwalk._errors import explain
-from rwalk.bench import ranks
+from rwalk.bench import models, ranks
 from rwalk.bench.checkpoint import Checkpoint, Measured
+from rwalk.bench.comparators import AGEM, LwF, ProtectedReplay, Rehearsal, Replay
 from rwalk.bench.experience import Experience, check
-from rwalk.bench.learners import FineTune, Joint, Learner, Protected, Training
-from rwalk.bench.models import mlp
+from rwalk.bench.learners import Cumulative, FineTune, Joint, Learner, Protected, Training
 from rwalk.bench.record import Record, file_name
 from rwalk.bench.trackers import Track, figures, quiet
 from rwalk.consolidator import Average, Pull, Settings, resolve
@@ -36,6 +37,7 @@ def run(
     *,
     pull: Pull | None = None,
     average: Average | None = None,
+    replay: Rehearsal | int | None = None,
     checkpoint: str | Path | None = None,
     tick: Callable[[], None] = lambda: None,
     track: Track = quiet,
@@ -46,13 +48,16 @@ def run(
 
     Args:
         stream: the tasks, for example `rwalk.bench.split("digits", tasks=5)`.
-        method: "finetune", "joint", "recipe" (`Consolidator(model)`), a rule such as `RWalk()`, or an object with `fit` and
-            `predict`.
-        strength: factor of the penalty for a rule; the consolidator's default when None.
+        method: "finetune", "joint", "cumulative", "replay", "agem", "lwf", "recipe" (`Consolidator(model)`), a rule such as
+            `RWalk()`, or an object with `fit` and `predict`.
+        strength: factor of the penalty for a rule; the consolidator's default when None. For "lwf" the weight of the earlier
+            answers; 1 when None.
         seed: seed of initial weights and batch order; equal seeds give equal results, bit for bit on one machine's CPU.
-        training: epochs, batch size, optimiser, hidden widths and softmax mask.
+        training: epochs, batch size, optimiser, model and softmax mask.
         pull: "gradient" or "proximal", for a rule; the consolidator's default when None.
         average: "none" or "tail", for a rule; the consolidator's default when None.
+        replay: how many examples of earlier tasks "replay" and "agem" keep, or a `Rehearsal`; 200 in total when None. A rule or
+            the recipe is trained with replay beside it if this is given.
         checkpoint: file that keeps where the run stands after each task; if it is there already, the run goes on from there. It
             stays until it is removed. Learners of one's own need the methods of `rwalk.bench.learners.Resumable` for it.
         tick: called after each training step, for progress displays.
@@ -63,19 +68,25 @@ def run(
         The record. In class-incremental streams later tasks are not evaluated before they come.
     """
     check(stream)
+    refuse(stream, method)
     training = training or Training()
-    settings, config = (
-        _settings(method, strength, pull, average),
-        configuration(stream, method, strength, training, pull, average),
-    )
+    settings = _settings(method, strength, pull, average)
+    rehearsal = _rehearsal(method, settings, replay)
+    if rehearsal is not None:
+        rehearsal.check(stream)
+    config = configuration(stream, method, strength, training, pull, average, replay)
     name, versions = stream[0].stream["name"], _versions()
-    run = {"file": file_name(name, _name(method), seed, config), "versions": versions, "threads": torch.get_num_threads()}
-    run |= {"ranks": ranks.size()}
+    run = {
+        "file": file_name(name, called(method, replay), seed, config),
+        "versions": versions,
+        "threads": torch.get_num_threads(),
+        "ranks": ranks.size(),
+    }
     place = Checkpoint(Path(checkpoint) if checkpoint else None, run)
 
     def begin() -> Learner:
         torch.manual_seed(seed)
-        return _learner(stream, method, settings, seed, training, tick)
+        return _learner(stream, method, settings, rehearsal, config, seed, training, tick)
 
     with torch.random.fork_rng(devices=[]):
         learner = begin()
@@ -88,15 +99,18 @@ def run(
             learner.fit(stream[k])
             measured.seconds += time.perf_counter() - start
             measured.accuracy.append(_evaluate(learner, stream, k))
+            if stream[0].kind == "characters" and isinstance(learner, FineTune):
+                measured.bits.append([learner.bits(*e.test.read()) for e in stream])
             if ranks.number() == 0:
                 track(figures(measured.accuracy) | getattr(learner, "scalars", dict)(), k + 1)
             place.save(learner, measured)
     return Record(
-        method=_name(method),
+        method=called(method, replay),
         stream=name,
         seed=seed,
         accuracy=measured.accuracy,
         untrained=measured.untrained,
+        bits=measured.bits,
         config=config,
         timings={"train_seconds": measured.seconds} | _step_time(learner),
         memory=_memory(learner),
@@ -107,6 +121,14 @@ def run(
     )
 
 
+def refuse(stream: Sequence[Experience], method: Method) -> None:
+    """Raise a ValueError if a rule draws labels where an example has many: only the likelihood of all of them is known."""
+    labels = getattr(method, "labels", "true")
+    if stream[0].kind == "characters" and labels != "true":
+        came = f'`{_name(method)}` with the labels "{labels}" for a stream of characters'
+        raise ValueError(explain(came, 'the labels "true"', "Pass the rule such labels."))
+
+
 def configuration(
     stream: Sequence[Experience],
     method: Method,
@@ -114,13 +136,23 @@ def configuration(
     training: Training | None = None,
     pull: Pull | None = None,
     average: Average | None = None,
+    replay: Rehearsal | int | None = None,
 ) -> dict[str, Any]:
     """Return every setting of a run but the method's name and the seed, as JSON values."""
     training = training or Training()
-    config = asdict(training) | {"hidden": list(training.hidden), "mask": training.resolved_mask(stream[0].scenario)}
+    config = asdict(training) | {
+        "hidden": list(training.hidden),
+        "mask": training.resolved_mask(stream[0].scenario),
+        "model": models.resolve(training.model, stream[0]),
+    }
     settings = _settings(method, strength, pull, average)
     ruled = settings._asdict() | {"rule": asdict(settings.rule)} if settings else {}
-    return {"stream": stream[0].stream, "training": config} | ruled
+    if method == "lwf":
+        weight = refusals.check_strength(1.0 if strength is None else strength)
+        ruled = {"strength": weight, "temperature": LwF.TEMPERATURE}
+    rehearsal = _rehearsal(method, settings, replay)
+    kept = {"replay": asdict(rehearsal)} if rehearsal else {}
+    return {"stream": stream[0].stream, "training": config} | ruled | kept
 
 
 def _versions() -> dict[str, str]:
@@ -135,8 +167,26 @@ def _settings(method: Method, strength: float | None, pull: Pull | None, average
     return resolve(None, strength, pull, average) if method == "recipe" else None
 
 
+def _rehearsal(method: Method, settings: Settings | None, replay: Rehearsal | int | None) -> Rehearsal | None:
+    """Return what a method keeps of earlier tasks; None for those that keep nothing, or all."""
+    rehearsal = Rehearsal(replay) if isinstance(replay, int) else replay
+    if not isinstance(rehearsal, Rehearsal | None):
+        raise TypeError(explain(f"replay {replay!r}", "a number of examples or a `Rehearsal`", "For example `replay=200`."))
+    if isinstance(method, str) and issubclass(LEARNERS.get(method, FineTune), Replay):
+        return rehearsal or Rehearsal()
+    if rehearsal is not None and settings is None:
+        came, expected = f"`replay` for method `{_name(method)}`", "a rule, recipe, replay or agem"
+        raise ValueError(explain(came, expected, 'Use the method "replay", or leave `replay` out.'))
+    return rehearsal
+
+
+def called(method: Method, replay: Rehearsal | int | None = None) -> str:
+    """Return the name of a method as records have it, with what is beside it."""
+    beside = replay is not None and not (isinstance(method, str) and method in LEARNERS)
+    return _name(method) + "+replay" * beside
+
+
 def _name(method: Method) -> str:
-    """Return the name of a method as records and the command line have it."""
     if isinstance(method, str):
         return method
     return next((name for name, kind in rules().items() if type(method) is kind), type(method).__name__.lower())
@@ -146,6 +196,8 @@ def _learner(
     stream: Sequence[Experience],
     method: Method,
     settings: Settings | None,
+    rehearsal: Rehearsal | None,
+    config: dict[str, Any],
     seed: int,
     training: Training,
     tick: Callable[[], None],
@@ -153,18 +205,21 @@ def _learner(
     """Build the learner that a method names."""
 
     def build() -> nn.Module:
-        return mlp(stream[0].train.x.shape[1:], stream[0].outputs, training.hidden)
+        return models.build(training.model, stream[0], training.hidden)
 
     common = (build, training, seed, tick)
     if settings is not None:
-        return Protected(settings, *common)
+        return ProtectedReplay(rehearsal, settings, *common) if rehearsal else Protected(settings, *common)
     if isinstance(method, str):
         if method not in LEARNERS:
             known = ", ".join([*LEARNERS, "recipe", *rules()])
             raise ValueError(
                 explain(f"method `{method}`", f"one of {known}", "Pass such a name, or a rule object like `RWalk()`.")
             )
-        return LEARNERS[method](*common)
+        kind = LEARNERS[method]
+        if issubclass(kind, Replay) and rehearsal is not None:
+            return kind(rehearsal, *common)
+        return kind(config["strength"], *common) if issubclass(kind, LwF) else kind(*common)
     if isinstance(method, type) or not (hasattr(method, "fit") and hasattr(method, "predict")):
         raise TypeError(
             explain(f"method {method!r}", "a name, a rule, or an object with `fit` and `predict`", "For example `RWalk()`.")
@@ -172,7 +227,14 @@ def _learner(
     return cast(Learner, method)
 
 
-LEARNERS: dict[str, type[FineTune]] = {"finetune": FineTune, "joint": Joint}
+LEARNERS: dict[str, type[FineTune]] = {
+    "finetune": FineTune,
+    "joint": Joint,
+    "cumulative": Cumulative,
+    "replay": Replay,
+    "agem": AGEM,
+    "lwf": LwF,
+}
 
 
 def _evaluate(learner: Learner, stream: Sequence[Experience], last: int) -> list[float | None]:
@@ -188,7 +250,9 @@ def _accuracy(learner: Learner, experience: Experience, seen: set[int]) -> float
 
 
 def _step_time(learner: Learner) -> dict[str, float]:
-    return {"step_ms": learner.step_milliseconds()} if isinstance(learner, FineTune) else {}
+    if not isinstance(learner, FineTune):
+        return {}
+    return {"step_ms": learner.step_milliseconds(), "examples_per_step": learner.examples_per_step()}
 
 
 def _memory(learner: Learner) -> dict[str, float]:

@@ -58,8 +58,8 @@ class Guest:
             )
         return self._memory
 
-    def begin(self, model: nn.Module, optimizer: Optimizer) -> Consolidator:
-        """Watch an optimiser from now on: of a new task, or of one that was interrupted and goes on.
+    def meet(self, model: nn.Module) -> Consolidator:
+        """Return the memory of a model, with the state to continue from; made now if there is none.
 
         Raises:
             ValueError: if `model` is not the one of the tasks before, or a state to continue from does not fit.
@@ -79,6 +79,15 @@ class Guest:
         if self._saved is not None:
             memory.load_state_dict(self._saved)
         self._memory, self._saved = memory, None
+        return memory
+
+    def begin(self, model: nn.Module, optimizer: Optimizer) -> Consolidator:
+        """Watch an optimiser from now on: of a new task, or of one that was interrupted and goes on.
+
+        Raises:
+            ValueError: if `model` is not the one of the tasks before, or a state to continue from does not fit.
+        """
+        memory = self.meet(model)
         memory.detach()
         memory.model = model  # a host may wrap it anew for each task
         return memory.attach(optimizer)

@@ -110,11 +110,10 @@ def _refuse(trainer: Any, memory: Consolidator | None) -> None:
     accelerator, model = trainer.accelerator, bare(trainer.model)
     engine = accelerator.distributed_type.value
     if engine in ("DEEPSPEED", "MEGATRON_LM", "XLA") or (engine == "FSDP" and not getattr(accelerator, "is_fsdp2", False)):
-        expected, remedy = "an engine under which gradients and weights can be seen", "Train under DistributedDataParallel."
-        raise RuntimeError(explain(f"Trainer under {engine}", expected, remedy))
+        expected = "gradients and weights that can be seen"
+        raise RuntimeError(explain(f"Trainer under {engine}", expected, "Train under DistributedDataParallel."))
     if getattr(trainer.args, "enable_jit_checkpoint", False):
-        came, remedy = "`enable_jit_checkpoint`", "Leave it out and save often: `save_steps`."
-        raise RuntimeError(explain(came, "checkpoints that callbacks are told of", remedy))
+        raise RuntimeError(explain("`enable_jit_checkpoint`", "checkpoints that callbacks are told of", "Use `save_steps`."))
     if memory is not None and any(part is bare(memory.model) for part in list(model.modules())[1:]):
         came = "a model that was wrapped, with adapters perhaps, after it was protected"
         remedy = "Call `protect` after `get_peft_model`; or train without a memory, merge the adapters, and then use it."

@@ -25,7 +25,7 @@ class Line:
     Args:
         method: name of the method.
         strength: factor of the penalty, None for methods without one.
-        fields: the rule's fields, pull and averaging.
+        fields: the rule's fields, pull, averaging and replay.
         seeds: the seeds that were run.
         average_accuracy, forgetting, intransigence, backward_transfer, forward_transfer: fractions; None where not defined.
         seconds: training time of a run.
@@ -66,8 +66,11 @@ class Comparison:
         words += [f"{training['epochs']} epochs"] if "epochs" in training else []
         words += [f"batch {training['batch_size']}"] if "batch_size" in training else []
         words += [f"{training['optimizer']}, learning rate {training['lr']}"] if "optimizer" in training else []
-        words += [f"hidden {' + '.join(map(str, training['hidden']))}"] if "hidden" in training else []
-        return ", ".join(words)
+        words += [f"model {training['model']}"] if "model" in training else []
+        hidden = (
+            " + ".join(map(str, training["hidden"])) if training.get("model", "mlp") == "mlp" and "hidden" in training else ""
+        )
+        return ", ".join(words + ([f"hidden {hidden}"] if hidden else []))
 
 
 def read(folder: str | Path) -> tuple[list[Record], list[str]]:
@@ -111,14 +114,20 @@ def _compare(records: list[Record]) -> Comparison:
 
 
 def _fields(record: Record) -> dict[str, Any]:
-    """Return the rule's fields and the options of its consolidator."""
+    """Return the rule's fields, the options of its consolidator, and what is replayed."""
     options = {key: record.config[key] for key in ("pull", "average") if key in record.config}
-    return dict(record.config.get("rule", {})) | options
+    replayed = {"replay": _replayed(record.config["replay"])} if "replay" in record.config else {}
+    return dict(record.config.get("rule", {})) | options | replayed
+
+
+def _replayed(kept: dict[str, Any]) -> str:
+    share = "in total" if kept.get("per") == "total" else f"per {kept.get('per')}"
+    return f"{kept.get('size')} {share}, {kept.get('select')}" + (f", {kept['batch']} a step" if kept.get("batch") else "")
 
 
 def _rank(method: str) -> tuple[int, str]:
-    """Order methods: plain training first, joint training last."""
-    return {"finetune": 0, "joint": 2}.get(method, 1), method
+    """Order methods: plain training first, training on all data last."""
+    return {"finetune": 0, "cumulative": 2, "joint": 3}.get(method, 1), method
 
 
 def _line(records: list[Record], finetune: dict[int, Record], joint: dict[int, Record]) -> Line:

@@ -1,0 +1,118 @@
+"""Avalanche: a memory as a plugin of its supervised strategies, and Riemannian Walk in the place of Avalanche's own.
+
+Give the plugin to any strategy: `Naive(..., plugins=[RWalkPlugin(ewc_lambda=1.0)])`. A task is an experience, or in an online
+stream with known boundaries all parts of one. The loss that Avalanche logs is that of the task alone, since the pull goes
+straight to the gradients; `MemoryMetrics` logs the penalty.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from avalanche.benchmarks import OnlineCLExperience
+from avalanche.evaluation import PluginMetric
+from avalanche.evaluation.metric_results import MetricValue
+from avalanche.models.utils import is_multi_task_module
+from avalanche.training.plugins import SupervisedPlugin
+
+from rwalk import RWalk
+from rwalk.integrations._guest import Guest
+
+
+class ConsolidationPlugin(Guest, SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
+    """Holds a strategy's model to what earlier experiences need.
+
+    `plugin.memory` is the `Consolidator`, once training has begun. Rules that measure on data read that of each experience
+    through the strategy's own loader of training data, with all that is passed to `train`, but for replayed examples. To go on
+    after a restart, load the model as it was, then `state_dict` into a new plugin, and train.
+
+    Args:
+        rule: how importance is measured, such as `SI()`; None for the recommended recipe; or a `Consolidator` made before.
+        strength: factor of the penalty.
+        options: further arguments of `Consolidator`.
+    """
+
+    _parts = 0
+
+    def before_training(self, strategy: Any, **_: Any) -> None:
+        """Get to know the model before it grows for the next experience; a saved state is about the model as it was."""
+        self.meet(strategy.model)
+
+    def before_training_exp(self, strategy: Any, **_: Any) -> None:
+        """Watch the optimiser, which has followed the model by now."""
+        self.memory.model = strategy.model  # another one where each experience starts afresh, as in GDumb; names stay
+        self.begin(strategy.model, strategy.optimizer)
+
+    before_training_epoch = before_training_exp  # some strategies and later plugins have replaced the optimiser in between
+
+    def after_training_exp(self, strategy: Any, **options: Any) -> None:
+        """Consolidate, before Avalanche evaluates."""
+        experience = strategy.experience
+        if _is_part(experience):
+            self._parts = 1 if experience.is_first_subexp else self._parts + 1
+            if not (experience.is_last_subexp or self._parts == experience.sub_stream_length):  # the flag may be missing
+                return
+        self.end(_Batches(strategy, options))
+
+
+class RWalkPlugin(ConsolidationPlugin, supports_distributed=True):  # type: ignore[call-arg]
+    """Riemannian Walk with the arguments, the defaults and the unit of strength of Avalanche's plugin of this name.
+
+    Args:
+        ewc_lambda: strength of the penalty, `Consolidator`'s `strength`.
+        ewc_alpha: weight of the new value in the running Fisher information, `RWalk`'s `alpha`.
+        delta_t: iterations between updates of the scores, `RWalk`'s `delta_t`.
+        options: further arguments of `Consolidator`, such as `pull="proximal"`.
+    """
+
+    def __init__(self, ewc_lambda: float = 0.1, ewc_alpha: float = 0.9, delta_t: int = 10, **options: Any) -> None:
+        rule = RWalk(alpha=ewc_alpha, delta_t=delta_t, eps=torch.finfo(torch.float32).eps)
+        super().__init__(rule, ewc_lambda, **options)
+
+
+class MemoryMetrics(PluginMetric):
+    """Figures of a plugin's memory at the end of each epoch, among the metrics of an `EvaluationPlugin`.
+
+    Penalty, and for each layer its share of the importance and its drift: `memory/penalty`, `memory/drift/features.0`.
+    """
+
+    def __init__(self, plugin: ConsolidationPlugin) -> None:
+        super().__init__()
+        self._plugin = plugin
+
+    def result(self) -> dict[str, float]:
+        """Return the figures as they are now."""
+        return self._plugin.memory.summary().scalars()
+
+    def reset(self) -> None:
+        """Do nothing, as nothing is gathered here."""
+
+    def after_training_epoch(self, strategy: Any) -> list[MetricValue]:
+        """Hand the figures to the loggers."""
+        return [MetricValue(self, name, value, strategy.clock.train_iterations) for name, value in self.result().items()]
+
+
+class _Batches:
+    """The data of the task that has just been trained, loaded anew at each pass, as a strategy's model takes it."""
+
+    def __init__(self, strategy: Any, options: dict[str, Any]) -> None:
+        self._strategy, self._options = strategy, options
+
+    def __iter__(self) -> Iterator[Any]:
+        strategy, experience = self._strategy, self._strategy.experience
+        kept = strategy.adapted_dataset, strategy.dataloader, strategy.mbatch
+        try:
+            if _is_part(experience):
+                strategy.adapted_dataset = experience.origin_experience.dataset.train()
+            strategy.make_train_dataloader(**self._options)
+            for strategy.mbatch in strategy.dataloader:  # noqa: B020
+                strategy._unpack_minibatch()
+                several = is_multi_task_module(strategy.model)
+                yield (strategy.mb_x, strategy.mb_task_id) if several else strategy.mb_x, strategy.mb_y
+        finally:
+            strategy.adapted_dataset, strategy.dataloader, strategy.mbatch = kept
+
+
+def _is_part(experience: Any) -> bool:
+    """Tell whether an experience is one of the parts of a known task, in an online stream."""
+    return isinstance(experience, OnlineCLExperience) and experience.access_task_boundaries

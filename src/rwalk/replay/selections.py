@@ -1,0 +1,99 @@
+"""Which examples are worth keeping: a selection gives each candidate a key, and those with the smallest keys stay.
+
+What is kept under a small budget is then always the first part of what is kept under a larger one, so that a class can give up
+examples when others arrive without looking at its data again. The four selections are those of Chaudhry, Dokania, Ajanthan and
+Torr, "Riemannian Walk for Incremental Learning", ECCV 2018, section 4.2.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+from rwalk._errors import explain
+
+
+class Candidates(NamedTuple):
+    """Examples of one class, of which some will be kept; what comes from the model is in float64.
+
+    Args:
+        x, y: inputs and labels, first dimension examples.
+        features: (examples, d), input of the model's last linear layer; None if nobody knows them.
+        logits: (examples, classes), output of the model; None without a model.
+        weight: (outputs, d), weights of the last linear layer; None without one.
+    """
+
+    x: Tensor
+    y: Tensor
+    features: Tensor | None = None
+    logits: Tensor | None = None
+    weight: Tensor | None = None
+
+
+Selection = Callable[[Candidates, int, Generator], Tensor]
+"""Called with candidates, how many are to stay, and a source of chance; returns keys of shape (examples,) in float64."""
+
+
+def uniform(candidates: Candidates, count: int, generator: Generator) -> Tensor:  # noqa: ARG001
+    """Every example with the same chance."""
+    return torch.rand(len(candidates.y), generator=generator, dtype=torch.float64)
+
+
+def plane(candidates: Candidates, count: int, generator: Generator) -> Tensor:  # noqa: ARG001
+    """Near the decision boundary: drawn without replacement, with weights 1/|phi(x).w_y|.
+
+    The smallest of exponential times with rates q are drawn as one after the other with chances proportional to q (Efraimidis
+    and Spirakis 2006).
+    """
+    features, weight = _needed(candidates.features, "features"), _needed(candidates.weight, "a last linear layer")
+    highest = int(candidates.y.max())
+    if highest >= len(weight) or features.shape[1] != weight.shape[1]:
+        came = f"features of width {features.shape[1]} and label {highest} for a last linear layer {tuple(weight.shape)}"
+        remedy = "Leave `features` out, or choose another selection."
+        raise ValueError(explain(came, "features that it takes, and a row for each label", remedy))
+    distance = (features * weight[candidates.y.cpu()]).sum(1).abs()
+    times = torch.empty(len(distance), dtype=torch.float64).exponential_(generator=generator)
+    return times * distance
+
+
+def entropy(candidates: Candidates, count: int, generator: Generator) -> Tensor:  # noqa: ARG001
+    """Where the model is least sure: the highest entropy of the softmax of its output."""
+    probabilities = _needed(candidates.logits, "a model's output").softmax(1)
+    surprise: Tensor = torch.special.entr(probabilities)  # 0 log 0 = 0, for classes that a mask has shut
+    return -surprise.sum(1)
+
+
+def herding(candidates: Candidates, count: int, generator: Generator) -> Tensor:  # noqa: ARG001
+    """Those whose mean feature stays closest to the class's mean, picked one by one (iCaRL, Rebuffi et al. 2017, algorithm 4).
+
+    The k-th pick is the example, not picked before, with the smallest norm of mu - (phi(x) + sum of those picked)/k, where phi
+    has unit length, as there.
+    """
+    phi = F.normalize(_needed(candidates.features, "features"))
+    mean, picked = phi.mean(0), torch.zeros_like(phi[0])
+    square, keys = phi.square().sum(1), torch.full_like(phi[:, 0], torch.inf)
+    for k in range(1, min(count, len(phi)) + 1):
+        away = square - 2 * (phi @ (k * mean - picked))  # k^2 times the squared norm, less what all examples share
+        best = away.masked_fill(keys.isfinite(), torch.inf).argmin()
+        keys[best] = k
+        picked += phi[best]
+    return keys
+
+
+SELECTIONS: dict[str, Selection] = {
+    "uniform": uniform,
+    "plane": plane,
+    "entropy": entropy,
+    "herding": herding,
+    "reservoir": uniform,
+}
+"""By name. A reservoir holds a uniform sample of a stream of any length (Vitter 1985): the examples with the smallest keys."""
+
+
+def _needed(value: Tensor | None, what: str) -> Tensor:
+    if value is None:
+        remedy = "Pass the model that has learned the task, with `features=` if it has no linear layer, or select uniformly."
+        raise ValueError(explain(f"nothing to read {what} from", f"{what}, by which examples are selected", remedy))
+    return value
