@@ -16,7 +16,7 @@ def trained(rule, model=None, tasks=2, lr=0.1, strength=1.0, steps=12, dtype=tor
     """Train a model on a few tasks under a rule, with momentum, and return model, optimiser and consolidator."""
     model = mlp(dtype) if model is None else model
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.5)
-    memory = Consolidator(model, rule, strength=strength).attach(optimizer)
+    memory = Consolidator(model, rule, strength=strength, average="none").attach(optimizer)
     for task in range(tasks):
         train(model, optimizer, cast(batches(task, steps), dtype))
         memory.consolidate(sample(task, dtype))
@@ -31,7 +31,7 @@ def sample(task, dtype=torch.float64, classes=3):
 def measured(rule, model):
     """Per-example gradients as plain autograd gives them, for calling `conclude` without a consolidator."""
 
-    def gradients(objective, of, samples=None):
+    def gradients(objective, of, samples=None, only=None):
         total = [torch.zeros_like(p) for p in model.parameters()]
         for x, y in sample(0):
             loss = torch.nn.functional.cross_entropy(model(x), y, reduction="none")
@@ -66,6 +66,8 @@ def the_penalty_is_zero_at_the_anchor(rule):
 
 
 def the_pull_is_the_gradient_of_the_penalty(rule):
+    if rule.layered:
+        return  # it has no gradient pull; test_kronecker holds the proximal one against a linear solve
     model, optimizer, memory = trained(rule, strength=2.5)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -148,7 +150,7 @@ def saving_and_loading_mid_task_changes_nothing(rule):
     other = copy.deepcopy(model)
     other_optimizer = torch.optim.SGD(other.parameters(), lr=1.0)
     other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch would share its buffers
-    resumed = Consolidator(other, rule, strength=0.0)
+    resumed = Consolidator(other, rule, strength=0.0, average="none")
     resumed.load_state_dict(memory.state_dict())
     resumed.attach(other_optimizer)
     for m, o, c in ((model, optimizer, memory), (other, other_optimizer, resumed)):
@@ -237,7 +239,7 @@ def an_adapter_added_between_tasks_joins_and_the_rest_keeps_its_importance(rule)
     memory.detach()
     anchor = memory.anchor
     model[0] = Adapted(model[0].requires_grad_(False))
-    memory = Consolidator(model, rule)
+    memory = Consolidator(model, rule, average="none")
     with warnings.catch_warnings():
         warnings.simplefilter("error" if rule.accumulates else "ignore")
         match = memory.adopt(anchor, rename={"0.weight": "0.base.weight", "0.bias": "0.base.bias"})
@@ -282,9 +284,8 @@ def the_proximal_pull_is_stable_and_holds_harder_with_strength(rule):
         train(model, memory._optimizer, batches(0, 12))
         memory.consolidate(sample(0))
         train(model, memory._optimizer, batches(1, 30))
-        moved = {name: p.detach() - memory.anchor.point[name] for name, p in model.named_parameters()}
-        assert all(torch.isfinite(m).all() for m in moved.values())
-        drift.append(sum(float((memory.anchor.omega[name] * m**2).sum()) for name, m in moved.items()))
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+        drift.append(float(memory.anchor.penalty(dict(model.named_parameters()))))
     assert all(b <= a * 1.001 for a, b in pairwise(drift)), drift
     assert drift[-1] < 1e-6 * drift[0]
 

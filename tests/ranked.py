@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import batches, mlp
-from rwalk import EWC, L2, MAS, SI, Consolidator, EWCpp, OnlineEWC, RWalk
+from rwalk import EWC, L2, MAS, SI, Consolidator, EWCpp, Kronecker, OnlineEWC, RWalk
 from rwalk.parallel import full
 from rwalk.parameters import bare
 
@@ -32,6 +32,7 @@ RULES = {
     "rwalk proximal tail": (RWalk(delta_t=2), {"pull": "proximal", "average": "tail"}),
     "rwalk example": (RWalk(delta_t=2, fisher="example"), {}),
     "ewcpp example": (EWCpp(fisher="example"), {}),
+    "kronecker": (Kronecker(labels="exact", every=2), {}),
 }
 
 
@@ -81,6 +82,9 @@ def measures(memory, model):
     """What has to be the same on any number of ranks."""
     summary = memory.summary()
     state = full(memory.state_dict())
+    for weight in state["anchor"].get("layers", {}):  # whose bases rounding can turn; their products it cannot
+        layer = memory.anchor.layers[weight]
+        state["anchor"]["layers"][weight] = [layer.inputs.matrix(), layer.outputs.matrix(), layer.owed]
     return {
         "state": state,
         "theta": {name.removeprefix("module."): full(p.detach()).clone() for name, p in model.named_parameters()},
@@ -103,6 +107,13 @@ def trained(name, how="alone", optimizer="sgd"):
     memory.consolidate(load(52, 2))
     found.append(measures(memory, model))
     return {"found": found, "bytes": memory.state_bytes, "local": [list(t.shape) for t in memory._watch.theta.values()]}
+
+
+def layered(name, how):
+    try:
+        started(name, how)
+    except ValueError as error:
+        return str(error)
 
 
 def all_trained(names, how, optimizer="sgd"):

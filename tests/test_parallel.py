@@ -76,10 +76,16 @@ def alike(a, b, place="", rtol=1e-9, atol=1e-12):
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_rule_gives_what_one_process_gives(on, how, world):
     names = [name for name in ranked.RULES if world == 2 or name not in VARIANTS]
+    names = [name for name in names if (name, how) != ("kronecker", "fsdp")]
     results = on(world, "all_trained", names=names, how=how)
     for name in names:
         for rank in results:
             alike(rank[name]["found"], truth(name)["found"], f"{name} on {world} ranks under {how}")
+
+
+def test_whole_layers_cannot_be_held_in_shards(on):
+    for message in on(2, "layered", name="kronecker", how="fsdp"):
+        assert message.startswith("Got a sharded model under Kronecker")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")  # that there is no process group in one process

@@ -104,7 +104,7 @@ def test_each_formula_touches_what_is_declared(name):
 
 
 def test_every_rule_is_declared():
-    assert set(plan.RULES) == {*rules(), "recipe"}
+    assert set(plan.RULES) == {*rules(), "recipe"} - {"kronecker"}  # what it holds does not follow from the size
 
 
 def weights_of(model):

@@ -210,7 +210,7 @@ def test_every_rule_runs_class_incrementally_under_its_mask(name):
     assert record.method == name
     assert all(a is None or 0 <= a <= 1 for row in record.accuracy for a in row)
     assert record.config["rule"].keys() == {f.name for f in dataclasses.fields(rules()["ewcpp" if name == "recipe" else name])}
-    assert record.config["pull"] == ("proximal" if name == "recipe" else "gradient")
+    assert record.config["pull"] == ("proximal" if name in ("recipe", "kronecker") else "gradient")
 
 
 def test_fisher_information_of_a_masked_head_leaves_the_shut_outputs_alone():

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 from rwalk._lazy import lazily
 
 if TYPE_CHECKING:
-    from rwalk.anchor import Anchor
+    from rwalk.anchor import Anchor, KroneckerAnchor
     from rwalk.consolidator import Consolidator
     from rwalk.importance.ewc import EWC
     from rwalk.importance.ewcpp import EWCpp
+    from rwalk.importance.kronecker import Kronecker
     from rwalk.importance.l2 import L2
     from rwalk.importance.mas import MAS
     from rwalk.importance.online_ewc import OnlineEWC
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from rwalk.importance.si import SI
 
 __version__ = "0.1.0"
-__all__ = ["EWC", "L2", "MAS", "SI", "Anchor", "Consolidator", "EWCpp", "OnlineEWC", "RWalk"]
+__all__ = ["EWC", "L2", "MAS", "SI", "Anchor", "Consolidator", "EWCpp", "Kronecker", "KroneckerAnchor", "OnlineEWC", "RWalk"]
 
 __getattr__ = lazily(
     __name__,
@@ -25,6 +26,8 @@ __getattr__ = lazily(
         "Consolidator": "rwalk.consolidator",
         "EWC": "rwalk.importance.ewc",
         "EWCpp": "rwalk.importance.ewcpp",
+        "Kronecker": "rwalk.importance.kronecker",
+        "KroneckerAnchor": "rwalk.anchor",
         "L2": "rwalk.importance.l2",
         "MAS": "rwalk.importance.mas",
         "OnlineEWC": "rwalk.importance.online_ewc",

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from rwalk._errors import explain
-from rwalk.anchor import Anchor, Match
+from rwalk.anchor import Anchor, KroneckerAnchor, Match, damaged_layers
 from rwalk.importance.base import Importance, no_data
 from rwalk.parallel import layout, sharded
 from rwalk.parameters import Watch
@@ -49,8 +49,45 @@ def refuse_model(model: Any) -> None:
         raise TypeError(explain(f"a `{type(model).__name__}` as model", "a `torch.nn.Module`", "Pass the model first."))
 
 
-def refuse_anchor(anchor: Anchor) -> None:
-    """Refuse an anchor with importances that are negative, not finite or not of their point's shape."""
+def refuse_gradient_pull(rule: Importance[Any] | None, pull: str) -> None:
+    """Refuse the gradient pull for a rule that holds whole layers: it would take four matrix products a layer at every step."""
+    if rule is not None and rule.layered and pull == "gradient":
+        raise ValueError(
+            explain(
+                f'pull="gradient" under {type(rule).__name__}, which holds whole layers',
+                "the proximal pull, which is made every few steps",
+                "Leave `pull` out.",
+            )
+        )
+
+
+def refuse_shards(rule: Importance[Any], watch: Watch) -> None:
+    """Refuse shards under a rule that holds whole layers."""
+    if rule.layered and watch.spread.groups:
+        raise ValueError(
+            explain(
+                f"a sharded model under {type(rule).__name__}, which turns whole layers",
+                "parameters that each rank holds whole",
+                "Use DistributedDataParallel, or a rule that works on each weight alone, such as `EWC()`.",
+            )
+        )
+
+
+def refuse_anchor(anchor: Anchor, rule: Importance[Any]) -> None:
+    """Refuse an anchor with importances that are negative, not finite or not of their point's shape, or of another geometry."""
+    if isinstance(anchor, KroneckerAnchor) and not rule.layered:
+        raise ValueError(
+            explain(
+                f"a `KroneckerAnchor` for {type(rule).__name__}, which holds each weight alone",
+                "an anchor of points and importances",
+                "Build the consolidator with `Kronecker()`.",
+            )
+        )
+    wrong = damaged_layers(anchor.content())
+    if wrong:
+        raise ValueError(
+            explain(f"an anchor whose layers do not fit: {listed(wrong)}", "those it was saved with", "Correct it.")
+        )
     for name, point in anchor.point.items():
         omega = anchor.omega.get(name)
         if omega is None or omega.shape != point.shape or not bool((torch.isfinite(omega) & (omega >= 0)).all()):
@@ -283,6 +320,7 @@ def _damage(state_dict: Mapping[str, Any], state: Any) -> list[str]:
     wrong += [
         n for n, t in (*point.items(), *omega.items()) if n not in point or n not in omega or not _tensor(t, shapes.get(n))
     ]
+    wrong += damaged_layers(state_dict["anchor"])
     average, count = state_dict["tail"]["average"], state_dict["tail"]["count"]
     wrong += [key for key in ("average", "count") if not isinstance(state_dict["tail"][key], Mapping)]
     wrong += [n for n in {*average, *count} if not (_tensor(average.get(n), shapes.get(n)) and _whole(count.get(n)))]

@@ -1,7 +1,7 @@
 """An anchor remembers where the weights were and how much they mattered, and pulls weights back there."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from rwalk import kernels, parallel, states
 from rwalk._errors import explain
+from rwalk.factors import Layer
+from rwalk.kernels import After
 from rwalk.parameters import carry, copies, copy, grown, zero
 
 
@@ -99,16 +101,19 @@ class Anchor:
             misfits=[names[old] for old in known if old not in fits],
             unknown=[new for new in names.values() if new not in theta],
             missing=[name for name in theta if name not in names.values()],
-            anchor=Anchor({n: self.point[o] for o, n in fits.items()}, {n: self.omega[o] for o, n in fits.items()}),
+            anchor=self.renamed(fits),
         )
+
+    def renamed(self, names: Mapping[str, str]) -> "Anchor":
+        """Return the entries of some names under others."""
+        return Anchor({n: self.point[o] for o, n in names.items()}, {n: self.omega[o] for o, n in names.items()})
 
     def save(self, path: str | Path) -> None:
         """Write the anchor to a safetensors file, whole or not at all: entries `point/NAME` and `omega/NAME`.
 
         If its tensors are DTensors all ranks have to call; the first one writes.
         """
-        content = {"point": self.point, "omega": self.omega}
-        parallel.write(content, parallel.Spread.of(self.point.values()), partial(states.save, path, "anchor"))
+        parallel.write(self.content(), parallel.Spread.of(self.point.values()), partial(states.save, path, "anchor"))
 
     @classmethod
     def load(cls, path: str | Path) -> "Anchor":
@@ -120,19 +125,167 @@ class Anchor:
         """
         content = states.load(path, "anchor")
         shapes = [_shapes(content.get(part)) for part in ("point", "omega")]
-        if None in shapes or shapes[0] != shapes[1]:
+        if None in shapes or shapes[0] != shapes[1] or damaged_layers(content):
             raise ValueError(states.foreign(path, "anchor", "which is no anchor"))
-        return cls(content["point"], content["omega"])
+        return Anchor.of(content)
+
+    def content(self) -> dict[str, Any]:
+        """Return the anchor as tensors and plain values in dictionaries, for state files."""
+        return {"point": self.point, "omega": self.omega}
+
+    @staticmethod
+    def of(content: Mapping[str, Any]) -> "Anchor":
+        """Make the anchor, of either geometry, that `content` was taken of."""
+        point, omega = content["point"], content["omega"]
+        if "layers" not in content:
+            return Anchor(point, omega)
+        layers = {weight: Layer.read(entry, weight, point) for weight, entry in content["layers"].items()}
+        return KroneckerAnchor(point, omega, layers, content["every"])
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Go through all tensors that are held."""
+        yield from self.point.values()
+        yield from self.omega.values()
 
     def pull(self, names: Sequence[str], strength: float) -> Pull:
         """Say where parameters of these names are pulled, for `rwalk.kernels.visit_` to add to their gradients (equation 8)."""
         return Pull([self.point.get(name) for name in names], [self.omega.get(name) for name in names], strength)
+
+    def draw(self, rows: Mapping[str, After]) -> dict[str, After]:
+        """Have the visits of parameters that have just moved pull them here, proximally.
+
+        Args:
+            rows: what is done to each parameter after the step, by name, with the metric of the pull filled in.
+        """
+        return {name: row._replace(point=self.point[name], omega=self.omega[name]) for name, row in rows.items()}
+
+    def settle(self, theta: Mapping[str, Tensor]) -> None:
+        """Make up for pulls that were put off, when a task ends."""
 
     @torch.no_grad()
     def penalty(self, theta: Mapping[str, Tensor]) -> float | Tensor:
         """Return sum of omega * (theta - point)^2, without the strength."""
         names = [name for name in theta if name in self.point]
         return kernels.penalty(*([column[n] for n in names] for column in (theta, self.point, self.omega)))
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerAnchor(Anchor):
+    """An anchor that holds linear layers by two matrices each, strength * sum of tr(D^T G D A), and all else by importance.
+
+    The proximal pull turns a layer's way from the anchor into the bases in which A and G are diagonal, shortens it there, and
+    turns it back. That takes four matrix products, so it is done every few steps, with the sum of their sizes.
+
+    Args:
+        point: the parameters after earlier tasks, by name.
+        omega: their importance, by name: for layers the quadratic's diagonal, which says how much is held but does not pull.
+        layers: the layers, by the names of their weights.
+        every: after how many steps a layer is pulled.
+    """
+
+    layers: dict[str, Layer] = field(default_factory=dict)
+    every: int = 10
+
+    def elementwise(self) -> list[str]:
+        """Name the parameters that are held by importance alone."""
+        inside = {name for weight, layer in self.layers.items() for name in layer.names(weight)}
+        return [name for name in self.point if name not in inside]
+
+    def merge(self, point: Mapping[str, Tensor], omega: Sequence[Tensor]) -> "Anchor":  # noqa: ARG002
+        """Refuse: a sum of two such quadratics is none."""
+        raise TypeError(
+            explain(
+                "a quadratic to merge into a `KroneckerAnchor`",
+                "anchors that hold each weight alone, whose sum is another one",
+                "Let the rule `Kronecker()` add tasks up, or merge plain anchors.",
+            )
+        )
+
+    def align(self, theta: Mapping[str, Tensor]) -> "KroneckerAnchor":
+        """Follow a model that changed, as `Anchor.align` does: grown layers keep their old block."""
+        both = super().align(theta)
+        kept = {weight: layer for weight, layer in self.layers.items() if weight in both.point}
+        layers = {weight: layer.aligned(theta[weight], layer.bias in both.point) for weight, layer in kept.items()}
+        return KroneckerAnchor(both.point, both.omega, layers, self.every)
+
+    def renamed(self, names: Mapping[str, str]) -> "KroneckerAnchor":
+        """Return the entries of some names under others."""
+        both = super().renamed(names)
+        kept = {weight: layer for weight, layer in self.layers.items() if weight in names}
+        layers = {
+            names[weight]: replace(
+                layer.aligned(self.point[weight], layer.bias in names), bias=names.get(layer.bias or ""), owed=[0.0, 0]
+            )
+            for weight, layer in kept.items()
+        }
+        return KroneckerAnchor(both.point, both.omega, layers, self.every)
+
+    def content(self) -> dict[str, Any]:
+        """Return the anchor as tensors and plain values in dictionaries, for state files."""
+        layers = {weight: layer.content() for weight, layer in self.layers.items()}
+        return super().content() | {"layers": layers, "every": self.every}
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Go through all tensors that are held."""
+        yield from super().tensors()
+        for layer in self.layers.values():
+            yield from layer.tensors()
+
+    def pull(self, names: Sequence[str], strength: float) -> Pull:  # noqa: ARG002
+        """Refuse: this pull is for after the step."""
+        raise TypeError(explain("the gradient pull to a `KroneckerAnchor`", "the proximal one", 'Pass `pull="proximal"`.'))
+
+    def draw(self, rows: Mapping[str, After]) -> dict[str, After]:
+        """Have visits pull what is held by importance, and pull the layers whose turn it is."""
+        for weight, layer in self.layers.items():
+            if weight in rows:
+                layer.owed[0] += _pace(rows[weight])
+                layer.owed[1] += 1
+                if layer.owed[1] >= self.every:
+                    self._draw(weight, {name: row.theta for name, row in rows.items()})
+        alone = super().draw({name: rows[name] for name in self.elementwise() if name in rows})
+        return {name: alone.get(name, After(row.theta)) for name, row in rows.items()}
+
+    def settle(self, theta: Mapping[str, Tensor]) -> None:
+        """Pull the layers that have moved since their last turn."""
+        for weight, layer in self.layers.items():
+            if layer.owed[0]:
+                self._draw(weight, {name: p for name, p in theta.items() if p.requires_grad})
+
+    @torch.no_grad()
+    def penalty(self, theta: Mapping[str, Tensor]) -> float | Tensor:
+        """Return the sum of tr(D^T G D A) over layers, and of omega * (theta - point)^2 over all else, without the strength."""
+        alone = super().penalty({name: theta[name] for name in self.elementwise() if name in theta})
+        inside = {weight: layer for weight, layer in self.layers.items() if weight in theta}
+        return sum((layer.penalty(layer.moved(weight, theta, self.point)) for weight, layer in inside.items()), alone)
+
+    def _draw(self, weight: str, theta: Mapping[str, Tensor]) -> None:
+        """Pull those parameters of a layer that are in `theta`."""
+        layer = self.layers[weight]
+        way = layer.way(layer.moved(weight, theta, self.point), layer.owed[0])
+        for name, part in zip(layer.names(weight), layer.split(way), strict=True):
+            if name in theta:
+                theta[name].sub_(part.to(theta[name].dtype))
+        layer.owed[:] = [0.0, 0]
+
+
+def _pace(row: After) -> float:
+    """Return 2 * strength * the optimiser's step of a layer: one number for all of it, from the mean of Adam's denominators."""
+    if row.second is None:
+        return row.step
+    return row.step / float((row.second / row.correction).sqrt().mean() + row.eps)
+
+
+def damaged_layers(content: Mapping[str, Any]) -> list[str]:
+    """Name the layers in an anchor's content that do not fit its points."""
+    wrong = []
+    for weight, entry in content.get("layers", {}).items():
+        try:
+            Layer.read(entry, weight, content["point"])
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError):
+            wrong.append(weight)
+    every = content.get("every", 1)
+    return wrong if type(every) is int and every >= 1 else [*wrong, "every"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -71,11 +71,11 @@ class Run:
     """The first seed."""
     strength: str | None = None
     """Factor of the penalty, several ones with commas between, or tuned: what `rwalk tune` has found with the same settings;
-    default: 1 for rules and lwf, 0.005 for the recipe."""
+    default: 1 for rules and lwf, 0.005 for the recipe, 0.0015 for kronecker."""
     pull: Pull | None = None
-    """How rules pull: by the penalty's gradient, or by a proximal step; default: gradient, for the recipe proximal."""
+    """How rules pull: by the penalty's gradient, or by a proximal step; default: gradient; recipe and kronecker: proximal."""
     average: Average | None = None
-    """Whether rules end a task at the average of its later iterates; default: none, for the recipe tail."""
+    """Whether rules end a task at the average of its later iterates; default: none; recipe and kronecker: tail."""
     replay: int | None = None
     """Examples of earlier tasks that replay and agem keep; default: 200. If given, rules and the recipe replay them, too."""
     per: Per = "total"

@@ -18,7 +18,7 @@ from rwalk._errors import explain
 from rwalk.anchor import Anchor, Match
 from rwalk.averaging import Tail, batch_norms, refresh_batch_norms, statistics
 from rwalk.clipping import Unclipped
-from rwalk.importance.base import Finish, Gradients, Importance, Step, no_data
+from rwalk.importance.base import Factors, Finish, Gradients, Importance, Step, Usual, no_data, no_layers
 from rwalk.importance.ewcpp import EWCpp
 from rwalk.inside import Inside, refuse_inside
 from rwalk.kernels import After
@@ -32,7 +32,7 @@ Nonfinite = Literal["raise", "skip"]
 
 RECIPE = EWCpp(alpha="mean", accumulate="sum", normalize="first")
 """The rule of the recommended recipe: the mean of squared gradients over each task, summed over tasks, in one scale."""
-RECIPE_STRENGTH = 0.005
+RECIPE_USUAL = Usual(0.005, "proximal", "tail")
 
 
 class Settings(NamedTuple):
@@ -49,13 +49,12 @@ def resolve(
 ) -> Settings:
     """Fill in defaults: those of the recommended recipe without a rule, those of the paper with one."""
     refusals.refuse_rule(rule)
-    recipe = rule is None
-    pull = pull or ("proximal" if recipe else "gradient")
-    average = average or ("tail" if recipe else "none")
+    usual = RECIPE_USUAL if rule is None else rule.usual
+    pull, average = pull or usual.pull, average or usual.average
     refusals.refuse_choice("pull", pull, get_args(Pull))
     refusals.refuse_choice("average", average, get_args(Average))
-    default = RECIPE_STRENGTH if recipe else 1.0
-    return Settings(rule or RECIPE, refusals.check_strength(default if strength is None else strength), pull, average)
+    refusals.refuse_gradient_pull(rule, pull)
+    return Settings(rule or RECIPE, refusals.check_strength(usual.strength if strength is None else strength), pull, average)
 
 
 class Consolidator:
@@ -134,7 +133,8 @@ class Consolidator:
         """
         if not self._watch.spread.groups:
             return self._anchor
-        return Anchor(*(parallel.placed(column, self._watch.parameters) for column in (self._anchor.point, self._anchor.omega)))
+        point, omega = (parallel.placed(c, self._watch.parameters) for c in (self._anchor.point, self._anchor.omega))
+        return Anchor(point, omega)
 
     @property
     def strength(self) -> float:
@@ -173,6 +173,7 @@ class Consolidator:
         self._refuse_optimizer(optimizer)
         watch = look(self.model, optimizer, self._watch.theta)
         refusals.refuse_nothing(watch)
+        refusals.refuse_shards(self.rule, watch)
         if inside:
             refuse_inside(optimizer, watch.parameters, self.pull == "proximal" and hasattr(self._state, "path"))
         self.detach()
@@ -237,7 +238,7 @@ class Consolidator:
         parallel.settle(self.model)
         if self.rule.measures != "steps":
             self._widen(() if self._watch.theta else trainable(self.model))
-        self._theta()
+        self._anchor.settle(self._theta())
         averaged = any(self._tail.count.values())
         kept = statistics(self.model) if averaged else []
         raw = self._tail.swap(self._watch.theta) if averaged else self._watch.theta
@@ -245,11 +246,13 @@ class Consolidator:
             if averaged:
                 self._refresh_batch_norms(data)
             measured: Gradients = no_data
+            factors: Factors = no_layers
             if data is not None and self.rule.measures == "data":
                 measured = gradients.over(self.model, self._watch.parameters, data, loss=loss, logits=logits)
+                factors = gradients.moments(self.model, self._watch.parameters, data, loss=loss, logits=logits)
             theta = list(self._watch.theta.values())
             earlier = self._anchor.align(self._watch.theta)
-            finish = Finish(raw, self._watch.theta, earlier, measured, self._watch.spread)
+            finish = Finish(raw, self._watch.theta, earlier, measured, self._watch.spread, factors)
             self._hold(*self.rule.conclude(self._storage.fetch(self.rule, self._state, theta), finish))
         except BaseException:
             self._tail.swap(self._watch.theta)
@@ -295,7 +298,7 @@ class Consolidator:
             ValueError: if no name and shape matches.
         """
         theta = named(self.model)
-        refusals.refuse_anchor(anchor)
+        refusals.refuse_anchor(anchor, self.rule)
         match = anchor.match(theta, rename)
         refusals.refuse_mismatch(match)
         if not self.rule.accumulates:
@@ -310,7 +313,7 @@ class Consolidator:
             )
         self._widen([*match.anchor.point, *trainable(self.model)])
         point, omega = (parallel.parts(c, self._watch.parameters) for c in (match.anchor.point, match.anchor.omega))
-        self._anchor = self._storage.keep_anchor(Anchor(point, omega).align(self._watch.theta))
+        self._anchor = self._storage.keep_anchor(replace(match.anchor, point=point, omega=omega).align(self._watch.theta))
         return match
 
     @torch.no_grad()
@@ -336,7 +339,7 @@ class Consolidator:
             "protects": f"{_count(self._watch.parameters):,} of {_count(named(self.model)):,} parameters",
         }
         if self.pull == "proximal" and self._optimizer is not None:
-            settings["metric of the pull"] = proximal.metric(self._optimizer)
+            settings["metric of the pull"] = proximal.metric(self._optimizer, self.rule.layered)
         self._resolve()
         figures = {"penalty": float(self.penalty())} | ({"steps left out": float(self.skipped)} if self.skipped else {})
         if loss is not None and float(loss):
@@ -349,7 +352,7 @@ class Consolidator:
         """Bytes of the tensors held for rule, anchor, average and per-example squares, on this rank."""
         squares = self._squares.nbytes if self._squares is not None else 0
         columns = [c for c in self._state if isinstance(c, list)]
-        columns += [list(d.values()) for d in (self._anchor.point, self._anchor.omega, self._tail.average)]
+        columns += [list(self._anchor.tensors()), list(self._tail.average.values())]
         return squares + sum(t.nbytes for column in columns for t in column if isinstance(t, Tensor))
 
     def state_dict(self) -> dict[str, Any]:
@@ -371,7 +374,7 @@ class Consolidator:
             "steps": self._steps,
             "shapes": {name: list(p.shape) for name, p in parameters.items()},
             "state": state,
-            "anchor": {"point": _copied(self.anchor.point), "omega": _copied(self.anchor.omega)},
+            "anchor": _copied(self.anchor.content()),
             "tail": {"average": parallel.placed(_copied(self._tail.average), parameters), "count": dict(self._tail.count)},
         }
 
@@ -400,7 +403,8 @@ class Consolidator:
         state = type(self._state)(**{key: _copied(mine(value)) for key, value in state_dict["state"].items()})
         state = state._replace(**{key: watch.spread.mine(getattr(state, key)) for key in self.rule.counters})
         state = regraft(state, list(watch.shapes), watch.shapes, watch.theta, self.rule.init)
-        anchor = Anchor(**{key: _copied(mine(value)) for key, value in state_dict["anchor"].items()}).align(watch.theta)
+        content = {key: mine(value) if key in ("point", "omega") else value for key, value in state_dict["anchor"].items()}
+        anchor = Anchor.of(_copied(content)).align(watch.theta)
         tail = Tail()
         tail.average, tail.count = _copied(mine(state_dict["tail"]["average"])), dict(state_dict["tail"]["count"])
         self.strength, self.tasks, self._steps = (state_dict[key] for key in ("strength", "tasks", "steps"))
@@ -522,6 +526,7 @@ class Consolidator:
         known = {*self._watch.theta, *names}
         optimizer = self._optimizer
         watch = look(self.model, optimizer, known) if optimizer is not None else Watch.of(named(self.model, known))
+        refusals.refuse_shards(self.rule, watch)
         if not watch.same(self._watch):
             self._follow(watch)
 

@@ -27,14 +27,12 @@ def drawn(
         parameters: those that the optimiser knows, by name.
     """
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    return {
-        name: _drawn(row, optimizer, parameters[name], groups[id(parameters[name])], strength)._replace(
-            point=anchor.point[name], omega=anchor.omega[name]
-        )
-        if name in anchor.point
-        else row
+    held = {
+        name: _drawn(row, optimizer, parameters[name], groups[id(parameters[name])], strength)
         for name, row in rows.items()
+        if name in anchor.point
     }
+    return {**rows, **anchor.draw(held)}
 
 
 def _drawn(row: After, optimizer: Optimizer, parameter: Tensor, group: dict[str, Any], strength: float) -> After:
@@ -64,10 +62,10 @@ def rate(group: dict[str, Any]) -> float:
     return float(group.get("lr") or 0.0)
 
 
-def metric(optimizer: Optimizer) -> str:
-    """Say in which metric `drawn` works under an optimiser."""
+def metric(optimizer: Optimizer, layered: bool = False) -> str:
+    """Say in which metric `drawn` works under an optimiser, for anchors that hold whole layers or not."""
     groups = optimizer.param_groups
     known = any(_second_moment(optimizer, group, p) is not None for group in groups for p in group["params"])
     if known or isinstance(optimizer, Adam | AdamW | NAdam):
-        return "lr / (sqrt(v) + eps), per coordinate"
+        return "lr / (sqrt(v) + eps), per coordinate" + ", but one mean for each layer" * layered
     return "lr / (1 - momentum)" if any(_momentum(optimizer, group) for group in groups) else "lr"

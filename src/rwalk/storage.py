@@ -1,7 +1,7 @@
 """In which precision and on which device state is kept between its uses."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class Storage:
     def keep_anchor(self, anchor: Anchor) -> Anchor:
         """Put an anchor where it is kept."""
         point = {name: self._away(t) for name, t in anchor.point.items()}
-        return Anchor(point, {name: self._away(self._coarse(t)) for name, t in anchor.omega.items()})
+        return replace(anchor, point=point, omega={name: self._away(self._coarse(t)) for name, t in anchor.omega.items()})
 
     def _coarse(self, tensor: Any) -> Any:
         return tensor if tensor is None or self.dtype is None else tensor.to(self.dtype)

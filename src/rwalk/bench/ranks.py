@@ -52,7 +52,8 @@ def mean_loss(logits: Tensor, labels: Tensor, whole: int) -> Tensor:
     """Return this rank's loss on its part of a batch of `whole` examples: the mean over ranks is the batch's cross-entropy."""
     if size() == 1:
         return F.cross_entropy(logits, labels)
-    return F.cross_entropy(logits, labels, reduction="sum") * (size() / (whole * math.prod(labels.shape[1:])))
+    each = 1 if labels.is_floating_point() else math.prod(labels.shape[1:])  # probabilities of classes, or several labels
+    return F.cross_entropy(logits, labels, reduction="sum") * (size() / (whole * each))
 
 
 def mean(value: Tensor) -> Tensor:

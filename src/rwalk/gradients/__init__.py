@@ -1,7 +1,8 @@
 """Per-example gradients: over a data loader after training, or gathered during the user's own backward pass."""
 
 from rwalk.gradients.loader import forward, over, read_output
+from rwalk.gradients.moments import moments
 from rwalk.gradients.training import Squares
 from rwalk.gradients.undisturbed import undisturbed
 
-__all__ = ["Squares", "forward", "over", "read_output", "undisturbed"]
+__all__ = ["Squares", "forward", "moments", "over", "read_output", "undisturbed"]

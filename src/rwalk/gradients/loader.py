@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
@@ -45,43 +45,57 @@ def over(
         logits: reads the logits from the model's output, which is otherwise a tensor or holds them as `logits`.
 
     Returns:
-        A function `gradients(objective, of, samples=None)` that returns, for each parameter of `theta` in order and shape and
-        in state precision, the mean over examples of `of(gradient of the objective at one example)`. `of` works elementwise;
-        `samples` caps the number of examples. Where several ranks train the model, each passes its own share of the data, and
-        the mean is over the examples of all. The objectives: "true", log p(y|x) of the data's labels; "sample", log p(y|x) of
-        a label drawn from the model; "exact", log p(c|x) for every class c, with `of` averaged under p(c|x); "norm", the sum of
-        squares of the outputs. The function raises a ValueError if there are no examples or the objective does not fit data,
-        outputs or `loss`, and a TypeError for batches and outputs of other kinds.
+        A function `gradients(objective, of, samples=None, only=None)` that returns, for each parameter of `theta` in order and
+        shape and in state precision, the mean over examples of `of(gradient of the objective at one example)`. `of` works
+        elementwise; `samples` caps the number of examples; `only` names the parameters to return. Where several ranks train
+        the model, each passes its own share of the data, and the mean is over the examples of all. The objectives: "true",
+        log p(y|x) of the data's labels; "sample", log p(y|x) of a label drawn from the model; "exact", log p(c|x) for every
+        class c, with `of` averaged under p(c|x); "norm", the sum of squares of the outputs. The function raises a ValueError
+        if there are no examples or the objective does not fit data, outputs or `loss`, and a TypeError for batches and outputs
+        of other kinds.
     """
     root = bare(model)
 
-    def gradients(objective: Objective, of: Callable[[Tensor], Tensor], samples: int | None = None) -> list[Tensor]:
-        _refuse_objective(objective, loss)
+    def gradients(
+        objective: Objective,
+        of: Callable[[Tensor], Tensor],
+        samples: int | None = None,
+        only: Collection[str] | None = None,
+    ) -> list[Tensor]:
+        refuse_objective(objective, loss)
         ranks = Ranks.of(model)
+        chosen = {name: p for name, p in theta.items() if only is None or name in only}
         with gathered(model), undisturbed(model):
             whole = named(model)
-            engine = _Engine(root, {name: whole[name] for name in theta}, _Score(objective, loss, logits), of)
-            for batch in _examples(data, ranks.share(samples), engine.device):
+            engine = _Engine(root, {name: whole[name] for name in chosen}, _Score(objective, loss, logits), of)
+            for batch in examples(data, ranks.share(samples), engine.device):
                 engine.add(batch)
-        fine = all(torch.isfinite(total).all() for total in engine.totals)
-        count, bad = ranks.sum_(torch.tensor([engine.count, not fine], dtype=torch.int64, device=engine.device)).tolist()
-        if not count:
-            raise ValueError(_nothing(data))
-        if bad:
-            raise ValueError(
-                explain(
-                    "gradients over the data that are NaN or infinite",
-                    "finite inputs, weights and losses",
-                    "Look for NaN in the data and the model.",
-                )
-            )
-        totals = (ranks.sum_part(total, p) for total, p in zip(engine.totals, theta.values(), strict=True))
+        count = checked(engine.totals, engine.count, data, ranks, engine.device)
+        totals = (ranks.sum_part(total, p) for total, p in zip(engine.totals, chosen.values(), strict=True))
         return [total.div_(count) for total in totals]
 
     return gradients
 
 
-def _refuse_objective(objective: str, loss: Any) -> None:
+def checked(totals: Iterable[Tensor], count: int, data: Any, ranks: Ranks, device: torch.device) -> int:
+    """Return over how many examples of all ranks the totals go, or raise a ValueError if none, or if a total is not finite."""
+    fine = all(torch.isfinite(total).all() for total in totals)
+    found = ranks.sum_(torch.tensor([count, not fine], dtype=torch.int64, device=device)).tolist()
+    if not found[0]:
+        raise ValueError(_nothing(data))
+    if found[1]:
+        raise ValueError(
+            explain(
+                "gradients over the data that are NaN or infinite",
+                "finite inputs, weights and losses",
+                "Look for NaN in the data and the model.",
+            )
+        )
+    return int(found[0])
+
+
+def refuse_objective(objective: str, loss: Any) -> None:
+    """Refuse an objective that is unknown or does not go with a loss of the user's own."""
     if objective not in get_args(Objective):
         known = ", ".join(f'"{name}"' for name in get_args(Objective))
         raise ValueError(explain(f'objective "{objective}"', f"one of {known}", "Pass one of these."))
@@ -106,7 +120,7 @@ def _nothing(data: Any) -> str:
 
 
 @dataclass
-class _Batch:
+class Batch:
     """Examples as the model takes them: all tensors have them in their first dimension, but for those whose id is `shared`."""
 
     args: tuple[Any, ...]
@@ -115,7 +129,7 @@ class _Batch:
     size: int
     shared: frozenset[int]
 
-    def cut(self, start: int, stop: int) -> "_Batch":
+    def cut(self, start: int, stop: int) -> "Batch":
         """Return the examples from `start` up to `stop`."""
         stop = min(stop, self.size)
         return self._each(lambda t: t[start:stop], stop - start)
@@ -126,12 +140,12 @@ class _Batch:
         parts = (single.args, single.kwargs, single.target)
         return parts, _mapped(parts, lambda t: None if id(t) in self.shared else 0, lambda _: None)
 
-    def _each(self, function: Callable[[Tensor], Tensor], size: int) -> "_Batch":
+    def _each(self, function: Callable[[Tensor], Tensor], size: int) -> "Batch":
         def apply(t: Tensor) -> Tensor:
             return t if id(t) in self.shared else function(t)
 
         args, kwargs, target = (_mapped(part, apply) for part in (self.args, self.kwargs, self.target))
-        return _Batch(args, kwargs, target, size, self.shared)
+        return Batch(args, kwargs, target, size, self.shared)
 
 
 def _mapped(tree: Any, leaf: Callable[[Tensor], Any], other: Callable[[Any], Any] = lambda value: value) -> Any:
@@ -160,7 +174,7 @@ def first_size(tree: Any) -> int | None:
     return next((t.shape[0] for t in _tensors(tree) if t.dim()), None)
 
 
-def _examples(data: Iterable[Any], samples: int | None, device: torch.device) -> Iterator[_Batch]:
+def examples(data: Iterable[Any], samples: int | None, device: torch.device) -> Iterator[Batch]:
     """Read batches, up to `samples` examples in all, onto the device."""
     left = math.inf if samples is None else samples
     if left <= 0:
@@ -175,7 +189,7 @@ def _examples(data: Iterable[Any], samples: int | None, device: torch.device) ->
             return
 
 
-def _read_batch(raw: Any, device: torch.device) -> _Batch:
+def _read_batch(raw: Any, device: torch.device) -> Batch:
     """Tell inputs from target in a batch, or raise a TypeError that names what came."""
     inputs, target = raw, None
     if isinstance(raw, Mapping):
@@ -192,7 +206,7 @@ def _read_batch(raw: Any, device: torch.device) -> _Batch:
         raise TypeError(_unreadable(f"a batch whose inputs, a `{type(inputs).__name__}`, hold no tensor"))
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (tuple(inputs), {})
     shared = frozenset(id(t) for t in _tensors((inputs, target)) if not t.dim() or t.shape[0] != size)
-    return _Batch(args, kwargs, target, size, shared)
+    return Batch(args, kwargs, target, size, shared)
 
 
 def _unreadable(came: str) -> str:
@@ -214,14 +228,14 @@ class _Score:
     def __call__(self, output: Any, target: Any) -> tuple[Tensor, Tensor]:
         """Return scores to differentiate one by one and the weights of their gradients, both of shape (scores,)."""
         if self.objective == "true" and target is None:
-            raise ValueError(_untargeted())
+            raise ValueError(untargeted())
         if self.objective == "true" and self.loss is not None:
-            score = _scalar(self.loss(output, target))
+            score = scalar(self.loss(output, target))
         elif self.objective == "norm":
             values = read_output(output, self.logits)
             score = values.masked_fill(values == -math.inf, 0).square().sum()  # a shut class is no output
         else:
-            return self._likelihood(_classes(read_output(output, self.logits)), target)
+            return self._likelihood(classes(read_output(output, self.logits)), target)
         return score.reshape(1), torch.ones_like(score).reshape(1)
 
     def _likelihood(self, z: Tensor, target: Any) -> tuple[Tensor, Tensor]:
@@ -230,11 +244,12 @@ class _Score:
         p = score.detach().exp()
         if self.objective == "exact":
             return score, p
-        drawn = _draw(p) if self.objective == "sample" else _labels(target)
+        drawn = draw(p) if self.objective == "sample" else labels(target)
         return -F.nll_loss(score.unsqueeze(0), drawn, reduction="sum").reshape(1), torch.ones_like(p[:1])
 
 
-def _untargeted() -> str:
+def untargeted() -> str:
+    """Say that a batch has no target."""
     return explain(
         "a batch without a target",
         "labels, which the true log-likelihood and a `loss` are about",
@@ -242,7 +257,8 @@ def _untargeted() -> str:
     )
 
 
-def _scalar(value: Any) -> Tensor:
+def scalar(value: Any) -> Tensor:
+    """Return what `loss` gave as a scalar, or raise a ValueError."""
     if not isinstance(value, Tensor) or value.numel() != 1:
         came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a `{type(value).__name__}`"
         raise ValueError(
@@ -269,7 +285,8 @@ def read_output(output: Any, logits: Callable[[Any], Tensor] | None) -> Tensor:
     return output
 
 
-def _classes(z: Tensor) -> Tensor:
+def classes(z: Tensor) -> Tensor:
+    """Return logits of shape (batch, classes), or raise a ValueError."""
     if z.dim() != 2:
         raise ValueError(
             explain(
@@ -281,23 +298,23 @@ def _classes(z: Tensor) -> Tensor:
     return z
 
 
-def _draw(p: Tensor) -> Tensor:
-    """Draw a class, shape (1,), with the chances p: of independent exponential times with rates p, the first is that of c."""
-    return (p / -torch.rand_like(p).log()).argmax().reshape(1)
+def draw(p: Tensor) -> Tensor:
+    """Draw a class for each row of chances p: of independent exponential times with rates p, the first is that of c."""
+    return (p / -torch.rand_like(p).log()).argmax(-1).reshape(-1)
 
 
-def _labels(target: Any) -> Tensor:
-    """Return the label of one example, shape (1,)."""
-    if not isinstance(target, Tensor) or target.is_floating_point() or target.numel() != 1 or target.dim() > 1:
+def labels(target: Any, size: int = 1) -> Tensor:
+    """Return the labels of `size` examples, shape (size,)."""
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.numel() != size or target.dim() > 1:
         came = f"shape {tuple(target.shape)}, {target.dtype}" if isinstance(target, Tensor) else f"`{type(target).__name__}`"
         raise ValueError(
             explain(
-                f"a target of {came} for one example",
-                "one class index",
+                f"a target of {came} for {'one example' if size == 1 else f'{size} examples'}",
+                "one class index" + " each" * (size > 1),
                 "Pass `loss=`, the loss of one example, for targets of another kind.",
             )
         )
-    return target.reshape(1).long()
+    return target.reshape(size).long()
 
 
 class _Engine:
@@ -316,7 +333,7 @@ class _Engine:
         self._root, self._score, self._of = root, score, of
         self._mapped = True
 
-    def add(self, batch: _Batch) -> None:
+    def add(self, batch: Batch) -> None:
         """Add the examples of a batch."""
         for start in range(0, batch.size, self._chunk):
             chunk = batch.cut(start, start + self._chunk)
@@ -325,7 +342,7 @@ class _Engine:
                     self._alone(chunk.cut(i, i + 1))
             self.count += chunk.size
 
-    def _together(self, chunk: _Batch) -> bool:
+    def _together(self, chunk: Batch) -> bool:
         """Add a chunk by `vmap`; where the model cannot be mapped, return False and leave it at that from then on."""
         examples, dims = chunk.tree()
         theta = {name: p.detach() for name, p in self.theta.items()}
@@ -363,7 +380,7 @@ class _Engine:
             return value
         return torch.where(weight == 0, 0, value * weight)  # a shut class must not bring in 0 * inf
 
-    def _alone(self, example: _Batch) -> None:
+    def _alone(self, example: Batch) -> None:
         """Add one example by plain autograd."""
         leaves = list(self.theta.values())
         frozen = [p for p in leaves if not p.requires_grad]

@@ -1,7 +1,7 @@
 """What rules share that do not watch training: they look at the weights, or at data, when a task ends."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -30,7 +30,7 @@ class Stateless(Importance[Nothing]):
         return state
 
 
-def check_samples(rule: Importance[Nothing]) -> None:
+def check_samples(rule: Importance[Any]) -> None:
     """Raise a ValueError unless the field `samples` of a rule that measures on data is a number of examples or None."""
     samples = getattr(rule, "samples", None)
     check(samples is None or (isinstance(samples, int) and samples >= 1), rule, "samples", "1 or more, or None for all")

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
@@ -12,6 +12,7 @@ from torch import Tensor
 from rwalk import kernels
 from rwalk._errors import explain
 from rwalk.anchor import Anchor, Pull
+from rwalk.factors import Moments
 from rwalk.parallel import ALONE, Spread
 from rwalk.parameters import zero
 
@@ -90,11 +91,34 @@ class Step:
 class Gradients(Protocol):
     """Per-example gradients over a task's data, as `rwalk.gradients.over` makes them."""
 
-    def __call__(self, objective: Objective, of: Callable[[Tensor], Tensor], samples: int | None = None) -> list[Tensor]:
-        """Return the mean over examples of `of(gradient of the objective)`, parallel to the protected parameters."""
+    def __call__(
+        self,
+        objective: Objective,
+        of: Callable[[Tensor], Tensor],
+        samples: int | None = None,
+        only: Collection[str] | None = None,
+    ) -> list[Tensor]:
+        """Return the mean over examples of `of(gradient of the objective)`, for all protected parameters or `only` some."""
 
 
-def no_data(objective: Objective, of: Callable[[Tensor], Tensor], samples: int | None = None) -> list[Tensor]:  # noqa: ARG001
+class Factors(Protocol):
+    """Second moments of linear layers over a task's data, as `rwalk.gradients.moments` makes them."""
+
+    def __call__(self, objective: Objective, samples: int | None = None) -> dict[str, Moments]:
+        """Return the moments of the layers that can be measured, by the names of their weights."""
+
+
+def no_layers(objective: Objective, samples: int | None = None) -> dict[str, Moments]:  # noqa: ARG001
+    """Stand where the moments of linear layers would be: there are none."""
+    return {}
+
+
+def no_data(
+    objective: Objective,  # noqa: ARG001
+    of: Callable[[Tensor], Tensor],  # noqa: ARG001
+    samples: int | None = None,  # noqa: ARG001
+    only: Collection[str] | None = None,  # noqa: ARG001
+) -> list[Tensor]:
     """Stand where the gradients over the task's data would be, and ask for the data."""
     raise ValueError(
         explain(
@@ -114,6 +138,7 @@ class Finish(NamedTuple):
         anchor: what earlier tasks left behind.
         gradients: per-example gradients over the task's data; raises an error when the user passed no data.
         spread: the ranks that hold the other parts of all these tensors, for figures about whole tensors.
+        factors: second moments of linear layers over the task's data; none when the user passed no data.
     """
 
     theta: Mapping[str, Tensor]
@@ -121,6 +146,7 @@ class Finish(NamedTuple):
     anchor: Anchor
     gradients: Gradients = no_data
     spread: Spread = ALONE
+    factors: Factors = no_layers
 
     def earlier(self) -> list[Tensor | None]:
         """Return the importance that earlier tasks left, None for parameters that are new to the anchor."""
@@ -129,6 +155,14 @@ class Finish(NamedTuple):
     def renew(self, omega: list[Tensor]) -> Anchor:
         """Return an anchor at `point` with this importance, which runs parallel to it."""
         return self.anchor.renew(self.point, omega)
+
+
+class Usual(NamedTuple):
+    """How a rule works unless the user says otherwise: the settings of its paper."""
+
+    strength: float = 1.0
+    pull: Literal["gradient", "proximal"] = "gradient"
+    average: Literal["none", "tail"] = "none"
 
 
 @dataclass(frozen=True)
@@ -143,12 +177,16 @@ class Importance(ABC, Generic[State]):
         coarse: fields of its state that may be kept in bfloat16 between their uses; `conclude` gets them in full.
         slow: fields of its state that may be kept on another device between tasks: what only `conclude` reads.
         counters: fields of its state that count elements, so that parts of tensors have parts of the count.
+        usual: how it works unless the user says otherwise.
+        layered: whether its anchor holds whole layers, which only the proximal pull and whole tensors can do.
     """
 
     measures: ClassVar[Literal["steps", "data", "nothing"]] = "steps"
     coarse: ClassVar[tuple[str, ...]] = ()
     slow: ClassVar[tuple[str, ...]] = ()
     counters: ClassVar[tuple[str, ...]] = ()
+    usual: ClassVar[Usual] = Usual()
+    layered: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, theta: list[Tensor]) -> State:

@@ -1,0 +1,114 @@
+"""Kronecker factors: linear layers are held as a whole, and not weight by weight.
+
+Ritter, Botev, Barber, "Online structured Laplace approximations for overcoming catastrophic forgetting", NeurIPS 2018, arXiv
+1805.07810, with the factors of Martens and Grosse 2015, arXiv 1503.05671; here with the recipe's unit, pull and averaging.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from rwalk.anchor import Anchor, KroneckerAnchor
+from rwalk.factors import Layer, Moments
+from rwalk.importance._scale import divisors
+from rwalk.importance._stateless import check_samples
+from rwalk.importance.base import Finish, Importance, Step, Usual, check
+from rwalk.importance.ewc import Labels
+from rwalk.parallel import ALONE, Spread
+from rwalk.parameters import copies
+
+
+class Scaled(NamedTuple):
+    """State: the scale kept from the first task; infinite before."""
+
+    scale: float = math.inf
+
+
+@dataclass(frozen=True)
+class Kronecker(Importance[Scaled]):
+    """Fisher information of each linear layer as a product of two matrices, added up over tasks, in the unit of the first.
+
+    Over a task's data, A is the mean of x x^T of a layer's inputs x, with a 1 for the bias, and G the mean of d d^T of the
+    gradients d at its outputs; over tasks A is averaged and G summed. All other parameters are held by their Fisher
+    information, as under `EWC`. The unit is the mean of the whole diagonal after the first task. A layer that an adopted
+    anchor holds weight by weight stays so.
+
+    Args:
+        labels: "sample" draws one label from the model for one backward pass, "exact" weights every class by its probability
+            with one pass for each, "true" takes the data's labels, which makes G small where the model is sure of them.
+        samples: use only the first so many examples of the data; all of them when None.
+        every: after how many steps a layer is pulled, with the sum of their step sizes.
+    """
+
+    measures: ClassVar[Literal["steps", "data", "nothing"]] = "data"
+    usual: ClassVar[Usual] = Usual(0.0015, "proximal", "tail")
+    layered: ClassVar[bool] = True
+    labels: Labels = "sample"
+    samples: int | None = None
+    every: int = 10
+
+    def __post_init__(self) -> None:
+        """Refuse fields outside their range."""
+        check(self.labels in get_args(Labels), self, "labels", f"one of {', '.join(get_args(Labels))}")
+        check_samples(self)
+        check(type(self.every) is int and self.every >= 1, self, "every", "a whole number of steps, 1 or more")
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether the anchor of earlier tasks enters the next one."""
+        return True
+
+    def init(self, theta: list[Tensor]) -> Scaled:  # noqa: ARG002
+        """Start without a scale."""
+        return Scaled()
+
+    def observe(self, state: Scaled, step: Step) -> Scaled:  # noqa: ARG002
+        """Look at nothing during training."""
+        return state
+
+    def conclude(self, state: Scaled, finish: Finish) -> tuple[Anchor, Scaled]:
+        """Join the task's matrices with those of earlier tasks, and its importance of all other parameters to theirs."""
+        held, earlier = _layers(finish.anchor), finish.anchor.omega
+        fresh = self._measured(finish)
+        inside = {*held, *fresh, *(layer.bias for layer in held.values()), *(m.bias for m in fresh.values())}
+        others = [name for name in finish.point if name not in inside]
+        alone = finish.gradients(self.labels, torch.square, self.samples, only=others) if others else []
+        diagonals = [torch.outer(m.outputs.diagonal(), m.inputs.diagonal()) for m in fresh.values()]
+        scale = next(iter(divisors([*alone, *diagonals], "first", state.scale, finish.spread)), state.scale)
+        layers = held | {w: Layer.of(m._replace(outputs=m.outputs / scale), held.get(w)) for w, m in fresh.items()}
+        omega = {name: f / scale + earlier.get(name, 0) for name, f in zip(others, alone, strict=True)}
+        for weight, layer in layers.items():
+            omega |= layer.omega(weight)
+        point = dict(zip(finish.point, copies(list(finish.point.values())), strict=True))
+        return KroneckerAnchor(point, {name: omega[name] for name in point}, layers, self.every), Scaled(scale)
+
+    def report(
+        self,
+        state: Scaled,  # noqa: ARG002
+        anchor: Anchor,
+        theta: Mapping[str, Tensor],
+        spread: Spread = ALONE,  # noqa: ARG002
+    ) -> dict[str, float]:
+        """Return which share of the weights is held in layers."""
+        inside = sum(anchor.point[n].numel() for w, layer in _layers(anchor).items() for n in layer.names(w))
+        return {"share held in layers": inside / max(sum(t.numel() for t in theta.values()), 1)}
+
+    def _measured(self, finish: Finish) -> dict[str, Moments]:
+        """Measure the layers that are not held weight by weight already."""
+        held, omega = _layers(finish.anchor), finish.anchor.omega
+        found = finish.factors(self.labels, self.samples)
+        fresh = {}
+        for weight, moments in found.items():
+            if weight in held:
+                fresh[weight] = moments if held[weight].bias else moments.unbiased()
+            elif not any(bool(omega[name].any()) for name in (weight, moments.bias) if name in omega):
+                fresh[weight] = moments
+        return fresh
+
+
+def _layers(anchor: Anchor) -> dict[str, Layer]:
+    return anchor.layers if isinstance(anchor, KroneckerAnchor) else {}
