@@ -21,7 +21,7 @@ import torch
 from rwalk import cli
 from rwalk.bench import data
 
-WRITERS = ("files.py", "record.py", "checkpoint.py", "grid.py", "cli.py")
+WRITERS = ("files.py", "record.py", "checkpoint.py", "grid.py")
 
 
 def main():
