@@ -1,0 +1,99 @@
+"""The released arithmetic against its definition in NumPy, and the script of the tables on a small data set."""
+
+import numpy as np
+import pytest
+import torch
+
+from reproduce import permuted_mnist, released
+from rwalk.anchor import Anchor
+from rwalk.bench.data import DataSet
+from rwalk.importance.base import Finish, Step
+
+SHAPES = [(3, 2), (4,)]
+
+
+def walk(rng, steps):
+    """Random positions and gradients: one more position than gradients."""
+    theta = [np.cumsum(rng.normal(size=(steps + 1, *shape)), 0) for shape in SHAPES]
+    return theta, [rng.normal(size=(steps, *shape)) for shape in SHAPES]
+
+
+def stretched(raw):
+    low, high = min(r.min() for r in raw), max(r.max() for r in raw)
+    return [(r - low) / (high - low) for r in raw]
+
+
+def taught(rule, tasks):
+    """Take a rule through positions and gradients; return its importance after each task."""
+    state, omegas = rule.init([torch.tensor(t[0]) for t in tasks[0][0]]), []
+    for theta, grad in tasks:
+        for k in range(len(grad[0])):
+            step = Step([torch.tensor(t[k]) for t in theta], [torch.tensor(g[k]) for g in grad])
+            state = rule.observe(state, step)
+        now = {str(i): torch.tensor(t[-1]) for i, t in enumerate(theta)}
+        anchor, state = rule.conclude(state, Finish(now, now, Anchor()))
+        omegas.append([w.numpy() for w in anchor.omega.values()])
+    return omegas
+
+
+def transcribed(tasks):
+    """Their RWALK, line by line as their script and model run it."""
+    running, total, omegas = [np.zeros(s) for s in SHAPES], None, []
+    for theta, grad in tasks:
+        fresh, small, score = ([np.zeros(s) for s in SHAPES] for _ in range(3))
+        old = [t[0] for t in theta]
+        for k in range(len(grad[0])):
+            for i in range(len(SHAPES)):
+                if (k + 1) % 10 == 0:
+                    distance = running[i] * (theta[i][k] - old[i]) ** 2
+                    score[i] = score[i] + np.maximum(small[i] / (1e-3 + distance), 0)
+                    running[i] = (1 - 0.9) * running[i] + (1 / 10) * 0.9 * fresh[i]
+                    old[i], small[i] = theta[i][k], 0 * small[i]
+                fresh[i] = fresh[i] + grad[i][k] ** 2
+                small[i] = small[i] - grad[i][k] * (theta[i][k + 1] - theta[i][k])
+        score = [2 * s for s in score] if total is None else score
+        total = [np.zeros(s) for s in SHAPES] if total is None else total
+        total = [t + (t + s) / 2 for t, s in zip(total, score, strict=True)]
+        omegas.append([f + s for f, s in zip(stretched(running), stretched(total), strict=True)])
+    return omegas
+
+
+def test_the_released_walk():
+    rng = np.random.default_rng(0)
+    tasks = [walk(rng, steps) for steps in (34, 30, 19)]
+    for ours, theirs in zip(taught(released.ReleasedRWalk(), tasks), transcribed(tasks), strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert np.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_the_released_running_fisher_information():
+    rng = np.random.default_rng(1)
+    tasks = [walk(rng, 25)]
+    grad = [g**2 for g in tasks[0][1]]
+    expected = [0.1 * (0.09 * g[:9].sum(0)) + 0.09 * g[9:19].sum(0) for g in grad]
+    (ours,) = taught(released.ReleasedEWC(), tasks)
+    for a, b in zip(ours, stretched(expected), strict=True):
+        assert np.allclose(a, b, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", permuted_mnist.METHODS)
+def test_every_method_runs_and_its_record_is_found_again(name, tmp_path, monkeypatch, capsys):
+    x, y = torch.rand(60, 1, 28, 28), torch.arange(60) % 10
+    data = DataSet("mnist", x, y, x[:20], y[:20], tuple("0123456789"))
+    monkeypatch.setattr(permuted_mnist, "TASKS", 2)
+    monkeypatch.setattr(permuted_mnist, "KEPT", 10)
+    first = permuted_mnist.one(data, name, 0, tmp_path)
+    assert "seed 0" in capsys.readouterr().out
+    assert permuted_mnist.one(data, name, 0, tmp_path).accuracy == first.accuracy
+    assert not capsys.readouterr().out
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+    assert permuted_mnist.METHODS[name].about in permuted_mnist.table({name: [first]})
+
+
+def test_the_released_networks_first_weights():
+    torch.manual_seed(0)
+    weights = [p.detach() for p in released.network(784, 10).parameters()]
+    assert [tuple(w.shape) for w in weights] == [(256, 784), (256,), (256, 256), (256,), (10, 256), (10,)]
+    assert all((w == 0.1).all() for w in weights[1::2])
+    assert weights[0].abs().max() <= 0.2
+    assert weights[0].std() == pytest.approx(0.1 * 0.8796, rel=0.01)  # of a normal cut off at two deviations
