@@ -110,8 +110,7 @@ def _refuse(trainer: Any, memory: Consolidator | None) -> None:
     accelerator, model = trainer.accelerator, bare(trainer.model)
     engine = accelerator.distributed_type.value
     if engine in ("DEEPSPEED", "MEGATRON_LM", "XLA") or (engine == "FSDP" and not getattr(accelerator, "is_fsdp2", False)):
-        expected = "gradients and weights that can be seen"
-        raise RuntimeError(explain(f"Trainer under {engine}", expected, "Train under DistributedDataParallel."))
+        raise RuntimeError(explain(f"Trainer under {engine}", "gradients and weights in sight", "Train under DDP."))
     if getattr(trainer.args, "enable_jit_checkpoint", False):
         raise RuntimeError(explain("`enable_jit_checkpoint`", "checkpoints that callbacks are told of", "Use `save_steps`."))
     if memory is not None and any(part is bare(memory.model) for part in list(model.modules())[1:]):
