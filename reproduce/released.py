@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rwalk import L2, Anchor, Consolidator, kernels
-from rwalk.bench import Experience, FineTune
+from rwalk import L2, Anchor, kernels
+from rwalk.bench import Experience, Protected
+from rwalk.consolidator import resolve
 from rwalk.importance.base import Finish, Importance, Step
 from rwalk.parameters import copies, zeros
 
@@ -165,16 +166,14 @@ def clear(tensors: Sequence[Tensor]) -> None:
         tensor.zero_()
 
 
-class ReleasedMAS(FineTune):
+class ReleasedMAS(Protected):
     """Their "MAS": on the last task alone, absolute gradients of the squared norm of ten outputs together."""
 
     def __init__(self, strength: float, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.memory = Consolidator(self.model, L2(), strength).attach(self.optimizer)
+        super().__init__(resolve(L2(), strength), *args, **kwargs)
 
-    def fit(self, experience: Experience) -> None:
-        """Train on one task, then measure on it."""
-        super().fit(experience)
+    def _consolidate(self, experience: Experience) -> None:
+        """Measure on the task, and hold to that alone."""
         names = dict(self.model.named_parameters())
         omega = {name: torch.zeros_like(p) for name, p in names.items()}
         x, y = experience.train.read()
@@ -185,12 +184,3 @@ class ReleasedMAS(FineTune):
         self.memory.detach()
         self.memory.adopt(Anchor({name: p.detach().clone() for name, p in names.items()}, omega))
         self.memory.attach(self.optimizer)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of plain training and that of the consolidator."""
-        return super().state_dict() | {"memory": self.memory.state_dict()}
-
-    def resume(self, state: Any, past: Any) -> None:
-        """Continue from a `state_dict`."""
-        super().resume(state, past)
-        self.memory.load_state_dict(state["memory"])

@@ -1,8 +1,18 @@
 """Tiny models, tasks and loops that several tests share."""
 
 import numpy as np
+import pytest
 import torch
 from torch.nn import functional as F
+
+from rwalk import kernels
+
+
+def use_backend(name):
+    """Choose kernels for one test, after which the default is back; skip it where they are not installed."""
+    if name in ("numba", "triton"):
+        pytest.importorskip(name)
+    kernels.use(name)
 
 
 def batches(seed, steps, size=6, inputs=5, classes=3):

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -264,7 +265,7 @@ def test_no_arguments_end_in_a_traceback(tmp_path, monkeypatch, arguments):
     monkeypatch.setattr(grid, "run", stub)
     monkeypatch.setattr(data_sets, "download", no_network)
     monkeypatch.setattr(data_sets, "_digits", DIGITS)
-    monkeypatch.setattr(cli.torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     try:
         status = main(arguments)
     except SystemExit as stop:

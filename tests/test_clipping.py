@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cases import assert_same_state, batches, mlp, train
+from cases import assert_same_state, batches, mlp, train, use_backend
 from oracle import Simulation
-from rwalk import EWC, SI, Consolidator, EWCpp, RWalk, kernels
+from rwalk import EWC, SI, Consolidator, EWCpp, RWalk
 
 LIMIT = 0.3
 
@@ -51,11 +51,7 @@ def clipped_loop(model, optimizer, memory, stream, clip, calls=1):
 
 @pytest.fixture(params=["blocked", "numba"])
 def backend(request):
-    if request.param == "numba":
-        pytest.importorskip("numba")
-    kernels.use(request.param)
-    yield
-    kernels.use("blocked")
+    use_backend(request.param)
 
 
 @pytest.mark.parametrize(("fisher", "calls"), [("batch", 0), ("batch", 1), ("batch", 2), ("example", 1), ("example", 2)])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rwalk import cli, files
+from rwalk import cli, files, runs
 from rwalk.bench import Record, grid
 
 SMALL = ["--tasks", "3", "--hidden", "8", "--batch-size", "40"]
@@ -156,8 +156,8 @@ def test_a_cluster_without_our_folder_sends_records_back(tmp_path, cluster, monk
     address, worker = cluster
     worker()
     words = [*SWEEP, "--out", str(tmp_path / "nowhere")]
-    job = cli.Job("rwalk", 1.0, 0, 0.1)
-    ((_, (record, there)),) = grid.outcomes(cli._there, {"k": (words, {}, job)}, cluster=address)
+    job = runs.Job("rwalk", 1.0, 0, 0.1)
+    ((_, (record, there)),) = grid.outcomes(runs.there, {"k": (words, {}, job)}, cluster=address)
     assert not there
     assert record.config["strength"] == 1.0
     assert not (tmp_path / "nowhere").exists()
@@ -166,7 +166,7 @@ def test_a_cluster_without_our_folder_sends_records_back(tmp_path, cluster, monk
 def test_what_is_sent_for_a_run_is_small_and_holds_no_data():
     cloudpickle = pytest.importorskip("cloudpickle")
     places = {"out": Path("/a/folder"), "data": Path("/another")}
-    sent = cloudpickle.dumps((grid._remotely, cli._there, list(SWEEP), places, cli.Job("rwalk", 1.0, 0, 0.1)))
+    sent = cloudpickle.dumps((grid._remotely, runs.there, list(SWEEP), places, runs.Job("rwalk", 1.0, 0, 0.1)))
     assert len(sent) < 1000
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cases import Heads, assert_same_state, batches, mlp, train
-from rwalk import EWC, L2, SI, Consolidator, EWCpp, RWalk, kernels
+from cases import Heads, assert_same_state, batches, mlp, train, use_backend
+from rwalk import EWC, L2, SI, Consolidator, EWCpp, RWalk
 
 OPTIMIZERS = {
     "sgd": lambda ps: torch.optim.SGD(ps, lr=0.05),
@@ -23,11 +23,7 @@ RULES = [RWalk(delta_t=4), RWalk(alpha="mean", fisher="example"), EWCpp(alpha=0.
 
 @pytest.fixture(params=["reference", "blocked", "numba"])
 def backend(request):
-    if request.param == "numba":
-        pytest.importorskip("numba")
-    kernels.use(request.param)
-    yield
-    kernels.use("blocked")
+    use_backend(request.param)
 
 
 def taught(rule, make, inside, steps=11, tasks=2, model=None, **options):

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 
-from rwalk import cli
+from rwalk import commands
 from rwalk.bench import Record
 
 pytestmark = pytest.mark.skipif(
@@ -97,4 +98,4 @@ def test_the_pages_examples_run_on_two_ranks(tmp_path):
     assert (tmp_path / "memory.safetensors").exists()
     (command,) = re.findall(r"```sh\n(.*?)\n```", page, re.S)
     assert command.split()[1:5] == ["--standalone", "--nproc-per-node", "2", "-m"], "tried above with other arguments"
-    cli.tyro.cli(cli.COMMANDS, args=command.split()[6:])
+    tyro.cli(commands.COMMANDS, args=command.split()[6:])

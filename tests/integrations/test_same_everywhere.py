@@ -92,28 +92,24 @@ def train_in_fabric(model, rule, tasks):
     from lightning.fabric import Fabric
 
     fabric = Fabric(accelerator="cpu", devices=1)
-    ready, optimizer = fabric.setup(model, sgd(model))
-    memory = Consolidator(ready, rule, STRENGTH).attach(optimizer)
-    for task in tasks:
-        for x, y in fabric.setup_dataloaders(loader(task)):
-            optimizer.zero_grad()
-            fabric.backward(F.cross_entropy(ready(x), y))
-            optimizer.step()
-        memory.consolidate(loader(task))
-    return memory
+    return train_prepared(*fabric.setup(model, sgd(model)), fabric.backward, fabric.setup_dataloaders, rule, tasks)
 
 
 def train_in_accelerate(model, rule, tasks):
     pytest.importorskip("accelerate", reason="needs Accelerate: make test-integrations")
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True)
-    ready, optimizer = accelerator.prepare(model, sgd(model))
-    memory = Consolidator(ready, rule, STRENGTH).attach(optimizer)
+    host = Accelerator(cpu=True)
+    return train_prepared(*host.prepare(model, sgd(model)), host.backward, host.prepare, rule, tasks)
+
+
+def train_prepared(model, optimizer, backward, prepare, rule, tasks):
+    """A loop of one's own around what a host has prepared."""
+    memory = Consolidator(model, rule, STRENGTH).attach(optimizer)
     for task in tasks:
-        for x, y in accelerator.prepare(loader(task)):
+        for x, y in prepare(loader(task)):
             optimizer.zero_grad()
-            accelerator.backward(F.cross_entropy(ready(x), y))
+            backward(F.cross_entropy(model(x), y))
             optimizer.step()
         memory.consolidate(loader(task))
     return memory

@@ -171,8 +171,7 @@ class LwF(FineTune):
         allowed = self._allowed(experience)
         nested = self.training.resolved_mask(experience.scenario) != "task"
         self.old = [allowed] if nested else [o for o in self.old if not torch.equal(o, allowed)] + [allowed]
-        self.teacher.load_state_dict(self.model.state_dict())
-        self.teacher.eval()
+        self._remember()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of training and the outputs of earlier tasks; between tasks the old model is the model."""
@@ -182,12 +181,15 @@ class LwF(FineTune):
         """Continue from a `state_dict`; `past` are the tasks learned so far."""
         super().resume(state, past)
         self.old = state["old"]
-        self.teacher.load_state_dict(self.model.state_dict())
-        self.teacher.eval()
+        self._remember()
 
     def state_bytes(self) -> int:
         """Bytes of the old model."""
         return sum(t.numel() * t.element_size() for t in self.teacher.state_dict().values())
+
+    def _remember(self) -> None:
+        self.teacher.load_state_dict(self.model.state_dict())
+        self.teacher.eval()
 
     def _loss(self, x: Tensor, logits: Tensor, y: Tensor, closed: Tensor | None, whole: int) -> Tensor:
         loss = super()._loss(x, logits, y, closed, whole)

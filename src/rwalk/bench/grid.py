@@ -2,7 +2,7 @@
 
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import CancelledError, Executor, Future, as_completed
+from concurrent.futures import Executor, Future, as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,9 +98,8 @@ def outcomes(
         if cluster or len(lost) == len(left):
             yield from lost.items()
             return
-        left = {
-            key: jobs[key] for key in lost
-        }  # one process that dies takes its pool with it: another pool for the rest, as a cluster does by itself
+        # one process that dies takes its pool with it: another pool for the rest, as a cluster does by itself
+        left = {key: jobs[key] for key in lost}
 
 
 def _round(
@@ -111,7 +110,7 @@ def _round(
     for future in as_completed(futures):
         try:
             yield futures[future], future.result(), False
-        except (Exception, CancelledError) as error:
+        except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
             came = f"a worker that died or went away ({type(error).__name__}: {reason})"
             remedy = "Look for a lack of memory and use fewer workers; the same command goes on."

@@ -248,6 +248,10 @@ class Protected(FineTune):
         super().fit(experience)
         summary = self.summary = self.memory.summary(self.loss)
         self.diagnostics.append({"figures": summary.figures, "layers": [asdict(layer) for layer in summary.layers]})
+        self._consolidate(experience)
+
+    def _consolidate(self, experience: Experience) -> None:
+        """End a task."""
         labels = self._allowed(experience).nonzero().squeeze(1)
         x, y = (ranks.share(column) for column in experience.train.read())
         data = list(zip(x.split(256), torch.searchsorted(labels, y).split(256), strict=True))

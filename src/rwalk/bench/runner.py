@@ -75,9 +75,9 @@ def run(
     if rehearsal is not None:
         rehearsal.check(stream)
     config = configuration(stream, method, strength, training, pull, average, replay)
-    name, versions = stream[0].stream["name"], _versions()
+    versions = _versions()
     run = {
-        "file": file_name(name, called(method, replay), seed, config),
+        "file": record_name(stream, method, strength, seed, training, pull=pull, average=average, replay=replay),
         "versions": versions,
         "threads": torch.get_num_threads(),
         "ranks": ranks.size(),
@@ -106,7 +106,7 @@ def run(
             place.save(learner, measured)
     return Record(
         method=called(method, replay),
-        stream=name,
+        stream=stream[0].stream["name"],
         seed=seed,
         accuracy=measured.accuracy,
         untrained=measured.untrained,
@@ -153,6 +153,14 @@ def configuration(
     rehearsal = _rehearsal(method, settings, replay)
     kept = {"replay": asdict(rehearsal)} if rehearsal else {}
     return {"stream": stream[0].stream, "training": config} | ruled | kept
+
+
+def record_name(
+    stream: Sequence[Experience], method: Method, strength: float | None, seed: int, training: Training, **options: Any
+) -> str:
+    """Return the name of a run's record file; `options` are `pull`, `average` and `replay`, as for `run`."""
+    config = configuration(stream, method, strength, training, **options)
+    return file_name(stream[0].stream["name"], called(method, options.get("replay")), seed, config)
 
 
 def _versions() -> dict[str, str]:

@@ -21,7 +21,7 @@ from rwalk.bench.experience import Experience, Part, check
 from rwalk.bench.grid import Failure, once, outcomes
 from rwalk.bench.learners import Training
 from rwalk.bench.record import Record, file_name
-from rwalk.bench.runner import Method, called, configuration, run
+from rwalk.bench.runner import Method, called, configuration, record_name, run
 
 SPREAD = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 """Strengths tried when none are given, over the default one."""
@@ -139,8 +139,7 @@ def _trial(common: tuple[Any, ...], strength: float, lr: float, seed: int) -> Re
     training = replace(training, lr=lr)
     if out is None:
         return run(stream, method, strength, seed, training, **options)
-    config = configuration(stream, method, strength, training, **options)
-    place = Path(out) / file_name(stream[0].stream["name"], called(method, options.get("replay")), seed, config)
+    place = Path(out) / record_name(stream, method, strength, seed, training, **options)
     return once(place, stream, method, strength, seed, training, **options)[0]
 
 

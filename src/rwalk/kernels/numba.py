@@ -105,15 +105,14 @@ def _kinds(tensors: tuple[Any, ...], allowed: tuple[int, ...]) -> tuple[int, ...
     present = [t for t in tensors if t is not None]
     if all(t.dtype is wide for t in present) and all(map(Tensor.is_contiguous, present)):  # nearly always
         return tuple([NONE if t is None else WIDE for t in tensors])
-    kinds, dense = [], True
+    kinds = []
     for t, most in zip(tensors, allowed, strict=True):
         dtype = None if t is None else t.dtype
         kind = NONE if t is None else WIDE if dtype is wide else COARSE
         if kind > most or (kind == COARSE and not (dtype is torch.bfloat16 and wide is torch.float32)):
             return None
         kinds.append(kind)
-        dense = dense and (t is None or t.is_contiguous())
-    return tuple(kinds) if dense or one_order(present) else None
+    return tuple(kinds) if one_order(present) else None
 
 
 def _run(kernel: Compiled, table: tuple[Any, ...], numbers: tuple[float, ...], *rest: Any) -> int:
