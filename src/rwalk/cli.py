@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+import webbrowser
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,7 +26,7 @@ from rwalk.bench.runner import LEARNERS, configuration
 from rwalk.bench.trackers import tracker
 from rwalk.commands import RULES, Plan, Report, Run, Tune, parsed
 from rwalk.consolidator import resolve
-from rwalk.report import costs, read, show, summarise, tuned
+from rwalk.report import costs, read, show, summarise, tuned, write
 from rwalk.runs import Job, Runs
 
 LIMITS = {"seeds": range(1, 10_001), "threads": range(1, 1025), "workers": range(1, 1025), "first_seed": range(2**62)}
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 console.quiet = ranks.number() > 0
                 return _tune(command, words, console) if isinstance(command, Tune) else _run(command, words, console)
         elif isinstance(command, Report):
-            _report(command.folder, console)
+            _report(command, console)
         elif isinstance(command, Plan):
             _plan(command, console)
         else:
@@ -99,6 +100,8 @@ def _run(command: Run, words: list[str], console: Console) -> int:
     if done:
         show(summarise(done), console)
         console.print(f"Records: {command.out}", highlight=False)
+        if ranks.number() == 0:
+            _page(command.out, None, command.open, console)
     return _failures({jobs[place].label(jobs): why for place, why in ended.items() if isinstance(why, Failure)})
 
 
@@ -218,13 +221,22 @@ def _entries(console: Console, entries: dict[str, str | None]) -> None:
         console.print(f"  [bold]{name}[/bold]  {(text or '').strip().splitlines()[0]}", highlight=False)
 
 
-def _report(folder: Path, console: Console) -> None:
-    """Print the tables of a folder, and name files that are no records."""
-    records, problems = read(folder)
+def _report(command: Report, console: Console) -> None:
+    """Write the page of a folder, print its tables, and name files that are no records."""
+    records, problems = read(command.folder)
     for problem in problems:
         print(f"rwalk: {problem}", file=sys.stderr)
     if records:
         show(summarise(records), console)
+        _page(command.folder, command.out, command.open, console)
+
+
+def _page(folder: Path, out: Path | None, open_it: bool, console: Console) -> None:
+    """Write the page of a folder, and say where it is."""
+    page = write(folder, out)
+    console.print(f"Report: {page}", highlight=False, soft_wrap=True)
+    if open_it:
+        webbrowser.open(page.resolve().as_uri())
 
 
 def _plan(command: Plan, console: Console) -> None:

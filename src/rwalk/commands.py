@@ -86,6 +86,8 @@ class Run:
     """Where runs are done: in processes of this machine, or on a Dask cluster, whose workers load the data themselves."""
     address: str | None = None
     """Of the Dask scheduler, such as tcp://host:8786."""
+    open: bool = False
+    """Show the report in a browser at the end."""
     training: Annotated[Training, tyro.conf.arg(name="")] = field(default_factory=Training)
     rules: Annotated[RuleFields, tyro.conf.arg(name="")] = field(default_factory=RuleFields)
 
@@ -120,10 +122,14 @@ class List:
 
 @dataclass(frozen=True)
 class Report:
-    """Print tables of all records in a folder."""
+    """Write all records in a folder as an HTML page and as Markdown, and print their tables."""
 
     folder: tyro.conf.Positional[Path]
     """Folder written by `rwalk run --out`."""
+    out: Path | None = None
+    """The HTML file; the Markdown is written beside it. Default: report.html in the folder."""
+    open: bool = False
+    """Show it in a browser."""
 
 
 @dataclass(frozen=True)
