@@ -1,5 +1,6 @@
 """Charts as SVG: Vega-Lite draws them, and what it draws takes its colours from the page."""
 
+import math
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -7,7 +8,7 @@ from rwalk._errors import explain
 from rwalk.report.columns import write
 from rwalk.report.series import Chart, Point, Series
 
-WIDTH, HEIGHT = 440, 280
+WIDTH, HEIGHT = 400, 260
 SVG = "http://www.w3.org/2000/svg"
 CONFIG: dict[str, Any] = {
     "view": {"stroke": None},
@@ -77,9 +78,16 @@ def _axes(chart: Chart) -> tuple[dict[str, Any], dict[str, Any]]:
     whole = {"tickMinStep": 1, "format": "d", "tickCount": min(last, 10), "grid": False}
     scale = {"zero": False, "nice": False, "padding": 10} if chart.whole else {"zero": False, "padding": 24}
     x = {"field": "x", "type": "quantitative", "title": chart.x, "scale": scale, "axis": whole if chart.whole else {}}
-    log = {"type": "log"} if chart.log else {"zero": False, "padding": 8}
-    y = {"field": "y", "type": "quantitative", "title": chart.y, "scale": log, "axis": {"format": "~g"} if chart.log else {}}
+    scale_y = {"type": "log"} if chart.log else {"zero": False}
+    axis = {"format": "~g", "values": _powers(chart)} if chart.log else {}
+    y = {"field": "y", "type": "quantitative", "title": chart.y, "scale": scale_y, "axis": axis}
     return x, y
+
+
+def _powers(chart: Chart) -> list[float]:
+    """Return the powers of ten from below the values of a chart to above them."""
+    logs = [math.log10(point.value.mean) for series in chart.series for point in series.points]
+    return [10.0**k for k in range(math.floor(min(logs)) - 1, math.ceil(max(logs)) + 2)]
 
 
 def _trim(text: str, chart: Chart) -> str:

@@ -86,6 +86,7 @@ def _section(number: int, comparison: Comparison, how: Sequence[str]) -> dict[st
         "id": f"part{number}",
         "stream": clean(comparison.stream),
         "facts": {name: clean(value) for name, value in comparison.facts().items()},
+        "about": clean(comparison.describe()),
         "sentence": story.sentence(comparison),
         "remarks": story.remarks(comparison),
         "columns": columns,

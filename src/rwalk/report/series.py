@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from rwalk.bench import metrics
 from rwalk.bench.record import Record
-from rwalk.report.columns import contenders, write
+from rwalk.report.columns import contenders, tops, write
 from rwalk.report.names import called, names
 from rwalk.report.summary import REFERENCES, Comparison, Line, Spread, spread
 
@@ -16,8 +16,6 @@ MANY = 8
 SHAPES = {"circle": "●", "square": "■", "triangle-up": "▲", "diamond": "◆", "triangle-down": "▼", "cross": "✚"}
 """Vega's name of each marker, and the letter that looks like it."""
 DASHES: tuple[list[int], ...] = ([1, 0], [7, 3], [2, 2], [8, 3, 2, 3])
-ALWAYS = -1
-"""The key of what is not switched off."""
 COLOURS = 6
 """How many colours of `page.css` there are for methods, beside those of fine-tuning and of references."""
 
@@ -49,7 +47,7 @@ class Series:
     """One line of a chart.
 
     Args:
-        key: number of the line in its comparison, the same in all charts.
+        key: number of the line in its comparison, the same in all charts; beyond these where it stands for several lines.
         name: what it is called.
         style: how it is drawn.
         points: from left to right.
@@ -112,13 +110,8 @@ def styles(comparison: Comparison) -> list[Style]:
 
 def shown(comparison: Comparison) -> list[bool]:
     """Say which lines are shown at first: all, or of many each method's best."""
-    if len(comparison.lines) <= MANY:
-        return [True] * len(comparison.lines)
-    top: dict[str, tuple[float, int]] = {}
-    for i, line in enumerate(comparison.lines):
-        accuracy = line.average_accuracy.mean if line.average_accuracy else -1.0
-        top[line.method] = max(top.get(line.method, (-2.0, 0)), (accuracy, i))
-    return [top[line.method][1] == i for i, line in enumerate(comparison.lines)]
+    top = tops(comparison)
+    return [len(comparison.lines) <= MANY or i in top for i in range(len(comparison.lines))]
 
 
 def charts(comparison: Comparison) -> list[Chart]:
@@ -132,13 +125,16 @@ def charts(comparison: Comparison) -> list[Chart]:
         *_sweep(comparison),
         *_figures(comparison),
     ]  # fmt: skip
-    return [chart for chart in made if any(round(point.value.mean, 1) for s in chart.series for point in s.points)]
+    return [
+        chart
+        for chart in made
+        if any(len(s.points) > 1 and any(round(p.value.mean, 1) for p in s.points) for s in chart.series)
+    ]
 
 
-def means(rows: Iterable[Sequence[float | None]], factor: float = 100) -> list[Spread | None]:
-    """Return mean and deviation over seeds at each place of their rows."""
-    scaled = [[None if v is None else factor * v for v in row] for row in rows]
-    return [spread(column) for column in zip_longest(*scaled)]
+def known(rows: Iterable[Sequence[float | None]], factor: float = 100) -> list[list[float]]:
+    """Return the defined values at each place of rows, which may be of several lengths."""
+    return [[factor * value for value in column if value is not None] for column in zip_longest(*rows)]
 
 
 def _over_tasks(
@@ -152,7 +148,7 @@ def _over_tasks(
     drawn = []
     wanted = set(map(id, lines))
     for key, (line, name, style) in enumerate(zip(comparison.lines, names(comparison), styles(comparison), strict=True)):
-        found = enumerate(means(map(values, line.records), factor), start=1)
+        found = enumerate(map(spread, known(map(values, line.records), factor)), start=1)
         points = [Point(task, value) for task, value in found if value and (value.mean > 0 or not positive)]
         if id(line) in wanted and points:
             drawn.append(Series(key, name, style, points))
@@ -168,8 +164,8 @@ def _sweep(comparison: Comparison) -> list[Chart]:
             lines.setdefault(fields, []).append((key, line))
     drawn = styles(comparison)
     series = [
-        Series(ALWAYS, name, drawn[group[0][0]], [_trade(line) for _, line in group])
-        for name, group in lines.items() if len(group) > 1
+        Series(unswitched, name, drawn[group[0][0]], [_trade(line) for _, line in group])
+        for unswitched, (name, group) in enumerate(lines.items(), start=len(comparison.lines)) if len(group) > 1
     ]  # fmt: skip
     about = "Each point is a strength: to the right new tasks are learned better, upwards old ones are kept better."
     titles = "accuracy right after learning, %", "kept of earlier tasks, %"
