@@ -18,6 +18,7 @@ CONFIG: dict[str, Any] = {
         "tickCount": 6, "domain": False, "ticks": False, "labelPadding": 6,
     },
 }  # fmt: skip
+EXPONENT = "datum.value < 1e-3 || datum.value > 1e4 ? format(datum.value, '~e') : format(datum.value, '~g')"
 NEEDLESS = ("aria-label", "aria-hidden", "aria-roledescription", "role", "font-family", "pointer-events", "opacity")
 
 
@@ -58,7 +59,7 @@ def _layers(series: Series, chart: Chart) -> list[dict[str, Any]]:
         text = {"field": "label", "type": "nominal"}
         layers += [{"name": f"{key}_text", "data": data, "mark": mark, "encoding": {"x": x, "y": y, "text": text}}]
     elif any(point.value.deviation for point in series.points):
-        band = {"type": "area", "color": colour, "fillOpacity": 0.14}
+        band = {"type": "area", "color": colour, "fillOpacity": 0.12}
         ends = {"y": y | {"field": "low"}, "y2": {"field": "high"}}
         layers.insert(0, {"name": f"{key}_band", "data": data, "mark": band, "encoding": {"x": x, **ends}})
     return layers
@@ -70,7 +71,9 @@ def _row(series: Series, chart: Chart, point: Point) -> dict[str, Any]:
     where = f"strength {point.label}: learned {point.x:.1f}, kept" if chart.labelled else f"{chart.x} {point.x:g}:"
     tip = f"{series.name}, {where} {write(point.value, digits=3 if chart.log else 1)}"
     order = series.points.index(point)
-    return {"x": point.x, "y": mean, "low": low, "high": mean + deviation, "label": point.label, "tip": tip, "order": order}
+    label = point.label if order in (0, len(series.points) - 1) else ""
+    high = min(mean + deviation, max(mean, chart.most))
+    return {"x": point.x, "y": mean, "low": low, "high": high, "label": label, "tip": tip, "order": order}
 
 
 def _axes(chart: Chart) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -79,7 +82,7 @@ def _axes(chart: Chart) -> tuple[dict[str, Any], dict[str, Any]]:
     scale = {"zero": False, "nice": False, "padding": 10} if chart.whole else {"zero": False, "padding": 24}
     x = {"field": "x", "type": "quantitative", "title": chart.x, "scale": scale, "axis": whole if chart.whole else {}}
     scale_y = {"type": "log"} if chart.log else {"zero": False}
-    axis = {"format": "~g", "values": _powers(chart)} if chart.log else {}
+    axis = {"labelExpr": EXPONENT, "values": _powers(chart)} if chart.log else {}
     y = {"field": "y", "type": "quantitative", "title": chart.y, "scale": scale_y, "axis": axis}
     return x, y
 
@@ -87,7 +90,8 @@ def _axes(chart: Chart) -> tuple[dict[str, Any], dict[str, Any]]:
 def _powers(chart: Chart) -> list[float]:
     """Return the powers of ten from below the values of a chart to above them."""
     logs = [math.log10(point.value.mean) for series in chart.series for point in series.points]
-    return [10.0**k for k in range(math.floor(min(logs)) - 1, math.ceil(max(logs)) + 2)]
+    first, last = math.floor(min(logs)) - 1, math.ceil(max(logs)) + 1
+    return [10.0**k for k in range(first, last + 1, 1 + (last - first) // 6)]
 
 
 def _trim(text: str, chart: Chart) -> str:

@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from rwalk.report.names import clean, names
-from rwalk.report.series import known
+from rwalk.report.series import drawn, known
 from rwalk.report.summary import Comparison, Line
 
 SHADES = 10
@@ -98,4 +98,5 @@ def _cell(values: list[float], form: str, most: float) -> Cell:
 
 
 def _lines(comparison: Comparison) -> list[tuple[int, Line, str]]:
-    return [(key, *both) for key, both in enumerate(zip(comparison.lines, names(comparison), strict=True))]
+    named = names(comparison)
+    return [(key, comparison.lines[key], named[key]) for key in drawn(comparison)]

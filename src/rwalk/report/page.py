@@ -91,9 +91,8 @@ def _section(number: int, comparison: Comparison, how: Sequence[str]) -> dict[st
         "remarks": story.remarks(comparison),
         "columns": columns,
         "best": [column.best(comparison) for column in columns],
-        "rows": list(
-            zip(comparison.lines, names(comparison), series.styles(comparison), series.shown(comparison), how, strict=True)
-        ),
+        "rows": list(zip(comparison.lines, names(comparison), series.styles(comparison), how, strict=True)),
+        "drawn": series.drawn(comparison),
         "top": story.best(comparison),
         "charts": series.charts(comparison),
         "accuracies": maps.accuracies(comparison),

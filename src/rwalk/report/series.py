@@ -1,5 +1,6 @@
 """What the charts of a comparison show: for each line its points, and how it is told from the others."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -12,7 +13,7 @@ from rwalk.report.names import called, names
 from rwalk.report.summary import REFERENCES, Comparison, Line, Spread, spread
 
 MANY = 8
-"""Lines that are all shown at first; of more than that, each method's best."""
+"""Lines that are all drawn; of more than that, each method's best."""
 SHAPES = {"circle": "●", "square": "■", "triangle-up": "▲", "diamond": "◆", "triangle-down": "▼", "cross": "✚"}
 """Vega's name of each marker, and the letter that looks like it."""
 DASHES: tuple[list[int], ...] = ([1, 0], [7, 3], [2, 2], [8, 3, 2, 3])
@@ -71,6 +72,7 @@ class Chart:
         log: whether the values are of many magnitudes.
         labelled: whether each point's label stands beside it.
         whole: whether x is a whole number, such as a task's.
+        most: the highest value that there can be.
     """
 
     title: str
@@ -81,6 +83,7 @@ class Chart:
     log: bool = False
     labelled: bool = False
     whole: bool = True
+    most: float = math.inf
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Return the headings and rows of the table behind the chart."""
@@ -108,10 +111,10 @@ def styles(comparison: Comparison) -> list[Style]:
     return found
 
 
-def shown(comparison: Comparison) -> list[bool]:
-    """Say which lines are shown at first: all, or of many each method's best."""
-    top = tops(comparison)
-    return [len(comparison.lines) <= MANY or i in top for i in range(len(comparison.lines))]
+def drawn(comparison: Comparison) -> list[int]:
+    """Return the places of the lines that are drawn: all, or of many each method's best."""
+    everything = range(len(comparison.lines))
+    return sorted(tops(comparison)) if len(everything) > MANY else list(everything)
 
 
 def charts(comparison: Comparison) -> list[Chart]:
@@ -119,7 +122,7 @@ def charts(comparison: Comparison) -> list[Chart]:
     made = [
         Chart("Average accuracy", "Over the tasks so far, after each one; the band is the standard deviation over seeds.",
               "tasks learned", "average accuracy, %",
-              _over_tasks(comparison, comparison.lines, lambda r: metrics.course(r.accuracy))),
+              _over_tasks(comparison, comparison.lines, lambda r: metrics.course(r.accuracy)), most=100),
         Chart("Forgetting of each task", "Accuracy lost at the end since its best; lower is better.", "task",
               "forgetting, points", _over_tasks(comparison, contenders(comparison), lambda r: metrics.forgotten(r.accuracy))),
         *_sweep(comparison),
@@ -145,14 +148,15 @@ def _over_tasks(
     positive: bool = False,
 ) -> list[Series]:
     """Return a series for each line, with a point for each task."""
-    drawn = []
-    wanted = set(map(id, lines))
-    for key, (line, name, style) in enumerate(zip(comparison.lines, names(comparison), styles(comparison), strict=True)):
-        found = enumerate(map(spread, known(map(values, line.records), factor)), start=1)
-        points = [Point(task, value) for task, value in found if value and (value.mean > 0 or not positive)]
+    wanted, named, styled = set(map(id, lines)), names(comparison), styles(comparison)
+    found = []
+    for key in drawn(comparison):
+        line = comparison.lines[key]
+        spreads = enumerate(map(spread, known(map(values, line.records), factor)), start=1)
+        points = [Point(task, value) for task, value in spreads if value and (value.mean > 0 or not positive)]
         if id(line) in wanted and points:
-            drawn.append(Series(key, name, style, points))
-    return drawn
+            found.append(Series(key, named[key], styled[key], points))
+    return found
 
 
 def _sweep(comparison: Comparison) -> list[Chart]:
@@ -162,14 +166,14 @@ def _sweep(comparison: Comparison) -> list[Chart]:
         if line.strength is not None and line.learned and line.kept:
             fields = ", ".join([called(line.method), *(f"{k} {v}" for k, v in comparison.varying(line).items())])
             lines.setdefault(fields, []).append((key, line))
-    drawn = styles(comparison)
+    styled = styles(comparison)
     series = [
-        Series(unswitched, name, drawn[group[0][0]], [_trade(line) for _, line in group])
+        Series(unswitched, name, styled[group[0][0]], [_trade(line) for _, line in group])
         for unswitched, (name, group) in enumerate(lines.items(), start=len(comparison.lines)) if len(group) > 1
     ]  # fmt: skip
     about = "Each point is a strength: to the right new tasks are learned better, upwards old ones are kept better."
     titles = "accuracy right after learning, %", "kept of earlier tasks, %"
-    return [Chart("Stability and plasticity", about, *titles, series, labelled=True, whole=False)]
+    return [Chart("Stability and plasticity", about, *titles, series, labelled=True, whole=False, most=100)]
 
 
 def _trade(line: Line) -> Point:
@@ -201,4 +205,4 @@ def _figure(comparison: Comparison, figure: str, title: str, about: str, factor:
 
     log = factor == 1
     series = _over_tasks(comparison, comparison.lines, values, factor, positive=log)
-    return Chart(title, about, "task", figure if log else "%", series, log)
+    return Chart(title, about, "task", figure if log else "%", series, log, most=math.inf if log else 100)

@@ -192,7 +192,7 @@ def _path(comparison: Comparison) -> Iterator[str]:
             mine.setdefault(_share(fmean(known)), []).append(name)
     for share, found in mine.items():
         yield (
-            f"The squared Riemannian distance exceeded eps in {share} of the windows of {listed(found)}: there the score is the "
+            f"The squared Riemannian distance exceeded eps in {share} of the windows of {listed(found)}: its score is the "
             "path integral, rescaled."
         )
 
