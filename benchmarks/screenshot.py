@@ -16,7 +16,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync")  # fmt: skip
 """For a root user, and so that the browser itself asks for nothing."""
-WIDTH, HEIGHT = 1160, 1260
+WIDTH, HEIGHT = 1220, 1260
 
 
 def found() -> str | None:

@@ -85,4 +85,4 @@ def test_contributings_rule_is_found_by_laws_and_command_line(tmp_path):
     command = [sys.executable, "-m", "rwalk", "run", "split-digits", "--methods", "plain", "--seeds", "1", "--out", "out"]
     done = subprocess.run(command, check=False, **place)
     assert done.returncode == 0, done.stderr
-    assert '"method": "plain"' in next((tmp_path / "out").iterdir()).read_text()
+    assert '"method": "plain"' in next((tmp_path / "out").glob("*.json")).read_text()
