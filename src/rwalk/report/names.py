@@ -41,13 +41,18 @@ def called(method: str) -> str:
 
 def names(comparison: Comparison) -> list[str]:
     """Name each line, with what tells it from others of the same method."""
-    return [", ".join([called(line.method), *_apart(line, comparison)]) for line in comparison.lines]
+    return [called(line.method) + _apart(line, comparison) for line in comparison.lines]
 
 
-def _apart(line: Line, comparison: Comparison) -> list[str]:
+def _apart(line: Line, comparison: Comparison) -> str:
     strengths = {other.strength for other in comparison.lines if other.method == line.method}
     words = [f"strength {line.strength:g}"] if line.strength is not None and len(strengths) > 1 else []
-    return words + [clean(f"{key} {value}") for key, value in comparison.varying(line).items()]
+    return bracketed(words + [f"{key} {value}" for key, value in comparison.varying(line).items()])
+
+
+def bracketed(words: list[str]) -> str:
+    """Put words, if there are any, in brackets behind a name."""
+    return clean(f" ({', '.join(words)})") if words else ""
 
 
 def listed(words: list[str]) -> str:

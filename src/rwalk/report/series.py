@@ -9,7 +9,7 @@ from typing import NamedTuple
 from rwalk.bench import metrics
 from rwalk.bench.record import Record
 from rwalk.report.columns import contenders, tops, write
-from rwalk.report.names import called, names
+from rwalk.report.names import bracketed, called, names
 from rwalk.report.summary import REFERENCES, Comparison, Line, Spread, spread
 
 MANY = 8
@@ -164,7 +164,7 @@ def _sweep(comparison: Comparison) -> list[Chart]:
     lines: dict[str, list[tuple[int, Line]]] = {}
     for key, line in enumerate(comparison.lines):
         if line.strength is not None and line.learned and line.kept:
-            fields = ", ".join([called(line.method), *(f"{k} {v}" for k, v in comparison.varying(line).items())])
+            fields = called(line.method) + bracketed([f"{k} {v}" for k, v in comparison.varying(line).items()])
             lines.setdefault(fields, []).append((key, line))
     styled = styles(comparison)
     series = [

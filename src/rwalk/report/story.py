@@ -155,7 +155,7 @@ def _left_out(comparison: Comparison) -> Iterator[str]:
 def _close(comparison: Comparison) -> Iterator[str]:
     first = best(comparison)
     near, name = [], ""
-    for other, line in _named(comparison):
+    for other, line in _tops(comparison):
         a, b = first and first.average_accuracy, line.average_accuracy
         if line is first:
             name = other
@@ -185,7 +185,7 @@ def _missing(comparison: Comparison) -> Iterator[str]:
 
 def _path(comparison: Comparison) -> Iterator[str]:
     mine: dict[str, list[str]] = {}
-    for name, line in _named(comparison):
+    for name, line in _tops(comparison):
         shares = [d.get("figures", {}).get("windows beyond eps") for r in line.records for d in r.diagnostics[-1:]]
         known = [share for share in shares if share is not None]
         if known and fmean(known) < CLEAR:
