@@ -31,9 +31,14 @@ def svg(chart: Chart) -> str:
     try:
         import vl_convert
     except ImportError as error:
-        came, expected = f"no package to draw charts with ({error})", "the extra `bench`"
-        raise ImportError(explain(came, expected, "Run: pip install 'rwalk[bench]'")) from None
+        raise missing("draw charts", error) from None
     return _trim(vl_convert.vegalite_to_svg(_spec(chart), vl_version="5.21", allowed_base_urls=[]), chart)
+
+
+def missing(what: str, error: ImportError) -> ImportError:
+    """Return the complaint about a package that is not installed."""
+    remedy = "Run: pip install 'rwalk[bench]'"
+    return ImportError(explain(f"no package to {what} with ({error})", "the extra `bench`", remedy))
 
 
 def _spec(chart: Chart) -> dict[str, Any]:

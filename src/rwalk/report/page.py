@@ -52,16 +52,7 @@ def render(comparisons: Sequence[Comparison], problems: Sequence[str] = (), how:
         problems: messages about files that could not be read.
         how: for each comparison, how each line's strength was chosen.
     """
-    try:
-        import jinja2
-        from markupsafe import Markup
-    except ImportError as error:
-        came, expected = f"no package to write pages with ({error})", "the extra `bench`"
-        raise ImportError(explain(came, expected, "Run: pip install 'rwalk[bench]'")) from None
-    loader = jinja2.FileSystemLoader(TEMPLATES)
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment, markup = _templates()
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     most = max([len(comparison.lines) for comparison in comparisons], default=0)
     style += "\n".join(f".part:has(.switch{i}:not(:checked)) .s{i} {{ display: none; }}" for i in range(most))
@@ -70,13 +61,24 @@ def render(comparisons: Sequence[Comparison], problems: Sequence[str] = (), how:
         sections=[_section(i, *both) for i, both in enumerate(zip(comparisons, ways, strict=True))],
         runs=sum(len(line.records) for comparison in comparisons for line in comparison.lines),
         problems=[clean(problem) for problem in problems],
-        style=Markup(style),
-        script=Markup(script),
+        style=markup(style),
+        script=markup(script),
         policy=f"default-src 'none'; style-src 'sha256-{_digest(style)}'; script-src 'sha256-{_digest(script)}'; "
         "base-uri 'none'; form-action 'none'",
-        draw=lambda chart: Markup(drawing.svg(chart)),
+        draw=lambda chart: markup(drawing.svg(chart)),
     )
     return text
+
+
+def _templates() -> tuple[Any, Any]:
+    """Return the environment of the templates, which escapes what it is given, and the mark of what is markup already."""
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+        from markupsafe import Markup
+    except ImportError as error:
+        raise drawing.missing("write pages", error) from None
+    rules: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    return Environment(loader=FileSystemLoader(TEMPLATES), **rules), Markup
 
 
 def _section(number: int, comparison: Comparison, how: Sequence[str]) -> dict[str, Any]:
