@@ -69,7 +69,8 @@ def _tables(rows: Iterable[AnyRow]) -> tuple[dict[Key, list[Entry]], list[AnyRow
     left: list[AnyRow] = []
     for row in rows:
         columns, moves, numbers = _parts(row)
-        key = _key(type(row), tuple([None if t is None else t.dtype for t in columns]), moves)
+        kind: Any = type(row)
+        key = _key(kind, tuple([None if t is None else t.dtype for t in columns]), moves)
         if key is None or not row.theta.is_cpu or not one_order([t for t in columns if t is not None]):
             left.append(row)
             continue
@@ -78,7 +79,7 @@ def _tables(rows: Iterable[AnyRow]) -> tuple[dict[Key, list[Entry]], list[AnyRow
     return tables, left
 
 
-def _parts(row: Any) -> tuple[tuple[Tensor | None, ...], bool, tuple[float, ...]]:
+def _parts(row: Any) -> tuple[Any, bool, Any]:
     """Return the tensors of a row, whether the optimiser's step is to be made, and the numbers."""
     if isinstance(row, After):
         return row[: len(AFTER)], False, row[len(AFTER) :]
