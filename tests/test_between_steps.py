@@ -57,17 +57,17 @@ def turned(tensor):
     return tensor.t().contiguous().t() if tensor.dim() == 2 else tensor
 
 
-def parameters_moved(training, step):  # noqa: ARG001
+def parameters_moved(training, step):
     for p in training.model.parameters():
         elsewhere(p)
 
 
-def anchor_moved(training, step):  # noqa: ARG001
+def anchor_moved(training, step):
     for t in training.memory.anchor.tensors():
         elsewhere(t)
 
 
-def moments_moved(training, step):  # noqa: ARG001
+def moments_moved(training, step):
     for p in training.model.parameters():
         elsewhere(training.optimizer.state[p]["exp_avg"])
 
@@ -78,24 +78,24 @@ def parameters_turned(training, step):
             p.data = turned(p.data) if step % 2 else p.data.contiguous()
 
 
-def memory_reloaded(training, step):  # noqa: ARG001
+def memory_reloaded(training, step):
     training.memory.load_state_dict(training.memory.state_dict())
 
 
-def optimiser_reloaded(training, step):  # noqa: ARG001
+def optimiser_reloaded(training, step):
     training.optimizer.load_state_dict(copy.deepcopy(training.optimizer.state_dict()))
 
 
-def attached_again(training, step):  # noqa: ARG001
+def attached_again(training, step):
     training.memory.detach()
     training.memory.attach(training.optimizer, inside=training.inside)
 
 
-def kernels_switched(training, step):  # noqa: ARG001
+def kernels_switched(training, step):
     kernels.use("blocked" if kernels.current() != "blocked" else "auto")
 
 
-def optimiser_copied(training, step):  # noqa: ARG001
+def optimiser_copied(training, step):
     copy.deepcopy(training.optimizer.state_dict())
     copy.deepcopy(training.model)
 
