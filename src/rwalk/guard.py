@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from rwalk._errors import explain
 from rwalk.parallel import ALONE, Spread
 
-COUNTS = torch.zeros(())
+COUNTS = torch.zeros((), device="cpu")
 """The flag of a step that counts, on the host."""
 
 
