@@ -114,7 +114,7 @@ def fetched(rows: Iterable[blocked.AnyRow], limit: int = FETCH) -> Iterator[list
     batch: list[blocked.AnyRow] = []
     brought = 0
     for row in rows:
-        if row.omega is None or row.point is None or row.omega.get_device() == row.theta.get_device():
+        if row.omega is None or row.point is None or row.omega.device == row.theta.device:
             batch.append(row)
             continue
         size = row.omega.nbytes + row.point.nbytes
