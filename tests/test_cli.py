@@ -13,9 +13,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rwalk import cli, kernels
+from rwalk import kernels
 from rwalk.bench import Record, grid
 from rwalk.bench import data as data_sets
+from rwalk.bench.runner import configuration
 from rwalk.cli import main
 from test_data import write
 
@@ -251,7 +252,7 @@ senseless = st.lists(
 
 def stub(stream, method, strength, seed, training, **options):
     del options["checkpoint"], options["tick"], options["track"]
-    config = cli.configuration(stream, method, strength, training, **options)
+    config = configuration(stream, method, strength, training, **options)
     name = method if isinstance(method, str) else type(method).__name__.lower()
     return Record(name, stream[0].stream["name"], seed, [[0.5]], config=config, timings={"train_seconds": 1.0})
 

@@ -145,12 +145,18 @@ def _problem(content: Any) -> str:
     wrong = [key for key, kind in kinds.items() if key in content and not isinstance(content[key], kind)]
     if wrong:
         return f"whose `{wrong[0]}` is not of type {kinds[wrong[0]].__name__}"
-    rows = content["accuracy"]
-    if not all(isinstance(row, list) and len(row) == len(rows[0]) and all(map(_fraction, row)) for row in rows):
-        return "whose `accuracy` is not a matrix of fractions and nulls"
+    if not is_matrix(content["accuracy"]):
+        return "whose `accuracy` is not a matrix of fractions and nulls, with a column for each task"
     return ""
+
+
+def is_matrix(rows: Any) -> bool:
+    """Tell whether JSON content is an accuracy matrix: fractions and nulls, a row for each task learned, all tasks in each."""
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        return False
+    return all(len(row) == len(rows[0]) >= len(rows) and all(map(_fraction, row)) for row in rows)
 
 
 def _fraction(value: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value is None or (number and math.isfinite(value) and 0 <= value <= 1)
+    return value is None or (number and 0 <= value <= 1)
