@@ -84,12 +84,14 @@ class Display:
                 self.end(key)
             self._close(self._all)
 
-    def begin(self, key: Hashable, finished: int = 0) -> None:
-        """Show that a run begins, after so many tasks of an earlier attempt."""
+    def begin(self, key: Hashable, accuracy: Sequence[Row] = ()) -> None:
+        """Show that a run begins, after those tasks of an earlier attempt that an accuracy matrix has rows for."""
         with self._lock:
             run = self._runs.get(key)
             if run is not None and run.bar is None:
-                run.begun = run.done = run.steps[finished - 1] if 0 < finished <= len(run.steps) else 0
+                if 0 < len(accuracy) <= len(run.steps):
+                    run.begun = run.done = run.steps[len(accuracy) - 1]
+                    run.row = accuracy[-1][: len(accuracy)]
                 self._all.begun += run.begun
                 self._all.done += run.begun
                 self._open(run)
@@ -144,7 +146,7 @@ class Display:
             thread.join()
 
     def _look(self, key: Hashable, accuracy: Sequence[Row]) -> None:
-        self.begin(key, len(accuracy))
+        self.begin(key, accuracy)
         run = self._runs.get(key)
         if run is not None and len(accuracy) > len(run.row):
             self.learned(key, accuracy[-1][: len(accuracy)])
@@ -210,7 +212,7 @@ def shortened(row: Row, room: int) -> str:
     words = ["-" if a is None else f"{100 * a:.0f}" for a in row]
     known = [a for a in row if a is not None]
     mean = f", mean {100 * fmean(known):.1f} %" if known else ""
-    for kept in range(len(words), 1, -1):
+    for kept in range(len(words), min(len(words), 2) - 1, -1):
         half = kept // 2
         shown = words if kept == len(words) else [*words[: kept - half], "..", *words[-half:]]
         if len(text := " ".join(shown) + mean) <= room:

@@ -108,14 +108,13 @@ class Runs:
         options = self.options(job.method)
         with tracker(self.command.log, place.with_suffix("")) as track:
             if display is not None:
-                display.begin(place, len(learned(place.with_suffix(".checkpoint"))))
+                display.begin(place, learned(place.with_suffix(".checkpoint")))
                 options["tick"] = display.tick(place)
-            shown = display
 
             def both(scalars: dict[str, float], tasks: int) -> None:
                 track(scalars, tasks)
-                if shown is not None:
-                    shown.learned(place, accuracies(scalars, tasks))
+                if display is not None:
+                    display.learned(place, accuracies(scalars, tasks))
 
             return once(place, stream, method, job.strength, job.seed, self._training(job), track=both, **options)
 
