@@ -61,6 +61,8 @@ class Run:
     """How many of them join each step; default: as many as the batch has."""
     out: Path = Path("runs")
     """Folder for the records."""
+    open: bool = False
+    """Show the report in a browser at the end."""
     data: Path | None = None
     """Folder in which folders of data sets lie; default: the environment variable RWALK_DATA."""
     tasks: int | None = None

@@ -20,10 +20,14 @@ from rwalk.report.plain import plain
 
 @dataclass(frozen=True)
 class Report:
-    """Print tables of all records in a folder."""
+    """Write all records in a folder as an HTML page and as Markdown, and print their tables."""
 
     folder: tyro.conf.Positional[Path]
     """Folder written by `rwalk run --out`."""
+    out: Path | None = None
+    """The HTML file; the Markdown is written beside it. Default: report.html in the folder."""
+    open: bool = False
+    """Show it in a browser."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,9 @@ class Watch:
     every: float = 5.0
     """Seconds between two looks at the folder."""
     out: Path | None = None
-    """File of the report; default: report.html in the folder."""
+    """The HTML file; the Markdown is written beside it. Default: report.html in the folder."""
     open: bool = False
-    """Open the report in a browser, once there is one."""
+    """Show it in a browser, once there is one."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,20 @@ def do(command: Any, console: Console) -> int:
 
 
 def _report(command: Report, console: Console) -> None:
-    """Print the tables of a folder, and name files that are no records."""
+    """Write the page of a folder, print its tables, and name files that are no records."""
     records, problems = report.read(command.folder)
     _complain(problems)
     if records:
         report.show(report.summarise(records), console)
+        page(command.folder, command.out, command.open, console)
+
+
+def page(folder: Path, out: Path | None, open_it: bool, console: Console) -> None:
+    """Write the page of a folder, say where it is, and show it in a browser if asked to."""
+    place = report.write(folder, out)
+    _say(console, f"Report: {place}")
+    if open_it:
+        webbrowser.open(place.resolve().as_uri())
 
 
 def _records(place: Path) -> list[Record]:
@@ -104,27 +117,29 @@ def _complain(problems: Sequence[str]) -> None:
 
 
 def _watch(command: Watch, console: Console) -> None:
-    """Write the report anew at each change, and say so, until Ctrl-C."""
+    """Write the page anew at each change, and say so, until Ctrl-C; then write it as one that is finished."""
     if not 0.1 <= command.every <= 86400:
         raise ValueError(explain(f"--every {command.every}", "0.1 to 86400 seconds", "Pass such a number."))
     if command.folder.is_file():
         raise ValueError(explain(f"`{command.folder}`, which is a file", "a folder", "Name the folder of `rwalk run --out`."))
-    _say(console, f"Watching {command.folder}; Ctrl-C ends it.")
-    opened = not command.open
+    _say(console, f"Watching {command.folder}. Ctrl-C ends it.")
+    written: Path | None = None
     try:
         for found in watch.news(command.folder, command.every):
-            wrote = _rewritten(command) if found.records and found.changed else None
-            _say(console, f"{time.strftime('%H:%M:%S')}  {found}" + (f". Written: {wrote}" if wrote else ""))
-            if wrote and not opened:
-                opened = webbrowser.open(wrote.resolve().as_uri())
+            place = _written(command, max(1, round(command.every))) if found.records and found.changed else None
+            _say(console, f"{time.strftime('%H:%M:%S')}  {found}" + (f"; wrote {place}" if place else ""))
+            if command.open and place and not written:
+                webbrowser.open(place.resolve().as_uri())
+            written = place or written
     except KeyboardInterrupt:
-        _say(console, "No longer watching.")
+        place = _written(command, None) if written else None
+        _say(console, "No longer watching." + (f" Report: {place}" if place else ""))
 
 
-def _rewritten(command: Watch) -> Path | None:
-    """Write the report; what is wrong with a file now may be right at the next change."""
+def _written(command: Watch, refresh: int | None) -> Path | None:
+    """Write the page; what is wrong with a file now may be right at the next change."""
     try:
-        return report.write(command.folder, command.out, refresh=max(1, round(command.every)))
+        return report.write(command.folder, command.out, refresh)
     except (ValueError, OSError) as error:
         _complain([str(error)])
         return None

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -184,6 +183,6 @@ def _method(name: str, ruled: dict[str, Importance[Any]]) -> tuple[str, str | Im
 def _result(record: Record | None, there: bool) -> str:
     if record is None:
         return "failed; the cause comes at the end"
-    bits = f", {fmean(record.bits[-1]):.3f} bits per character" if record.bits else ""
+    bits = "" if record.final_bits is None else f", {record.final_bits:.3f} bits per character"
     when = "(on disk)" if there else f"in {record.timings['train_seconds']:.1f} s"
     return f"average accuracy {record.average_accuracy:.2%}{bits} {when}"
