@@ -1,4 +1,4 @@
-"""The command line: run and tune, then report, watch and compare; list and plan."""
+"""The command line: `run` and `tune` train methods on streams of tasks; `report`, `watch` and `compare` read the results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass

@@ -110,6 +110,7 @@ class Display:
                 return
             run.row = row
             self._advance(run, run.steps[len(row) - 1] - run.done, True)
+            self._bars.refresh()
             if not self.live and time.monotonic() - self._said >= SILENCE:
                 self.say(f"{run.label}: task {len(row)} of {len(run.steps)}, {shortened(row, ROOM)}")
 

@@ -34,7 +34,7 @@ class News:
     begun: tuple[str, ...]
 
     def __str__(self) -> str:
-        words = [f"{self.records} record{'s' * (self.records != 1)}"]
+        words = [f"{self.records} record{'s' * (self.records != 1)}" if self.records else "no record yet"]
         words += [f"{self.broken} unreadable"] if self.broken else []
         if self.begun:
             more = f" and {len(self.begun) - NAMED} more" if len(self.begun) > NAMED else ""
