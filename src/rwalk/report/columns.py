@@ -61,10 +61,10 @@ COLUMNS = (
     Column("FWT", "forward transfer: gain on later tasks before they are learned, points",
            lambda line: line.forward_transfer, "FWT", 100, better="higher"),
     Column("Bits", "per character, over all tasks after the last one", lambda line: line.bits, "", digits=3, better="lower"),
-    Column("Training, s", "seconds of training in a run", lambda line: line.seconds, "time s", deviation=False),
+    Column("Training,\u00a0s", "seconds of training in a run", lambda line: line.seconds, "time s", deviation=False),
     Column("Step time", "CPU time of a step over that of fine-tuning", lambda line: line.step_ratio, "step", digits=2,
            deviation=False),
-    Column("State, P", "bytes held beside the model, over those of its parameters (P)", lambda line: line.state, "state",
+    Column("State,\u00a0P", "bytes held beside the model, over those of its parameters (P)", lambda line: line.state, "state",
            deviation=False),
     Column("Stored examples", "of earlier tasks", lambda line: line.stored_examples, "stored", digits=0, deviation=False),
 )  # fmt: skip
@@ -73,6 +73,15 @@ COLUMNS = (
 def contenders(comparison: Comparison) -> list[Line]:
     """Return the lines that learn one task after another; those that train on all data are references."""
     return [line for line in comparison.lines if line.method not in REFERENCES]
+
+
+def tops(comparison: Comparison) -> set[int]:
+    """Return the place of each method's best line."""
+    top: dict[str, tuple[float, int]] = {}
+    for i, line in enumerate(comparison.lines):
+        accuracy = line.average_accuracy.mean if line.average_accuracy else -1.0
+        top[line.method] = max(top.get(line.method, (-1.0, i)), (accuracy, i))
+    return {i for _, i in top.values()}
 
 
 def shown(lines: Sequence[Line]) -> list[Column]:
@@ -84,5 +93,9 @@ def write(value: Spread | None, factor: float = 1, digits: int = 1, deviation: b
     """Write a mean, with its deviation over seeds where there is one."""
     if value is None:
         return "–"
-    text = f"{value.mean * factor:.{digits}f}"
-    return f"{text} ± {value.deviation * factor:.{digits}f}" if deviation and value.deviation is not None else text
+    text = _number(value.mean * factor, digits)
+    return f"{text} ± {_number(value.deviation * factor, digits)}" if deviation and value.deviation is not None else text
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{round(value, digits) + 0.0:,.{digits}f}".replace("-", "−")

@@ -1,5 +1,6 @@
 """Charts as SVG: Vega-Lite draws them, and what it draws takes its colours from the page."""
 
+import math
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -7,7 +8,7 @@ from rwalk._errors import explain
 from rwalk.report.columns import write
 from rwalk.report.series import Chart, Point, Series
 
-WIDTH, HEIGHT = 440, 280
+WIDTH, HEIGHT = 400, 260
 SVG = "http://www.w3.org/2000/svg"
 CONFIG: dict[str, Any] = {
     "view": {"stroke": None},
@@ -17,6 +18,7 @@ CONFIG: dict[str, Any] = {
         "tickCount": 6, "domain": False, "ticks": False, "labelPadding": 6,
     },
 }  # fmt: skip
+EXPONENT = "datum.value < 1e-3 || datum.value > 1e4 ? format(datum.value, '~e') : format(datum.value, '~g')"
 NEEDLESS = ("aria-label", "aria-hidden", "aria-roledescription", "role", "font-family", "pointer-events", "opacity")
 
 
@@ -57,7 +59,7 @@ def _layers(series: Series, chart: Chart) -> list[dict[str, Any]]:
         text = {"field": "label", "type": "nominal"}
         layers += [{"name": f"{key}_text", "data": data, "mark": mark, "encoding": {"x": x, "y": y, "text": text}}]
     elif any(point.value.deviation for point in series.points):
-        band = {"type": "area", "color": colour, "fillOpacity": 0.14}
+        band = {"type": "area", "color": colour, "fillOpacity": 0.12}
         ends = {"y": y | {"field": "low"}, "y2": {"field": "high"}}
         layers.insert(0, {"name": f"{key}_band", "data": data, "mark": band, "encoding": {"x": x, **ends}})
     return layers
@@ -69,7 +71,9 @@ def _row(series: Series, chart: Chart, point: Point) -> dict[str, Any]:
     where = f"strength {point.label}: learned {point.x:.1f}, kept" if chart.labelled else f"{chart.x} {point.x:g}:"
     tip = f"{series.name}, {where} {write(point.value, digits=3 if chart.log else 1)}"
     order = series.points.index(point)
-    return {"x": point.x, "y": mean, "low": low, "high": mean + deviation, "label": point.label, "tip": tip, "order": order}
+    label = point.label if order in (0, len(series.points) - 1) else ""
+    high = min(mean + deviation, max(mean, chart.most))
+    return {"x": point.x, "y": mean, "low": low, "high": high, "label": label, "tip": tip, "order": order}
 
 
 def _axes(chart: Chart) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -77,9 +81,17 @@ def _axes(chart: Chart) -> tuple[dict[str, Any], dict[str, Any]]:
     whole = {"tickMinStep": 1, "format": "d", "tickCount": min(last, 10), "grid": False}
     scale = {"zero": False, "nice": False, "padding": 10} if chart.whole else {"zero": False, "padding": 24}
     x = {"field": "x", "type": "quantitative", "title": chart.x, "scale": scale, "axis": whole if chart.whole else {}}
-    log = {"type": "log"} if chart.log else {"zero": False, "padding": 8}
-    y = {"field": "y", "type": "quantitative", "title": chart.y, "scale": log, "axis": {"format": "~g"} if chart.log else {}}
+    scale_y = {"type": "log"} if chart.log else {"zero": False}
+    axis = {"labelExpr": EXPONENT, "values": _powers(chart)} if chart.log else {}
+    y = {"field": "y", "type": "quantitative", "title": chart.y, "scale": scale_y, "axis": axis}
     return x, y
+
+
+def _powers(chart: Chart) -> list[float]:
+    """Return the powers of ten from below the values of a chart to above them."""
+    logs = [math.log10(point.value.mean) for series in chart.series for point in series.points]
+    first, last = math.floor(min(logs)) - 1, math.ceil(max(logs)) + 1
+    return [10.0**k for k in range(first, last + 1, 1 + (last - first) // 6)]
 
 
 def _trim(text: str, chart: Chart) -> str:

@@ -1,11 +1,12 @@
 """Tables whose cells are shaded by their value: accuracy by task, and what each layer holds and how far it has moved."""
 
 from dataclasses import dataclass
+from statistics import fmean
 from typing import NamedTuple
 
 from rwalk.report.names import clean, names
-from rwalk.report.series import means
-from rwalk.report.summary import Comparison, Line, Spread
+from rwalk.report.series import drawn, known
+from rwalk.report.summary import Comparison, Line
 
 SHADES = 10
 """Shades of `page.css`, beside none at all."""
@@ -48,9 +49,9 @@ def accuracies(comparison: Comparison) -> list[Map]:
 
 def _accuracy(key: int, line: Line, name: str) -> Map:
     matrices = [record.accuracy for record in line.records]
-    found = [means(rows) for rows in zip(*matrices, strict=False)]
-    rows = [(str(k), [_cell(value, ".0f", 100) for value in row]) for k, row in enumerate(found, start=1)]
-    return Map(key, name, "after task ↓, on task →", [str(j) for j in range(1, max(map(len, found), default=0) + 1)], rows)
+    found = [known(rows) for rows in zip(*matrices, strict=False)]
+    rows = [(str(k), [_cell(values, ".0f", 100) for values in row]) for k, row in enumerate(found, start=1)]
+    return Map(key, name, "after ↓ on →", [str(j) for j in range(1, max(map(len, found), default=0) + 1)], rows)
 
 
 def layers(comparison: Comparison) -> list[Map]:
@@ -60,38 +61,42 @@ def layers(comparison: Comparison) -> list[Map]:
 
 def _layers(key: int, line: Line, name: str) -> list[Map]:
     shares = _by_layer(line, "share", 100)
-    last = {layer: next((v.mean for v in reversed(row) if v), 0.0) for layer, row in shares.items()}
+    last = {layer: next((fmean(values) for values in reversed(row) if values), 0.0) for layer, row in shares.items()}
     top = sorted(sorted(shares, key=lambda layer: -last[layer])[:MOST], key=list(shares).index)
     if not top:
         return []
     rest = sum(last.values()) - sum(last[layer] for layer in top)
     note = f"{len(shares) - len(top)} more layers hold {rest:.0f} %." if len(shares) > len(top) else ""
     drift = {layer: row for layer, row in _by_layer(line, "drift", 1).items() if layer in top}
-    most = max((v.mean for row in drift.values() for v in row if v), default=0.0)
+    most = max((fmean(values) for row in drift.values() for values in row if values), default=0.0)
     columns = [str(task) for task in range(1, max(map(len, shares.values())) + 1)]
     return [
-        Map(key, f"{name}: share of importance, %", "layer ↓, task →", columns, _rows(shares, top, ".0f", 100), note),
-        Map(key, f"{name}: way from the anchor", "layer ↓, task →", columns, _rows(drift, top, ".2f", most)),
+        Map(key, f"{name}: share of importance, %", "layer ↓ task →", columns, _rows(shares, top, ".0f", 100), note),
+        Map(key, f"{name}: way from the anchor", "layer ↓ task →", columns, _rows(drift, top, ".2f", most)),
     ]
 
 
-def _rows(found: dict[str, list[Spread | None]], top: list[str], form: str, most: float) -> list[tuple[str, list[Cell]]]:
-    return [(layer, [_cell(value, form, most) for value in found[layer]]) for layer in top]
+def _rows(found: dict[str, list[list[float]]], top: list[str], form: str, most: float) -> list[tuple[str, list[Cell]]]:
+    return [(layer, [_cell(values, form, most) for values in found[layer]]) for layer in top]
 
 
-def _by_layer(line: Line, figure: str, factor: float) -> dict[str, list[Spread | None]]:
-    """Return a figure of each layer at each task's end, over the seeds."""
+def _by_layer(line: Line, figure: str, factor: float) -> dict[str, list[list[float]]]:
+    """Return the values that the seeds have of a figure of each layer at each task's end."""
     seeds: list[list[dict[str, float | None]]] = [
         [{clean(layer["name"]): layer.get(figure) for layer in task.get("layers", [])} for task in record.diagnostics]
         for record in line.records
     ]
-    known = dict.fromkeys(layer for tasks in seeds for task in tasks for layer in task)
-    return {layer: means([[task.get(layer) for task in tasks] for tasks in seeds], factor) for layer in known}
+    there = dict.fromkeys(layer for tasks in seeds for task in tasks for layer in task)
+    return {layer: known([[task.get(layer) for task in tasks] for tasks in seeds], factor) for layer in there}
 
 
-def _cell(value: Spread | None, form: str, most: float) -> Cell:
-    return Cell() if value is None else Cell(f"{value.mean:{form}}", round(SHADES * value.mean / most) if most else 0)
+def _cell(values: list[float], form: str, most: float) -> Cell:
+    if not values:
+        return Cell()
+    mean = fmean(values)
+    return Cell(f"{mean:{form}}", max(0, min(SHADES, round(SHADES * mean / most))) if most else 0)
 
 
 def _lines(comparison: Comparison) -> list[tuple[int, Line, str]]:
-    return [(key, *both) for key, both in enumerate(zip(comparison.lines, names(comparison), strict=True))]
+    named = names(comparison)
+    return [(key, comparison.lines[key], named[key]) for key in drawn(comparison)]

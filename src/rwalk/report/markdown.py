@@ -41,7 +41,9 @@ def _cell(column: Column, line: Line, best: bool) -> str:
 
 def _legend(columns: Sequence[Column]) -> str:
     words = "; ".join(f"{column.name}: {column.about}" for column in columns)
-    return f"Mean ± standard deviation over seeds; in bold the best and what is within its deviation, references left out. {words}."
+    return (
+        f"Mean ± standard deviation over seeds; bold: the best and what is within its deviation, without references. {words}."
+    )
 
 
 def _plain(text: str) -> str:

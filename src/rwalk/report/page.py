@@ -94,13 +94,13 @@ def _section(number: int, comparison: Comparison, how: Sequence[str]) -> dict[st
         "id": f"part{number}",
         "stream": clean(comparison.stream),
         "facts": {name: clean(value) for name, value in comparison.facts().items()},
+        "about": clean(comparison.describe()),
         "sentence": story.sentence(comparison),
         "remarks": story.remarks(comparison),
         "columns": columns,
         "best": [column.best(comparison) for column in columns],
-        "rows": list(
-            zip(comparison.lines, names(comparison), series.styles(comparison), series.shown(comparison), how, strict=True)
-        ),
+        "rows": list(zip(comparison.lines, names(comparison), series.styles(comparison), how, strict=True)),
+        "drawn": series.drawn(comparison),
         "top": story.best(comparison),
         "charts": series.charts(comparison),
         "accuracies": maps.accuracies(comparison),

@@ -85,7 +85,8 @@ def _inexpressible(record: Record) -> str:
 def _rules() -> set[str]:
     """Name the rules, without loading them and so torch."""
     spec = find_spec("rwalk.importance")
-    return {m.name for m in pkgutil.iter_modules(spec.submodule_search_locations if spec else ()) if m.name[0] != "_"}
+    found = pkgutil.iter_modules(spec.submodule_search_locations if spec else ())
+    return {module.name for module in found if module.name[0] != "_"} - {"base"}
 
 
 def _flags(record: Record) -> Flags:

@@ -1,5 +1,6 @@
 """What the charts of a comparison show: for each line its points, and how it is told from the others."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -7,17 +8,15 @@ from typing import NamedTuple
 
 from rwalk.bench import metrics
 from rwalk.bench.record import Record
-from rwalk.report.columns import contenders, write
+from rwalk.report.columns import contenders, tops, write
 from rwalk.report.names import called, names
 from rwalk.report.summary import REFERENCES, Comparison, Line, Spread, spread
 
 MANY = 8
-"""Lines that are all shown at first; of more than that, each method's best."""
+"""Lines that are all drawn; of more than that, each method's best."""
 SHAPES = {"circle": "●", "square": "■", "triangle-up": "▲", "diamond": "◆", "triangle-down": "▼", "cross": "✚"}
 """Vega's name of each marker, and the letter that looks like it."""
 DASHES: tuple[list[int], ...] = ([1, 0], [7, 3], [2, 2], [8, 3, 2, 3])
-ALWAYS = -1
-"""The key of what is not switched off."""
 COLOURS = 6
 """How many colours of `page.css` there are for methods, beside those of fine-tuning and of references."""
 
@@ -49,7 +48,7 @@ class Series:
     """One line of a chart.
 
     Args:
-        key: number of the line in its comparison, the same in all charts.
+        key: number of the line in its comparison, the same in all charts; beyond these where it stands for several lines.
         name: what it is called.
         style: how it is drawn.
         points: from left to right.
@@ -73,6 +72,7 @@ class Chart:
         log: whether the values are of many magnitudes.
         labelled: whether each point's label stands beside it.
         whole: whether x is a whole number, such as a task's.
+        most: the highest value that there can be.
     """
 
     title: str
@@ -83,6 +83,7 @@ class Chart:
     log: bool = False
     labelled: bool = False
     whole: bool = True
+    most: float = math.inf
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Return the headings and rows of the table behind the chart."""
@@ -110,15 +111,10 @@ def styles(comparison: Comparison) -> list[Style]:
     return found
 
 
-def shown(comparison: Comparison) -> list[bool]:
-    """Say which lines are shown at first: all, or of many each method's best."""
-    if len(comparison.lines) <= MANY:
-        return [True] * len(comparison.lines)
-    top: dict[str, tuple[float, int]] = {}
-    for i, line in enumerate(comparison.lines):
-        accuracy = line.average_accuracy.mean if line.average_accuracy else -1.0
-        top[line.method] = max(top.get(line.method, (-2.0, 0)), (accuracy, i))
-    return [top[line.method][1] == i for i, line in enumerate(comparison.lines)]
+def drawn(comparison: Comparison) -> list[int]:
+    """Return the places of the lines that are drawn: all, or of many each method's best."""
+    everything = range(len(comparison.lines))
+    return sorted(tops(comparison)) if len(everything) > MANY else list(everything)
 
 
 def charts(comparison: Comparison) -> list[Chart]:
@@ -126,19 +122,22 @@ def charts(comparison: Comparison) -> list[Chart]:
     made = [
         Chart("Average accuracy", "Over the tasks so far, after each one; the band is the standard deviation over seeds.",
               "tasks learned", "average accuracy, %",
-              _over_tasks(comparison, comparison.lines, lambda r: metrics.course(r.accuracy))),
+              _over_tasks(comparison, comparison.lines, lambda r: metrics.course(r.accuracy)), most=100),
         Chart("Forgetting of each task", "Accuracy lost at the end since its best; lower is better.", "task",
               "forgetting, points", _over_tasks(comparison, contenders(comparison), lambda r: metrics.forgotten(r.accuracy))),
         *_sweep(comparison),
         *_figures(comparison),
     ]  # fmt: skip
-    return [chart for chart in made if any(round(point.value.mean, 1) for s in chart.series for point in s.points)]
+    return [
+        chart
+        for chart in made
+        if any(len(s.points) > 1 and any(round(p.value.mean, 1) for p in s.points) for s in chart.series)
+    ]
 
 
-def means(rows: Iterable[Sequence[float | None]], factor: float = 100) -> list[Spread | None]:
-    """Return mean and deviation over seeds at each place of their rows."""
-    scaled = [[None if v is None else factor * v for v in row] for row in rows]
-    return [spread(column) for column in zip_longest(*scaled)]
+def known(rows: Iterable[Sequence[float | None]], factor: float = 100) -> list[list[float]]:
+    """Return the defined values at each place of rows, which may be of several lengths."""
+    return [[factor * value for value in column if value is not None] for column in zip_longest(*rows)]
 
 
 def _over_tasks(
@@ -149,14 +148,15 @@ def _over_tasks(
     positive: bool = False,
 ) -> list[Series]:
     """Return a series for each line, with a point for each task."""
-    drawn = []
-    wanted = set(map(id, lines))
-    for key, (line, name, style) in enumerate(zip(comparison.lines, names(comparison), styles(comparison), strict=True)):
-        found = enumerate(means(map(values, line.records), factor), start=1)
-        points = [Point(task, value) for task, value in found if value and (value.mean > 0 or not positive)]
+    wanted, named, styled = set(map(id, lines)), names(comparison), styles(comparison)
+    found = []
+    for key in drawn(comparison):
+        line = comparison.lines[key]
+        spreads = enumerate(map(spread, known(map(values, line.records), factor)), start=1)
+        points = [Point(task, value) for task, value in spreads if value and (value.mean > 0 or not positive)]
         if id(line) in wanted and points:
-            drawn.append(Series(key, name, style, points))
-    return drawn
+            found.append(Series(key, named[key], styled[key], points))
+    return found
 
 
 def _sweep(comparison: Comparison) -> list[Chart]:
@@ -166,14 +166,14 @@ def _sweep(comparison: Comparison) -> list[Chart]:
         if line.strength is not None and line.learned and line.kept:
             fields = ", ".join([called(line.method), *(f"{k} {v}" for k, v in comparison.varying(line).items())])
             lines.setdefault(fields, []).append((key, line))
-    drawn = styles(comparison)
+    styled = styles(comparison)
     series = [
-        Series(ALWAYS, name, drawn[group[0][0]], [_trade(line) for _, line in group])
-        for name, group in lines.items() if len(group) > 1
+        Series(unswitched, name, styled[group[0][0]], [_trade(line) for _, line in group])
+        for unswitched, (name, group) in enumerate(lines.items(), start=len(comparison.lines)) if len(group) > 1
     ]  # fmt: skip
     about = "Each point is a strength: to the right new tasks are learned better, upwards old ones are kept better."
     titles = "accuracy right after learning, %", "kept of earlier tasks, %"
-    return [Chart("Stability and plasticity", about, *titles, series, labelled=True, whole=False)]
+    return [Chart("Stability and plasticity", about, *titles, series, labelled=True, whole=False, most=100)]
 
 
 def _trade(line: Line) -> Point:
@@ -205,4 +205,4 @@ def _figure(comparison: Comparison, figure: str, title: str, about: str, factor:
 
     log = factor == 1
     series = _over_tasks(comparison, comparison.lines, values, factor, positive=log)
-    return Chart(title, about, "task", figure if log else "%", series, log)
+    return Chart(title, about, "task", figure if log else "%", series, log, most=math.inf if log else 100)

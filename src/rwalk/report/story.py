@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from statistics import fmean
 from typing import NamedTuple
 
-from rwalk.report.columns import contenders, write
+from rwalk.report.columns import contenders, tops, write
 from rwalk.report.names import called, listed, names
 from rwalk.report.summary import REFERENCES, Comparison, Line, Spread
 
@@ -73,12 +73,18 @@ def _few_seeds(comparison: Comparison) -> Iterator[str]:
 
 
 def _class_incremental(comparison: Comparison) -> Iterator[str]:
-    bare = [n for n, line in _named(comparison) if line.strength is not None and not (line.stored_examples or (0,))[0]]
-    if bare and comparison.setting.get("stream", {}).get("scenario") == "class":
+    bare = list(dict.fromkeys(called(line.method) for _, line in _named(comparison) if _hopeless(line, comparison)))
+    if bare:
         yield (
             f"Class-incremental without stored examples: expect {listed(bare)} near fine-tuning, whatever the strength. "
             "Add replay (`--replay 200`)."
         )
+
+
+def _hopeless(line: Line, comparison: Comparison) -> bool:
+    """Whether a line keeps no examples where, without, nothing of this family helps."""
+    bare = line.strength is not None and not (line.stored_examples and line.stored_examples.mean)
+    return bare and comparison.setting.get("stream", {}).get("scenario") == "class"
 
 
 def _diverged(comparison: Comparison) -> Iterator[str]:
@@ -93,19 +99,35 @@ def _diverged(comparison: Comparison) -> Iterator[str]:
             yield f"{_capital(name)} seems to have diverged ({why}); {remedy}."
 
 
-def _against_finetune(comparison: Comparison) -> Iterator[str]:
+def _below_finetune(comparison: Comparison) -> Iterator[str]:
     plain = _one(comparison, "finetune")
-    for name, line in _named(comparison):
-        if not plain or line is plain or not (line.average_accuracy and plain.average_accuracy):
-            continue
-        if line.average_accuracy.mean < plain.average_accuracy.mean:
-            ends = f"{_percent(line.average_accuracy)} against {_percent(plain.average_accuracy)}"
-            yield f"{_capital(name)} ended below fine-tuning ({ends}): it does not help here as it is."
-        if line.strength and line.learned and plain.learned and line.learned.mean < plain.learned.mean - 2.5 * CLEAR:
-            reach = f"{_percent(line.learned)} right after learning them, with fine-tuning {_percent(plain.learned)}"
-            yield f"{_capital(name)} holds on too hard to learn well: new tasks reach {reach}. Try a smaller strength."
-        elif line.strength and line.forgetting and plain.forgetting and _idle(line.forgetting, plain.forgetting):
-            yield f"{_capital(name)} forgets as much as fine-tuning does. Try a larger strength."
+    for name, line in _tops(comparison):
+        a, b = line.average_accuracy, plain and plain.average_accuracy
+        if a and b and _gap(b, a) > max(a.deviation or 0, b.deviation or 0, CLEAR / 4):
+            yield f"{_capital(name)} ended below fine-tuning ({_percent(a)} against {_percent(b)}): as it is it does not help."
+
+
+def _strength(comparison: Comparison) -> Iterator[str]:
+    plain = _one(comparison, "finetune")
+    held = [(name, line) for name, line in _tops(comparison) if line.strength and not _hopeless(line, comparison)]
+    hard = [
+        (n, line.learned)
+        for n, line in held
+        if plain and line.learned and plain.learned and _stiff(line.learned, plain.learned)
+    ]
+    idle = [
+        n for n, line in held if plain and line.forgetting and plain.forgetting and _idle(line.forgetting, plain.forgetting)
+    ]
+    if hard and plain:
+        reach = listed([f"{_percent(learned)} with {name}" for name, learned in hard])
+        yield f"New tasks reach only {reach}, with fine-tuning {_percent(plain.learned)}: try smaller strengths."
+    if idle:
+        yield f"With {listed(idle)} as much is forgotten as with fine-tuning: try larger strengths."
+
+
+def _stiff(mine: Spread, plain: Spread) -> bool:
+    """Whether new tasks are learned clearly worse than by fine-tuning."""
+    return _gap(plain, mine) > 2.5 * CLEAR
 
 
 def _idle(mine: Spread, plain: Spread) -> bool:
@@ -132,11 +154,15 @@ def _left_out(comparison: Comparison) -> Iterator[str]:
 
 def _close(comparison: Comparison) -> Iterator[str]:
     first = best(comparison)
-    named = {id(line): name for name, line in _named(comparison)}
-    for line in contenders(comparison):
+    near, name = [], ""
+    for other, line in _named(comparison):
         a, b = first and first.average_accuracy, line.average_accuracy
-        if first and a and b and line is not first and _gap(a, b) <= max(a.deviation or 0, b.deviation or 0):
-            yield f"{_capital(named[id(first)])} and {named[id(line)]} differ by less than the spread over seeds."
+        if line is first:
+            name = other
+        elif a and b and _gap(a, b) <= max(a.deviation or 0, b.deviation or 0):
+            near.append(other)
+    if near:
+        yield f"These seeds do not tell {name} from {listed(near)}: the means differ by less than the spread."
 
 
 def _missing(comparison: Comparison) -> Iterator[str]:
@@ -158,21 +184,25 @@ def _missing(comparison: Comparison) -> Iterator[str]:
 
 
 def _path(comparison: Comparison) -> Iterator[str]:
+    mine: dict[str, list[str]] = {}
     for name, line in _named(comparison):
         shares = [d.get("figures", {}).get("windows beyond eps") for r in line.records for d in r.diagnostics[-1:]]
         known = [share for share in shares if share is not None]
         if known and fmean(known) < CLEAR:
-            yield (
-                f"{_capital(name)}: the squared Riemannian distance exceeded eps in {100 * fmean(known):.2g} % of the windows, "
-                "so its score is the path integral, rescaled."
-            )
+            mine.setdefault(_share(fmean(known)), []).append(name)
+    for share, found in mine.items():
+        yield (
+            f"The squared Riemannian distance exceeded eps in {share} of the windows of {listed(found)}: its score is the "
+            "path integral, rescaled."
+        )
 
 
 RULES: tuple[tuple[bool, Callable[[Comparison], Iterator[str]]], ...] = (
     (True, _diverged),
     (True, _class_incremental),
     (True, _few_seeds),
-    (True, _against_finetune),
+    (True, _below_finetune),
+    (True, _strength),
     (True, _picked),
     (True, _left_out),
     (False, _close),
@@ -187,6 +217,12 @@ def _named(comparison: Comparison) -> list[tuple[str, Line]]:
     return [(name, line) for name, line in named if line.method not in REFERENCES]
 
 
+def _tops(comparison: Comparison) -> list[tuple[str, Line]]:
+    """Return the best line of each method that is compared, with names."""
+    best_of = [comparison.lines[i] for i in tops(comparison)]
+    return [(name, line) for name, line in _named(comparison) if any(line is other for other in best_of)]
+
+
 def _one(comparison: Comparison, method: str) -> Line | None:
     return next((line for line in comparison.lines if line.method == method), None)
 
@@ -196,7 +232,11 @@ def _gap(a: Spread, b: Spread) -> float:
 
 
 def _percent(value: Spread | None) -> str:
-    return "–" if value is None else f"{100 * value.mean:.1f} %"
+    return "–" if value is None else f"{100 * value.mean:.1f}\u00a0%"
+
+
+def _share(share: float) -> str:
+    return f"{100 * share:.1f}\u00a0%" if share >= 0.001 else "less than 0.1\u00a0%"
 
 
 def _capital(text: str) -> str:

@@ -1,6 +1,7 @@
 """What a set of records says: runs of one setting side by side, each method as mean and spread over its seeds."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,7 +183,8 @@ def _ratio(record: Record, reference: Record | None) -> float | None:
 
 
 def _over(a: float | None, b: float | None) -> float | None:
-    return a / b if a is not None and b else None
+    ratio = a / b if a is not None and b else math.inf
+    return ratio if math.isfinite(ratio) else None
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
