@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from rwalk import files, progress, states
-from rwalk.bench.underway import learned, underway
+from rwalk.bench.underway import measured, underway
 from rwalk.cli import main
 from rwalk.progress import Display, shortened
 
@@ -225,7 +225,7 @@ def test_rows_of_many_tasks_are_shortened(row, room, text):
 def test_what_a_folder_says_of_runs_under_way(tmp_path):
     rows = [[0.9, 0.1, 0.2], [0.8, 0.9, 0.3]]
     states.save(tmp_path / "a-seed0-1.checkpoint", "checkpoint", {"measured": {"accuracy": rows}})
-    assert learned(tmp_path / "a-seed0-1.checkpoint") == rows
+    assert measured(tmp_path / "a-seed0-1.checkpoint") == rows
     (run,) = underway(tmp_path)
     assert str(run) == "a-seed0-1: 2 of 3 tasks, stopped"
     with files.alone(tmp_path / "a-seed0-1.lock"), files.alone(tmp_path / "b.lock"):
@@ -244,4 +244,4 @@ def test_what_a_folder_says_of_runs_under_way(tmp_path):
 ])  # fmt: skip
 def test_checkpoints_that_are_none_say_nothing(tmp_path, content):
     (tmp_path / "x.checkpoint").write_bytes(content)
-    assert learned(tmp_path / "x.checkpoint") == []
+    assert measured(tmp_path / "x.checkpoint") == []

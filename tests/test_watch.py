@@ -215,3 +215,16 @@ def test_records_of_several_sizes_are_read_again(tmp_path):
     path.write_text(json.dumps(content))
     os.utime(path, ns=(stamp, stamp))
     assert next(news).changed
+
+
+def test_files_that_vanish_or_may_not_be_read_stop_nothing(tmp_path, monkeypatch):
+    news = watch.news(tmp_path, 0.01)
+    next(news)
+    (tmp_path / "gone.json").symlink_to(tmp_path / "nowhere")
+    record().save(tmp_path)
+    found = next(news)
+    assert (found.records, found.broken) == (1, 1)
+    assert report.write(tmp_path).exists()
+    monkeypatch.setattr(watch, "read", lambda folder: report.read(folder / "absent"))  # all are gone since the look
+    record(1).save(tmp_path)
+    assert str(next(news)) == "no record yet"

@@ -18,7 +18,7 @@ from rich.table import Column
 from rich.text import Text
 
 from rwalk import files
-from rwalk.bench.underway import learned
+from rwalk.bench.underway import measured
 
 REDRAW = 0.1
 """Seconds between two looks at how far a run is: bars are not drawn more often."""
@@ -136,7 +136,7 @@ class Display:
             while not stop.wait(LOOK):
                 for key, place in checkpoints.items():
                     if key in self._runs and files.held(place.with_suffix(".lock")):
-                        self._look(key, learned(place))
+                        self._look(key, measured(place))
 
         thread = Thread(target=follow, daemon=True)
         thread.start()

@@ -21,7 +21,7 @@ from rwalk.bench.learners import Training
 from rwalk.bench.record import Record
 from rwalk.bench.runner import LEARNERS, record_name, refuse
 from rwalk.bench.trackers import accuracies, tracker
-from rwalk.bench.underway import learned
+from rwalk.bench.underway import measured
 from rwalk.commands import RULES, Run, Tune, parsed
 from rwalk.importance.base import Importance
 from rwalk.progress import Display
@@ -107,7 +107,7 @@ class Runs:
         options = self.options(job.method)
         with tracker(self.command.log, place.with_suffix("")) as track:
             if display is not None:
-                display.begin(place, learned(place.with_suffix(".checkpoint")))
+                display.begin(place, measured(place.with_suffix(".checkpoint")))
                 options["tick"] = display.tick(place)
 
             def both(scalars: dict[str, float], tasks: int) -> None:
@@ -183,6 +183,7 @@ def _method(name: str, ruled: dict[str, Importance[Any]]) -> tuple[str, str | Im
 def _result(record: Record | None, there: bool) -> str:
     if record is None:
         return "failed; the cause comes at the end"
+    accuracy = "unknown" if record.average_accuracy is None else f"{record.average_accuracy:.2%}"
     bits = "" if record.final_bits is None else f", {record.final_bits:.3f} bits per character"
     when = "(on disk)" if there else f"in {record.timings['train_seconds']:.1f} s"
-    return f"average accuracy {record.average_accuracy:.2%}{bits} {when}"
+    return f"average accuracy {accuracy}{bits} {when}"

@@ -34,12 +34,12 @@ def underway(folder: str | Path) -> Iterator[Underway]:
     """Yield the runs below a folder that have begun and have no record, in the order of their names."""
     begun = {path.with_suffix("") for kind in ("checkpoint", "lock") for path in Path(folder).rglob(f"*.{kind}")}
     for place in sorted(begun):
-        alive, rows = files.held(f"{place}.lock"), learned(f"{place}.checkpoint")
+        alive, rows = files.held(f"{place}.lock"), measured(f"{place}.checkpoint")
         if (alive or rows) and not Path(f"{place}.json").exists():
             yield Underway(place.name, rows, alive)
 
 
-def learned(checkpoint: str | Path) -> list[list[float | None]]:
+def measured(checkpoint: str | Path) -> list[list[float | None]]:
     """Return the accuracy matrix in a checkpoint; none where there is no file, or no sense in it.
 
     Its checksum is not looked at: whoever goes on from it does so.

@@ -2,15 +2,17 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from rwalk.bench.record import Record
 from rwalk.bench.underway import underway
 from rwalk.report.plain import plain
 from rwalk.report.summary import read
 
-KINDS = (".json", ".checkpoint", ".lock")
-"""Endings of what a run leaves: its record in the end, where it stands, and that it is at it."""
+KINDS = (".json", ".tuned", ".checkpoint", ".lock")
+"""Endings of what is left in a folder: records, what tuning has found, where a run stands, and that somebody is at it."""
 NAMED = 3
 """Runs under way that are named in a line."""
 
@@ -51,8 +53,8 @@ def news(folder: Path, every: float) -> Iterator[News]:
     while True:
         now = stamps(folder)
         if now != last:
-            changed = last is None or _records(now) != _records(last)
-            records, problems = read(folder) if _records(now) else ([], [])
+            changed = last is None or _shown(now) != _shown(last)
+            records, problems = _read(folder)
             yield News(len(records), len(problems), changed, tuple(map(str, underway(folder))))
             last = now
         time.sleep(every)
@@ -61,15 +63,22 @@ def news(folder: Path, every: float) -> Iterator[News]:
 def stamps(folder: Path) -> Stamps:
     """Return when each file that runs leave was changed, and its size; files that vanish in between are left out."""
     found: Stamps = {}
-    for path in folder.rglob("*"):
-        if path.suffix in KINDS:
-            try:
-                about = path.stat()
-            except FileNotFoundError:
-                continue
-            found[path] = about.st_mtime_ns, about.st_size
+    with suppress(FileNotFoundError):  # of a folder that vanishes meanwhile the next look knows
+        for path in folder.rglob("*"):
+            if path.suffix in KINDS:
+                with suppress(FileNotFoundError):
+                    about = path.stat()
+                    found[path] = about.st_mtime_ns, about.st_size
     return found
 
 
-def _records(found: Stamps) -> Stamps:
-    return {path: stamp for path, stamp in found.items() if path.suffix == ".json"}
+def _read(folder: Path) -> tuple[list[Record], list[str]]:
+    try:
+        return read(folder)
+    except FileNotFoundError:
+        return [], []
+
+
+def _shown(found: Stamps) -> Stamps:
+    """Return what the report shows: records, and what tuning has found."""
+    return {path: stamp for path, stamp in found.items() if path.suffix in (".json", ".tuned")}
