@@ -27,9 +27,9 @@ def start(arguments, out, **options):
 
 
 def measured(folder):
-    """All that the records of a folder say, but for times; no other file may be there."""
-    assert {p.suffix for p in folder.iterdir()} == {".json"}
-    return {p.name: {k: v for k, v in vars(Record.load(p)).items() if k != "timings"} for p in folder.iterdir()}
+    """All that the records of a folder say, but for times; no other file than those and the report may be there."""
+    assert {p.suffix for p in folder.iterdir()} <= {".json", ".html", ".md"}
+    return {p.name: {k: v for k, v in vars(Record.load(p)).items() if k != "timings"} for p in folder.glob("*.json")}
 
 
 def wait(holds, seconds=90):

@@ -86,9 +86,10 @@ def _run(command: Run, words: list[str], console: Console) -> int:
     if done:
         show(summarise(done), console)
         console.print(f"Records: {command.out}", highlight=False)
-        if ranks.number() == 0:
-            reading.page(command.out, None, command.open, console)
-    return _failures({jobs[place].label(jobs): why for place, why in ended.items() if isinstance(why, Failure)})
+    status = _failures({jobs[place].label(jobs): why for place, why in ended.items() if isinstance(why, Failure)})
+    if done and ranks.number() == 0:
+        reading.page(command.out, None, command.open, console)
+    return status
 
 
 def _resolved(runs: Runs, name: str, seed: int) -> Sequence[float | None]:

@@ -33,7 +33,7 @@ def svg(chart: Chart) -> str:
     except ImportError as error:
         came, expected = f"no package to draw charts with ({error})", "the extra `bench`"
         raise ImportError(explain(came, expected, "Run: pip install 'rwalk[bench]'")) from None
-    return _trim(vl_convert.vegalite_to_svg(_spec(chart), vl_version="5.21"), chart)
+    return _trim(vl_convert.vegalite_to_svg(_spec(chart), vl_version="5.21", allowed_base_urls=[]), chart)
 
 
 def _spec(chart: Chart) -> dict[str, Any]:
