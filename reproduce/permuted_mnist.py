@@ -105,7 +105,7 @@ METHODS = {
     "replay-averaged": Method(
         unruled(ProtectedReplay, replace(MEMORY, batch=None), AVERAGED), 0.2, 0, "replay, averaged, as many stored"
     ),
-    "joint-averaged": Method(unruled(AveragedTogether, TASKS, AVERAGED), 0.2, 0, "joint, averaged"),
+    "joint-averaged": Method(lambda _, *args: AveragedTogether(TASKS, AVERAGED, *args), 0.2, 0, "joint, averaged"),
 }  # fmt: skip
 
 

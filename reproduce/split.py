@@ -44,7 +44,7 @@ class Target(NamedTuple):
 
 
 MNIST = Training(10, 64, 0.001, "adam")
-STRENGTHS = {"RWalk": 1.0, "EWC": 100.0, "SI": 1.0, "Avalanche's RWalkPlugin": 1.0}
+STRENGTHS = {"RWalk": 1.0, "EWC": 10.0, "SI": 1.0, "Avalanche's RWalkPlugin": 1.0}
 
 
 def single(mask: Any) -> Target:
