@@ -91,7 +91,7 @@ METHODS = {
     "rwalk-released": Method(ruled(ReleasedRWalk()), 0.1, 1, "their RWALK, strength 1", (85.80, 0.57, 0.082)),
     "agem": Method(unruled(AGEM, MEMORY), 0.1, 0, "A-GEM, 250 examples of each task stored", (89.12, 0.15, 0.070)),
     "rwalk": Method(ruled(RWalk()), 0.1, 1, "RWalk as in the paper, strength 1"),
-    "recipe": Method(ruled(None), 0.2, 0.001, "the recipe, tuned", scan=(0.00025, 0.0005, 0.001, 0.0025, 0.005)),
+    "recipe": Method(ruled(None), 0.2, 0.0005, "the recipe, tuned", scan=(0.00025, 0.0005, 0.001, 0.0025, 0.005)),
     "recipe-default": Method(ruled(None), 0.2, 0.005, "the recipe, its default strength"),
     "kronecker": Method(
         lambda strength, *args: Smoothed(resolve(Kronecker(), strength), *args), 0.2, 0.0015,
@@ -164,9 +164,9 @@ def figures(record: Record) -> tuple[float | None, float | None]:
     return record.average_accuracy, record.forgetting
 
 
-def spread(values: list[float]) -> str:
-    """Write a mean with its standard deviation, and the number of runs where it is not 5."""
-    number = "" if len(values) == 5 else f" ({len(values)} run{'s' * (len(values) > 1)})"
+def spread(values: list[float], usual: int = 5) -> str:
+    """Write a mean with its standard deviation, and the number of runs where it is not the usual one."""
+    number = "" if len(values) == usual else f" ({len(values)} run{'s' * (len(values) > 1)})"
     return f"{fmean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "") + number
 
 
