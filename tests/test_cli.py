@@ -1,5 +1,6 @@
 """The command line, run as users run it."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -13,9 +14,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rwalk import cli, kernels
+from rwalk import kernels
 from rwalk.bench import Record, grid
 from rwalk.bench import data as data_sets
+from rwalk.bench.runner import configuration
 from rwalk.cli import main
 from test_data import write
 
@@ -251,7 +253,7 @@ senseless = st.lists(
 
 def stub(stream, method, strength, seed, training, **options):
     del options["checkpoint"], options["tick"], options["track"]
-    config = cli.configuration(stream, method, strength, training, **options)
+    config = configuration(stream, method, strength, training, **options)
     name = method if isinstance(method, str) else type(method).__name__.lower()
     return Record(name, stream[0].stream["name"], seed, [[0.5]], config=config, timings={"train_seconds": 1.0})
 
@@ -289,6 +291,16 @@ def test_a_broken_record_is_named_and_the_rest_reported(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "bad.json" in captured.err
     assert "finetune" in captured.out
+
+
+def test_a_record_without_accuracies_is_on_disk_and_shown(tmp_path, capsys):
+    run("split-digits", *QUICK, "--methods", "finetune", "--out", str(tmp_path))
+    (path,) = tmp_path.glob("*.json")
+    record = Record.load(path)
+    dataclasses.replace(record, accuracy=[[None] * 2] * 2, timings={"train_seconds": None}, bits=[[None]]).save(tmp_path)
+    capsys.readouterr()
+    assert run("split-digits", *QUICK, "--methods", "finetune", "--out", str(tmp_path)) == 0
+    assert "finetune seed 0: average accuracy unknown (on disk)" in capsys.readouterr().out
 
 
 def test_ctrl_c_and_the_same_command_again_give_what_an_undisturbed_run_gives(tmp_path):

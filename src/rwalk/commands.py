@@ -1,4 +1,4 @@
-"""The command line: `rwalk run`, `rwalk tune`, `rwalk list`, `rwalk report` and `rwalk plan`."""
+"""The command line: `run` and `tune` train methods on streams of tasks; `report`, `watch` and `compare` read the results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from rwalk import plan
+from rwalk import plan, reading
 from rwalk.bench.experience import Scenario
 from rwalk.bench.learners import Training
 from rwalk.consolidator import Average, Pull
@@ -61,6 +61,8 @@ class Run:
     """How many of them join each step; default: as many as the batch has."""
     out: Path = Path("runs")
     """Folder for the records."""
+    open: bool = False
+    """Show the report in a browser at the end."""
     data: Path | None = None
     """Folder in which folders of data sets lie; default: the environment variable RWALK_DATA."""
     tasks: int | None = None
@@ -86,8 +88,6 @@ class Run:
     """Where runs are done: in processes of this machine, or on a Dask cluster, whose workers load the data themselves."""
     address: str | None = None
     """Of the Dask scheduler, such as tcp://host:8786."""
-    open: bool = False
-    """Show the report in a browser at the end."""
     training: Annotated[Training, tyro.conf.arg(name="")] = field(default_factory=Training)
     rules: Annotated[RuleFields, tyro.conf.arg(name="")] = field(default_factory=RuleFields)
 
@@ -118,18 +118,6 @@ class Tune(Run):
 @dataclass(frozen=True)
 class List:
     """List streams, data sets and methods."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """Write all records in a folder as an HTML page and as Markdown, and print their tables."""
-
-    folder: tyro.conf.Positional[Path]
-    """Folder written by `rwalk run --out`."""
-    out: Path | None = None
-    """The HTML file; the Markdown is written beside it. Default: report.html in the folder."""
-    open: bool = False
-    """Show it in a browser."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +160,7 @@ COMMANDS: Any = (
     Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[List, tyro.conf.subcommand("list")]
-    | Annotated[Report, tyro.conf.subcommand("report")]
+    | reading.COMMANDS
     | Annotated[Plan, tyro.conf.subcommand("plan")]
 )
 

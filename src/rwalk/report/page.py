@@ -19,12 +19,13 @@ NAME = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def write(folder: str | Path, out: str | Path | None = None) -> Path:
+def write(folder: str | Path, out: str | Path | None = None, refresh: int | None = None) -> Path:
     """Read all records below a folder, write the report as HTML and as Markdown beside it, and return the HTML file's path.
 
     Args:
         folder: where the records are.
         out: the HTML file; default: `report.html` in the folder.
+        refresh: seconds after which a browser loads the page again; None for a page that is finished.
 
     Raises:
         FileNotFoundError: if the folder does not exist or holds no JSON file.
@@ -38,19 +39,25 @@ def write(folder: str | Path, out: str | Path | None = None) -> Path:
         raise ValueError(explain(came, "a file for the HTML", "Name one, such as report.html."))
     records, problems = read(folder)
     comparisons = summarise(records)
-    html = render(comparisons, problems, chosen(folder, comparisons))
+    html = render(comparisons, problems, chosen(folder, comparisons), refresh)
     files.write(place, html.encode(errors="replace"))
     files.write(place.with_suffix(".md"), markdown(comparisons).encode(errors="replace"))
     return place
 
 
-def render(comparisons: Sequence[Comparison], problems: Sequence[str] = (), how: Sequence[Sequence[str]] = ()) -> str:
+def render(
+    comparisons: Sequence[Comparison],
+    problems: Sequence[str] = (),
+    how: Sequence[Sequence[str]] = (),
+    refresh: int | None = None,
+) -> str:
     """Return the page of some comparisons.
 
     Args:
         comparisons: what it shows, a section each.
         problems: messages about files that could not be read.
         how: for each comparison, how each line's strength was chosen.
+        refresh: seconds after which a browser loads the page again.
     """
     environment, markup = _templates()
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
@@ -61,6 +68,7 @@ def render(comparisons: Sequence[Comparison], problems: Sequence[str] = (), how:
         sections=[_section(i, *both) for i, both in enumerate(zip(comparisons, ways, strict=True))],
         runs=sum(len(line.records) for comparison in comparisons for line in comparison.lines),
         problems=[clean(problem) for problem in problems],
+        refresh=refresh,
         style=markup(style),
         script=markup(script),
         policy=f"default-src 'none'; style-src 'sha256-{_digest(style)}'; script-src 'sha256-{_digest(script)}'; "

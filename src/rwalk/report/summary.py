@@ -112,7 +112,7 @@ def read(folder: str | Path) -> tuple[list[Record], list[str]]:
     for file in files:
         try:
             records.append(Record.load(file))
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # of one file that is gone, or may not be read, as of one that is broken
             problems.append(str(error))
     return records, problems
 
