@@ -33,6 +33,14 @@ def mapped(function: Callable[..., Any], in_dims: Any, *args: Any) -> Any:
         return vmap(function, in_dims=in_dims, randomness="different")(*args)
 
 
+def reaches(score: Tensor, parameters: Iterable[Tensor]) -> bool:
+    """Tell whether scores depend on parameters in spite of others in their places: who holds them saw no replacement."""
+    if not score.requires_grad:
+        return False
+    found = torch.autograd.grad(score.sum(), list(parameters), retain_graph=True, allow_unused=True)
+    return any(g is not None for g in found)
+
+
 @dataclass(eq=False)
 class _Call:
     """A call of a layer for all examples: its input, of which `version` it was, and zeros that were added to its output."""
@@ -185,12 +193,12 @@ class Layers:
             dims: the dimension of examples in each tensor.
             size: how many examples there are.
         """
-        leaves = {name: p.detach().requires_grad_() for name, p in theta.items()}
+        leaves = {name: theta[name].detach().requires_grad_() for name in self.names}
         with _watched(self._taps, leaves) as mark:
             try:
                 with _Unasked():
                     score, weight = mapped(partial(_marked, scores, leaves, mark), (0, dims), torch.arange(size), parts)
-                self._taps = [tap for tap in self._taps if tap.fits()]
+                self._taps = [] if reaches(score, theta.values()) else [tap for tap in self._taps if tap.fits()]
                 passes = self._passes(score, ROOTS[self._of](weight), leaves)
                 first = next(passes, [])
             except UNMAPPED:

@@ -296,6 +296,8 @@ def _unsupported(module: nn.Module, mine: Mapping[str, nn.Parameter]) -> str | N
     """Say why a module cannot be gathered, as far as can be told before it runs."""
     if kind(module) not in RULES:
         return f"a `{type(module).__name__}`"
+    if any(p.is_complex() for p in mine.values()):
+        return "its parameters are complex"
     odd = sorted(set(mine) - {"weight", "bias"})
     if odd:
         return f"its parameter `{odd[0]}`"

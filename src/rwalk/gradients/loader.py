@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast, get_args
@@ -12,7 +13,7 @@ from torch.func import functional_call, vjp
 from torch.nn import functional as F
 
 from rwalk._errors import explain
-from rwalk.gradients.layered import UNMAPPED, Layers, mapped
+from rwalk.gradients.layered import UNMAPPED, Layers, mapped, reaches
 from rwalk.gradients.undisturbed import undisturbed
 from rwalk.importance.base import Objective
 from rwalk.parallel import Ranks, gathered
@@ -347,18 +348,20 @@ class _Engine:
         self.count = 0
         self.device = next((p.device for p in theta.values()), torch.device("cpu"))
         self._model, self._of, self._by_class = _Scored(root, score), of, score.objective == "exact"
+        self._fixed = {f"root.{name}": p.detach() for name, p in root.named_parameters()}
         self._layers = Layers(root, self.theta, of)
         self._mapped = True
 
     def add(self, batch: Batch) -> None:
         """Add the examples of a batch."""
         start = 0
-        while start < batch.size:
-            chunk = batch.cut(start, start + self._size())
-            start += chunk.size
-            if self._layers.names:
-                self._layers.add(self._scores, self.theta, *chunk.tree(), chunk.size)
-            self._add_rest(chunk, {name: p for name, p in self.theta.items() if name not in self._layers.names})
+        with _differentiable(self.theta.values()):
+            while start < batch.size:
+                chunk = batch.cut(start, start + self._size())
+                start += chunk.size
+                if self._layers.names:
+                    self._layers.add(self._scores, self.theta, *chunk.tree(), chunk.size)
+                self._add_rest(chunk, {name: p for name, p in self.theta.items() if name not in self._layers.names})
         self.count += batch.size
 
     def _size(self) -> int:
@@ -380,20 +383,20 @@ class _Engine:
         """Add a chunk by `vmap`; where the model cannot be mapped, return False and leave it at that from then on."""
         examples, dims = chunk.tree()
         try:
-            terms = mapped(self._terms, (None, dims), {name: p.detach() for name, p in theta.items()}, examples)
+            score, terms = mapped(self._terms, (None, dims), {name: p.detach() for name, p in theta.items()}, examples)
+            self._mapped = not reaches(score, self.theta.values())
         except UNMAPPED:  # `_alone` meets errors of the user's own again
             self._mapped = False
-            return False
-        for name, term in terms.items():
+        for name, term in terms.items() if self._mapped else ():
             self._totals[name].add_(term.detach().sum(0))
-        return True
+        return self._mapped
 
     def _scores(self, theta: Mapping[str, Tensor], example: tuple[Any, ...]) -> Any:
         """Return the scores of one example, and the weights of their gradients, with some parameters replaced."""
-        return functional_call(self._model, {f"root.{name}": t for name, t in theta.items()}, example)
+        return functional_call(self._model, self._fixed | {f"root.{name}": t for name, t in theta.items()}, example)
 
-    def _terms(self, theta: dict[str, Tensor], example: tuple[Any, ...]) -> dict[str, Tensor]:
-        """Return what one example contributes for each parameter."""
+    def _terms(self, theta: dict[str, Tensor], example: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the scores of one example, and what it contributes for each parameter."""
         score, pull, weight = cast(tuple[Any, ...], vjp(partial(self._scores, example=example), theta, has_aux=True))
         unit = torch.eye(score.shape[0], dtype=score.dtype, device=score.device)
         terms: dict[str, Tensor] = {}
@@ -401,7 +404,7 @@ class _Engine:
             for name, g in pull(unit[i])[0].items():
                 term = self._weighted(g, weight[i])
                 terms[name] = terms[name] + term if i else term
-        return terms
+        return score, terms
 
     def _weighted(self, g: Tensor, weight: Tensor) -> Tensor:
         value = self._of(g.to(state_dtype(g)))
@@ -411,26 +414,32 @@ class _Engine:
 
     def _alone(self, example: Batch, theta: dict[str, nn.Parameter]) -> None:
         """Add one example by plain autograd."""
-        frozen = [p for p in theta.values() if not p.requires_grad]
-        try:
-            for p in frozen:
-                p.requires_grad_(True)
-            score, weight = self._model(example.args, example.kwargs, example.target)
-            for i in range(score.shape[0] if score.requires_grad else 0):
-                more = i + 1 < score.shape[0]
-                grads = torch.autograd.grad(score[i], list(theta.values()), retain_graph=more, allow_unused=True)
-                for name, g in zip(theta, grads, strict=True):
-                    if g is not None:
-                        self._totals[name].add_(self._weighted(g, weight[i]).detach())
-        finally:
-            for p in frozen:
-                p.requires_grad_(False)
+        score, weight = self._model(example.args, example.kwargs, example.target)
+        for i in range(score.shape[0] if score.requires_grad else 0):
+            more = i + 1 < score.shape[0]
+            grads = torch.autograd.grad(score[i], list(theta.values()), retain_graph=more, allow_unused=True)
+            for name, g in zip(theta, grads, strict=True):
+                if g is not None:
+                    self._totals[name].add_(self._weighted(g, weight[i]).detach())
 
     def totals(self) -> list[Tensor]:
         """Return the sums over all examples, in the order of the parameters."""
         for name, total in self._layers.take().items():
             self._totals[name].add_(total)
         return list(self._totals.values())
+
+
+@contextmanager
+def _differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Have gradients of frozen parameters, too."""
+    frozen = [p for p in parameters if not p.requires_grad]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 def _fitting(nbytes: int) -> int:
