@@ -78,14 +78,14 @@ class Words(Net):
 
 
 class Partly(Net):
-    """Heads that are idle, detached, or looked at without a gradient, and one example without its first dimension."""
+    """Heads that are idle or detached, a layer that is also looked at without a gradient, and an example as a vector."""
 
     def more(self):
-        self.idle, self.detached, self.silent = nn.Linear(2, 2), nn.Linear(5, 5), nn.Linear(5, 5)
+        self.idle, self.detached = nn.Linear(2, 2), nn.Linear(5, 5)
 
     def forward(self, x):
         with torch.no_grad():
-            x = x + self.silent(x)
+            x = x + self.a(x)
         return super().forward((x + self.detached(x).detach())[0]).unsqueeze(0)
 
 
