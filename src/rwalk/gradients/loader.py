@@ -52,8 +52,8 @@ def over(
     Returns:
         A function `gradients(objective, of, samples=None, only=None)` that returns, for each parameter of `theta` in order and
         shape and in state precision, the mean over examples of `of(gradient of the objective at one example)`. `of` works
-        elementwise, and for `torch.square` and `torch.abs` no per-example gradient is made where a layer's input and its output's
-        gradient do; `samples` caps the number of examples; `only` names the parameters to return. Where several ranks train
+        elementwise; for `torch.square` and `torch.abs` layers' inputs and their outputs' gradients do where they can, for all else
+        per-example gradients are made; `samples` caps the number of examples; `only` names the parameters to return. Where several ranks train
         the model, each passes its own share of the data, and the mean is over the examples of all. The objectives: "true",
         log p(y|x) of the data's labels; "sample", log p(y|x) of a label drawn from the model; "exact", log p(c|x) for every
         class c, with `of` averaged under p(c|x); "norm", the sum of squares of the outputs. The function raises a ValueError
