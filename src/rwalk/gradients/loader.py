@@ -52,13 +52,12 @@ def over(
     Returns:
         A function `gradients(objective, of, samples=None, only=None)` that returns, for each parameter of `theta` in order and
         shape and in state precision, the mean over examples of `of(gradient of the objective at one example)`. `of` works
-        elementwise; for `torch.square` and `torch.abs` layers' inputs and their outputs' gradients do where they can, for all else
-        per-example gradients are made; `samples` caps the number of examples; `only` names the parameters to return. Where several ranks train
-        the model, each passes its own share of the data, and the mean is over the examples of all. The objectives: "true",
-        log p(y|x) of the data's labels; "sample", log p(y|x) of a label drawn from the model; "exact", log p(c|x) for every
-        class c, with `of` averaged under p(c|x); "norm", the sum of squares of the outputs. The function raises a ValueError
-        if there are no examples or the objective does not fit data, outputs or `loss`, and a TypeError for batches and outputs
-        of other kinds.
+        elementwise, fastest as `torch.square` or `torch.abs`, for which inputs of layers and gradients at outputs often do;
+        `samples` caps the number of examples; `only` names the parameters to return. Where several ranks train the model, each
+        passes its own share of the data, and the mean is over the examples of all. The objectives: "true", log p(y|x) of the
+        data's labels; "sample", log p(y|x) of a label drawn from the model; "exact", log p(c|x) for every class c, with `of`
+        averaged under p(c|x); "norm", the sum of squares of the outputs. The function raises a ValueError if there are no
+        examples or the objective does not fit data, outputs or `loss`, and a TypeError for batches and outputs of other kinds.
     """
     root = bare(model)
 
