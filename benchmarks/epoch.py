@@ -19,10 +19,11 @@ from rich.console import Console
 from torch.nn import functional as F
 
 from benchmarks.speed import spread, tidy
-from rwalk import bench, cli
+from rwalk import bench
 from rwalk.bench.data import load
 from rwalk.bench.experience import make, parse
 from rwalk.bench.models import build
+from rwalk.progress import Display
 
 TARGET = 1.3
 """What we aim at: an epoch of the runner over one of the bare loop."""
@@ -46,9 +47,12 @@ def learner(task: bench.Experience, training: bench.Training, tick: Callable[[],
 
 def command(task: bench.Experience, training: bench.Training) -> None:
     """Train for an epoch as `rwalk run` does."""
-    with open(os.devnull, "w") as nowhere, cli._progress(Console(file=nowhere, force_terminal=True)) as progress:
-        bar = progress.add_task("epoch", total=-(-len(task.train) // training.batch_size))
-        learner(task, training, lambda: progress.advance(bar))
+    steps = -(-len(task.train) // training.batch_size)
+    with open(os.devnull, "w") as nowhere:
+        display = Display(Console(file=nowhere, force_terminal=True), live=True)
+        with display, display.expecting({0: ("epoch", [steps])}):
+            display.begin(0)
+            learner(task, training, display.tick(0))
 
 
 LOOPS: dict[str, Callable[[bench.Experience, bench.Training], None]] = {"bare": bare, "learner": learner, "command": command}

@@ -1,5 +1,6 @@
 """The command line, run as users run it."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -13,9 +14,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rwalk import cli, kernels
+from rwalk import kernels
 from rwalk.bench import Record, grid
 from rwalk.bench import data as data_sets
+from rwalk.bench.runner import configuration
 from rwalk.cli import main
 from test_data import write
 
@@ -42,7 +44,7 @@ def test_runs_write_records_and_print_a_table(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "task-incremental, softmax mask: task" in " ".join(printed.split())
     assert printed.count("on disk") == 0
-    records = [json.loads(p.read_text()) for p in (tmp_path / "runs").iterdir()]
+    records = [json.loads(p.read_text()) for p in (tmp_path / "runs").glob("*.json")]
     assert sorted((r["method"], r["seed"]) for r in records) == [(m, s) for m in ("finetune", "joint", "rwalk") for s in (0, 1)]
     assert all(len(r["accuracy"]) == 2 and r["stream"] == "split-digits" for r in records)
     assert {r["config"]["rule"]["alpha"] for r in records if r["method"] == "rwalk"} == {0.5}
@@ -63,7 +65,7 @@ def test_replay_by_itself_and_beside_rules(tmp_path, capsys):
     assert run("split-digits", "--methods", methods, *QUICK, "--scenario", "class", "--out", out) == 0
     more = ["--replay", "60", "--select", "herding", "--per", "class", "--replay-batch", "7"]
     assert run("split-digits", "--methods", "rwalk,replay", *QUICK, "--scenario", "class", "--out", out, *more) == 0
-    records = [json.loads(p.read_text()) for p in tmp_path.iterdir()]
+    records = [json.loads(p.read_text()) for p in tmp_path.glob("*.json")]
     stored = sorted((r["method"], r["memory"]["stored_examples"], r["config"].get("replay", {}).get("select")) for r in records)
     assert stored == [
         ("agem", 200, "uniform"),
@@ -103,7 +105,7 @@ def test_kernels_that_are_not_installed_get_three_parts_and_status_two(tmp_path,
 
 def test_alpha_takes_a_number_or_mean(tmp_path):
     assert run("split-digits", "--methods", "rwalk", *QUICK, "--out", str(tmp_path), "--rwalk.alpha", "mean") == 0
-    (record,) = tmp_path.iterdir()
+    (record,) = tmp_path.glob("*.json")
     assert json.loads(record.read_text())["config"]["rule"]["alpha"] == "mean"
 
 
@@ -111,7 +113,7 @@ def test_scenario_mask_and_streams(tmp_path):
     assert run("split-digits", *QUICK, "--scenario", "class", "--mask", "all", "--out", str(tmp_path)) == 0
     assert run("permuted:digits", *QUICK, "--out", str(tmp_path)) == 0
     assert run("rotated-digits", *QUICK, "--out", str(tmp_path)) == 0
-    records = [json.loads(p.read_text()) for p in tmp_path.iterdir()]
+    records = [json.loads(p.read_text()) for p in tmp_path.glob("*.json")]
     assert {r["stream"] for r in records} == {"split-digits", "permuted-digits", "rotated-digits"}
     assert {r["config"]["training"]["mask"] for r in records} == {"all"}
 
@@ -125,7 +127,7 @@ def test_domains_and_stretches_of_time(tmp_path, monkeypatch):
     assert run("domain-./d", "--by", "place", *QUICK, "--scenario", "class", "--out", "a") == 0
     assert run("drift-./weather", *QUICK, "--label", "place", "--out", "b") == 0
     for out, expected in (("a", ("domain-d", "class", 2)), ("b", ("drift-weather", "domain", 2))):
-        for path in (tmp_path / out).iterdir():
+        for path in (tmp_path / out).glob("*.json"):
             record = json.loads(path.read_text())
             about = record["config"]["stream"]
             assert (record["stream"], about["scenario"], len(record["accuracy"])) == expected
@@ -251,7 +253,7 @@ senseless = st.lists(
 
 def stub(stream, method, strength, seed, training, **options):
     del options["checkpoint"], options["tick"], options["track"]
-    config = cli.configuration(stream, method, strength, training, **options)
+    config = configuration(stream, method, strength, training, **options)
     name = method if isinstance(method, str) else type(method).__name__.lower()
     return Record(name, stream[0].stream["name"], seed, [[0.5]], config=config, timings={"train_seconds": 1.0})
 
@@ -291,6 +293,16 @@ def test_a_broken_record_is_named_and_the_rest_reported(tmp_path, capsys):
     assert "finetune" in captured.out
 
 
+def test_a_record_without_accuracies_is_on_disk_and_shown(tmp_path, capsys):
+    run("split-digits", *QUICK, "--methods", "finetune", "--out", str(tmp_path))
+    (path,) = tmp_path.glob("*.json")
+    record = Record.load(path)
+    dataclasses.replace(record, accuracy=[[None] * 2] * 2, timings={"train_seconds": None}, bits=[[None]]).save(tmp_path)
+    capsys.readouterr()
+    assert run("split-digits", *QUICK, "--methods", "finetune", "--out", str(tmp_path)) == 0
+    assert "finetune seed 0: average accuracy unknown (on disk)" in capsys.readouterr().out
+
+
 def test_ctrl_c_and_the_same_command_again_give_what_an_undisturbed_run_gives(tmp_path):
     arguments = ["run", "permuted-digits", "--methods", "finetune,rwalk", "--seeds", "4", "--epochs", "2", "--tasks", "3"]
 
@@ -316,8 +328,8 @@ def test_ctrl_c_and_the_same_command_again_give_what_an_undisturbed_run_gives(tm
         printed, error = process.communicate(timeout=240)
         assert process.returncode == 0, error
         assert printed.count("on disk") == (len(finished) if out is disturbed else 0)
-    names = {p.name for p in calm.iterdir()}
-    assert names == {p.name for p in disturbed.iterdir()}
+    names = {p.name for p in calm.glob("*.json")}
+    assert names == {p.name for p in disturbed.glob("*.json")}
     assert len(names) == 8
     for name in names:
         a, b = (json.loads((folder / name).read_text()) for folder in (calm, disturbed))

@@ -44,9 +44,9 @@ def child():
 
 
 def measured(folder):
-    """All that the records of a folder say, but for times; no other file may be there."""
-    assert {p.suffix for p in folder.iterdir()} == {".json"}
-    return {p.name: measurement(Record.load(p)) for p in folder.iterdir()}
+    """All that the records of a folder say, but for times; no other file than those and the report may be there."""
+    assert {p.suffix for p in folder.iterdir()} <= {".json", ".html", ".md"}
+    return {p.name: measurement(Record.load(p)) for p in folder.glob("*.json")}
 
 
 def measurement(record):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rwalk import cli, files, runs
+from rwalk import cli, files, progress, runs
 from rwalk.bench import Record, grid
 
 SMALL = ["--tasks", "3", "--hidden", "8", "--batch-size", "40"]
@@ -27,9 +27,9 @@ def start(arguments, out, **options):
 
 
 def measured(folder):
-    """All that the records of a folder say, but for times; no other file may be there."""
-    assert {p.suffix for p in folder.iterdir()} == {".json"}
-    return {p.name: {k: v for k, v in vars(Record.load(p)).items() if k != "timings"} for p in folder.iterdir()}
+    """All that the records of a folder say, but for times; no other file than those and the report may be there."""
+    assert {p.suffix for p in folder.iterdir()} <= {".json", ".html", ".md"}
+    return {p.name: {k: v for k, v in vars(Record.load(p)).items() if k != "timings"} for p in folder.glob("*.json")}
 
 
 def wait(holds, seconds=90):
@@ -87,7 +87,9 @@ def test_workers_give_what_one_process_gives(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("whole_group", [True, False])
-def test_ctrl_c_with_workers_and_the_same_command_again(tmp_path, calm, capsys, whole_group):
+def test_ctrl_c_with_workers_and_the_same_command_again(tmp_path, calm, capsys, monkeypatch, whole_group):
+    monkeypatch.setattr(progress, "SILENCE", 0)
+    monkeypatch.setattr(progress, "LOOK", 0.01)
     out = tmp_path / "out"
     process = start([*SLOW, "--workers", "2"], out, start_new_session=True)
     wait(lambda: out.is_dir() and any(out.glob("*.json")) and any(out.glob("*.checkpoint")))
@@ -99,7 +101,9 @@ def test_ctrl_c_with_workers_and_the_same_command_again(tmp_path, calm, capsys, 
     finished = len(list(out.glob("*.json")))
     assert 1 <= finished < len(calm)
     assert cli.main([*SLOW, "--workers", "2", "--out", str(out)]) == 0
-    assert capsys.readouterr().out.count("on disk") >= finished
+    printed = capsys.readouterr().out
+    assert printed.count("on disk") >= finished
+    assert re.search(r"^\w+ seed \d: task [23] of 3, \d+ \d+", printed, re.M), "workers tell by their checkpoints"
     assert measured(out) == calm
 
 

@@ -171,3 +171,15 @@ def test_a_skipped_first_step_is_no_reason_to_refuse_another_optimiser(late):
     skipped_step(model, optimizer)
     memory.attach(torch.optim.SGD(model.parameters(), lr=0.05))
     assert memory.skipped == 1
+
+
+def test_the_default_device_is_no_matter():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    memory = Consolidator(model, RWalk()).attach(optimizer)
+    train(model, optimizer, batches(0, 1))
+    x, y = (torch.as_tensor(part) for part in batches(1, 1)[0])
+    F.cross_entropy(model(x), y).backward()
+    with torch.device("meta"):
+        optimizer.step()
+    assert memory.steps == 2

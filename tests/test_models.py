@@ -166,7 +166,7 @@ def test_a_model_by_import_path_is_trained_and_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_models.py").write_text(FACTORIES)
     assert main(["run", "split-digits", "--seeds", "1", "--model", "own_models:linear", "--out", "out"]) == 0
-    records = [json.loads(p.read_text()) for p in (tmp_path / "out").iterdir()]
+    records = [json.loads(p.read_text()) for p in (tmp_path / "out").glob("*.json")]
     assert {r["method"] for r in records} == {"finetune", "rwalk"}
     for record in records:
         assert record["config"]["training"]["model"] == "own_models:linear"

@@ -72,6 +72,8 @@ def test_runs_of_other_settings_are_not_mixed():
     assert len(summarise([*RECORDS, other])) == 2
 
 
-def test_reporting_does_not_load_torch():
-    code = "import sys, rwalk, rwalk.report; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_reporting_does_not_load_torch(tmp_path):
+    RECORDS[0].save(tmp_path)
+    code = "import sys, rwalk, rwalk.report; rwalk.report.write(sys.argv[1]); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0
+    assert (tmp_path / "report.html").exists()

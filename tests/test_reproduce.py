@@ -1,12 +1,23 @@
 """The released arithmetic against its definition in NumPy, and the script of the tables on a small data set."""
 
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
 
-from reproduce import permuted_mnist, released
+from reproduce import permuted_mnist, released, split, transfer
+from reproduce.together import AveragedTogether, Together
+from rwalk import L2, bench
 from rwalk.anchor import Anchor
+from rwalk.bench import FineTune, Protected, Training
+from rwalk.bench.comparators import Rehearsal
 from rwalk.bench.data import DataSet
+from rwalk.bench.experience import Part
+from rwalk.bench.models import build
+from rwalk.consolidator import resolve
 from rwalk.importance.base import Finish, Step
 
 SHAPES = [(3, 2), (4,)]
@@ -76,18 +87,89 @@ def test_the_released_running_fisher_information():
         assert np.allclose(a, b, rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", permuted_mnist.METHODS)
-def test_every_method_runs_and_its_record_is_found_again(name, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def small(monkeypatch):
+    """The script of permuted MNIST on two small tasks of noise."""
     x, y = torch.rand(60, 1, 28, 28), torch.arange(60) % 10
-    data = DataSet("mnist", x, y, x[:20], y[:20], tuple("0123456789"))
     monkeypatch.setattr(permuted_mnist, "TASKS", 2)
     monkeypatch.setattr(permuted_mnist, "KEPT", 10)
-    first = permuted_mnist.one(data, name, 0, tmp_path)
+    return DataSet("mnist", x, y, x[:20], y[:20], tuple("0123456789"))
+
+
+@pytest.mark.parametrize("name", permuted_mnist.METHODS)
+def test_every_method_runs_and_its_record_is_found_again(name, tmp_path, small, capsys):
+    method, tasks = permuted_mnist.METHODS[name], partial(permuted_mnist.stream, small, 0)
+    first = permuted_mnist.one(tasks, name, method, 0, tmp_path)
     assert "seed 0" in capsys.readouterr().out
-    assert permuted_mnist.one(data, name, 0, tmp_path).accuracy == first.accuracy
+    assert permuted_mnist.one(tasks, name, method, 0, tmp_path).accuracy == first.accuracy
     assert not capsys.readouterr().out
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
-    assert permuted_mnist.METHODS[name].about in permuted_mnist.table({name: [first]})
+    assert method.about in permuted_mnist.table({name: [first]})
+
+
+def test_strengths_are_chosen_on_other_tasks_and_on_examples_that_are_not_trained_on(small):
+    tasks = permuted_mnist.early(small)
+    assert len(tasks) == 3
+    trained, held = tasks[0].train.read()[0].sort(1).values, tasks[0].test.read()[0].sort(1).values
+    whole = small.train_x.flatten(1).sort(1).values  # whatever the order of the pixels
+    assert torch.equal(held.flatten(1).sort(1).values, whole[:10])
+    assert torch.equal(trained.flatten(1).sort(1).values, whole[10:])
+    first = permuted_mnist.stream(small, 0)[0].train.read()[0]
+    assert not torch.equal(first, tasks[0].train.read()[0])
+
+
+def scores(learner, tasks):
+    for task in tasks:
+        learner.fit(task)
+    return learner.model(tasks[0].test.read()[0]).detach()
+
+
+def test_training_together_is_training_on_one_task_that_holds_all():
+    tasks = bench.permuted("digits", tasks=2)
+    x, y = (torch.cat(column) for column in zip(*(task.train.read() for task in tasks), strict=True))
+    whole = replace(tasks[0], train=Part(x, y))
+    training = Training(batch_size=32)
+
+    def learner(kind, *first):
+        torch.manual_seed(0)
+        return kind(*first, partial(build, "mlp", tasks[0], (16,)), training, 0)
+
+    assert torch.equal(scores(learner(Together, 2), tasks), scores(learner(FineTune), [whole]))
+    averaged = resolve(L2(), 0.0, None, "tail")
+    assert torch.equal(scores(learner(AveragedTogether, 2, averaged), tasks), scores(learner(Protected, averaged), [whole]))
+
+
+@pytest.mark.parametrize("name", [name for name in split.METHODS if "Avalanche" not in name])
+def test_every_method_runs_on_split_streams(name, tmp_path, monkeypatch):
+    target = split.Target("digits", lambda: bench.split("digits", tasks=2), Training(batch_size=64), split.STRENGTHS)
+    monkeypatch.setattr(split, "KEPT", Rehearsal(20))
+    first = split.one(name, target, 0, tmp_path)
+    monkeypatch.setattr(bench, "run", None)
+    assert split.one(name, target, 0, tmp_path).accuracy == first.accuracy
+    assert f"{100 * first.average_accuracy:.2f}" in split.row(name, target, [first])
+
+
+def test_avalanches_plugin_learns_the_same_stream():
+    if find_spec("avalanche") is None:
+        pytest.skip("needs Avalanche: make peers")
+    from reproduce.avalanche_rwalk import AvalancheRWalk
+
+    tasks = bench.split("digits", tasks=2)
+    theirs = AvalancheRWalk(1.0, partial(build, "mlp", tasks[0], (64,)), Training(3, 16), 0)
+    record = bench.run(tasks, theirs, training=Training(3, 16))
+    assert record.accuracy[0][0] > 0.9
+    assert record.accuracy[1][1] > 0.9
+
+
+def test_the_table_of_transfer_shows_the_best_strength_beside_the_default(tmp_path):
+    setting = transfer.Setting(lambda seed: bench.permuted("digits", tasks=2, seed=seed), Training(batch_size=128))
+    assert transfer.one(setting, transfer.METHODS["joint"], None, 0, tmp_path).average_accuracy > 0.3
+    found = {"fine-tuning": {None: [40.0, 50.0]}, "averaging alone": {0.0: [50.0]}, "RWalk": {1: [60.0], 10: [70.0]},
+             "EWC, averaged": {1: [61.0]}, "recipe": {transfer.DEFAULT: [70.0, 72.0], 0.15: [75.0, 73.0]},
+             "joint": {None: [90.0]}}  # fmt: skip
+    cells = ["here", "45.0", "50.0", "70.0 (10)", "61.0 (1)", "74.0 (0.15)", "71.0", "-3.0", "90.0"]
+    assert transfer.row("here", found) == cells
+    assert len(cells) == len(transfer.HEADINGS)
 
 
 def test_the_released_networks_first_weights():

@@ -1,4 +1,4 @@
-"""The command line: `rwalk run`, `rwalk tune`, `rwalk list`, `rwalk report` and `rwalk plan`."""
+"""The command line: `run` and `tune` train methods on streams of tasks; `report`, `watch` and `compare` read the results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from rwalk import plan
+from rwalk import plan, reading
 from rwalk.bench.experience import Scenario
 from rwalk.bench.learners import Training
 from rwalk.consolidator import Average, Pull
@@ -61,6 +61,8 @@ class Run:
     """How many of them join each step; default: as many as the batch has."""
     out: Path = Path("runs")
     """Folder for the records."""
+    open: bool = False
+    """Show the report in a browser at the end."""
     data: Path | None = None
     """Folder in which folders of data sets lie; default: the environment variable RWALK_DATA."""
     tasks: int | None = None
@@ -119,14 +121,6 @@ class List:
 
 
 @dataclass(frozen=True)
-class Report:
-    """Print tables of all records in a folder."""
-
-    folder: tyro.conf.Positional[Path]
-    """Folder written by `rwalk run --out`."""
-
-
-@dataclass(frozen=True)
 class Plan:
     """Say what training with a rule will hold, move and take at a given size, without training."""
 
@@ -166,7 +160,7 @@ COMMANDS: Any = (
     Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[List, tyro.conf.subcommand("list")]
-    | Annotated[Report, tyro.conf.subcommand("report")]
+    | reading.COMMANDS
     | Annotated[Plan, tyro.conf.subcommand("plan")]
 )
 

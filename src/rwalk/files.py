@@ -97,6 +97,23 @@ def _locked(path: Path) -> int:
         os.close(handle)
 
 
+def held(path: str | Path) -> bool:
+    """Tell whether somebody is `alone` with a file at this moment; where there are no locks, whether the file is there."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        return not isinstance(error, FileNotFoundError)
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back at once: whoever wants it waits no longer than this
+    except (OSError, ImportError):
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
 def read(path: str | Path) -> bytes:
     """Return what is in a file.
 

@@ -4,6 +4,7 @@ A flag on a GPU is not waited for: the step goes ahead, its visit of memory read
 it is set, and what the host has counted meanwhile is taken back before the next use.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +14,9 @@ from torch.optim import Optimizer
 
 from rwalk._errors import explain
 from rwalk.parallel import ALONE, Spread
+
+COUNTS = torch.zeros((), device="cpu")
+"""The flag of a step that counts, on the host."""
 
 
 class Doubt(NamedTuple):
@@ -38,18 +42,20 @@ class Doubt(NamedTuple):
         if skip is not None:
             return cls(skip, before)
         if not grad:
-            return cls(torch.zeros(()), before)
+            return cls(COUNTS, before)
         norms = spread.sum_(norms_of(grad))
+        if norms.is_cpu and all(map(math.isfinite, norms.tolist())):
+            return cls(COUNTS, before)
         return cls(~torch.isfinite(norms).all(), before, norms, tuple(grad), step)
 
     @property
     def open(self) -> bool:
         """Whether the flag is on a device that would have to be waited for."""
-        return self.flag.device.type != "cpu"
+        return not self.flag.is_cpu
 
     def settled(self) -> "Doubt":
         """Return the doubt of a step that counts."""
-        return self._replace(flag=torch.zeros(()))
+        return self._replace(flag=COUNTS)
 
     def refuse(self) -> None:
         """Raise the error that is due if gradients were not finite."""

@@ -110,7 +110,7 @@ class Watch:
 
     def gradients(self) -> dict[str, Tensor]:
         """Return the gradients of the parameters that the optimiser is about to move, or this rank's parts of them."""
-        found = {name: p.grad for name, p in self.parameters.items() if name in self.inside and p.grad is not None}
+        found = {name: g for name, p in self.parameters.items() if name in self.inside and (g := p.grad) is not None}
         return {name: local(grad) for name, grad in found.items()} if self.spread.groups else found
 
     def stale(self, optimizer: Optimizer) -> bool:
@@ -128,8 +128,13 @@ class Watch:
 
 def _fingerprint(held: list[nn.Parameter], parameters: Mapping[str, nn.Parameter], inside: Collection[str]) -> list[Any]:
     """Describe what an optimiser holds, and what is protected beside it."""
-    everything = (*held, *(p for name, p in parameters.items() if name not in inside))
-    return [(id(p), p.shape, p.dtype, p.device, p.requires_grad, sharded(p) and local(p).data_ptr()) for p in everything]
+    everything = [*held, *[p for name, p in parameters.items() if name not in inside]]
+    return [(id(p), p.shape, p.dtype, p.device, p.requires_grad, _place(p)) for p in everything]
+
+
+def _place(parameter: Tensor) -> int | None:
+    """Return where this rank's part of a DTensor lies; None for anything else."""
+    return None if type(parameter) is nn.Parameter or not sharded(parameter) else local(parameter).data_ptr()
 
 
 def look(model: nn.Module, optimizer: Optimizer, known: Collection[str] = ()) -> Watch:

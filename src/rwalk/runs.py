@@ -4,12 +4,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
-from rich.progress import Progress
 
 from rwalk import kernels
 from rwalk._errors import explain
@@ -21,9 +20,11 @@ from rwalk.bench.grid import Failure, once, outcomes
 from rwalk.bench.learners import Training
 from rwalk.bench.record import Record
 from rwalk.bench.runner import LEARNERS, record_name, refuse
-from rwalk.bench.trackers import tracker
+from rwalk.bench.trackers import accuracies, tracker
+from rwalk.bench.underway import measured
 from rwalk.commands import RULES, Run, Tune, parsed
 from rwalk.importance.base import Importance
+from rwalk.progress import Display
 
 
 @dataclass(frozen=True)
@@ -100,46 +101,56 @@ class Runs:
         name = record_name(stream, method, job.strength, job.seed, self._training(job), **self.options(job.method))
         return self.command.out / name
 
-    def one(self, job: Job, progress: Progress | None = None) -> tuple[Record, bool]:
+    def one(self, job: Job, display: Display | None = None) -> tuple[Record, bool]:
         """Return the record of one run, and whether it was on disk already."""
-        stream, method, training, place = self.stream(job.seed), self.methods[job.method], self._training(job), self.place(job)
-        tick: Callable[[], None] = lambda: None  # noqa: E731
-        if progress is not None:
-            bar = progress.add_task(f"{job.method} seed {job.seed}", total=_steps(stream, job.method, training))
-            tick = lambda: progress.advance(bar)  # noqa: E731
-        try:
-            with tracker(self.command.log, place.with_suffix("")) as track:
-                options = self.options(job.method) | {"tick": tick, "track": track}
-                return once(place, stream, method, job.strength, job.seed, training, **options)
-        finally:
-            if progress is not None:
-                progress.remove_task(bar)
+        stream, method, place = self.stream(job.seed), self.methods[job.method], self.place(job)
+        options = self.options(job.method)
+        with tracker(self.command.log, place.with_suffix("")) as track:
+            if display is not None:
+                display.begin(place, measured(place.with_suffix(".checkpoint")))
+                options["tick"] = display.tick(place)
+
+            def both(scalars: dict[str, float], tasks: int) -> None:
+                track(scalars, tasks)
+                if display is not None:
+                    display.learned(place, accuracies(scalars, tasks))
+
+            return once(place, stream, method, job.strength, job.seed, self._training(job), track=both, **options)
 
     def _training(self, job: Job) -> Training:
         return replace(self.command.training, lr=job.lr)
 
-    def outcomes(self, jobs: Mapping[Path, Job], progress: Progress) -> Iterator[tuple[Path, Record | Failure]]:
+    def outcomes(self, jobs: Mapping[Path, Job], display: Display) -> Iterator[tuple[Path, Record | Failure]]:
         """Do runs, show each one's end, and yield its place with its record or why there is none."""
-        overall = progress.add_task("all runs", total=len(jobs))
-        for place, outcome in self._outcomes(jobs, progress):
-            progress.advance(overall)
-            record, there = (None, False) if isinstance(outcome, Failure) else outcome
-            if record is not None and not place.exists() and ranks.number() == 0:  # of a worker without our folder
-                record.save(place.parent)
-            progress.console.print(f"{jobs[place].label(jobs)}: {_result(record, there)}", highlight=False)
-            yield place, record or outcome
+        left = {place: job for place, job in jobs.items() if not place.exists()}
+        with display.expecting({place: (job.label(jobs), self._steps(job)) for place, job in left.items()}):
+            for place, outcome in self._outcomes(jobs, display):
+                display.end(place)
+                record, there = (None, False) if isinstance(outcome, Failure) else outcome
+                if record is not None and not place.exists() and ranks.number() == 0:  # of a worker without our folder
+                    record.save(place.parent)
+                display.say(f"{jobs[place].label(jobs)}: {_result(record, there)}")
+                yield place, record or outcome
 
-    def _outcomes(self, jobs: Mapping[Path, Job], progress: Progress) -> Iterator[tuple[Path, Any]]:
+    def _outcomes(self, jobs: Mapping[Path, Job], display: Display) -> Iterator[tuple[Path, Any]]:
         command = self.command
         address = command.address if command.backend == "dask" else None
         if command.workers == 1 and address is None:
-            return outcomes(self._here, {place: (job, progress) for place, job in jobs.items()})
+            yield from outcomes(self._here, {place: (job, display) for place, job in jobs.items()})
+            return
         places = {"out": command.out.resolve(), "data": command.data and command.data.resolve()}
         sent = {place: (self.words, places, job) for place, job in jobs.items()}
-        return outcomes(there, sent, command.workers, address)
+        with display.following({place: place.with_suffix(".checkpoint") for place in jobs}):
+            yield from outcomes(there, sent, command.workers, address)
 
-    def _here(self, _: None, job: Job, progress: Progress) -> tuple[Record, bool]:
-        return self.one(job, progress)
+    def _here(self, _: None, job: Job, display: Display) -> tuple[Record, bool]:
+        return self.one(job, display)
+
+    def _steps(self, job: Job) -> list[int]:
+        """Count the steps of each task; joint and cumulative training see all earlier data again at each."""
+        sizes, training = [len(e.train) for e in self.stream(job.seed)], self.command.training
+        seen = list(accumulate(sizes)) if job.method in ("joint", "cumulative") else sizes
+        return [-(-size // training.batch_size) * training.epochs for size in seen]
 
 
 _one_at_a_time = threading.Lock()
@@ -160,13 +171,6 @@ def _replay(command: Run, name: str) -> Rehearsal | None:
     return rehearsal if rules_too or name in ("replay", "agem") else None
 
 
-def _steps(stream: list[Experience], name: str, training: Training) -> int:
-    """Count the steps of a run; joint and cumulative training see all earlier data again at each task."""
-    sizes = [len(e.train) for e in stream]
-    parts = [sum(sizes[: k + 1]) for k in range(len(sizes))] if name in ("joint", "cumulative") else sizes
-    return sum(-(-size // training.batch_size) * training.epochs for size in parts)
-
-
 def _method(name: str, ruled: dict[str, Importance[Any]]) -> tuple[str, str | Importance[Any]]:
     """Return a method's name and what `rwalk.bench.run` takes for it."""
     key = name.replace("-", "_").lower()
@@ -179,6 +183,7 @@ def _method(name: str, ruled: dict[str, Importance[Any]]) -> tuple[str, str | Im
 def _result(record: Record | None, there: bool) -> str:
     if record is None:
         return "failed; the cause comes at the end"
-    bits = f", {fmean(record.bits[-1]):.3f} bits per character" if record.bits else ""
+    accuracy = "unknown" if record.average_accuracy is None else f"{record.average_accuracy:.2%}"
+    bits = "" if record.final_bits is None else f", {record.final_bits:.3f} bits per character"
     when = "(on disk)" if there else f"in {record.timings['train_seconds']:.1f} s"
-    return f"average accuracy {record.average_accuracy:.2%}{bits} {when}"
+    return f"average accuracy {accuracy}{bits} {when}"

@@ -86,4 +86,4 @@ def test_what_was_tracked_is_on_disk_before_the_run_ends(tmp_path):
 
 def test_without_the_option_nothing_is_written(tmp_path):
     assert cli.main([*RUN, "--methods", "finetune", "--out", str(tmp_path)]) == 0
-    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".html", ".json", ".md"]

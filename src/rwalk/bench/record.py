@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,21 @@ class Record:
     def forward_transfer(self) -> float | None:
         """Mean gain of accuracy on later tasks before they are learned."""
         return metrics.forward_transfer(self.accuracy, self.untrained) if self.untrained else None
+
+    @property
+    def kept(self) -> float | None:
+        """Share of the best accuracies on earlier tasks that is left after the last one."""
+        return metrics.kept(self.accuracy)
+
+    @property
+    def learned(self) -> float | None:
+        """Mean accuracy on each task right after learning it."""
+        return metrics.learned(self.accuracy)
+
+    @property
+    def final_bits(self) -> float | None:
+        """Bits per character after the last task, mean over all tasks; None for streams of other things."""
+        return metrics.mean(self.bits[-1]) if self.bits else None
 
     def intransigence(self, joint: "Record") -> float | None:
         """Accuracy on the last task that joint training reaches and this run does not."""
@@ -145,12 +161,54 @@ def _problem(content: Any) -> str:
     wrong = [key for key, kind in kinds.items() if key in content and not isinstance(content[key], kind)]
     if wrong:
         return f"whose `{wrong[0]}` is not of type {kinds[wrong[0]].__name__}"
-    rows = content["accuracy"]
-    if not all(isinstance(row, list) and len(row) == len(rows[0]) and all(map(_fraction, row)) for row in rows):
-        return "whose `accuracy` is not a matrix of fractions and nulls"
-    return ""
+    return next((f"whose `{key}` is not {what}" for key, (what, holds) in PARTS.items() if not holds(content)), "")
+
+
+def _number(value: Any) -> bool:
+    """Whether this is a number, or the null that is written in place of one that JSON lacks."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (number and abs(value) < 1e300)
 
 
 def _fraction(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value is None or (number and math.isfinite(value) and 0 <= value <= 1)
+    return _number(value) and (value is None or 0 <= value <= 1)
+
+
+def is_matrix(rows: Any) -> bool:
+    """Tell whether JSON content is an accuracy matrix: fractions and nulls, a row for each task learned, all tasks in each."""
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        return False
+    return all(len(row) == len(rows[0]) >= len(rows) and all(map(_fraction, row)) for row in rows)
+
+
+def _is_config(config: dict[str, Any]) -> bool:
+    parts = all(isinstance(config.get(key, {}), dict) for key in ("stream", "training", "rule", "replay"))
+    return parts and _number(config.get("strength"))
+
+
+def _diagnostic(task: Any) -> bool:
+    """Whether this has figures by name, and layers with a name, a share and a drift."""
+    if not isinstance(task, dict):
+        return False
+    figures, layers = task.get("figures", {}), task.get("layers", [])
+    named = isinstance(layers, list) and all(isinstance(layer, dict) and isinstance(layer.get("name"), str) for layer in layers)
+    measured = named and all(_number(layer.get(key)) for layer in layers for key in ("share", "drift"))
+    return measured and isinstance(figures, dict) and all(map(_number, figures.values()))
+
+
+PARTS: dict[str, tuple[str, Callable[[dict[str, Any]], bool]]] = {
+    "accuracy": ("a matrix of fractions and nulls, with a column for each task", lambda c: is_matrix(c["accuracy"])),
+    "untrained": (
+        "a fraction or null for each task",
+        lambda c: all(map(_fraction, c.get("untrained", []))) and len(c.get("untrained", [])) in (0, *map(len, c["accuracy"])),
+    ),
+    "bits": (
+        "a matrix of numbers",
+        lambda c: all(isinstance(row, list) and all(map(_number, row)) for row in c.get("bits", [])),
+    ),
+    "config": ("settings by name, and `strength` a number", lambda c: _is_config(c.get("config", {}))),
+    "timings": ("numbers by name", lambda c: all(map(_number, c.get("timings", {}).values()))),
+    "memory": ("numbers by name", lambda c: all(map(_number, c.get("memory", {}).values()))),
+    "diagnostics": ("figures and layers for each task", lambda c: all(map(_diagnostic, c.get("diagnostics", [])))),
+}
+"""What the parts of a record have to be, beyond their types, so that whoever reads one may rely on it."""

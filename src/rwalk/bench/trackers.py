@@ -1,6 +1,6 @@
 """A tracker shows figures while a run makes them: any callable that takes a dictionary of scalars and a step."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,11 @@ def figures(accuracy: metrics.Matrix) -> dict[str, float]:
     row = {f"accuracy/task_{j + 1}": a for j, a in enumerate(accuracy[-1])}
     row |= {"average_accuracy": metrics.average_accuracy(accuracy), "forgetting": metrics.forgetting(accuracy)}
     return {name: value for name, value in row.items() if value is not None}
+
+
+def accuracies(scalars: Mapping[str, float], tasks: int) -> list[float | None]:
+    """Return the accuracy on each of the first tasks that such figures say."""
+    return [scalars.get(f"accuracy/task_{j + 1}") for j in range(tasks)]
 
 
 def quiet(scalars: dict[str, float], step: int) -> None:

@@ -108,12 +108,13 @@ class RWalk(Importance[Walk]):
 
     def observe(self, state: Walk, step: Step) -> Walk:
         """Extend the path and the Fisher information; every `delta_t` steps turn the window's path into score first."""
-        previous = step.previous(state.previous)
-        state = state._replace(previous=previous)
+        columns = {**self._columns(state), "previous": step.previous(state.previous)}
         close = state.steps % self.delta_t == 0  # before the first step too: an empty path only moves its mark
-        far = step.visit(close=close, weight=[self._weight(state, i) for i in range(len(step.theta))], **self._columns(state))
+        weight = [self._weight(n, total) for n, total in zip(state.seen, state.total, strict=True)]
+        far = step.visit(close=close, weight=weight, **columns)
         seen = [n + (g is not None) for n, g in zip(state.seen, step.grad, strict=True)]
-        return self._count(state, step.theta, far)._replace(seen=seen, steps=state.steps + 1, previous=step.kept(previous))
+        previous = step.kept(columns["previous"])
+        return self._count(state, step.theta, far)._replace(seen=seen, steps=state.steps + 1, previous=previous)
 
     def conclude(self, state: Walk, finish: Finish) -> tuple[Anchor, Walk]:
         """Settle what remains, join the task's score with the earlier ones and normalise: omega = F/max F + S/max S."""
@@ -155,11 +156,11 @@ class RWalk(Importance[Walk]):
             return state
         return state._replace(windows=state.windows + sum(t.numel() for t in theta), far=state.far.to(far.device) + far)
 
-    def _weight(self, state: Walk, i: int) -> float:
-        """Return the new square's share for tensor i: all of it on its very first step."""
+    def _weight(self, seen: int, total: Tensor | None) -> float:
+        """Return the new square's share for a tensor: all of it on its very first step."""
         if self.alpha == "mean":
-            return 1 / (state.seen[i] + 1)
-        return 1.0 if state.seen[i] == 0 and state.total[i] is None else self.alpha
+            return 1 / (seen + 1)
+        return 1.0 if seen == 0 and total is None else self.alpha
 
     def _join(self, total: list[Tensor | None], task: list[Tensor], seen: list[int]) -> list[Tensor | None]:
         """Join a task's values with those of earlier tasks; a tensor that took no part in the task keeps what it had."""

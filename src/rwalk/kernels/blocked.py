@@ -75,6 +75,9 @@ def _pieces(rows: Iterable[AnyRow]) -> Iterator[tuple[int, AnyRow]]:
 
 
 def _cut(row: AnyRow, size: int) -> Iterator[tuple[int, AnyRow]]:
+    if row.theta.numel() <= size:
+        yield 0, row
+        return
     present = [i for i, value in enumerate(row) if isinstance(value, Tensor)]
     start = 0
     for piece in blocks([cast(Tensor, row[i]) for i in present], size):

@@ -26,69 +26,97 @@ AFTER = (COARSE, WIDE, COARSE, COARSE, WIDE)
 """The most that the compiled code takes in each column of `Row` and `After`."""
 GRAD, PATH, PREVIOUS, SCORE, FISHER, SQUARES, OMEGA, FIRST, SECOND, MOVES = 1, 2, 4, 5, 6, 7, 9, 10, 11, 12
 """Places of columns of `Row`, and after them of whether the optimiser's step is to be made."""
+FLAGS = (GRAD, PATH, PREVIOUS, SCORE, FISHER, SQUARES, OMEGA, MOVES, FIRST, SECOND)
+"""Of which of them `visit_rows` is told whether they are there."""
 STILL = Rates(0.0)
 """Stands where the optimiser makes its own step."""
 PRECISION = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
 """State precision of each kind of parameter that the compiled code takes."""
-LAYOUT: tuple[Any, ...] = (np.int64, np.int8, np.int64)
 CPU = torch.device("cpu")
+
+Key = tuple[Any, ...]
+Entry = tuple[tuple[int, ...], int, tuple[float, ...]]
 
 
 def visit_(rows: Iterable[Row], visit: Visit) -> tuple[list[Row], list[Tensor]]:
     """Visit parameters before a step: see `Visit`. Returns the rows left to the next backend, and counts as `settle_` does."""
-    tables, left = _tables(rows, ROW)
+    tables, left = _tables(rows)
     if not tables or visit.left_out:
         return left, []
-    scale = 1.0 if visit.scale is None else float(visit.scale)
-    numbers = (visit.eps, 2 * visit.strength, scale)
-    rest = (visit.close, noise_start(visit.tick), noise(CPU).numpy())
+    numbers = (visit.eps, 2 * visit.strength, 1.0 if visit.scale is None else float(visit.scale))
     far = []
-    for there, table in tables.items():
-        has = [there[place] for place in (GRAD, PATH, PREVIOUS, SCORE, FISHER, SQUARES, OMEGA, MOVES, FIRST, SECOND)]
-        count = _run(visit_rows, table, numbers, *rest, *(flag or None for flag in has))
-        far += [torch.tensor(count)] if visit.close and there[PATH] and there[SCORE] else []
+    for key, table in tables.items():
+        has = [True if key[place] else None for place in FLAGS]
+        count = _run(visit_rows, key, table, numbers, visit.close, noise_start(visit.tick), _noise(), *has)
+        far += [torch.tensor(count)] if visit.close and key[PATH] and key[SCORE] else []
     return left, far
 
 
 def after_(rows: Iterable[After]) -> list[After]:
     """Visit parameters after a step: see `After`. Returns the rows left to the next backend."""
-    tables, left = _tables(rows, AFTER)
-    for there, table in tables.items():
-        _run(after_rows, table, (), *(flag or None for flag in there[2:5]))
+    tables, left = _tables(rows)
+    for key, table in tables.items():
+        _run(after_rows, key, table, (), *[True if kind else None for kind in key[2 : len(AFTER)]])
     return left
 
 
-def _tables(rows: Iterable[AnyRow], kinds: tuple[int, ...]) -> tuple[dict[tuple[Any, ...], tuple[Any, ...]], list[AnyRow]]:
-    """Lay out rows for the compiled code, those with the same columns together: addresses, kinds, sizes and numbers.
+def _tables(rows: Iterable[AnyRow]) -> tuple[dict[Key, list[Entry]], list[AnyRow]]:
+    """Lay out rows for the compiled code, those with the same columns together: addresses, size and numbers of each.
 
-    The keys say for each column whether it is there, then whether the optimiser's step is to be made, and the precision.
     Also returns the rows that the compiled code cannot take.
     """
-    entries: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
+    tables: dict[Key, list[Entry]] = {}
     left: list[AnyRow] = []
     for row in rows:
-        tensors: tuple[Any, ...] = row[: len(kinds)]
-        moves, numbers = _numbers(row)
-        takes = row.whole and not (moves and row.theta.dtype is torch.bfloat16)
-        found: Any = _kinds(tensors, kinds) if takes else None
-        if found is None:
+        columns, moves, numbers = _parts(row)
+        kind: Any = type(row)
+        key = _key(kind, tuple([None if t is None else t.dtype for t in columns]), moves)
+        if key is None or not row.theta.is_cpu or not one_order([t for t in columns if t is not None]):
             left.append(row)
             continue
-        there = (*map(bool, found), moves, PRECISION[row.theta.dtype])
-        addresses = tuple([0 if t is None else t.data_ptr() for t in tensors])
-        entries.setdefault(there, []).append((addresses, found, row.theta.numel(), numbers))
-    tables = {}
-    for there, mine in entries.items():
-        kind = np.float64 if there[-1] is torch.float64 else np.float32
-        tables[there] = tuple(map(_array, zip(*mine, strict=True), (*LAYOUT, kind)))
+        addresses = tuple([0 if t is None else t.data_ptr() for t in columns])
+        tables.setdefault(key, []).append((addresses, row.theta.numel(), numbers))
     return tables, left
 
 
-def _numbers(row: Row | After) -> tuple[bool, tuple[Any, ...]]:
-    """Return whether the optimiser's step is to be made, and the numbers of a row."""
+def _parts(row: Any) -> tuple[Any, bool, Any]:
+    """Return the tensors of a row, whether the optimiser's step is to be made, and the numbers."""
     if isinstance(row, After):
-        return False, row[len(AFTER) :]
-    return row.rates is not None, (row.weight, *(row.rates or STILL))
+        return row[: len(AFTER)], False, row[len(AFTER) :]
+    return row[: len(ROW)], row.rates is not None, (row.weight, *(row.rates or STILL))
+
+
+@lru_cache(maxsize=64)
+def _key(row: Any, dtypes: tuple[Any, ...], moves: bool) -> Key | None:
+    """Return the kind of each column of a row, then whether the optimiser's step is to be made, and the precision of state.
+
+    None if the compiled code does not know such rows.
+    """
+    wide = PRECISION.get(dtypes[0])
+    allowed, rest = (AFTER, (0, 0, 0, 0)) if row is After else (ROW, (0, STILL if moves else None))
+    if wide is None or not row._make((*dtypes, *rest)).whole or (moves and dtypes[0] is torch.bfloat16):
+        return None
+    kinds = [NONE if dtype is None else WIDE if dtype is wide else COARSE for dtype in dtypes]
+    for dtype, kind, most in zip(dtypes, kinds, allowed, strict=True):
+        if kind > most or (kind == COARSE and not (dtype is torch.bfloat16 and wide is torch.float32)):
+            return None
+    return *kinds, moves, np.float64 if wide is torch.float64 else np.float32
+
+
+def _run(kernel: Compiled, key: Key, table: list[Entry], numbers: tuple[float, ...], *rest: Any) -> int:
+    """Call compiled code, on as many of torch's threads as the work is worth, and add up what it returns."""
+    kinds, wide = key[:-2], key[-1]
+    addresses, sizes, own = zip(*table, strict=True)
+    columns = (_array(addresses, np.int64), _array((kinds,) * len(sizes), np.int8), _array(sizes, np.int64), _array(own, wide))
+    parts = max(1, min(torch.get_num_threads(), sum(sizes) // SHARE))
+
+    def call(part: int) -> int:
+        scratch = np.empty((4, TILE), wide) if COARSE in kinds else None
+        address = 0 if scratch is None else scratch.ctypes.data
+        return int(kernel(*columns, _array(numbers, wide), address, wide(1), part, parts, *rest))
+
+    others = [_pool().submit(call, part) for part in range(1, parts)]
+    return call(0) + sum(other.result() for other in others)
 
 
 @lru_cache(maxsize=64)
@@ -97,35 +125,10 @@ def _array(values: tuple[Any, ...], dtype: Any) -> Any:
     return np.array(values, dtype)
 
 
-def _kinds(tensors: tuple[Any, ...], allowed: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Return the kind of each column of a row; None if one is not what the compiled code knows, or in another order."""
-    wide = PRECISION.get(tensors[0].dtype)
-    if wide is None or not tensors[0].is_cpu:
-        return None
-    present = [t for t in tensors if t is not None]
-    if all(t.dtype is wide for t in present) and all(map(Tensor.is_contiguous, present)):  # nearly always
-        return tuple([NONE if t is None else WIDE for t in tensors])
-    kinds = []
-    for t, most in zip(tensors, allowed, strict=True):
-        dtype = None if t is None else t.dtype
-        kind = NONE if t is None else WIDE if dtype is wide else COARSE
-        if kind > most or (kind == COARSE and not (dtype is torch.bfloat16 and wide is torch.float32)):
-            return None
-        kinds.append(kind)
-    return tuple(kinds) if one_order(present) else None
-
-
-def _run(kernel: Compiled, table: tuple[Any, ...], numbers: tuple[float, ...], *rest: Any) -> int:
-    """Call compiled code, on as many of torch's threads as the work is worth, and add up what it returns."""
-    dtype = table[3].dtype
-    parts = max(1, min(torch.get_num_threads(), int(table[2].sum()) // SHARE))
-
-    def call(part: int) -> int:
-        scratch = np.empty((4, TILE), dtype)
-        return int(kernel(*table, np.array(numbers, dtype), scratch.ctypes.data, dtype.type(1), part, parts, *rest))
-
-    others = [_pool().submit(call, part) for part in range(1, parts)]
-    return call(0) + sum(other.result() for other in others)
+@cache
+def _noise() -> Any:
+    """Return the table of noise as the compiled code takes it."""
+    return noise(CPU).numpy()
 
 
 @cache

@@ -5,7 +5,7 @@ Single entries may be None too: then that part of the work is left out for that 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -135,11 +135,10 @@ class Visit(NamedTuple):
         columns = [missing if column is None else column for column in self[1:10]]
         weights = [0.0] * len(self.theta) if self.weight is None else self.weight
         moves = missing if self.moves is None else self.moves
-        for theta, grad, *others, weight, move in zip(self.theta, *columns, weights, moves, strict=True):
-            if grad is not None or self.close:
-                rates, first, second = move or (None, None, None)
-                values: tuple[Any, ...] = (theta, grad, *others, first, second, weight, rates)
-                yield Row(*values)
+        rates, first, second = zip(*[move or (None, None, None) for move in moves], strict=True) if moves else ([], [], [])
+        for values in zip(self.theta, *columns, first, second, weights, rates, strict=True):
+            if values[1] is not None or self.close:
+                yield Row._make(values)
 
 
 class After(NamedTuple):

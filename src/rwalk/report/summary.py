@@ -1,14 +1,18 @@
 """What a set of records says: runs of one setting side by side, each method as mean and spread over its seeds."""
 
 import json
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from rwalk._errors import explain
 from rwalk.bench.record import Record
+
+REFERENCES = ("cumulative", "joint")
+"""Methods that train on the data of all tasks at once: what is within reach, and not what is compared."""
 
 
 class Spread(NamedTuple):
@@ -27,6 +31,10 @@ class Line:
         strength: factor of the penalty, None for methods without one.
         fields: the rule's fields, pull, averaging and replay.
         seeds: the seeds that were run.
+        records: their records, in the same order.
+        kept: share of the best accuracies on earlier tasks that is left in the end.
+        learned: accuracy on tasks right after learning them, a fraction.
+        bits: bits per character, for streams of characters.
         average_accuracy, forgetting, intransigence, backward_transfer, forward_transfer: fractions; None where not defined.
         seconds: training time of a run.
         step_ratio: CPU time of a step over that of fine-tuning, in runs of the same seed.
@@ -38,11 +46,15 @@ class Line:
     strength: float | None
     fields: dict[str, Any]
     seeds: list[int]
+    records: list[Record] = field(repr=False)
     average_accuracy: Spread | None
     forgetting: Spread | None
     intransigence: Spread | None
     backward_transfer: Spread | None
     forward_transfer: Spread | None
+    kept: Spread | None
+    learned: Spread | None
+    bits: Spread | None
     seconds: Spread | None
     step_ratio: Spread | None
     state: Spread | None
@@ -57,20 +69,32 @@ class Comparison:
     setting: dict[str, Any]
     lines: list[Line]
 
-    def describe(self) -> str:
-        """Name every setting that moves the numbers."""
+    def varying(self, line: Line) -> dict[str, Any]:
+        """Return the fields that tell a line from others of the same method."""
+        others = [o for o in self.lines if o.method == line.method and o.fields != line.fields]
+        return {k: v for k, v in line.fields.items() if any(o.fields.get(k) != v for o in others)}
+
+    def facts(self) -> dict[str, str]:
+        """Return every setting that moves the numbers of all methods, by name."""
         about, training = self.setting.get("stream", {}), self.setting.get("training", {})
-        words = [f"{about['tasks']} tasks"] if "tasks" in about else []
-        words += [f"{about['scenario']}-incremental"] if "scenario" in about else []
-        words += [f"softmax mask: {training['mask']}"] if "mask" in training else []
-        words += [f"{training['epochs']} epochs"] if "epochs" in training else []
-        words += [f"batch {training['batch_size']}"] if "batch_size" in training else []
-        words += [f"{training['optimizer']}, learning rate {training['lr']}"] if "optimizer" in training else []
-        words += [f"model {training['model']}"] if "model" in training else []
-        hidden = (
-            " + ".join(map(str, training["hidden"])) if training.get("model", "mlp") == "mlp" and "hidden" in training else ""
-        )
-        return ", ".join(words + ([f"hidden {hidden}"] if hidden else []))
+        hidden = training.get("hidden") if training.get("model", "mlp") == "mlp" else None
+        facts = {
+            "tasks": about.get("tasks"),
+            "skipped": about.get("skipped"),
+            "scenario": f"{about['scenario']}-incremental" if "scenario" in about else None,
+            "softmax mask": training.get("mask"),
+            "epochs": training.get("epochs"),
+            "batch": training.get("batch_size"),
+            "optimiser": training.get("optimizer"),
+            "learning rate": training.get("lr"),
+            "model": training.get("model"),
+            "hidden": " + ".join(map(str, hidden)) if isinstance(hidden, list) else None,
+        }
+        return {name: str(value) for name, value in facts.items() if value is not None}
+
+    def describe(self) -> str:
+        """Name every setting that moves the numbers, in one line."""
+        return ", ".join(value if name == "scenario" else f"{name}: {value}" for name, value in self.facts().items())
 
 
 def read(folder: str | Path) -> tuple[list[Record], list[str]]:
@@ -88,7 +112,7 @@ def read(folder: str | Path) -> tuple[list[Record], list[str]]:
     for file in files:
         try:
             records.append(Record.load(file))
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # of one file that is gone, or may not be read, as of one that is broken
             problems.append(str(error))
     return records, problems
 
@@ -127,7 +151,8 @@ def _replayed(kept: dict[str, Any]) -> str:
 
 def _rank(method: str) -> tuple[int, str]:
     """Order methods: plain training first, training on all data last."""
-    return {"finetune": 0, "cumulative": 2, "joint": 3}.get(method, 1), method
+    ranks = {"finetune": 0} | {name: 2 + i for i, name in enumerate(REFERENCES)}
+    return ranks.get(method, 1), method
 
 
 def _line(records: list[Record], finetune: dict[int, Record], joint: dict[int, Record]) -> Line:
@@ -137,15 +162,19 @@ def _line(records: list[Record], finetune: dict[int, Record], joint: dict[int, R
         strength=first.config.get("strength"),
         fields=_fields(first),
         seeds=[r.seed for r in records],
-        average_accuracy=_spread(r.average_accuracy for r in records),
-        forgetting=_spread(None if r.method == "joint" else r.forgetting for r in records),
-        intransigence=_spread(r.intransigence(joint[r.seed]) if r.seed in joint else None for r in records),
-        backward_transfer=_spread(None if r.method == "joint" else r.backward_transfer for r in records),
-        forward_transfer=_spread(None if r.method == "joint" else r.forward_transfer for r in records),
-        seconds=_spread(r.timings.get("train_seconds") for r in records),
-        step_ratio=_spread(_ratio(r, finetune.get(r.seed)) for r in records),
-        state=_spread(_over(r.memory.get("state_bytes"), r.memory.get("model_bytes")) for r in records),
-        stored_examples=_spread(r.memory.get("stored_examples") for r in records),
+        records=records,
+        average_accuracy=spread(r.average_accuracy for r in records),
+        forgetting=spread(None if r.method == "joint" else r.forgetting for r in records),
+        intransigence=spread(r.intransigence(joint[r.seed]) if r.seed in joint else None for r in records),
+        backward_transfer=spread(None if r.method == "joint" else r.backward_transfer for r in records),
+        forward_transfer=spread(None if r.method == "joint" else r.forward_transfer for r in records),
+        kept=spread(r.kept for r in records),
+        learned=spread(r.learned for r in records),
+        bits=spread(r.final_bits for r in records),
+        seconds=spread(r.timings.get("train_seconds") for r in records),
+        step_ratio=spread(_ratio(r, finetune.get(r.seed)) for r in records),
+        state=spread(_over(r.memory.get("state_bytes"), r.memory.get("model_bytes")) for r in records),
+        stored_examples=spread(r.memory.get("stored_examples") for r in records),
     )
 
 
@@ -154,10 +183,12 @@ def _ratio(record: Record, reference: Record | None) -> float | None:
 
 
 def _over(a: float | None, b: float | None) -> float | None:
-    return a / b if a is not None and b else None
+    ratio = a / b if a is not None and b else math.inf
+    return ratio if math.isfinite(ratio) else None
 
 
-def _spread(values: Iterable[float | None]) -> Spread | None:
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """Return mean and deviation of the values that are defined; None if there are none."""
     known = [v for v in values if v is not None]
     return Spread(fmean(known), stdev(known) if len(known) > 1 else None) if known else None
 

@@ -1,0 +1,159 @@
+"""Split MNIST, split CIFAR-10 and a stand-in for split CIFAR-100, beside fine-tuning, replay, joint training and Avalanche.
+
+`python -m reproduce.split mnist-heads --out runs/split` trains what has no record yet and prints a table; it may be stopped and
+started again at any moment. Data sets are looked up below `RWALK_DATA`, else downloaded. Avalanche's own RWalkPlugin is shown
+where it is installed (`make peers`).
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from reproduce.permuted_mnist import spread
+from reproduce.together import Together
+from rwalk import EWC, SI, RWalk, bench, kernels
+from rwalk.bench import Experience, Record, Training
+from rwalk.bench.comparators import Rehearsal
+from rwalk.bench.grid import once
+from rwalk.bench.models import build
+from rwalk.bench.record import file_name
+from rwalk.bench.runner import configuration, record_name
+
+
+class Target(NamedTuple):
+    """What is learned, how, and what others have published.
+
+    Args:
+        about: what it is.
+        stream: makes the tasks.
+        training: how every method trains.
+        strengths: of the rules, and of Avalanche's plugin.
+        published: average accuracy in percent, by method.
+    """
+
+    about: str
+    stream: Callable[[], list[Experience]]
+    training: Training
+    strengths: dict[str, float]
+    published: dict[str, float] = {}  # noqa: RUF012
+
+
+MNIST = Training(10, 64, 0.001, "adam")
+STRENGTHS = {"RWalk": 1.0, "EWC": 10.0, "SI": 1.0, "Avalanche's RWalkPlugin": 1.0}
+
+
+def single(mask: Any) -> Target:
+    """Return class-incremental split MNIST under a softmax mask."""
+    about = f"split MNIST, one head, 5 tasks of 2 classes, 10 epochs, softmax mask {mask}"
+    return Target(about, lambda: bench.split("mnist", scenario="class"), replace(MNIST, mask=mask), STRENGTHS)
+
+
+TARGETS = {
+    "mnist-heads": Target(
+        "split MNIST, a head for each task, 5 tasks of 2 classes, 10 epochs", lambda: bench.split("mnist"), MNIST, STRENGTHS,
+        {"RWalk": 99.0},
+    ),
+    **{f"mnist-{mask}": single(mask) for mask in ("task", "seen", "all")},
+    "cifar10": Target(
+        "split CIFAR-10, a head for each task, 5 tasks of 2 classes, one epoch, convolutional network",
+        lambda: bench.split("cifar10"), Training(1, 32, 0.01, "momentum"), STRENGTHS,
+    ),
+    "hundred": Target(
+        "100 classes of Tiny-ImageNet at 32 x 32 in place of CIFAR-100: 17 tasks of 5 classes after 3 left out, one epoch, "
+        "reduced ResNet-18",
+        lambda: bench.later(bench.split("tinyimagenet100a_32", tasks=20), 3), Training(1, 10, 0.03, "sgd", "resnet"),
+        STRENGTHS | {"RWalk": 1.0},
+        {"fine-tuning": 43.00, "EWC": 42.39, "SI": 47.12, "RWalk": 40.87, "A-GEM": 62.27},
+    ),
+}  # fmt: skip
+
+METHODS: dict[str, Any] = {
+    "fine-tuning": "finetune",
+    "RWalk": RWalk(),
+    "EWC": EWC(samples=1000),
+    "SI": SI(),
+    "recipe": "recipe",
+    "A-GEM": "agem",
+    "replay": "replay",
+    "Avalanche's RWalkPlugin": None,
+    "joint": None,
+}
+"""None are those that are learners of this folder."""
+KEPT = Rehearsal(200)
+"""What A-GEM and replay keep: 200 examples in all."""
+
+
+def learner(name: str, target: Target, tasks: list[Experience], seed: int) -> Any:
+    """Make one of our own learners."""
+    training = target.training
+
+    def make() -> torch.nn.Module:
+        return build(training.model, tasks[0], training.hidden)
+
+    if name == "joint":
+        return Together(len(tasks), make, training, seed)
+    from reproduce.avalanche_rwalk import AvalancheRWalk
+
+    return AvalancheRWalk(target.strengths[name], make, training, seed)
+
+
+def one(name: str, target: Target, seed: int, out: Path) -> Record:
+    """Return the record of one run: from disk if it is there, else by running it."""
+    tasks, method, training, strength = target.stream(), METHODS[name], target.training, target.strengths.get(name)
+    if method is not None:
+        replay = KEPT if method in ("agem", "replay") else None
+        place = out / record_name(tasks, method, strength, seed, training, replay=replay)
+        return once(place, tasks, method, strength, seed, training, replay=replay)[0]
+    config = configuration(tasks, "finetune", None, training) | {"strength": strength}
+    place = out / file_name(tasks[0].stream["name"], name, seed, config)
+    if not place.exists():
+        torch.manual_seed(seed)
+        record = bench.run(tasks, learner(name, target, tasks, seed), seed=seed, training=training)
+        replace(record, method=name, config=config).save(out)
+    return Record.load(place)
+
+
+def row(name: str, target: Target, records: list[Record]) -> str:
+    """Lay out one line of the table."""
+    accuracy, forgetting = ([100 * (v or 0) for v in column] for column in zip(*map(figures, records), strict=True))
+    strength = f", strength {target.strengths[name]:g}" if name in target.strengths else ""
+    published = f"{target.published[name]:.1f}" if name in target.published else "–"
+    fades = "–" if name == "joint" else spread(forgetting)
+    return f"| {name}{strength} | {spread(accuracy)} | {fades} | {published} |"
+
+
+def figures(record: Record) -> tuple[float | None, float | None]:
+    """Return what is compared."""
+    return record.average_accuracy, record.forgetting
+
+
+def main() -> None:
+    """Do the runs that have no record yet, and print a table for each target."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", default=list(TARGETS), help=", ".join(TARGETS))
+    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated, of " + ", ".join(METHODS))
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/split"), help="folder of the records")
+    options = parser.parse_args()
+    names = [name for name in options.methods.split(",") if "Avalanche" not in name or find_spec("avalanche")]
+    if unknown := (set(options.targets) - TARGETS.keys()) | (set(names) - METHODS.keys()):
+        parser.error(f"unknown {', '.join(sorted(unknown))}; see --help")
+    torch.set_num_threads(1)
+    kernels.use("auto")
+    options.out.mkdir(parents=True, exist_ok=True)
+    for key in options.targets:
+        target = TARGETS[key]
+        print(f"\n{target.about}\n\n| method | average accuracy | forgetting | published |\n|---|---|---|---|", flush=True)
+        for name in names:
+            seeds = range(options.first_seed, options.first_seed + options.seeds)
+            print(row(name, target, [one(name, target, seed, options.out) for seed in seeds]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The report as Markdown, for papers and pull requests: GitHub's tables."""
+
+import re
+from collections.abc import Sequence
+
+from rwalk.report.columns import Column, shown
+from rwalk.report.names import clean, names
+from rwalk.report.story import remarks, sentence
+from rwalk.report.summary import Comparison, Line
+
+SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~])")
+
+
+def markdown(comparisons: Sequence[Comparison]) -> str:
+    """Write a section for each comparison: the result, the settings, the table of methods, and remarks."""
+    return "\n\n".join(map(_section, comparisons)) + "\n"
+
+
+def _section(comparison: Comparison) -> str:
+    columns = shown(comparison.lines)
+    head = ["method", "seeds", *(column.name for column in columns)]
+    best = [column.best(comparison) for column in columns]
+    rows = [
+        [
+            _plain(name),
+            str(len(line.seeds)),
+            *(_cell(column, line, i in top) for column, top in zip(columns, best, strict=True)),
+        ]
+        for i, (line, name) in enumerate(zip(comparison.lines, names(comparison), strict=True))
+    ]
+    table = [head, ["---", *(["---:"] * (len(head) - 1))], *rows]
+    notes = "\n".join(f"- {_plain(remark.text)}" for remark in remarks(comparison))
+    parts = [f"### {_plain(comparison.stream)}", _plain(sentence(comparison)), _plain(comparison.describe()),
+             "\n".join(f"| {' | '.join(row)} |" for row in table), _legend(columns), notes]  # fmt: skip
+    return "\n\n".join(filter(None, parts))
+
+
+def _cell(column: Column, line: Line, best: bool) -> str:
+    return f"**{column.text(line)}**" if best else column.text(line)
+
+
+def _legend(columns: Sequence[Column]) -> str:
+    words = "; ".join(f"{column.name}: {column.about}" for column in columns)
+    return (
+        f"Mean ± standard deviation over seeds; bold: the best and what is within its deviation, without references. {words}."
+    )
+
+
+def _plain(text: str) -> str:
+    """Keep text from being read as Markdown or HTML."""
+    return SPECIAL.sub(r"\\\1", clean(text))

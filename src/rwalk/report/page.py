@@ -1,0 +1,114 @@
+"""The report as one HTML file that needs nothing else, and reaches for nothing."""
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rwalk import files
+from rwalk._errors import explain
+from rwalk.report import drawing, maps, reproduce, series, story
+from rwalk.report.chosen import chosen
+from rwalk.report.columns import shown
+from rwalk.report.markdown import markdown
+from rwalk.report.names import clean, names
+from rwalk.report.summary import Comparison, read, summarise
+
+NAME = "report.html"
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write(folder: str | Path, out: str | Path | None = None, refresh: int | None = None) -> Path:
+    """Read all records below a folder, write the report as HTML and as Markdown beside it, and return the HTML file's path.
+
+    Args:
+        folder: where the records are.
+        out: the HTML file; default: `report.html` in the folder.
+        refresh: seconds after which a browser loads the page again; None for a page that is finished.
+
+    Raises:
+        FileNotFoundError: if the folder does not exist or holds no JSON file.
+        ImportError: if the extra `bench` is not installed.
+        ValueError: if `out` is a folder.
+        OSError: if a file cannot be written.
+    """
+    place = Path(folder) / NAME if out is None else Path(out)
+    if place.is_dir() or place.suffix == ".md":
+        came = f"`{place}`, which is {'a folder' if place.is_dir() else 'the name of the Markdown file'}"
+        raise ValueError(explain(came, "a file for the HTML", "Name one, such as report.html."))
+    records, problems = read(folder)
+    comparisons = summarise(records)
+    html = render(comparisons, problems, chosen(folder, comparisons), refresh)
+    files.write(place, html.encode(errors="replace"))
+    files.write(place.with_suffix(".md"), markdown(comparisons).encode(errors="replace"))
+    return place
+
+
+def render(
+    comparisons: Sequence[Comparison],
+    problems: Sequence[str] = (),
+    how: Sequence[Sequence[str]] = (),
+    refresh: int | None = None,
+) -> str:
+    """Return the page of some comparisons.
+
+    Args:
+        comparisons: what it shows, a section each.
+        problems: messages about files that could not be read.
+        how: for each comparison, how each line's strength was chosen.
+        refresh: seconds after which a browser loads the page again.
+    """
+    try:
+        import jinja2
+        from markupsafe import Markup
+    except ImportError as error:
+        came, expected = f"no package to write pages with ({error})", "the extra `bench`"
+        raise ImportError(explain(came, expected, "Run: pip install 'rwalk[bench]'")) from None
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    most = max([len(comparison.lines) for comparison in comparisons], default=0)
+    style += "\n".join(f".part:has(.switch{i}:not(:checked)) .s{i} {{ display: none; }}" for i in range(most))
+    ways = how or [[""] * len(comparison.lines) for comparison in comparisons]
+    text: str = environment.get_template("page.html").render(
+        sections=[_section(i, *both) for i, both in enumerate(zip(comparisons, ways, strict=True))],
+        runs=sum(len(line.records) for comparison in comparisons for line in comparison.lines),
+        problems=[clean(problem) for problem in problems],
+        refresh=refresh,
+        style=Markup(style),
+        script=Markup(script),
+        policy=f"default-src 'none'; style-src 'sha256-{_digest(style)}'; script-src 'sha256-{_digest(script)}'; "
+        "base-uri 'none'; form-action 'none'",
+        draw=lambda chart: Markup(drawing.svg(chart)),
+    )
+    return text
+
+
+def _section(number: int, comparison: Comparison, how: Sequence[str]) -> dict[str, Any]:
+    """Return what the template shows of one comparison."""
+    columns = shown(comparison.lines)
+    return {
+        "id": f"part{number}",
+        "stream": clean(comparison.stream),
+        "facts": {name: clean(value) for name, value in comparison.facts().items()},
+        "about": clean(comparison.describe()),
+        "sentence": story.sentence(comparison),
+        "remarks": story.remarks(comparison),
+        "columns": columns,
+        "best": [column.best(comparison) for column in columns],
+        "rows": list(zip(comparison.lines, names(comparison), series.styles(comparison), how, strict=True)),
+        "drawn": series.drawn(comparison),
+        "top": story.best(comparison),
+        "charts": series.charts(comparison),
+        "accuracies": maps.accuracies(comparison),
+        "layers": maps.layers(comparison),
+        "commands": reproduce.commands(comparison),
+        "versions": [clean(way) for way in reproduce.versions(comparison)],
+    }
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,148 @@
+"""The commands that do the runs of a comparison again, read from the settings in their records."""
+
+import pkgutil
+import shlex
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+from rwalk.bench.record import Record
+from rwalk.report.names import REPLAY, called
+from rwalk.report.summary import Comparison, Line
+
+KINDS = ("split", "permuted", "rotated", "domain", "drift")
+"""Kinds of streams that the command line makes."""
+PLAIN = ("finetune", "joint", "cumulative", "replay", "agem", "lwf")
+"""Methods of the command line beside the rules and the recipe."""
+VALIDATION = "-validation"
+"""What tuning adds to the name of a stream."""
+DEGREES = 180.0
+"""What a rotated stream of the command line turns by."""
+Flags = dict[str, Any]
+"""What follows each flag; None for one that must not be there."""
+
+
+class Commands(NamedTuple):
+    """What does the runs again, and what does not."""
+
+    lines: list[str]
+    notes: list[str]
+
+
+def commands(comparison: Comparison) -> Commands:
+    """Return the fewest commands that do all runs of a comparison again, and say which runs no command does."""
+    groups: list[tuple[list[str], Flags]] = []
+    notes: list[str] = []
+    for line in comparison.lines:
+        for record in _firsts(line):
+            if why := _inexpressible(record):
+                notes.append(f"{called(line.method)}, seed {record.seed}: {why}.")
+            else:
+                _join(groups, record.method.removesuffix(REPLAY), _flags(record) | _seeds(line, record))
+    lines = [_written(comparison.lines[0].records[0], methods, flags) for methods, flags in groups]
+    return Commands(list(dict.fromkeys(lines)), list(dict.fromkeys(notes)) + _about_data(comparison))
+
+
+def _firsts(line: Line) -> list[Record]:
+    """Return the record of each first seed of a stretch without gaps."""
+    seeds = {record.seed: record for record in line.records}
+    return [record for seed, record in sorted(seeds.items()) if seed - 1 not in seeds]
+
+
+def _seeds(line: Line, first: Record) -> Flags:
+    last = first.seed
+    while last + 1 in line.seeds:
+        last += 1
+    return {"--first-seed": first.seed, "--seeds": last - first.seed + 1}
+
+
+def _join(groups: list[tuple[list[str], Flags]], method: str, flags: Flags) -> None:
+    """Let a command do a method too, where neither has a flag that the other has otherwise."""
+    for methods, common in groups:
+        if method not in methods and all(common.get(flag, value) == value for flag, value in flags.items()):
+            methods.append(method)
+            common.update(flags)
+            return
+    groups.append(([method], flags))
+
+
+def _inexpressible(record: Record) -> str:
+    """Say why the command line cannot do a run, or return nothing."""
+    about, method = record.config.get("stream", {}), record.method.removesuffix(REPLAY)
+    counts = about.get("tasks"), about.get("skipped", 0)
+    if "training" not in record.config or not all(isinstance(count, int) for count in counts):
+        return "its record does not hold all settings"
+    if record.stream.endswith(VALIDATION):
+        return "`rwalk tune` made it"
+    if not record.stream.startswith(tuple(f"{kind}-" for kind in KINDS)):
+        return "its stream was made in Python"
+    if method not in {*PLAIN, "recipe", *_rules()}:
+        return "its method was made in Python"
+    if about.get("seed", record.seed) != record.seed:
+        return "its stream has another seed than its training"
+    return "its stream turns by another angle" if about.get("degrees", DEGREES) != DEGREES else ""
+
+
+def _rules() -> set[str]:
+    """Name the rules, without loading them and so torch."""
+    spec = find_spec("rwalk.importance")
+    found = pkgutil.iter_modules(spec.submodule_search_locations if spec else ())
+    return {module.name for module in found if module.name[0] != "_"} - {"base"}
+
+
+def _flags(record: Record) -> Flags:
+    """Return every setting of a run as flags."""
+    config, about = record.config, record.config["stream"]
+    kind, skipped = record.stream.split("-")[0], about.get("skipped", 0)
+    flags: Flags = {"--tasks": about["tasks"] + skipped, "--skip": skipped or None}
+    flags |= {"--scenario": about.get("scenario") if kind in ("split", "domain") else None, "--by": about.get("by")}
+    flags |= {_flag(name): value for name, value in config["training"].items()}
+    flags |= {"--threads": record.threads if record.threads > 1 else None}
+    backend = record.versions.get("kernels", "blocked")
+    flags |= {"--kernels": backend if backend != "blocked" else None}
+    return flags | _options(record)
+
+
+def _options(record: Record) -> Flags:
+    """Return what belongs to the method alone; None where a flag for another method would change this one."""
+    config, method = record.config, record.method.removesuffix(REPLAY)
+    flags: Flags = {"--strength": config["strength"]} if "strength" in config else {}
+    if method not in PLAIN:
+        flags |= {"--pull": config.get("pull"), "--average": config.get("average"), "--replay": None}
+    if "replay" in config:
+        kept = config["replay"]
+        flags |= {"--replay": kept.get("size"), "--per": kept.get("per"), "--select": kept.get("select")}
+        flags |= {"--replay-batch": kept.get("batch")}
+    fields = config.get("rule", {}) if method in _rules() else {}
+    return flags | {_flag(f"{method}.{name}"): str(value) for name, value in fields.items()}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _written(record: Record, methods: list[str], flags: Flags) -> str:
+    start = ["rwalk", "run"]
+    if record.ranks > 1:
+        start = ["torchrun", "--standalone", "--nproc-per-node", str(record.ranks), "-m", *start]
+    given = [word for flag, value in flags.items() if value is not None for word in (flag, *_words(value))]
+    return shlex.join([*start, record.stream, "--methods", ",".join(methods), *given])
+
+
+def _words(value: Any) -> list[str]:
+    return list(map(str, value)) if isinstance(value, list) else [str(value)]
+
+
+def _about_data(comparison: Comparison) -> list[str]:
+    name = comparison.stream.partition("-")[2]
+    if name == "digits":
+        return []
+    return [
+        f"The data set {name} has to lie in --data or RWALK_DATA, or be named by its path; --label as it was, if it was given."
+    ]
+
+
+def versions(comparison: Comparison) -> list[str]:
+    """Return with what the runs were done, each way once."""
+    found = [r for line in comparison.lines for r in line.records]
+    ways = [r.versions | {"threads": str(r.threads), "ranks": str(r.ranks)} for r in found]
+    return list(dict.fromkeys(", ".join(f"{name} {value}" for name, value in way.items()) for way in ways))
