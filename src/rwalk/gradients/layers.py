@@ -1,13 +1,14 @@
 """What one example adds to the squared gradient of each kind of layer, from the layer's input and its output's gradient."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rwalk.parallel import kind
 from rwalk.parameters import state_dtype
 
 BLOCK = 2**18
@@ -19,16 +20,25 @@ HELD = {"cpu": 2**21}
 HELD_ELSEWHERE = 2**25
 """The same on all other devices, where few large operations are faster."""
 
+Of = Callable[..., Tensor]
+"""Works elementwise, and may write where `out` says."""
+
 
 class Sum:
     """The sum of squared contributions to one parameter, times the number of examples.
 
     The factor N is folded into every write, and a buffer is overwritten rather than cleared, so that a step touches the
     buffer once.
+
+    Args:
+        name: the parameter's.
+        parameter: the parameter.
+        of: what is summed of contributions: `torch.square`, or `torch.abs`.
     """
 
-    def __init__(self, name: str, parameter: nn.Parameter) -> None:
+    def __init__(self, name: str, parameter: nn.Parameter, of: Of = torch.square) -> None:
         self.name, self.parameter = name, parameter
+        self._of = of
         self.examples = 0
         self.witness = False
         self.total: Tensor | None = None
@@ -70,13 +80,13 @@ class Sum:
         if self.witness:
             whole = c.sum(0)
             self.total = whole if self.total is None else self.total + whole
-        self._kept(self.buffer).add_(c.mul(c).sum(0), alpha=self.examples)
+        self._kept(self.buffer).add_(self._of(c).sum(0), alpha=self.examples)
         self._keep = 1.0
 
     def add_outer(self, g: Tensor, x: Tensor) -> None:
         """Add contributions g_i x_i^T for g of shape (examples, rows) and x of shape (examples, columns)."""
         buffer = self.buffer
-        g, x = (t.to(buffer.dtype).square() for t in (g, x))
+        g, x = (self._of(t.to(buffer.dtype)) for t in (g, x))  # that of a product is the product of those of its factors
         rows = max(BLOCK // max(x.shape[1], 1), 1) if g.device.type == "cpu" else len(buffer)  # one product of all is slower
         for part, some in zip(buffer.split(rows), g.t().split(rows), strict=True):
             part.addmm_(some, x, beta=self._keep, alpha=self.examples)
@@ -90,7 +100,8 @@ class Sum:
         else:
             into = self._kept(self.buffer).view(g.shape[1], g.shape[2], x.shape[3])
             for a, b in zip(*(t.split(_at_once(g.device, into.numel())) for t in (g, x)), strict=True):
-                into.add_(torch.matmul(a, b).square_().sum(0), alpha=self.examples)
+                product = torch.matmul(a, b)
+                into.add_(self._of(product, out=product).sum(0), alpha=self.examples)
         self._keep = 1.0
 
     def _add_blocks(self, g: Tensor, x: Tensor) -> None:
@@ -104,7 +115,10 @@ class Sum:
             product = scratch[: part.shape[0]]
             for gi, xi in pairs:
                 torch.mm(gi[start : start + rows], xi, out=product)
-                part.addcmul_(product, product, value=self.examples)
+                if self._of is torch.square:
+                    part.addcmul_(product, product, value=self.examples)  # one operation
+                else:
+                    part.add_(self._of(product, out=product), alpha=self.examples)
 
     def add_lookups(self, g: Tensor, tokens: Tensor, padding: int | None) -> None:
         """Add contributions to the rows `tokens`, (examples, n), of a table, for g of shape (examples, n, columns)."""
@@ -116,7 +130,7 @@ class Sum:
         keys = keys % rows
         if padding is not None:
             summed[keys == padding] = 0
-        self._kept(self.buffer).index_add_(0, keys, summed.square_(), alpha=self.examples)
+        self._kept(self.buffer).index_add_(0, keys, self._of(summed, out=summed), alpha=self.examples)
         self._keep = 1.0
 
 
@@ -253,3 +267,45 @@ RULES: dict[type[nn.Module], tuple[Rule, tuple[int, ...]]] = {
     nn.Embedding: (_embedding, ()),
 }
 """How each kind of module is gathered, and how many dimensions its input may have, if that depends on the kind alone."""
+
+
+class Found(NamedTuple):
+    """A module that has parameters of those looked for, by their names in it, and why it cannot be gathered, if so."""
+
+    path: str
+    module: nn.Module
+    mine: dict[str, nn.Parameter]
+    why: str | None
+
+
+def survey(root: nn.Module, theta: Mapping[str, nn.Parameter]) -> Iterator[Found]:
+    """Look for the modules that parameters belong to; paths are those without compilation."""
+    ids = {id(p) for p in theta.values()}
+    paths = {path.replace("_orig_mod.", ""): module for path, module in root.named_modules()}
+    owners: dict[int, list[str]] = {}
+    for path, module in paths.items():
+        for p in module._parameters.values():
+            owners.setdefault(id(p), []).append(path)
+    for path, module in paths.items():
+        mine = {key: p for key, p in module._parameters.items() if p is not None and id(p) in ids}
+        if mine:
+            yield Found(path, module, mine, _unsupported(module, mine) or _tied(mine, owners))
+
+
+def _unsupported(module: nn.Module, mine: Mapping[str, nn.Parameter]) -> str | None:
+    """Say why a module cannot be gathered, as far as can be told before it runs."""
+    if kind(module) not in RULES:
+        return f"a `{type(module).__name__}`"
+    if any(p.is_complex() for p in mine.values()):
+        return "its parameters are complex"
+    odd = sorted(set(mine) - {"weight", "bias"})
+    if odd:
+        return f"its parameter `{odd[0]}`"
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq or module.sparse):
+        return "an `Embedding` with max_norm, scale_grad_by_freq or sparse"
+    return None
+
+
+def _tied(mine: Mapping[str, nn.Parameter], owners: Mapping[int, list[str]]) -> str | None:
+    shared = next((owners[id(p)] for p in mine.values() if len(owners[id(p)]) > 1), None)
+    return None if shared is None else f"it shares a parameter with {', '.join(f'`{name}`' for name in shared)}"

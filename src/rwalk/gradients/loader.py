@@ -1,27 +1,32 @@
 """Per-example gradients over data, for rules that measure importance at a task's end."""
 
 import math
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
+from torch.func import functional_call, vjp
 from torch.nn import functional as F
 
 from rwalk._errors import explain
+from rwalk.gradients.layered import UNMAPPED, Layers, mapped, reaches
 from rwalk.gradients.undisturbed import undisturbed
 from rwalk.importance.base import Objective
 from rwalk.parallel import Ranks, gathered
 from rwalk.parameters import bare, named, state_dtype
 
 MEMORY = 2**28
-"""Bytes of per-example gradients that one chunk of a pass over data may hold."""
+"""Bytes of per-example gradients, or of layers' inputs and gradients, that one chunk of a pass over data may hold."""
 
 CHUNK = 256
 """Most examples in one chunk."""
+
+FIRST = 8
+"""Examples in the first chunk, after which it is known what they take."""
 
 
 def over(
@@ -47,12 +52,12 @@ def over(
     Returns:
         A function `gradients(objective, of, samples=None, only=None)` that returns, for each parameter of `theta` in order and
         shape and in state precision, the mean over examples of `of(gradient of the objective at one example)`. `of` works
-        elementwise; `samples` caps the number of examples; `only` names the parameters to return. Where several ranks train
-        the model, each passes its own share of the data, and the mean is over the examples of all. The objectives: "true",
-        log p(y|x) of the data's labels; "sample", log p(y|x) of a label drawn from the model; "exact", log p(c|x) for every
-        class c, with `of` averaged under p(c|x); "norm", the sum of squares of the outputs. The function raises a ValueError
-        if there are no examples or the objective does not fit data, outputs or `loss`, and a TypeError for batches and outputs
-        of other kinds.
+        elementwise, fastest as `torch.square` or `torch.abs`, for which inputs of layers and gradients at outputs often do;
+        `samples` caps the number of examples; `only` names the parameters to return. Where several ranks train the model, each
+        passes its own share of the data, and the mean is over the examples of all. The objectives: "true", log p(y|x) of the
+        data's labels; "sample", log p(y|x) of a label drawn from the model; "exact", log p(c|x) for every class c, with `of`
+        averaged under p(c|x); "norm", the sum of squares of the outputs. The function raises a ValueError if there are no
+        examples or the objective does not fit data, outputs or `loss`, and a TypeError for batches and outputs of other kinds.
     """
     root = bare(model)
 
@@ -70,9 +75,9 @@ def over(
             engine = _Engine(root, {name: whole[name] for name in chosen}, _Score(objective, loss, logits), of)
             for batch in examples(data, ranks.share(samples), engine.device):
                 engine.add(batch)
-        count = checked(engine.totals, engine.count, data, ranks, engine.device)
-        totals = (ranks.sum_part(total, p) for total, p in zip(engine.totals, chosen.values(), strict=True))
-        return [total.div_(count) for total in totals]
+        totals = engine.totals()
+        count = checked(totals, engine.count, data, ranks, engine.device)
+        return [ranks.sum_part(total, p).div_(count) for total, p in zip(totals, chosen.values(), strict=True)]
 
     return gradients
 
@@ -317,85 +322,129 @@ def labels(target: Any, size: int = 1) -> Tensor:
     return target.reshape(size).long()
 
 
+class _Scored(nn.Module):
+    """A model and what is differentiated of its output, together, so that a user's loss sees the same parameters."""
+
+    def __init__(self, root: nn.Module, score: _Score) -> None:
+        super().__init__()
+        self.root, self.score = root, score
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> tuple[Tensor, Tensor]:
+        return self.score(self.root(*args, **kwargs), target)
+
+
 class _Engine:
-    """Sum a function of per-example gradients: many examples at once where the model allows it, else one by one."""
+    """Sum a function of per-example gradients: layer by layer as far as possible, else parameter by parameter.
+
+    That is done for many examples at once where the model allows it, else one by one.
+    """
 
     def __init__(
         self, root: nn.Module, theta: Mapping[str, nn.Parameter], score: _Score, of: Callable[[Tensor], Tensor]
     ) -> None:
         real = {id(p): name for name, p in root.named_parameters()}  # compiled submodules have longer names than `theta` says
         self.theta = {real[id(p)]: p for p in theta.values()}
-        self.totals = [torch.zeros_like(p, dtype=state_dtype(p), requires_grad=False) for p in theta.values()]
+        self._totals = {name: torch.zeros_like(p, dtype=state_dtype(p), requires_grad=False) for name, p in self.theta.items()}
         self.count = 0
         self.device = next((p.device for p in theta.values()), torch.device("cpu"))
-        size = sum(total.numel() * total.element_size() for total in self.totals)
-        self._chunk = min(max(MEMORY // max(size, 1), 1), CHUNK)
-        self._root, self._score, self._of = root, score, of
+        self._model, self._of, self._by_class = _Scored(root, score), of, score.objective == "exact"
+        self._fixed = {f"root.{name}": p.detach() for name, p in root.named_parameters()}
+        self._layers = Layers(root, self.theta, of)
         self._mapped = True
 
     def add(self, batch: Batch) -> None:
         """Add the examples of a batch."""
-        for start in range(0, batch.size, self._chunk):
-            chunk = batch.cut(start, start + self._chunk)
-            if not self._mapped or not self._together(chunk):
-                for i in range(chunk.size):
-                    self._alone(chunk.cut(i, i + 1))
-            self.count += chunk.size
+        start = 0
+        with _differentiable(self.theta.values()):
+            while start < batch.size:
+                chunk = batch.cut(start, start + self._size())
+                start += chunk.size
+                if self._layers.names:
+                    self._layers.add(self._scores, self.theta, *chunk.tree(), chunk.size)
+                self._add_rest(chunk, {name: p for name, p in self.theta.items() if name not in self._layers.names})
+        self.count += batch.size
 
-    def _together(self, chunk: Batch) -> bool:
+    def _size(self) -> int:
+        """Say how many examples to take next."""
+        if not self._layers.names:
+            return CHUNK
+        return FIRST if self._layers.held is None else _fitting(self._layers.held)
+
+    def _add_rest(self, chunk: Batch, theta: dict[str, nn.Parameter]) -> None:
+        """Add examples for some parameters, whose per-example gradients are made in full."""
+        size = _fitting(sum(p.numel() * state_dtype(p).itemsize for p in theta.values()))
+        for start in range(0, chunk.size if theta else 0, size):
+            part = chunk.cut(start, start + size)
+            if not self._mapped or not self._together(part, theta):
+                for i in range(part.size):
+                    self._alone(part.cut(i, i + 1), theta)
+
+    def _together(self, chunk: Batch, theta: dict[str, nn.Parameter]) -> bool:
         """Add a chunk by `vmap`; where the model cannot be mapped, return False and leave it at that from then on."""
         examples, dims = chunk.tree()
-        theta = {name: p.detach() for name, p in self.theta.items()}
-        terms: dict[str, Tensor]
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="There is a performance drop")  # where an operator is looped over
-                terms = vmap(self._terms, in_dims=(None, dims), randomness="different")(theta, examples)
-        except (RuntimeError, NotImplementedError, ValueError, TypeError):  # `_alone` meets errors of the user's own again
+            score, terms = mapped(self._terms, (None, dims), {name: p.detach() for name, p in theta.items()}, examples)
+            self._mapped = not reaches(score, self.theta.values())
+        except UNMAPPED:  # `_alone` meets errors of the user's own again
             self._mapped = False
-            return False
-        for total, name in zip(self.totals, self.theta, strict=True):
-            total.add_(terms[name].detach().sum(0))
-        return True
+        for name, term in terms.items() if self._mapped else ():
+            self._totals[name].add_(term.detach().sum(0))
+        return self._mapped
 
-    def _terms(self, theta: dict[str, Tensor], example: tuple[Any, Any, Any]) -> dict[str, Tensor]:
-        """Return what one example contributes for each parameter."""
-        args, kwargs, target = example
+    def _scores(self, theta: Mapping[str, Tensor], example: tuple[Any, ...]) -> Any:
+        """Return the scores of one example, and the weights of their gradients, with some parameters replaced."""
+        return functional_call(self._model, self._fixed | {f"root.{name}": t for name, t in theta.items()}, example)
 
-        def scores(at: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            return self._score(functional_call(self._root, at, args, kwargs), target)
-
-        score, pull, weight = cast(tuple[Tensor, Callable[[Tensor], Any], Tensor], vjp(scores, theta, has_aux=True))
+    def _terms(self, theta: dict[str, Tensor], example: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the scores of one example, and what it contributes for each parameter."""
+        score, pull, weight = cast(tuple[Any, ...], vjp(partial(self._scores, example=example), theta, has_aux=True))
         unit = torch.eye(score.shape[0], dtype=score.dtype, device=score.device)
         terms: dict[str, Tensor] = {}
         for i in range(score.shape[0]):
             for name, g in pull(unit[i])[0].items():
                 term = self._weighted(g, weight[i])
                 terms[name] = terms[name] + term if i else term
-        return terms
+        return score, terms
 
     def _weighted(self, g: Tensor, weight: Tensor) -> Tensor:
         value = self._of(g.to(state_dtype(g)))
-        if self._score.objective != "exact":
+        if not self._by_class:
             return value
         return torch.where(weight == 0, 0, value * weight)  # a shut class must not bring in 0 * inf
 
-    def _alone(self, example: Batch) -> None:
+    def _alone(self, example: Batch, theta: dict[str, nn.Parameter]) -> None:
         """Add one example by plain autograd."""
-        leaves = list(self.theta.values())
-        frozen = [p for p in leaves if not p.requires_grad]
-        try:
-            for p in frozen:
-                p.requires_grad_(True)
-            score, weight = self._score(self._root(*example.args, **example.kwargs), example.target)
-            for i in range(score.shape[0] if score.requires_grad else 0):
-                grads = torch.autograd.grad(score[i], leaves, retain_graph=i + 1 < score.shape[0], allow_unused=True)
-                for total, g in zip(self.totals, grads, strict=True):
-                    if g is not None:
-                        total.add_(self._weighted(g, weight[i]).detach())
-        finally:
-            for p in frozen:
-                p.requires_grad_(False)
+        score, weight = self._model(example.args, example.kwargs, example.target)
+        for i in range(score.shape[0] if score.requires_grad else 0):
+            more = i + 1 < score.shape[0]
+            grads = torch.autograd.grad(score[i], list(theta.values()), retain_graph=more, allow_unused=True)
+            for name, g in zip(theta, grads, strict=True):
+                if g is not None:
+                    self._totals[name].add_(self._weighted(g, weight[i]).detach())
+
+    def totals(self) -> list[Tensor]:
+        """Return the sums over all examples, in the order of the parameters."""
+        for name, total in self._layers.take().items():
+            self._totals[name].add_(total)
+        return list(self._totals.values())
+
+
+@contextmanager
+def _differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Have gradients of frozen parameters, too."""
+    frozen = [p for p in parameters if not p.requires_grad]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+
+
+def _fitting(nbytes: int) -> int:
+    """Say how many examples of so many bytes to hold at once."""
+    return min(max(MEMORY // max(nbytes, 1), 1), CHUNK)
 
 
 def forward(model: nn.Module, batch: Any) -> Any:

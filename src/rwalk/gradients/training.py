@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rwalk._errors import explain
-from rwalk.gradients.layers import RULES, Gather, Sum
+from rwalk.gradients.layers import RULES, Gather, Sum, survey
 from rwalk.gradients.loader import first_size
 from rwalk.gradients.pooled import Gathered, pooled
 from rwalk.gradients.undisturbed import set_aside
@@ -222,23 +222,16 @@ class Squares:
     def _survey(self) -> tuple[dict[str, str], dict[nn.Module, _Tap]]:
         """Find the owner of every parameter, and the modules that can be gathered; note why others cannot."""
         name_of = {id(p): name for name, p in self._theta.items()}
-        owners: dict[int, list[str]] = {}
-        for path, module in self._root.named_modules():
-            for p in module._parameters.values():
-                if id(p) in name_of:
-                    owners.setdefault(id(p), []).append(path.replace("_orig_mod.", ""))
+        owner: dict[str, str] = {}
         taps: dict[nn.Module, _Tap] = {}
-        for path, module in self._root.named_modules():
-            mine = {key: p for key, p in module._parameters.items() if p is not None and id(p) in name_of}
-            if not mine:
-                continue
-            name = path.replace("_orig_mod.", "")
-            why = _unsupported(module, mine) or _tied(mine, owners)
+        for path, module, mine, why in survey(self._root, self._theta):
+            for p in mine.values():
+                owner.setdefault(name_of[id(p)], path)
             if why:
-                self._found[name] = why
+                self._found[path] = why
             else:
-                taps[module] = _Tap(name, {key: Sum(name_of[id(p)], p) for key, p in mine.items()})
-        return {name_of[key]: paths[0] for key, paths in owners.items()}, taps
+                taps[module] = _Tap(path, {key: Sum(name_of[id(p)], p) for key, p in mine.items()})
+        return owner, taps
 
     def _begin(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         """Number a forward pass of the whole model and note its batch size."""
@@ -318,23 +311,6 @@ class Squares:
             raise RuntimeError(explain(came, expected, "Use such layers, freeze these parameters, or pass `strict=False`."))
         remedy = "The square of their batch gradient is used instead; nothing need be done."
         warnings.warn(explain(came, expected, remedy), stacklevel=3)
-
-
-def _unsupported(module: nn.Module, mine: Mapping[str, nn.Parameter]) -> str | None:
-    """Say why a module cannot be gathered, as far as can be told before it runs."""
-    if kind(module) not in RULES:
-        return f"a `{type(module).__name__}`"
-    odd = sorted(set(mine) - {"weight", "bias"})
-    if odd:
-        return f"its parameter `{odd[0]}`"
-    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq or module.sparse):
-        return "an `Embedding` with max_norm, scale_grad_by_freq or sparse"
-    return None
-
-
-def _tied(mine: Mapping[str, nn.Parameter], owners: Mapping[int, list[str]]) -> str | None:
-    shared = next((owners[id(p)] for p in mine.values() if len(owners[id(p)]) > 1), None)
-    return None if shared is None else f"it shares a parameter with {', '.join(f'`{name}`' for name in shared)}"
 
 
 def _unaltered(output: Tensor) -> Tensor:

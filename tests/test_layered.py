@@ -1,0 +1,449 @@
+"""Per-example gradients layer by layer against plain autograd, one example at a time: what may be, and what must not."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dense import LAYERS, SCORES, close, exact, readout, scrambled, true, truth
+from rwalk import EWC, MAS, Consolidator
+from rwalk.gradients import layered, layers, loader, over
+from rwalk.parameters import named
+
+
+@pytest.fixture
+def summed(monkeypatch):
+    """Note for which parameters the last pass over data went layer by layer to its end."""
+    found, take = set(), layered.Layers.take
+
+    def noting(self):
+        found.clear()
+        found.update(self.names)
+        return take(self)
+
+    monkeypatch.setattr(layered.Layers, "take", noting)
+    return found
+
+
+class Net(nn.Module):
+    """Two linear layers, `a` and `b`, and what a subclass does with them."""
+
+    def __init__(self, wide=5):
+        super().__init__()
+        self.a, self.b = nn.Linear(wide, 5), nn.Linear(5, 3)
+        self.more()
+        self.double()
+
+    def more(self):
+        pass
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+
+class Maps(Net):
+    """Convolutions, norms of all kinds, views and in-place operations."""
+
+    def more(self):
+        self.stem = nn.Conv2d(2, 4, 3, padding=1, stride=2)
+        self.norm, self.drop = nn.BatchNorm2d(4), nn.Dropout(0.5)
+        self.deep = nn.Conv2d(4, 6, (3, 2), groups=2, bias=False)
+        self.groups, self.instances = nn.GroupNorm(3, 6), nn.InstanceNorm2d(6, affine=True)
+        self.line = nn.Conv1d(6, 5, 1)
+        self.statistics = nn.BatchNorm1d(5)
+        with torch.no_grad():
+            for module in (self.norm, self.groups, self.instances, self.statistics):
+                module.weight.uniform_(0.5, 1.5)
+            self.norm.running_mean.uniform_(-1, 1)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)), inplace=True)
+        x = self.groups(self.deep(self.drop(x))).mul_(2)
+        x = self.statistics(self.line(F.pad(self.instances(x), (1, 1)).flatten(2)))
+        return super().forward(x.mean(2))
+
+
+class Words(Net):
+    """Embeddings of words and of places, which are not those of an example, and layers along a sequence that comes first."""
+
+    def more(self):
+        self.words, self.places = nn.Embedding(7, 5, padding_idx=0), nn.Embedding(6, 5)
+        self.first, self.last = nn.LayerNorm(5), nn.RMSNorm(5)
+
+    def forward(self, x):
+        h = self.first(self.words(x) + self.places(torch.arange(x.shape[1]))).transpose(0, 1)
+        return self.b(self.last(h + torch.tanh(self.a(input=h)).cumsum(0)).mean(0))
+
+
+class Partly(Net):
+    """Heads that are idle or detached, a layer that is also looked at without a gradient, and an example as a vector."""
+
+    def more(self):
+        self.idle, self.detached = nn.Linear(2, 2), nn.Linear(5, 5)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = x + self.a(x)
+        return super().forward((x + self.detached(x).detach())[0]).unsqueeze(0)
+
+
+class Twice(Net):
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(torch.tanh(self.a(x)))))
+
+
+class Tied(Net):
+    def more(self):
+        self.c = nn.Linear(5, 5)
+        self.c.weight = self.a.weight
+
+    def forward(self, x):
+        return super().forward(torch.tanh(self.c(x)))
+
+
+class Outside(Net):
+    def forward(self, x):
+        return super().forward(x) + F.linear(x, self.a.weight[:3])
+
+
+class Bypassed(Net):
+    def forward(self, x):
+        return self.b(F.linear(x, self.a.weight, self.a.bias))
+
+
+class Kept(Net):
+    """Holds a parameter where a replacement does not reach."""
+
+    def more(self):
+        self.list = [self.a.weight]
+
+    def forward(self, x):
+        return super().forward(x) + (x @ self.list[0])[:, :3]
+
+
+class Token(Net):
+    """Has a parameter that no known layer owns."""
+
+    def more(self):
+        self.token = nn.Parameter(torch.randn(5))
+
+    def forward(self, x):
+        return super().forward(x * self.token)
+
+
+class Parametrized(Net):
+    def more(self):
+        nn.utils.parametrizations.weight_norm(self.a)
+
+
+class Own(Net):
+    """Normalises with the statistics of what it sees, which is one example."""
+
+    def more(self):
+        self.norm = nn.BatchNorm1d(5, track_running_stats=False)
+
+    def forward(self, x):
+        return self.b(self.norm(self.a(x).unsqueeze(2) * torch.arange(3.0)).mean(2) + x)
+
+
+class Folded(Net):
+    """Hands several rows of one example to a layer as if they were examples."""
+
+    def more(self):
+        self.norm = nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        return super().forward(self.norm(torch.cat([x, x.sin()])).sum(0, keepdim=True))
+
+
+class Patched(Net):
+    def more(self):
+        self.a.forward = lambda x: 2 * F.linear(x, self.a.weight, self.a.bias)
+
+
+class Mixed(Net):
+    """Looks at the mean over examples, of which there is one."""
+
+    def forward(self, x):
+        return super().forward(x + (x - x.mean(0, keepdim=True)).tanh())
+
+
+class Looking(Net):
+    """Looks at values."""
+
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else self.b(x)
+
+
+class Fast(Net):
+    """Calls a layer with weights made from its own."""
+
+    def forward(self, x):
+        fast = {"weight": self.a.weight * 2, "bias": self.a.bias.sin()}
+        return self.b(torch.func.functional_call(self.a, fast, (x,)))
+
+
+class Field(Net):
+    """The gradient of a scalar of the layers with respect to the input, as in a Hamiltonian network."""
+
+    def forward(self, x):
+        return torch.func.grad(lambda t: super(Field, self).forward(t).sin().sum())(x)[:, :3]
+
+
+class Forwards(Net):
+    """A directional derivative, forwards."""
+
+    def forward(self, x):
+        return torch.func.jvp(super().forward, (x,), (x.cos(),))[1]
+
+
+class Nested(Net):
+    """Maps a layer over places itself."""
+
+    def forward(self, x):
+        return self.b(torch.vmap(self.a, in_dims=1, out_dims=1)(torch.stack([x, x.sin()], 1)).sum(1))
+
+
+class Reversed(Net):
+    """Changes gradients by a hook, if there are any."""
+
+    def forward(self, x):
+        h = self.a(x)
+        if h.requires_grad:
+            h.register_hook(lambda g: -3 * g.abs())
+        return self.b(torch.tanh(h))
+
+
+class Hooked(Net):
+    def more(self):
+        self.b.register_full_backward_hook(lambda m, into, out: (None if into[0] is None else 3 * into[0],))
+
+
+class Checkpointed(Net):
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+
+class Altered(Net):
+    """Its own hooks change what goes into a layer and what comes out."""
+
+    def more(self):
+        self.a.register_forward_pre_hook(lambda _, args: (args[0].sin(),))
+        self.a.register_forward_hook(lambda _, args, out: out * 3 + args[0], prepend=True)
+
+
+ALL = None
+CASES = {
+    Net: ((5,), ALL),
+    Maps: ((2, 7, 8), ALL),
+    Words: ("words", ALL),
+    Partly: ((5,), ALL),
+    Mixed: ((5,), ALL),
+    Altered: ((5,), ALL),
+    Twice: ((5,), {"b.weight", "b.bias"}),
+    Tied: ((5,), {"b.weight", "b.bias"}),
+    Outside: ((5,), {"b.weight", "b.bias"}),
+    Bypassed: ((5,), {"b.weight", "b.bias"}),
+    Token: ((5,), {"a.weight", "a.bias", "b.weight", "b.bias"}),
+    Parametrized: ((5,), {"b.weight", "b.bias"}),
+    Own: ((5,), {"a.weight", "a.bias", "b.weight", "b.bias"}),
+    Folded: ((5,), {"a.weight", "a.bias", "b.weight", "b.bias"}),
+    Patched: ((5,), {"b.weight", "b.bias"}),
+    Fast: ((5,), {"b.weight", "b.bias"}),
+    Kept: ((5,), set()),
+    Looking: ((5,), set()),
+    Field: ((5,), set()),
+    Forwards: ((5,), set()),
+    Nested: ((5,), set()),
+    Reversed: ((5,), set()),
+    Hooked: ((5,), set()),
+    Checkpointed: ((5,), set()),
+}
+"""Models, the shapes of their inputs, and the parameters that can be told layer by layer."""
+
+
+def drawn(shape, sizes=(4, 3), classes=3):
+    make = (lambda n: torch.randint(7, (n, 6))) if shape == "words" else (lambda n: torch.randn(n, *shape, dtype=torch.float64))
+    return [(make(n), torch.randint(classes, (n,))) for n in sizes]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # by torch's own derivatives forwards
+@pytest.mark.parametrize("objective", SCORES)
+@pytest.mark.parametrize("of", [torch.square, torch.abs])
+@pytest.mark.parametrize("make", CASES)
+def test_models(make, objective, of, summed):
+    (shape, names), model = CASES[make], make()
+    data, theta = drawn(shape), named(model)
+    got = over(model, theta, data)(objective, of)
+    assert summed == (set(theta) if names is ALL else names)
+    close(got, truth(model, theta, data, SCORES[objective], of))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("of", [torch.square, torch.abs])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name, of, summed, monkeypatch):
+    make, shape = LAYERS[name]
+    monkeypatch.setattr(layers, "BLOCK", 30)
+    monkeypatch.setattr(layers, "HELD", {"cpu": 150})
+    layer, data = scrambled(make()), drawn(shape)
+    loss = lambda z, _: readout(z)  # noqa: E731
+    got = over(layer, named(layer), data, loss=loss)("true", of)
+    assert summed == (set() if "no statistics" in name else set(named(layer)))
+    close(got, truth(layer, named(layer), data, lambda z, _: [(readout(z), 1.0)], of))
+
+
+@pytest.mark.parametrize("of", [torch.square, torch.abs])
+@pytest.mark.parametrize("shape", [(6,), ()])
+def test_repeated_tokens(shape, of, summed):
+    layer = nn.Embedding(5, 3, padding_idx=1).double()
+    data = [(torch.randint(5, (n, *shape)), torch.zeros(n)) for n in (4, 3)]
+    got = over(layer, named(layer), data)("norm", of)
+    assert summed == {"weight"}
+    close(got, truth(layer, named(layer), data, SCORES["norm"], of))
+
+
+class Shut(Net):
+    """Has classes that cannot be, one of them hardly."""
+
+    def forward(self, x):
+        z = super().forward(x) + torch.tensor([0.0, 0.0, -800.0])
+        return torch.cat([z, x[:, :2].masked_fill(torch.ones(2, dtype=torch.bool), -math.inf)], 1)
+
+
+@pytest.mark.parametrize("of", [torch.square, torch.abs])
+@pytest.mark.parametrize("objective", ["true", "exact"])
+def test_shut_classes(objective, of, summed):
+    model, data = Shut(), drawn((5,), classes=2)
+    got = over(model, named(model), data)(objective, of)
+    assert summed == set(named(model))
+    close(got, truth(model, named(model), data, SCORES[objective], of))
+
+
+def test_frozen_parameters_and_some_only(summed):
+    model, data = Token(), drawn((5,))
+    want = dict(zip(named(model), truth(model, named(model), data, exact, torch.square), strict=True))
+    model.a.requires_grad_(False)
+    got = over(model, named(model), data)("exact", torch.square, only=["a.bias", "token"])
+    assert summed == {"a.bias"}
+    close(got, [want["token"], want["a.bias"]])
+    assert {name for name, p in named(model).items() if p.requires_grad} == {"token", "b.weight", "b.bias"}
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_loss_that_looks_at_parameters(held, summed):
+    model, data = Net(), drawn((5,))
+    list_ = list(model.parameters())
+    loss = lambda z, y: F.cross_entropy(z, y) + sum(p.sin().sum() for p in (list_ if held else model.parameters()))  # noqa: E731
+    got = over(model, named(model), data, loss=loss)("true", torch.square)
+    assert summed == set()
+    close(got, truth(model, named(model), data, lambda z, y: [(loss(z, y), 1.0)], torch.square))
+
+
+def test_a_loss_of_its_own_parameters_goes_by_layers(summed):
+    model, data, own = Net(), drawn((5,)), nn.Linear(3, 4).double()
+    loss = lambda z, y: F.cross_entropy(own(z), y)  # noqa: E731
+    got = over(model, named(model), data, loss=loss)("true", torch.abs)
+    assert summed == set(named(model))
+    close(got, truth(model, named(model), data, lambda z, y: [(loss(z, y), 1.0)], torch.abs))
+
+
+def test_other_functions_are_left_to_others(summed):
+    model, data = Net(), drawn((5,))
+    got = over(model, named(model), data)("true", torch.exp)
+    assert summed == set()
+    close(got, truth(model, named(model), data, true, torch.exp))
+
+
+class Written(Net):
+    """Writes into the input of a layer, which no gradient of its weight survives."""
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x)) + 1
+        z = self.b(h)
+        h.mul_(2)
+        return z + h[:, :3]
+
+
+def test_inputs_that_are_written_into_are_refused():
+    model, data = Written(), drawn((5,))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        over(model, named(model), data)("true", torch.square)
+
+
+def test_the_first_chunk_says_how_many_examples_fit(monkeypatch):
+    model, data, sizes, add = Net(), drawn((5,), sizes=(9, 3)), [], layered.Layers.add
+
+    def counting(self, *args):
+        sizes.append(args[-1])
+        add(self, *args)
+
+    monkeypatch.setattr(layered.Layers, "add", counting)
+    monkeypatch.setattr(loader, "FIRST", 2)
+    monkeypatch.setattr(loader, "MEMORY", 4 * 8 * (5 + 5 + 5 + 3))
+    close(over(model, named(model), data)("exact", torch.square), truth(model, named(model), data, exact, torch.square))
+    assert sizes == [2, 4, 3, 3]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_compiled_models_go_by_layers(whole, summed):
+    model, data = Net(), drawn((5,))
+    want = truth(model, named(model), data, exact, torch.square)
+    model.a = torch.compile(model.a, backend="eager")
+    model = torch.compile(model, backend="eager") if whole else model
+    close(over(model, named(model), data)("exact", torch.square), want)
+    assert len(summed) == 4
+
+
+def test_low_precision_is_summed_in_float32(summed):
+    model, data = Net(), drawn((5,))
+    want = truth(model, named(model), data, exact, torch.square)
+    model.bfloat16()
+    got = over(model, named(model), [(x.bfloat16(), y) for x, y in data])("exact", torch.square)
+    model.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = over(model, named(model), [(x.float(), y) for x, y in data])("exact", torch.square)
+    assert summed == set(named(model))
+    for a, b, c in zip(got, cast, want, strict=True):
+        assert a.dtype == b.dtype == torch.float32
+        torch.testing.assert_close(a.double(), c, rtol=0.1, atol=0.02)
+        torch.testing.assert_close(b.double(), c, rtol=0.1, atol=0.02)
+
+
+class Broken(Net):
+    """Fails within a layer, or after one."""
+
+    def forward(self, x):
+        return self.b(x[:, :4]) if len(x.shape) == 2 and self.a(x).shape[1] == 5 else x
+
+
+def test_nothing_is_left_behind_by_an_error():
+    model = Broken()
+    before = dict(model.named_parameters())
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        over(model, named(model), drawn((5,)))("true", torch.square)
+    after = dict(model.named_parameters())
+    assert all(after[name] is p for name, p in before.items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_errors_of_sums_are_not_counted_twice(monkeypatch):
+    def full(*_):
+        raise RuntimeError("out of memory")
+
+    model = Net()
+    monkeypatch.setattr(layers.Sum, "add_outer", full)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        over(model, named(model), drawn((5,)))("true", torch.square)
+
+
+@pytest.mark.parametrize(("rule", "objective", "of"), [(EWC(), "exact", torch.square), (MAS(), "norm", torch.abs)])
+def test_rules(rule, objective, of, summed):
+    model, data = Net(), drawn((5,))
+    memory = Consolidator(model, rule)
+    memory.estimate(data)
+    assert summed == set(named(model))
+    want = truth(model, named(model), data, SCORES[objective], of)
+    close([memory.anchor.omega[name] for name in named(model)], want)
