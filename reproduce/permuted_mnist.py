@@ -130,7 +130,8 @@ def one(tasks: Callable[[], list[Experience]], name: str, method: Method, seed: 
     torch.manual_seed(seed)
     learner = method.learn(method.strength, lambda: network(784, 10), training, seed)
     record = run(tasks(), learner, seed=seed, training=training, checkpoint=path.with_suffix(".checkpoint"))
-    added = {"about": method.about, "strength": method.strength, "model": "784-256-256-10, as released"}
+    added: dict[str, Any] = {"about": method.about, "model": "784-256-256-10, as released"}
+    added |= {"strength": method.strength} if method.strength else {}
     record = replace(record, method=name, config=record.config | added)
     record.save(out)
     (out / record.name).rename(path)
