@@ -249,12 +249,27 @@ def test_the_way_a_strength_was_chosen_is_told(tmp_path):
     ({"config": {}}, "does not hold all settings"),
     ({"config": {"stream": {"tasks": 1, "seed": 5}, "training": {}}}, "another seed"),
     ({"config": {"stream": {"tasks": 1, "degrees": 90.0}, "training": {}}}, "another angle"),
+    ({"config": {"stream": {"tasks": 1}, "training": {}, "mine": 1}}, "its mine came from Python"),
 ])  # fmt: skip
 def test_what_no_command_does_is_said(changes, why):
     (comparison,) = report.summarise([made(**changes)])
     found = reproduce.commands(comparison)
     assert not found.lines
     assert why in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("backend", "flag"), [("blocked", ""), ("numba", "--kernels numba"), ("numba+blocked", "--kernels auto")]
+)
+def test_commands_name_the_kernels(backend, flag):
+    (comparison,) = report.summarise([made(versions={"kernels": backend})])
+    (line,) = reproduce.commands(comparison).lines
+    assert (flag in line) if flag else ("--kernels" not in line)
+
+
+def test_commands_say_how_much_data_there_was():
+    (comparison,) = report.summarise([made(config={"stream": {"tasks": 1, "rows": [70, 30]}, "training": {}})])
+    assert "70 training and 30 test examples" in reproduce.commands(comparison).notes[0]
 
 
 def test_runs_of_several_ranks_and_gaps_between_seeds_have_commands():

@@ -13,6 +13,8 @@ KINDS = ("split", "permuted", "rotated", "domain", "drift")
 """Kinds of streams that the command line makes."""
 PLAIN = ("finetune", "joint", "cumulative", "replay", "agem", "lwf")
 """Methods of the command line beside the rules and the recipe."""
+SETTINGS = {"stream", "training", "rule", "strength", "pull", "average", "replay", "temperature"}
+"""What the configuration of a run of the command line holds."""
 VALIDATION = "-validation"
 """What tuning adds to the name of a stream."""
 DEGREES = 180.0
@@ -77,6 +79,8 @@ def _inexpressible(record: Record) -> str:
         return "its stream was made in Python"
     if method not in {*PLAIN, "recipe", *_rules()}:
         return "its method was made in Python"
+    if unknown := record.config.keys() - SETTINGS:
+        return f"its {', '.join(sorted(unknown))} came from Python"
     if about.get("seed", record.seed) != record.seed:
         return "its stream has another seed than its training"
     return "its stream turns by another angle" if about.get("degrees", DEGREES) != DEGREES else ""
@@ -98,7 +102,7 @@ def _flags(record: Record) -> Flags:
     flags |= {_flag(name): value for name, value in config["training"].items()}
     flags |= {"--threads": record.threads if record.threads > 1 else None}
     backend = record.versions.get("kernels", "blocked")
-    flags |= {"--kernels": backend if backend != "blocked" else None}
+    flags |= {"--kernels": None if backend == "blocked" else "auto" if "+" in backend else backend}
     return flags | _options(record)
 
 
@@ -133,12 +137,12 @@ def _words(value: Any) -> list[str]:
 
 
 def _about_data(comparison: Comparison) -> list[str]:
-    name = comparison.stream.partition("-")[2]
+    name, rows = comparison.stream.partition("-")[2], comparison.setting.get("stream", {}).get("rows")
     if name == "digits":
         return []
-    return [
-        f"The data set {name} has to lie in --data or RWALK_DATA, or be named by its path; --label as it was, if it was given."
-    ]
+    size = f", of {rows[0]} training and {rows[1]} test examples," if isinstance(rows, list) and len(rows) == 2 else ""
+    where = "has to lie in --data or RWALK_DATA, or be named by its path; --label as it was, if it was given."
+    return [f"The data set {name}{size} {where}"]
 
 
 def versions(comparison: Comparison) -> list[str]:
