@@ -20,12 +20,14 @@ import torch
 
 from rwalk import cli
 from rwalk.bench import data
+from rwalk.report import drawing
 
 WRITERS = ("files.py", "record.py", "checkpoint.py", "grid.py")
 
 
 def main():
     torch.set_num_threads(1)  # no threads before a fork
+    drawing.svg = lambda _: ""  # charts are drawn on threads, which a forked child does not have
     digits = data._digits()
     data._digits = lambda: digits
     for line in sys.stdin:
