@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -49,8 +48,3 @@ class AvalancheRWalk(FineTune):
         data = torch.utils.data.TensorDataset(x, y, torch.zeros(len(y), dtype=torch.long))
         columns = self.library.benchmarks.utils.AvalancheDataset([data])
         return self.library.benchmarks.benchmark_from_datasets(train=[columns]).train_stream[0]
-
-
-def learner(strength: float) -> Callable[..., FineTune]:
-    """Return what makes the learner from a builder, a training and a seed."""
-    return partial(AvalancheRWalk, strength)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reproduce.released import ReleasedEWC, ReleasedMAS, ReleasedRWalk, network
+from reproduce.runs import kept, percent, spread
 from reproduce.together import AveragedTogether
 from rwalk import EWC, L2, Kronecker, RWalk, kernels
-from rwalk.bench import Experience, FineTune, Learner, Protected, Record, Training, permuted, run
+from rwalk.bench import Experience, FineTune, Learner, Protected, Record, Training, permuted
 from rwalk.bench.comparators import AGEM, ProtectedReplay, Rehearsal
 from rwalk.bench.data import DataSet, load
 from rwalk.bench.record import file_name
@@ -124,20 +124,18 @@ def early(data: DataSet) -> list[Experience]:
 def one(tasks: Callable[[], list[Experience]], name: str, method: Method, seed: int, out: Path) -> Record:
     """Return the record of one run: from disk if it is there, else by running it."""
     training = Training(lr=method.lr)
-    path = out / file_name("permuted-mnist", name, seed, {"lr": method.lr, "about": method.about})
-    if path.exists():
-        return Record.load(path)
-    torch.manual_seed(seed)
-    learner = method.learn(method.strength, lambda: network(784, 10), training, seed)
-    record = run(tasks(), learner, seed=seed, training=training, checkpoint=path.with_suffix(".checkpoint"))
+    place = out / file_name("permuted-mnist", name, seed, {"lr": method.lr, "about": method.about})
+    there = place.exists()
     added: dict[str, Any] = {"about": method.about, "model": "784-256-256-10, as released"}
     added |= {"strength": method.strength} if method.strength else {}
-    record = replace(record, method=name, config=record.config | added)
-    record.save(out)
-    (out / record.name).rename(path)
-    path.with_suffix(".checkpoint").unlink(missing_ok=True)
-    accuracy, seconds = 100 * (record.average_accuracy or 0), record.timings["train_seconds"]
-    print(f"{name}, {method.about}, seed {seed}: {accuracy:.2f} in {seconds:.0f} s", flush=True)
+
+    def make() -> tuple[list[Experience], Learner]:
+        return tasks(), method.learn(method.strength, lambda: network(784, 10), training, seed)
+
+    record = kept(place, name, make, seed, training, added, place.with_suffix(".checkpoint"))
+    if not there:
+        accuracy, seconds = 100 * (record.average_accuracy or 0), record.timings["train_seconds"]
+        print(f"{name}, {method.about}, seed {seed}: {accuracy:.2f} in {seconds:.0f} s", flush=True)
     return record
 
 
@@ -152,23 +150,12 @@ def table(records: dict[str, list[Record]]) -> str:
     lines = ["| method | average accuracy | published | forgetting | published |", "|---|---|---|---|---|"]
     for name, runs in records.items():
         method = METHODS[name]
-        accuracy, forgetting = ([100 * (value or 0) for value in column] for column in zip(*map(figures, runs), strict=True))
+        accuracy, forgetting = percent(runs)
         theirs = method.published
         cells = [f"{method.about}, lr {method.lr:g}", spread(accuracy), f"{theirs[0]:.2f} ± {theirs[1]:.2f}" if theirs else "–"]
         cells += [spread(forgetting), f"{100 * theirs[2]:.1f}" if theirs else "–"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def figures(record: Record) -> tuple[float | None, float | None]:
-    """Return what is compared."""
-    return record.average_accuracy, record.forgetting
-
-
-def spread(values: list[float], usual: int = 5) -> str:
-    """Write a mean with its standard deviation, and the number of runs where it is not the usual one."""
-    number = "" if len(values) == usual else f" ({len(values)} run{'s' * (len(values) > 1)})"
-    return f"{fmean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "") + number
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from reproduce.permuted_mnist import spread
+from reproduce.runs import kept, percent, spread
 from reproduce.together import Together
 from rwalk import EWC, SI, RWalk, bench, kernels
 from rwalk.bench import Experience, Record, Training
@@ -109,27 +109,19 @@ def one(name: str, target: Target, seed: int, out: Path) -> Record:
         replay = KEPT if method in ("agem", "replay") else None
         place = out / record_name(tasks, method, strength, seed, training, replay=replay)
         return once(place, tasks, method, strength, seed, training, replay=replay)[0]
-    config = configuration(tasks, "finetune", None, training) | {"strength": strength}
+    added = {"strength": strength}
+    config = configuration(tasks, "finetune", None, training) | added
     place = out / file_name(tasks[0].stream["name"], name, seed, config)
-    if not place.exists():
-        torch.manual_seed(seed)
-        record = bench.run(tasks, learner(name, target, tasks, seed), seed=seed, training=training)
-        replace(record, method=name, config=config).save(out)
-    return Record.load(place)
+    return kept(place, name, lambda: (tasks, learner(name, target, tasks, seed)), seed, training, added)
 
 
 def row(name: str, target: Target, records: list[Record]) -> str:
     """Lay out one line of the table."""
-    accuracy, forgetting = ([100 * (v or 0) for v in column] for column in zip(*map(figures, records), strict=True))
+    accuracy, forgetting = percent(records)
     strength = f", strength {target.strengths[name]:g}" if name in target.strengths else ""
     published = f"{target.published[name]:.1f}" if name in target.published else "–"
     fades = "–" if name == "joint" else spread(forgetting)
     return f"| {name}{strength} | {spread(accuracy)} | {fades} | {published} |"
-
-
-def figures(record: Record) -> tuple[float | None, float | None]:
-    """Return what is compared."""
-    return record.average_accuracy, record.forgetting
 
 
 def main() -> None:

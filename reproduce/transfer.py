@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from reproduce.permuted_mnist import spread
+from reproduce.runs import kept, spread
 from reproduce.together import Together
 from rwalk import EWC, L2, MAS, SI, EWCpp, RWalk, bench, kernels
 from rwalk.bench import Experience, Record, Training
@@ -146,13 +146,12 @@ def one(setting: Setting, method: Method, strength: float | None, seed: int, out
     if method.method is not None:
         place = out / record_name(stream, method.method, strength, seed, training, **method.options)
         return once(place, stream, method.method, strength, seed, training, **method.options)[0]
-    torch.manual_seed(seed)
-    learner = Together(len(stream), lambda: build(training.model, stream[0], training.hidden), training, seed)
     place = out / file_name(stream[0].stream["name"], "together", seed, configuration(stream, "joint", None, training))
-    if not place.exists():
-        record = replace(bench.run(stream, learner, seed=seed, training=training), method="together")
-        (out / record.name).rename(place) if record.save(out) != place else None
-    return Record.load(place)
+
+    def make() -> tuple[list[Experience], Together]:
+        return stream, Together(len(stream), lambda: build(training.model, stream[0], training.hidden), training, seed)
+
+    return kept(place, "together", make, seed, training, {})
 
 
 def accuracies(

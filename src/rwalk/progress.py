@@ -19,6 +19,7 @@ from rich.text import Text
 
 from rwalk import files
 from rwalk.bench.underway import measured
+from rwalk.report.plain import say
 
 REDRAW = 0.1
 """Seconds between two looks at how far a run is: bars are not drawn more often."""
@@ -125,7 +126,7 @@ class Display:
     def say(self, line: str) -> None:
         """Print a line above the bars."""
         self._said = time.monotonic()
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, line)
 
     @contextmanager
     def following(self, checkpoints: Mapping[Any, Path]) -> Iterator[None]:

@@ -15,7 +15,7 @@ from rwalk import report
 from rwalk._errors import explain
 from rwalk.bench.record import Record
 from rwalk.report import compared, watch
-from rwalk.report.plain import plain
+from rwalk.report.plain import plain, say
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,19 @@ def _report(command: Report, console: Console) -> None:
     _complain(problems)
     if records:
         report.show(report.summarise(records), console)
-        page(command.folder, command.out, command.open, console)
+        page(command.folder, command.out, command.open, console, (records, problems))
 
 
-def page(folder: Path, out: Path | None, open_it: bool, console: Console) -> None:
-    """Write the page of a folder, say where it is, and show it in a browser if asked to."""
-    place = report.write(folder, out)
-    _say(console, f"Report: {place}")
+def page(
+    folder: Path,
+    out: Path | None,
+    open_it: bool,
+    console: Console,
+    found: tuple[Sequence[Record], Sequence[str]] | None = None,
+) -> None:
+    """Write the page of a folder, say where it is, and show it in a browser if asked to; `found` is as for `report.write`."""
+    place = report.write(folder, out, found=found)
+    say(console, f"Report: {place}")
     if open_it:
         webbrowser.open(place.resolve().as_uri())
 
@@ -122,18 +128,18 @@ def _watch(command: Watch, console: Console) -> None:
         raise ValueError(explain(f"--every {command.every}", "0.1 to 86400 seconds", "Pass such a number."))
     if command.folder.is_file():
         raise ValueError(explain(f"`{command.folder}`, which is a file", "a folder", "Name the folder of `rwalk run --out`."))
-    _say(console, f"Watching {command.folder}. Ctrl-C ends it.")
+    say(console, f"Watching {command.folder}. Ctrl-C ends it.")
     written: Path | None = None
     try:
         for found in watch.news(command.folder, command.every):
             place = _written(command, max(1, round(command.every))) if found.records and found.changed else None
-            _say(console, f"{time.strftime('%H:%M:%S')}  {found}" + (f"; wrote {place}" if place else ""))
+            say(console, f"{time.strftime('%H:%M:%S')}  {found}" + (f"; wrote {place}" if place else ""))
             if command.open and place and not written:
                 webbrowser.open(place.resolve().as_uri())
             written = place or written
     except KeyboardInterrupt:
         place = _written(command, None) if written else None
-        _say(console, "No longer watching." + (f" Report: {place}" if place else ""))
+        say(console, "No longer watching." + (f" Report: {place}" if place else ""))
 
 
 def _written(command: Watch, refresh: int | None) -> Path | None:
@@ -143,7 +149,3 @@ def _written(command: Watch, refresh: int | None) -> Path | None:
     except (ValueError, OSError) as error:
         _complain([str(error)])
         return None
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rwalk.report.contrast import Contrast, Effect, Match
-from rwalk.report.plain import plain
+from rwalk.report.plain import plain, say
 
 WIDE = 76
 """Characters that the table of figures needs."""
@@ -23,13 +23,13 @@ NOTE = (
 
 def show(contrast: Contrast, a: str, b: str, console: Console) -> None:
     """Print what differs between A and B, and what has no partner; `a` and `b` say where they come from."""
-    _say(console, f"A: {plain(a, 200)}")
-    _say(console, f"B: {plain(b, 200)}")
+    say(console, f"A: {plain(a, 200)}")
+    say(console, f"B: {plain(b, 200)}")
     for match in contrast.matches:
         _match(match, console)
     for side, names in (("A", contrast.only_a), ("B", contrast.only_b)):
         if names:
-            _say(console, f"\nOnly in {side}, with no partner: {', '.join(plain(name, 100) for name in names)}")
+            say(console, f"\nOnly in {side}, with no partner: {', '.join(plain(name, 100) for name in names)}")
     if any(match.effects for match in contrast.matches):
         console.print(Text(f"\n{NOTE}", style="dim"))
 
@@ -40,16 +40,16 @@ def _match(match: Match, console: Console) -> None:
     if match.differences:
         console.print(_settings(match))
     else:
-        _say(console, "No setting differs.")
+        say(console, "No setting differs.")
     if not match.comparable:
-        _say(console, "Not comparable: the streams differ, so the figures mean different things.")
+        say(console, "Not comparable: the streams differ, so the figures mean different things.")
     elif match.effects:
         _figures(match.effects, console)
         for line in _verdicts(match.effects):
-            _say(console, line)
-        _say(console, _seeds(match))
+            say(console, line)
+        say(console, _seeds(match))
     else:
-        _say(console, "No figure that both have.")
+        say(console, "No figure that both have.")
 
 
 def _settings(match: Match) -> Table:
@@ -108,10 +108,6 @@ def _seeds(match: Match) -> str:
 
 def _list(seeds: Sequence[int]) -> str:
     return plain(", ".join(map(str, seeds)), 40)
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _grid(*columns: str) -> Table:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from rwalk.bench.record import Record
 from rwalk.report.differences import Difference, differences, same_stream, settings
 from rwalk.report.plain import plain
+from rwalk.report.summary import canonical
 
 LEVEL = 0.95
 """Of all intervals."""
@@ -128,11 +129,11 @@ class _Group:
         found: dict[str, _Group] = {}
         for record in records:
             about = {key: value for key, value in settings(record).items() if key.split(".")[0] not in ("versions", "threads")}
-            found.setdefault(_key(about), cls({}, about)).runs.setdefault(record.seed, record)
+            found.setdefault(canonical(about), cls({}, about)).runs.setdefault(record.seed, record)
         return list(found.values())
 
     def part(self, *left_out: str) -> str:
-        return _key({key: value for key, value in self.settings.items() if key.split(".")[0] not in left_out})
+        return canonical({key: value for key, value in self.settings.items() if key.split(".")[0] not in left_out})
 
     @property
     def method(self) -> Any:
@@ -141,10 +142,6 @@ class _Group:
     @property
     def records(self) -> list[Record]:
         return list(self.runs.values())
-
-
-def _key(content: Mapping[str, Any]) -> str:
-    return repr(sorted((key, repr(value)) for key, value in content.items()))
 
 
 KEYS: tuple[Callable[[_Group], Any], ...] = (

@@ -1,11 +1,11 @@
 """In which settings two sets of records differ, as a flat list."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rwalk.bench.record import Record
+from rwalk.report.summary import canonical
 
 DEEPEST = 20
 """Levels of a configuration that are taken apart; what lies deeper is one value."""
@@ -54,7 +54,7 @@ def _values(all_settings: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, An
     values: dict[str, dict[str, Any]] = {}
     for one in all_settings:
         for key, value in one.items():
-            values.setdefault(key, {})[_key(value)] = value
+            values.setdefault(key, {})[canonical(value)] = value
     return values
 
 
@@ -67,8 +67,4 @@ def _flat(content: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Itera
 
 
 def _keys(values: Iterable[Any]) -> set[str]:
-    return {_key(value) for value in values}
-
-
-def _key(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
+    return {canonical(value) for value in values}

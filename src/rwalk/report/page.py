@@ -8,6 +8,7 @@ from typing import Any
 
 from rwalk import files
 from rwalk._errors import explain
+from rwalk.bench.record import Record
 from rwalk.report import drawing, maps, reproduce, series, story
 from rwalk.report.chosen import chosen
 from rwalk.report.columns import shown
@@ -19,13 +20,19 @@ NAME = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def write(folder: str | Path, out: str | Path | None = None, refresh: int | None = None) -> Path:
-    """Read all records below a folder, write the report as HTML and as Markdown beside it, and return the HTML file's path.
+def write(
+    folder: str | Path,
+    out: str | Path | None = None,
+    refresh: int | None = None,
+    found: tuple[Sequence[Record], Sequence[str]] | None = None,
+) -> Path:
+    """Write the report on all records below a folder as HTML, and as Markdown beside it, and return the HTML file's path.
 
     Args:
         folder: where the records are.
         out: the HTML file; default: `report.html` in the folder.
         refresh: seconds after which a browser loads the page again; None for a page that is finished.
+        found: what `read` has returned for the folder; it is read when None.
 
     Raises:
         FileNotFoundError: if the folder does not exist or holds no JSON file.
@@ -37,7 +44,7 @@ def write(folder: str | Path, out: str | Path | None = None, refresh: int | None
     if place.is_dir() or place.suffix == ".md":
         came = f"`{place}`, which is {'a folder' if place.is_dir() else 'the name of the Markdown file'}"
         raise ValueError(explain(came, "a file for the HTML", "Name one, such as report.html."))
-    records, problems = read(folder)
+    records, problems = read(folder) if found is None else found
     comparisons = summarise(records)
     html = render(comparisons, problems, chosen(folder, comparisons), refresh)
     files.write(place, html.encode(errors="replace"))

@@ -123,15 +123,15 @@ def summarise(records: Iterable[Record]) -> list[Comparison]:
     for record in records:
         about = {k: v for k, v in record.config.get("stream", {}).items() if k != "seed"}
         setting = {"stream": about, "training": record.config.get("training", {})}
-        comparisons.setdefault(_key([record.stream, setting]), []).append(record)
+        comparisons.setdefault(canonical([record.stream, setting]), []).append(record)
     return [_compare(group) for group in comparisons.values()]
 
 
 def _compare(records: list[Record]) -> Comparison:
     methods: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda r: (_rank(r.method), r.config.get("strength") or 0, r.seed)):
-        key = _key([record.method, record.config.get("strength"), _fields(record)])
-        methods.setdefault(key, []).append(record)
+        mine = canonical([record.method, record.config.get("strength"), _fields(record)])
+        methods.setdefault(mine, []).append(record)
     references = {name: {r.seed: r for r in records if r.method == name} for name in ("finetune", "joint")}
     lines = [_line(group, **references) for group in methods.values()]
     return Comparison(records[0].stream, records[0].config, lines)
@@ -193,5 +193,6 @@ def spread(values: Iterable[float | None]) -> Spread | None:
     return Spread(fmean(known), stdev(known) if len(known) > 1 else None) if known else None
 
 
-def _key(content: Any) -> str:
+def canonical(content: Any) -> str:
+    """Return text that is the same for the same JSON content."""
     return json.dumps(content, sort_keys=True)
