@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from benchmarks import child
 from benchmarks.models import CASES
@@ -66,8 +67,12 @@ def trial(variant: Variant, name: str, seed: int) -> dict[str, Any]:
 
 
 def live() -> int:
-    """Return the bytes of all tensors that the process holds."""
-    storages = [t.untyped_storage() for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+    """Return the bytes of all tensors that the process holds; those that compilers trace with hold none."""
+    storages = [
+        t.untyped_storage()
+        for t in gc.get_objects()
+        if issubclass(type(t), torch.Tensor) and not issubclass(type(t), FakeTensor)
+    ]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import epoch, memory, predict
 from benchmarks.__main__ import main
@@ -26,6 +28,16 @@ def test_the_quick_form_writes_a_record_of_every_figure(tmp_path, capfd):
 
 
 linux = pytest.mark.skipif(not memory.RESET.exists(), reason="only Linux accounts for memory in this way")
+
+
+def test_tensors_that_compilers_trace_with_hold_no_memory():
+    before = memory.live()
+    with FakeTensorMode():
+        fake = torch.empty(1000)
+    assert memory.live() == before
+    real = torch.empty(1000)
+    assert memory.live() == before + real.nbytes
+    del fake
 
 
 @linux
