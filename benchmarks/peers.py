@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from benchmarks.models import Case
 from benchmarks.variants import STRENGTH, Loop, Variant, ours
 
-UNUSED = {"GPUtil", "gdown", "matplotlib", "psutil", "pytorchcv", "qpsolvers", "tensorboard", "torchmetrics", "wandb"}
+UNUSED = {"GPUtil", "gdown", "google", "matplotlib", "psutil", "pytorchcv", "qpsolvers",
+          "tensorboard", "torchmetrics", "wandb"}  # fmt: skip
 """What Avalanche imports for logging, plots, downloads and models; no training step of the plugins here calls any of it."""
 
 

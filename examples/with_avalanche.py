@@ -77,7 +77,7 @@ model = train("RWalk", plugin)
 # the strategy when an experience ends. Without a rule it is the recommended recipe.
 
 train("EWC", ConsolidationPlugin(EWC(samples=300), strength=10.0, pull="proximal"))
-train("recipe", ConsolidationPlugin(strength=0.05))
+train("recipe", ConsolidationPlugin(strength=1.0))
 
 # `plugin.memory` is the consolidator, with all that it knows.
 

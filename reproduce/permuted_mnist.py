@@ -91,11 +91,10 @@ METHODS = {
     "rwalk-released": Method(ruled(ReleasedRWalk()), 0.1, 1, "their RWALK, strength 1", (85.80, 0.57, 0.082)),
     "agem": Method(unruled(AGEM, MEMORY), 0.1, 0, "A-GEM, 250 examples of each task stored", (89.12, 0.15, 0.070)),
     "rwalk": Method(ruled(RWalk()), 0.1, 1, "RWalk as in the paper, strength 1"),
-    "recipe": Method(ruled(None), 0.2, 0.0005, "the recipe, tuned", scan=(0.00025, 0.0005, 0.001, 0.0025, 0.005)),
-    "recipe-default": Method(ruled(None), 0.2, 0.005, "the recipe, its default strength"),
+    "recipe": Method(ruled(None), 0.2, 0.1, "the recipe, its default strength", scan=(0.01, 0.03, 0.1, 0.3)),
     "kronecker": Method(
         lambda strength, *args: Smoothed(resolve(Kronecker(), strength), *args), 0.2, 0.0015,
-        "Kronecker, its default strength, label smoothing .1",
+        "Kronecker, its default strength, label smoothing .1", scan=(0.00015, 0.0005, 0.0015),
     ),
     "sgd-averaged": Method(unruled(Protected, AVERAGED), 0.2, 0, "SGD, averaged"),
     "ewc-averaged": Method(

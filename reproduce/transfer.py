@@ -29,7 +29,7 @@ from rwalk.bench.models import build
 from rwalk.bench.record import file_name
 from rwalk.bench.runner import configuration, record_name
 
-DEFAULT = 0.005
+DEFAULT = 0.1
 """The recipe's own strength."""
 
 
@@ -64,13 +64,15 @@ METHODS = {
     "averaging alone": Method(L2(), (0.0,), {"average": "tail"}),
     "RWalk": Method(RWalk(), (0.1, 1, 10, 100)),
     "EWC, averaged": Method(EWC(samples=1000), (1, 10, 100, 1000), {"pull": "proximal", "average": "tail"}),
-    "recipe": Method("recipe", (0.0005, 0.0015, DEFAULT, 0.015, 0.05, 0.15, 0.5)),
+    "recipe": Method("recipe", (0.015, 0.05, DEFAULT, 0.15, 0.5, 1.5, 5)),
     "joint": Method(None),
 }
 
-RECIPE = EWCpp(alpha="mean", accumulate="sum", normalize="first")
+RECIPE = EWCpp(alpha="mean", accumulate="sum", normalize="task")
 HELD = {"pull": "proximal", "average": "tail"}
-SCAN = METHODS["recipe"].strengths[1:-1]
+SCAN = METHODS["recipe"].strengths[:-1]
+FIRST = (0.0005, 0.0015, 0.005, 0.015, 0.05)
+"""Strengths in the unit of the first task's mean, whatever the length of tasks."""
 ABLATION = {
     "the recipe": Method(RECIPE, SCAN, HELD),
     "no averaging": Method(RECIPE, SCAN, HELD | {"average": "none"}),
@@ -78,8 +80,9 @@ ABLATION = {
     "the last task's importance alone": Method(replace(RECIPE, accumulate="last"), SCAN, HELD),
     "running Fisher information, alpha .01": Method(replace(RECIPE, alpha=0.01), SCAN, HELD),
     "running Fisher information, alpha .9": Method(replace(RECIPE, alpha=0.9), SCAN, HELD),
+    "in the unit of the first task": Method(replace(RECIPE, normalize="first"), FIRST, HELD),
     "in units of each tensor's maximum": Method(replace(RECIPE, normalize="tensor"), (0.1, 1, 10, 100), HELD),
-    "path score beside it (RWalk)": Method(RWalk(alpha="mean", accumulate="sum", normalize="first"), SCAN, HELD),
+    "path score beside it (RWalk)": Method(RWalk(alpha="mean", accumulate="sum", normalize="first"), FIRST, HELD),
     "path integral over distance (SI)": Method(SI(), (0.01, 0.1, 1, 10), HELD),
     "sensitivity of the output (MAS)": Method(MAS(samples=1000), (0.01, 0.1, 1, 10), HELD),
     "Fisher information over the data (EWC)": METHODS["EWC, averaged"],
@@ -162,9 +165,16 @@ def accuracies(
     for seed in seeds:
         for name, method in methods.items():
             for strength in method.strengths:
-                record = one(setting, method, strength, seed, out)
-                found[name][strength].append(100 * (record.average_accuracy or 0))
+                found[name][strength].append(accuracy(setting, method, strength, seed, out))
     return found
+
+
+def accuracy(setting: Setting, method: Method, strength: float | None, seed: int, out: Path) -> float:
+    """Return the average accuracy of a run in percent; 0 if it diverges, as a gradient pull does that overshoots."""
+    try:
+        return 100 * (one(setting, method, strength, seed, out).average_accuracy or 0)
+    except FloatingPointError:
+        return 0.0
 
 
 def row(about: str, found: dict[str, dict[float | None, list[float]]]) -> list[str]:

@@ -60,7 +60,7 @@ def test_the_result_is_the_same(rule, make, backend):
 
 @pytest.mark.parametrize(("average", "pull"), [("none", "gradient"), ("tail", "gradient"), ("tail", "proximal")])
 def test_parameters_that_take_no_part_and_what_follows_the_step(average, pull, backend):
-    rule = RWalk(delta_t=3) if pull == "gradient" else EWCpp(alpha="mean", accumulate="sum", normalize="first")
+    rule = RWalk(delta_t=3) if pull == "gradient" else EWCpp(alpha="mean", accumulate="sum", normalize="task")
     results = []
     for inside in (True, False):
         torch.manual_seed(0)

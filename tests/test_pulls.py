@@ -109,8 +109,8 @@ def test_the_recipe_is_the_default_and_holds_four_tensors_per_parameter():
     model = mlp(torch.float32)
     optimizer = optim.SGD(model.parameters(), lr=0.1)
     memory = Consolidator(model).attach(optimizer)
-    assert (memory.strength, memory.pull, memory.average) == (0.005, "proximal", "tail")
-    assert (memory.rule.alpha, memory.rule.accumulate, memory.rule.normalize) == ("mean", "sum", "first")
+    assert (memory.strength, memory.pull, memory.average) == (0.1, "proximal", "tail")
+    assert (memory.rule.alpha, memory.rule.accumulate, memory.rule.normalize) == ("mean", "sum", "task")
     size = sum(p.numel() * 4 for p in model.parameters())
     for task in range(3):
         train(model, optimizer, [(x.astype(np.float32), y) for x, y in batches(task, 9)])

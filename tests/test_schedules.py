@@ -39,7 +39,7 @@ OTHERS = st.one_of(
     st.fixed_dictionaries({
         "name": st.just("EWCpp"),
         "alpha": st.sampled_from([0.9, 0.1, "mean"]),
-        "normalize": st.sampled_from(["none", "max", "mean", "tensor", "first"]),
+        "normalize": st.sampled_from(["none", "max", "mean", "tensor", "first", "task"]),
         "accumulate": st.sampled_from(["last", "sum"]),
     }),
     st.fixed_dictionaries({"name": st.just("SI"), "xi": st.sampled_from([0.1, 1e-3])}),

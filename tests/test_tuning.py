@@ -80,7 +80,7 @@ def test_the_choice_is_the_best_of_plain_runs():
 
 
 def test_by_default_nine_strengths_around_the_methods_own_are_tried():
-    for method, default in (("recipe", 0.005), (RWalk(), 1.0)):
+    for method, default in (("recipe", 0.1), (RWalk(), 1.0)):
         found = tuning.Search(bench.early(stream()), method, None, None, (0,), SMALL)
         assert [p["strength"] for p in found.grid] == pytest.approx([default * s for s in tuning.SPREAD])
 

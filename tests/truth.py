@@ -74,6 +74,7 @@ class Truth:
         self.unit, self.coarse = ROUNDING * unit, coarse
         self.held: dict[str, Held] = {}
         self.steps = self.tasks = self.windows = 0
+        self.lengths = []
         self.far = np.zeros(2)
         self.first = {"fisher": None, "score": None}
 
@@ -190,7 +191,15 @@ class Truth:
     def _ewcpp(self):
         mean, add = self.rule["alpha"] == "mean", self.rule["accumulate"] == "sum"
         scaled, sure = self.scaled("fisher", "fisher")
+        before = np.mean(self.lengths or [1])
+        self.lengths += [self.steps] if self.steps else []
+        length, began = np.mean(self.lengths or [1]), len(self.lengths) > (self.steps > 0)
+        fade = np.sqrt(before / length) if self.rule["normalize"] == "task" and began else 1.0
+        root = np.sqrt(length) if self.rule["normalize"] == "task" else 1.0
         for held, (new, slack) in zip(self.held.values(), scaled, strict=True):
+            new, slack = new / root, slack / root
+            if held["omega"] is not None:
+                held["omega"], held["slack"] = held["omega"] * fade, held["slack"] * fade
             if held["omega"] is None:
                 held["omega"], held["slack"] = new, slack
             elif add and held.seen:

@@ -46,7 +46,7 @@ class Run:
     """The first seed."""
     strength: str | None = None
     """Factor of the penalty, several ones with commas between, or tuned: what `rwalk tune` has found with the same settings;
-    default: 1 for rules and lwf, 0.005 for the recipe, 0.0015 for kronecker."""
+    default: 1 for rules and lwf, 0.1 for the recipe, 0.0015 for kronecker."""
     pull: Pull | None = None
     """How rules pull: by the penalty's gradient, or by a proximal step; default: gradient; recipe and kronecker: proximal."""
     average: Average | None = None

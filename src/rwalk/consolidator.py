@@ -30,9 +30,9 @@ Pull = Literal["gradient", "proximal"]
 Average = Literal["none", "tail"]
 Nonfinite = Literal["raise", "skip"]
 
-RECIPE = EWCpp(alpha="mean", accumulate="sum", normalize="first")
-"""The rule of the recommended recipe: the mean of squared gradients over each task, summed over tasks, in one scale."""
-RECIPE_USUAL = Usual(0.005, "proximal", "tail")
+RECIPE = EWCpp(alpha="mean", accumulate="sum", normalize="task")
+"""The rule of the recommended recipe: the mean of squared gradients over each task, every task alike, summed over tasks."""
+RECIPE_USUAL = Usual(0.1, "proximal", "tail")
 
 
 class Settings(NamedTuple):
@@ -60,7 +60,7 @@ def resolve(
 class Consolidator:
     """Hold a model to what earlier tasks need, in a training loop that stays as it is.
 
-    `Consolidator(model)` is the recommended recipe: `RECIPE` as rule, strength 0.005, proximal pull and tail averaging.
+    `Consolidator(model)` is the recommended recipe: `RECIPE` as rule, strength 0.1, proximal pull and tail averaging.
     `Consolidator(model, RWalk())` is Riemannian Walk as published. The arguments that are not given follow from this.
 
     Args:

@@ -23,37 +23,44 @@ class Running(NamedTuple):
         seen: how many steps of this task gave the tensor a gradient.
         known: whether an earlier task did.
         scale: with `normalize="first"`, the scale kept from the first task; infinite before.
+        tasks: how many tasks that had a step have ended.
+        steps: how many steps there were in all tasks together.
+        length: how many steps the tasks that have ended took on average; 1 before.
     """
 
     fisher: list[Tensor]
     seen: list[int]
     known: list[bool]
     scale: float = math.inf
+    tasks: int = 0
+    steps: int = 0
+    length: float = 1.0
 
 
 @dataclass(frozen=True)
 class EWCpp(Importance[Running]):
-    """Importance is the running Fisher information; with `alpha="mean"`, "sum" and "first" it is the recommended recipe's rule.
+    """Importance is the running Fisher information; with `alpha="mean"`, "sum" and "task" it is the recommended recipe's rule.
 
     Args:
         alpha: weight of the new squared gradient, in [0, 1]; "mean" is the mean over a task's steps.
         accumulate: "last" holds F as it stands (the paper), "sum" adds up the F of each task.
         normalize: "none" (the paper), or divide F by the maximum over "max" (all tensors), the "mean", the maximum per
-            "tensor", or the mean of the "first" task, kept.
+            "tensor", or the mean of the "first" task, kept; "task" divides by the mean, and by the root of the steps that tasks
+            take on average: a pull that is repeated more often may be weaker, and one strength suits short and long tasks.
         fisher: "batch" squares the averaged gradient; "example" averages squared per-example gradients, in the same backward.
     """
 
     coarse: ClassVar[tuple[str, ...]] = ("fisher",)
     alpha: float | Literal["mean"] = 0.9
     accumulate: Literal["last", "sum"] = "last"
-    normalize: Literal["none"] | Normalize = "none"
+    normalize: Literal["none", "task"] | Normalize = "none"
     fisher: Fisher = "batch"
 
     def __post_init__(self) -> None:
         """Refuse fields outside their range."""
         check_alpha(self)
         check(self.accumulate in ("last", "sum"), self, "accumulate", "last or sum")
-        check(self.normalize in ("none", *WAYS), self, "normalize", f"one of none, {', '.join(WAYS)}")
+        check(self.normalize in ("none", "task", *WAYS), self, "normalize", f"one of none, task, {', '.join(WAYS)}")
         check(self.fisher in get_args(Fisher), self, "fisher", "batch or example")
 
     @property
@@ -75,24 +82,34 @@ class EWCpp(Importance[Running]):
         counts = list(zip(state.seen, state.known, strict=True))
         weight = [1 / (n + 1) if self.alpha == "mean" else self.alpha if n or known else 1.0 for n, known in counts]
         step.visit(fisher=state.fisher, weight=weight, tick=max(state.seen, default=0))
-        return state._replace(seen=[n + (g is not None) for n, g in zip(state.seen, step.grad, strict=True)])
+        seen = [n + (g is not None) for n, g in zip(state.seen, step.grad, strict=True)]
+        return state._replace(seen=seen, steps=state.steps + 1)
 
     def conclude(self, state: Running, finish: Finish) -> tuple[Anchor, Running]:
         """Hold to the running Fisher information, or add it to that of earlier tasks."""
-        scale = [1.0] * len(state.fisher)
-        if self.normalize != "none":
-            scale = divisors(state.fisher, self.normalize, state.scale, finish.spread)
+        tasks = state.tasks + any(state.seen)
+        after = state._replace(tasks=tasks, length=state.steps / tasks if tasks else 1.0)
+        scale = self._scale(after, finish)
         omega = [f / c for f, c in zip(state.fisher, scale, strict=True)]
+        fade = math.sqrt(state.length / after.length) if self.normalize == "task" and state.tasks else 1.0
         stands = self.accumulate == "last" and self.alpha != "mean"  # F is of all tasks, and is scaled anew
         for new, old, n, known in zip(omega, finish.earlier(), state.seen, state.known, strict=True):
             if old is not None and n == 0 and not (stands and known):
-                new.copy_(old)  # a tensor that took no part in the task keeps what it had
+                new.copy_(old).mul_(fade)  # a tensor that took no part in the task keeps what it had
             elif old is not None and self.accumulate == "sum":
-                new.add_(old)
+                new.add_(old, alpha=fade)
         if self.normalize == "first" and scale:
-            state = state._replace(scale=scale[0])
+            after = after._replace(scale=scale[0])
         if self.alpha == "mean":
             for fisher in state.fisher:
                 fisher.zero_()
         ever = [known or n > 0 for n, known in zip(state.seen, state.known, strict=True)]
-        return finish.renew(omega), state._replace(seen=[0] * len(ever), known=ever)
+        return finish.renew(omega), after._replace(seen=[0] * len(ever), known=ever)
+
+    def _scale(self, state: Running, finish: Finish) -> list[float]:
+        """Say by what to divide each tensor's running Fisher information."""
+        if self.normalize == "none":
+            return [1.0] * len(state.fisher)
+        if self.normalize == "task":
+            return [c * math.sqrt(state.length) for c in divisors(state.fisher, "mean", math.inf, finish.spread)]
+        return divisors(state.fisher, self.normalize, state.scale, finish.spread)
