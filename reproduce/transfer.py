@@ -21,13 +21,14 @@ import torch
 
 from reproduce.runs import kept, spread
 from reproduce.together import Together
-from rwalk import EWC, L2, MAS, SI, EWCpp, RWalk, bench, kernels
+from rwalk import EWC, L2, MAS, SI, RWalk, bench, kernels
 from rwalk.bench import Experience, Record, Training
 from rwalk.bench.data import DataSet, load
 from rwalk.bench.grid import once
 from rwalk.bench.models import build
 from rwalk.bench.record import file_name
 from rwalk.bench.runner import configuration, record_name
+from rwalk.consolidator import RECIPE
 
 DEFAULT = 0.1
 """The recipe's own strength."""
@@ -68,7 +69,6 @@ METHODS = {
     "joint": Method(None),
 }
 
-RECIPE = EWCpp(alpha="mean", accumulate="sum", normalize="task")
 HELD = {"pull": "proximal", "average": "tail"}
 SCAN = METHODS["recipe"].strengths[:-1]
 FIRST = (0.0005, 0.0015, 0.005, 0.015, 0.05)

@@ -172,6 +172,13 @@ def test_the_table_of_transfer_shows_the_best_strength_beside_the_default(tmp_pa
     assert len(cells) == len(transfer.HEADINGS)
 
 
+def test_a_strength_at_which_a_run_diverges_scores_nothing(tmp_path):
+    setting = transfer.Setting(lambda seed: bench.permuted("digits", tasks=2, seed=seed), Training(batch_size=32))
+    with pytest.warns(UserWarning, match="Got strength"):
+        assert transfer.accuracy(setting, transfer.METHODS["RWalk"], 1e9, 0, tmp_path) == 0
+    assert transfer.accuracy(setting, transfer.METHODS["RWalk"], 1.0, 0, tmp_path) > 10
+
+
 def test_the_released_networks_first_weights():
     torch.manual_seed(0)
     weights = [p.detach() for p in released.network(784, 10).parameters()]
