@@ -97,8 +97,8 @@ METHODS = {
         scan=(0.00025, 0.0005, 0.001, 0.0025, 0.005),
     ),
     "kronecker": Method(
-        lambda strength, *args: Smoothed(resolve(Kronecker(), strength), *args), 0.2, 0.0015,
-        "Kronecker, its default strength, label smoothing .1", scan=(0.00015, 0.0005, 0.0015),
+        lambda strength, *args: Smoothed(resolve(Kronecker(), strength), *args), 0.2, 0.0005,
+        "Kronecker, tuned, label smoothing .1", scan=(0.00015, 0.0005, 0.0015),
     ),
     "sgd-averaged": Method(unruled(Protected, AVERAGED), 0.2, 0, "SGD, averaged"),
     "ewc-averaged": Method(
