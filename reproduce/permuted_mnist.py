@@ -27,7 +27,7 @@ from rwalk.bench import Experience, FineTune, Learner, Protected, Record, Traini
 from rwalk.bench.comparators import AGEM, ProtectedReplay, Rehearsal
 from rwalk.bench.data import DataSet, load
 from rwalk.bench.record import file_name
-from rwalk.consolidator import RECIPE, Pull, Settings, resolve
+from rwalk.consolidator import RECIPE, RECIPE_USUAL, Pull, Settings, resolve
 from rwalk.importance.base import Importance
 
 TASKS = 17
@@ -91,7 +91,9 @@ METHODS = {
     "rwalk-released": Method(ruled(ReleasedRWalk()), 0.1, 1, "their RWALK, strength 1", (85.80, 0.57, 0.082)),
     "agem": Method(unruled(AGEM, MEMORY), 0.1, 0, "A-GEM, 250 examples of each task stored", (89.12, 0.15, 0.070)),
     "rwalk": Method(ruled(RWalk()), 0.1, 1, "RWalk as in the paper, strength 1"),
-    "recipe": Method(ruled(None), 0.2, 0.1, "the recipe, its default strength", scan=(0.01, 0.03, 0.1, 0.3)),
+    "recipe": Method(
+        ruled(None), 0.2, RECIPE_USUAL.strength, "the recipe, its default strength", scan=(0.01, 0.03, 0.1, 0.3)
+    ),
     "recipe-first": Method(
         ruled(replace(RECIPE, normalize="first"), "proximal"), 0.2, 0.0005, "the recipe in the unit of the first task, tuned",
         scan=(0.00025, 0.0005, 0.001, 0.0025, 0.005),

@@ -28,10 +28,11 @@ from rwalk.bench.grid import once
 from rwalk.bench.models import build
 from rwalk.bench.record import file_name
 from rwalk.bench.runner import configuration, record_name
-from rwalk.consolidator import RECIPE
+from rwalk.consolidator import RECIPE, RECIPE_USUAL
 
-DEFAULT = 0.1
-"""The recipe's own strength."""
+DEFAULT = RECIPE_USUAL.strength
+HELD = {"pull": RECIPE_USUAL.pull, "average": RECIPE_USUAL.average}
+"""What goes with the recipe's rule, for other rules too."""
 
 
 class Setting(NamedTuple):
@@ -64,12 +65,11 @@ METHODS = {
     "fine-tuning": Method("finetune"),
     "averaging alone": Method(L2(), (0.0,), {"average": "tail"}),
     "RWalk": Method(RWalk(), (0.1, 1, 10, 100)),
-    "EWC, averaged": Method(EWC(samples=1000), (1, 10, 100, 1000), {"pull": "proximal", "average": "tail"}),
+    "EWC, averaged": Method(EWC(samples=1000), (1, 10, 100, 1000), HELD),
     "recipe": Method("recipe", (0.015, 0.05, DEFAULT, 0.15, 0.5, 1.5, 5)),
     "joint": Method(None),
 }
 
-HELD = {"pull": "proximal", "average": "tail"}
 SCAN = METHODS["recipe"].strengths[:-1]
 FIRST = (0.0005, 0.0015, 0.005, 0.015, 0.05)
 """Strengths in the unit of the first task's mean, whatever the length of tasks."""

@@ -198,14 +198,12 @@ class Truth:
         root = np.sqrt(length) if self.rule["normalize"] == "task" else 1.0
         for held, (new, slack) in zip(self.held.values(), scaled, strict=True):
             new, slack = new / root, slack / root
-            if held["omega"] is not None:
-                held["omega"], held["slack"] = held["omega"] * fade, held["slack"] * fade
-            if held["omega"] is None:
+            if held["omega"] is None or (not add and (held.seen or not mean)):
                 held["omega"], held["slack"] = new, slack
-            elif add and held.seen:
-                held["omega"], held["slack"] = held["omega"] + new, held["slack"] + slack
-            elif not add and (held.seen or not mean):
-                held["omega"], held["slack"] = new, slack
+            else:
+                joined = add and held.seen
+                held["omega"] = held["omega"] * fade + (new if joined else 0)
+                held["slack"] = held["slack"] * fade + (slack if joined else 0)
             if mean:
                 held["fisher"], held["fisher_slack"] = np.zeros_like(held.theta), np.zeros_like(held.theta)
         return sure

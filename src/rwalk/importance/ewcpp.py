@@ -91,6 +91,7 @@ class EWCpp(Importance[Running]):
         after = state._replace(tasks=tasks, length=state.steps / tasks if tasks else 1.0)
         scale = self._scale(after, finish)
         omega = [f / c for f, c in zip(state.fisher, scale, strict=True)]
+        # what this rule has left is carried over to the new length; an anchor from elsewhere is taken as it is
         fade = math.sqrt(state.length / after.length) if self.normalize == "task" and state.tasks else 1.0
         stands = self.accumulate == "last" and self.alpha != "mean"  # F is of all tasks, and is scaled anew
         for new, old, n, known in zip(omega, finish.earlier(), state.seen, state.known, strict=True):
