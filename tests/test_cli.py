@@ -258,7 +258,7 @@ def stub(stream, method, strength, seed, training, **options):
     return Record(name, stream[0].stream["name"], seed, [[0.5]], config=config, timings={"train_seconds": 1.0})
 
 
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(sensible | senseless)
 def test_no_arguments_end_in_a_traceback(tmp_path, monkeypatch, arguments):
     """Everything but the training itself is real; a status other than 0 and 2, or any other exception, is a mistake of ours."""
@@ -304,7 +304,7 @@ def test_a_record_without_accuracies_is_on_disk_and_shown(tmp_path, capsys):
 
 
 def test_ctrl_c_and_the_same_command_again_give_what_an_undisturbed_run_gives(tmp_path):
-    arguments = ["run", "permuted-digits", "--methods", "finetune,rwalk", "--seeds", "4", "--epochs", "2", "--tasks", "3"]
+    arguments = ["run", "permuted-digits", "--methods", "finetune,rwalk", "--seeds", "2", "--tasks", "3"]
 
     def start(out):
         command = [sys.executable, "-m", "rwalk", *arguments, "--out", str(out)]
@@ -322,7 +322,7 @@ def test_ctrl_c_and_the_same_command_again_give_what_an_undisturbed_run_gives(tm
     assert process.returncode == 130, error
     assert "The same command continues" in error
     finished = {p.name for p in disturbed.glob("*.json")}
-    assert 1 <= len(finished) < 8
+    assert 1 <= len(finished) < 4
     for out in (disturbed, calm):
         process = start(out)
         printed, error = process.communicate(timeout=240)
@@ -330,7 +330,7 @@ def test_ctrl_c_and_the_same_command_again_give_what_an_undisturbed_run_gives(tm
         assert printed.count("on disk") == (len(finished) if out is disturbed else 0)
     names = {p.name for p in calm.glob("*.json")}
     assert names == {p.name for p in disturbed.glob("*.json")}
-    assert len(names) == 8
+    assert len(names) == 4
     for name in names:
         a, b = (json.loads((folder / name).read_text()) for folder in (calm, disturbed))
         assert a["accuracy"] == b["accuracy"]

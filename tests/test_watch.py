@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from rwalk import files, report, states
+from rwalk import files, reading, report, states
 from rwalk.bench.record import Record
 from rwalk.cli import main
 from rwalk.report import watch
@@ -117,6 +117,21 @@ def test_the_page_is_written_at_each_change_and_reloads_itself_until_the_end(tmp
     ]
 
 
+def test_ctrl_c_as_the_first_page_is_announced_leaves_one_that_does_not_reload(tmp_path, monkeypatch, capsys):
+    say = reading.say
+
+    def interrupting(console, text):
+        say(console, text)
+        if "; wrote" in text:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(reading, "say", interrupting)
+    record().save(tmp_path)
+    assert main(["watch", str(tmp_path)]) == 0
+    assert 'http-equiv="refresh"' not in (tmp_path / "report.html").read_text()
+    assert capsys.readouterr().out.endswith(f"No longer watching. Report: {tmp_path / 'report.html'}\n")
+
+
 def test_what_cannot_be_written_is_said_and_tried_again(tmp_path, monkeypatch, capsys):
     write, calls = report.write, []
 
@@ -184,7 +199,7 @@ def test_ctrl_c_ends_it_and_torch_is_not_loaded(tmp_path):
     process.send_signal(signal.SIGINT)
     printed, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (0, "")
-    assert printed.startswith("No longer watching.")
+    assert printed.splitlines()[-1].startswith("No longer watching. Report: ")  # at whatever moment it came
 
 
 @pytest.mark.parametrize("words", [["report", "."], ["compare", ".", "."], ["compare", "--help"], ["watch", "--help"]])

@@ -129,16 +129,17 @@ def _watch(command: Watch, console: Console) -> None:
     if command.folder.is_file():
         raise ValueError(explain(f"`{command.folder}`, which is a file", "a folder", "Name the folder of `rwalk run --out`."))
     say(console, f"Watching {command.folder}. Ctrl-C ends it.")
-    written: Path | None = None
+    seen = opened = False
     try:
         for found in watch.news(command.folder, command.every):
+            seen = seen or bool(found.records)  # before a page is written: Ctrl-C may come at any moment
             place = _written(command, max(1, round(command.every))) if found.records and found.changed else None
             say(console, f"{time.strftime('%H:%M:%S')}  {found}" + (f"; wrote {place}" if place else ""))
-            if command.open and place and not written:
+            if command.open and place and not opened:
                 webbrowser.open(place.resolve().as_uri())
-            written = place or written
+                opened = True
     except KeyboardInterrupt:
-        place = _written(command, None) if written else None
+        place = _written(command, None) if seen else None
         say(console, "No longer watching." + (f" Report: {place}" if place else ""))
 
 
