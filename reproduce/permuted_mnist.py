@@ -158,7 +158,7 @@ def table(records: dict[str, list[Record]]) -> str:
         accuracy, forgetting = percent(runs)
         theirs = method.published
         cells = [f"{method.about}, lr {method.lr:g}", spread(accuracy), f"{theirs[0]:.2f} ± {theirs[1]:.2f}" if theirs else "–"]
-        cells += [spread(forgetting), f"{100 * theirs[2]:.1f}" if theirs else "–"]
+        cells += ["–" if name == "joint-averaged" else spread(forgetting), f"{100 * theirs[2]:.1f}" if theirs else "–"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
