@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import os
 import signal
@@ -33,6 +34,11 @@ def no_network(name):
 
 def run(*arguments):
     return main(["run", *arguments])
+
+
+def test_the_version_is_the_packages(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"rwalk {importlib.metadata.version('rwalk')}\n"
 
 
 def test_runs_write_records_and_print_a_table(tmp_path, capsys):

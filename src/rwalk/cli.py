@@ -9,7 +9,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"rwalk: the command line needs the extra `bench` ({error}). Run: pip install 'rwalk[bench]'") from None
 
-from rwalk import reading
+from rwalk import __version__, reading
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _do(words: list[str], console: Console) -> int:
     """Do a command; those that read records start at once, as they load neither torch nor the rules."""
+    if words == ["--version"]:
+        console.print(f"rwalk {__version__}", highlight=False)
+        return 0
     if words and words[0] in reading.NAMES:
         return reading.do(reading.parsed(words), console)
     from rwalk import actions
