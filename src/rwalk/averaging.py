@@ -1,5 +1,6 @@
 """Averaging of each task's later iterates, which become both model and anchor when the task ends."""
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -69,6 +70,23 @@ def batch_norms(model: nn.Module) -> list[_NormBase]:
 def statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """Copy the running statistics of a model: pairs of a buffer and its value."""
     return [(buffer, buffer.clone()) for norm in batch_norms(model) for buffer in norm.buffers(recurse=False)]
+
+
+def renew_statistics(model: nn.Module, data: Iterable[Any] | None, forward: Callable[[nn.Module, Any], Any]) -> None:
+    """Bring running statistics in line with averaged weights, or warn that they are not; see `refresh_batch_norms`."""
+    if not batch_norms(model):
+        return
+    if data is not None:
+        refresh_batch_norms(model, data, forward)
+        return
+    warnings.warn(
+        explain(
+            "`consolidate()` without data for a model with BatchNorm under tail averaging",
+            "a loader, to recompute the running statistics for the averaged weights",
+            'Call `consolidate(loader)`, or build the consolidator with `average="none"`.',
+        ),
+        stacklevel=4,
+    )
 
 
 @torch.no_grad()

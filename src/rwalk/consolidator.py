@@ -16,12 +16,13 @@ from rwalk import _refusals as refusals
 from rwalk import gradients, guard, kernels, parallel, proximal, states, steps
 from rwalk._errors import explain
 from rwalk.anchor import Anchor, Match
-from rwalk.averaging import Tail, batch_norms, refresh_batch_norms, statistics
+from rwalk.averaging import Tail, renew_statistics, statistics
 from rwalk.clipping import Unclipped
 from rwalk.importance.base import Factors, Finish, Gradients, Importance, Step, Usual, no_data, no_layers
 from rwalk.importance.ewcpp import EWCpp
 from rwalk.inside import Inside, refuse_inside
 from rwalk.kernels import After
+from rwalk.overshoot import Overshoot
 from rwalk.parameters import Watch, look, named, regraft, trainable
 from rwalk.storage import Storage
 from rwalk.summary import Summary, layers
@@ -114,7 +115,7 @@ class Consolidator:
         self._squares: gradients.Squares | None = None
         self._moved: list[str] = []
         self._doubt: guard.Doubt | None = None
-        self._largest: tuple[Anchor | None, float] = (None, 0.0)
+        self._overshoot = Overshoot()
         self._inside: Inside | None = None
         self._optimizer: Optimizer | None = None
         self._watcher: steps.Watcher | None = None
@@ -244,7 +245,7 @@ class Consolidator:
         raw = self._tail.swap(self._watch.theta) if averaged else self._watch.theta
         try:
             if averaged:
-                self._refresh_batch_norms(data)
+                renew_statistics(self.model, data, gradients.forward)
             measured: Gradients = no_data
             factors: Factors = no_layers
             if data is not None and self.rule.measures == "data":
@@ -449,7 +450,8 @@ class Consolidator:
         self._moved = list(grad)
         pulling = self.pull == "gradient" and self.strength and len(self._anchor)
         if pulling:
-            self._warn_of_overshoot(optimizer)
+            lr = max(map(proximal.rate, optimizer.param_groups))
+            self._overshoot.look(self._anchor, self.strength, lr, self._watch.spread)
         step = Step(
             list(theta.values()),
             [seen.get(name) for name in theta],
@@ -563,39 +565,6 @@ class Consolidator:
     def _hold(self, anchor: Anchor, state: Any) -> None:
         """Keep a new anchor and state, where and as exactly as was asked for."""
         self._anchor, self._state = self._storage.keep_anchor(anchor), self._storage.keep(self.rule, state)
-
-    def _refresh_batch_norms(self, data: Iterable[Any] | None) -> None:
-        """Bring running statistics in line with averaged weights, or say that they are not."""
-        if not batch_norms(self.model):
-            return
-        if data is not None:
-            refresh_batch_norms(self.model, data, gradients.forward)
-        else:
-            warnings.warn(
-                explain(
-                    "`consolidate()` without data for a model with BatchNorm under tail averaging",
-                    "a loader, to recompute the running statistics for the averaged weights",
-                    'Call `consolidate(loader)`, or build the consolidator with `average="none"`.',
-                ),
-                stacklevel=4,
-            )
-
-    def _warn_of_overshoot(self, optimizer: Optimizer) -> None:
-        """Warn, once for an anchor, when steps along the penalty's gradient are longer than the way to the anchor."""
-        if self._largest[0] is not self._anchor:
-            self._largest = self._anchor, self._watch.spread.maxima([self._anchor.largest()])[0]
-        lr = max(proximal.rate(group) for group in optimizer.param_groups)
-        largest = self._largest[1]
-        if lr * 2 * self.strength * largest > 1:
-            self._largest = self._anchor, 0.0
-            warnings.warn(
-                explain(
-                    f"strength {self.strength:g} at learning rate {lr:g} and largest importance {largest:.3g}",
-                    "lr * 2 * strength * max omega of at most 1 for the gradient pull, beyond which steps overshoot the anchor",
-                    f'Build the consolidator with `pull="proximal"`, or with a strength below {0.5 / (lr * largest):.3g}.',
-                ),
-                stacklevel=4,
-            )
 
     def _refuse_optimizer(self, optimizer: Optimizer) -> None:
         steps.refuse_unwatchable(optimizer)
