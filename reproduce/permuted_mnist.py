@@ -129,7 +129,8 @@ def early(data: DataSet) -> list[Experience]:
 def one(tasks: Callable[[], list[Experience]], name: str, method: Method, seed: int, out: Path) -> Record:
     """Return the record of one run: from disk if it is there, else by running it."""
     training = Training(lr=method.lr)
-    place = out / file_name("permuted-mnist", name, seed, {"lr": method.lr, "about": method.about})
+    settings = {"lr": method.lr, "about": method.about, "strength": method.strength}
+    place = out / file_name("permuted-mnist", name, seed, settings)
     there = place.exists()
     added: dict[str, Any] = {"about": method.about, "model": "784-256-256-10, as released"}
     added |= {"strength": method.strength} if method.strength else {}

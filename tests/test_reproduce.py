@@ -1,5 +1,6 @@
 """The released arithmetic against its definition in NumPy, and the script of the tables on a small data set."""
 
+import json
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -105,6 +106,13 @@ def test_every_method_runs_and_its_record_is_found_again(name, tmp_path, small, 
     assert not capsys.readouterr().out
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
     assert method.about in permuted_mnist.table({name: [first]})
+
+
+def test_another_strength_is_another_run(tmp_path, small):
+    method, tasks = permuted_mnist.METHODS["recipe"], partial(permuted_mnist.stream, small, 0)
+    for strength in (0.1, 0.2):
+        permuted_mnist.one(tasks, "recipe", method._replace(strength=strength), 0, tmp_path)
+    assert sorted(json.loads(p.read_text())["config"]["strength"] for p in tmp_path.iterdir()) == [0.1, 0.2]
 
 
 def test_strengths_are_chosen_on_other_tasks_and_on_examples_that_are_not_trained_on(small):
