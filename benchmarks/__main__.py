@@ -18,6 +18,7 @@ from benchmarks.models import CASES
 from benchmarks.peers import everything, peers
 from benchmarks.variants import OPTIMIZERS, STRENGTH, Variant
 from rwalk._errors import explain
+from rwalk.bench.devices import about, chosen
 
 SLOW = ("resnet18", "gpt")
 """What the quick form leaves out."""
@@ -31,16 +32,17 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse(arguments, known)
     torch.set_num_threads(1)
     names = with_bases(options.variants, known)
-    variants = {key: variant for key, variant in known.items() if key in names}
+    gpu = options.device != "cpu"
+    variants = {key: variant for key, variant in known.items() if key in names and not (gpu and variant.inside)}
     record = describe(options, [absent] if absent else [])
     console, progress = Console(), Console(stderr=True)
     for name in options.models:
         rounds = options.rounds or (max(CASES[name].rounds // 4, 2) if options.quick else CASES[name].rounds)
         for optimizer in options.optimizers:
-            record["speed"] += speed.measure(name, optimizer, variants, rounds, options.seed, progress.print)
+            record["speed"] += speed.measure(name, optimizer, variants, rounds, options.seed, progress.print, options.device)
             save(record, options.out)
-    if options.memory != "none" and not memory.RESET.exists():
-        record["left_out"].append("memory, which only Linux accounts for in this way")
+    if options.memory != "none" and (gpu or not memory.RESET.exists()):
+        record["left_out"].append("memory, which only Linux accounts for in this way, and on a CPU")
     elif options.memory != "none":
         few = {key: variant for key, variant in variants.items() if variant.tasks == 1}
         record["memory"] = memory.measure(options.memory, few, options.seed, progress.print)
@@ -62,6 +64,7 @@ def parse(arguments: list[str] | None, known: dict[str, Variant]) -> argparse.Na
     parser.add_argument("--rounds", type=int, help="rounds of ten steps; by default more for faster models")
     parser.add_argument("--memory", default="mlp-49m", help="model whose memory is measured, or none")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, default=Path(f"runs/bench/{datetime.now(UTC):%Y-%m-%dT%H%M%S}.json"))
     options = parser.parse_args(arguments)
     quick = options.quick
@@ -93,7 +96,8 @@ def describe(options: argparse.Namespace, left_out: list[str]) -> dict[str, Any]
     return {
         "format": 1,
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "platform": platform.platform()},
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "platform": platform.platform()}
+        | about(chosen(options.device)),
         "versions": {"python": platform.python_version()} | versions(),
         "threads": torch.get_num_threads(),
         "seed": options.seed,

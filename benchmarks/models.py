@@ -1,7 +1,7 @@
 """The networks that are timed, from a small perceptron to a transformer, with the batches they train on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,15 @@ class Case:
     batch: Callable[[], Batch]
     rounds: int
     apart: bool = False
+
+    def on(self, device: str) -> "Case":
+        """Return the same case with network and batches on a device; a GPU has memory for all variants at once."""
+
+        def batch() -> Batch:
+            x, y = self.batch()
+            return x.to(device), y.to(device)
+
+        return self if device == "cpu" else replace(self, build=lambda: self.build().to(device), batch=batch, apart=False)
 
 
 class GPT(nn.Module):

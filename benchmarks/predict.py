@@ -43,7 +43,7 @@ def figures(name: str, key: str, rounds: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {k: [] for k in variants}
     machines = [calibrate.here(case.tokens, backend=case.backend)]
     for half in (rounds // 2, rounds - rounds // 2):
-        for k, more in alternate(variants, name, "adam", half, 0).items():
+        for k, more in alternate(variants, CASES[name], "adam", half, 0).items():
             times[k] += more
         machines.append(calibrate.here(case.tokens, backend=case.backend))
     predicted = [(plan.seconds(case, m, ours=False).total, plan.seconds(case, m).total) for m in machines]

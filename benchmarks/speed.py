@@ -1,5 +1,7 @@
 """Time: rounds of ten training steps alternate in one process, and each is compared with the plain round beside it.
 
+On a CPU what counts is its time; a GPU is waited for, and the clock is read.
+
 `python -m benchmarks.speed CASE OPTIMIZER ROUNDS SEED VARIANT...` prints the times of variants that are measured apart. Such a
 case has a process for each of its groups: in one that has freed much memory, gradients may be laid into pages that are still
 there, while elsewhere the system makes new ones at every step, a third of the time of a plain one.
@@ -18,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import child
-from benchmarks.models import CASES
+from benchmarks.models import CASES, Case
 from benchmarks.peers import everything
 from benchmarks.variants import Loop, Variant
 
@@ -41,7 +43,7 @@ TARGETS = {
 
 
 class Sample(NamedTuple):
-    """CPU seconds of a step in one round: a variant's, plain training's and its base's."""
+    """Seconds of a step in one round: a variant's, plain training's and its base's."""
 
     own: float
     plain: float
@@ -49,20 +51,31 @@ class Sample(NamedTuple):
 
 
 def measure(
-    name: str, optimizer: str, variants: dict[str, Variant], rounds: int, seed: int, say: Callable[[str], None]
+    name: str,
+    optimizer: str,
+    variants: dict[str, Variant],
+    rounds: int,
+    seed: int,
+    say: Callable[[str], None],
+    device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """Return the figures of each variant on one case, as plain values for a record."""
     chosen = {key: variant for key, variant in variants.items() if not variant.cases or name in variant.cases}
     seen: dict[str, list[Sample]] = {key: [] for key in chosen}
-    for keys in groups(chosen, CASES[name].apart):
+    case = CASES[name].on(device)
+    for keys in groups(chosen, case.apart):
         say(f"{name}, {optimizer}: {keys[-1] if len(keys) < len(chosen) else 'all'}, {rounds} rounds")
-        if CASES[name].apart:
+        if case.apart:
             times = child.run("benchmarks.speed", name, optimizer, rounds, seed, *keys)
         else:
-            times = alternate({key: chosen[key] for key in keys}, name, optimizer, rounds, seed)
+            times = alternate({key: chosen[key] for key in keys}, case, optimizer, rounds, seed)
         for key in keys:
             seen[key] += map(Sample, times[key], times["plain"], times[chosen[key].base])
-    return [row(name, optimizer, key, chosen[key], samples) for key, samples in seen.items()]
+    target = TARGETS if device == "cpu" and optimizer == "adam" else {}
+    return [
+        row(name, optimizer, key, chosen[key], samples) | {"target": target.get((chosen[key].backend, name))}
+        for key, samples in seen.items()
+    ]
 
 
 def groups(variants: dict[str, Variant], apart: bool) -> Iterator[list[str]]:
@@ -75,9 +88,9 @@ def groups(variants: dict[str, Variant], apart: bool) -> Iterator[list[str]]:
             yield list(dict.fromkeys(["plain", variant.base, key]))
 
 
-def alternate(variants: dict[str, Variant], name: str, optimizer: str, rounds: int, seed: int) -> dict[str, list[float]]:
-    """Return the CPU seconds of a step, for each variant and round; every time round, the order is another."""
-    loops = {key: variant.start(CASES[name], optimizer, seed) for key, variant in variants.items()}
+def alternate(variants: dict[str, Variant], case: Case, optimizer: str, rounds: int, seed: int) -> dict[str, list[float]]:
+    """Return the seconds of a step, for each variant and round; every time round, the order is another."""
+    loops = {key: variant.start(case, optimizer, seed) for key, variant in variants.items()}
     times: dict[str, list[float]] = {key: [] for key in loops}
     order, shuffle = list(loops), random.Random(seed).shuffle
     with tidy():
@@ -103,12 +116,19 @@ def tidy() -> Iterator[None]:
 
 
 def one_round(loop: Loop) -> float:
-    """Return the CPU seconds of a round."""
+    """Return the seconds of a round."""
     loop.prepare()
     gc.collect()
-    before = time.process_time()
+    now = waited if loop.pool[0][0].is_cuda else time.process_time
+    before = now()
     loop.steps(ROUND)
-    return time.process_time() - before
+    return now() - before
+
+
+def waited() -> float:
+    """Read the clock when the GPU has done all that it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def row(name: str, optimizer: str, key: str, variant: Variant, samples: list[Sample]) -> dict[str, Any]:
@@ -125,7 +145,6 @@ def row(name: str, optimizer: str, key: str, variant: Variant, samples: list[Sam
         "ratio": spread([s.own / s.plain for s in samples]),
         "base": variant.base,
         "ratio_to_base": spread([s.own / s.base for s in samples]),
-        "target": TARGETS.get((variant.backend, name)) if optimizer == "adam" else None,
     }
 
 
@@ -137,7 +156,7 @@ def spread(values: list[float]) -> list[float]:
 def main(name: str, optimizer: str, rounds: str, seed: str, *keys: str) -> None:
     torch.set_num_threads(1)
     known = everything()
-    print(json.dumps(alternate({key: known[key] for key in keys}, name, optimizer, int(rounds), int(seed))))
+    print(json.dumps(alternate({key: known[key] for key in keys}, CASES[name], optimizer, int(rounds), int(seed))))
 
 
 if __name__ == "__main__":

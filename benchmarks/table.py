@@ -9,7 +9,7 @@ from rich.table import Table
 from benchmarks.models import CASES
 
 NOTE = """\
-ms: CPU time of a training step, median over rounds of {steps} steps on one thread. ratio: to the plain step of the same time
+ms: {clock} of a training step, median over rounds of {steps} steps on one thread. ratio: to the plain step of the same time
 round, median and quartiles. to Naive: to Avalanche's own loop without a plugin. Every method is in its second task and pulls,
 unless it says how many tasks lie behind. What happens more rarely than once a round is outside the median: SI closes its path
 every 64 steps."""
@@ -23,11 +23,14 @@ training in the second task and at that task's end."""
 def show(record: dict[str, Any], console: Console) -> None:
     """Print everything that a record holds."""
     settings = [(row["model"], row["optimizer"]) for row in record["speed"]]
+    gpu = record["machine"].get("gpu")
+    clock = f"time on {gpu}, waited for," if gpu else "CPU time"
     for name, optimizer in dict.fromkeys(settings):
         rows = [row for row, at in zip(record["speed"], settings, strict=True) if at == (name, optimizer)]
         console.print(speed(f"{CASES[name].about}, {optimizer}", rows))
     if record["speed"]:
-        console.print(flowing(NOTE.format(steps=record["settings"]["steps_per_round"])), style="dim", highlight=False)
+        note = NOTE.format(steps=record["settings"]["steps_per_round"], clock=clock)
+        console.print(flowing(note), style="dim", highlight=False)
     if record["memory"]:
         console.print(memory(record["memory"]))
         console.print(flowing(MEMORY_NOTE), style="dim", highlight=False)

@@ -97,6 +97,7 @@ class Variant:
         backend: the kernels, where they are what is compared.
         base: key of the variant, beside "plain", that its time is also compared with.
         cases: the only cases to measure it on; all when empty.
+        inside: whether it works inside the optimiser's pass, which is there on CPUs alone.
     """
 
     def __init__(
@@ -107,8 +108,10 @@ class Variant:
         backend: str = "",
         base: str = "plain",
         cases: tuple[str, ...] = (),
+        inside: bool = False,
     ) -> None:
         self.about, self.make, self.tasks, self.backend, self.base, self.cases = about, make, tasks, backend, base, cases
+        self.inside = inside
 
     def start(self, case: Case, optimizer: str, seed: int) -> Loop:
         """Train through the earlier tasks and one step into the next, so that each round of ten holds one end of a window."""
@@ -122,7 +125,11 @@ class Variant:
 
 def watched(about: str, rule: Importance[Any] | None, inside: bool = False, **options: Any) -> Variant:
     backend = options.get("backend") or "auto"
-    return Variant(about, lambda case, optimizer, seed: Watched(case, optimizer, seed, rule, backend, inside), **options)
+
+    def make(case: Case, optimizer: str, seed: int) -> Loop:
+        return Watched(case, optimizer, seed, rule, backend, inside)
+
+    return Variant(about, make, inside=inside, **options)
 
 
 def ours() -> dict[str, Variant]:

@@ -34,6 +34,7 @@ class AvalancheRWalk(FineTune):
                 criterion=lambda output, y: F.cross_entropy(output.masked_fill(self._shut, -torch.inf), y),
                 train_mb_size=training.batch_size,
                 train_epochs=training.epochs,
+                device=self.device,
                 plugins=[self.library.training.plugins.RWalkPlugin(ewc_lambda=strength, ewc_alpha=0.9, delta_t=10)],
                 evaluator=None,
             )

@@ -126,7 +126,7 @@ def early(data: DataSet) -> list[Experience]:
     return permuted(replace(data, name="mnist-validation", **columns, **held), *TUNING)
 
 
-def one(tasks: Callable[[], list[Experience]], name: str, method: Method, seed: int, out: Path) -> Record:
+def one(tasks: Callable[[], list[Experience]], name: str, method: Method, seed: int, out: Path, device: str = "cpu") -> Record:
     """Return the record of one run: from disk if it is there, else by running it."""
     training = Training(lr=method.lr)
     settings = {"lr": method.lr, "about": method.about, "strength": method.strength}
@@ -136,9 +136,9 @@ def one(tasks: Callable[[], list[Experience]], name: str, method: Method, seed: 
     added |= {"strength": method.strength} if method.strength else {}
 
     def make() -> tuple[list[Experience], Learner]:
-        return tasks(), method.learn(method.strength, lambda: network(784, 10), training, seed)
+        return tasks(), method.learn(method.strength, lambda: network(784, 10).to(device), training, seed)
 
-    record = kept(place, name, make, seed, training, added, place.with_suffix(".checkpoint"))
+    record = kept(place, name, make, seed, training, added, place.with_suffix(".checkpoint"), device)
     if not there:
         accuracy, seconds = 100 * (record.average_accuracy or 0), record.timings["train_seconds"]
         print(f"{name}, {method.about}, seed {seed}: {accuracy:.2f} in {seconds:.0f} s", flush=True)
@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--tune", action="store_true", help="try the methods' strengths on other tasks instead")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, default=Path("runs/permuted-mnist"), help="folder of the records")
     options = parser.parse_args()
     names = options.methods.split(",")
@@ -183,17 +184,14 @@ def main() -> None:
     if options.tune:
         for name in names:
             for method in scanned(METHODS[name]):
-                one(partial(early, data), name, method, TUNING[1], options.out)
+                one(partial(early, data), name, method, TUNING[1], options.out, options.device)
         return
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    print(
-        table(
-            {
-                name: [one(partial(stream, data, seed), name, METHODS[name], seed, options.out) for seed in seeds]
-                for name in names
-            }
-        )
-    )
+    runs = {
+        name: [one(partial(stream, data, seed), name, METHODS[name], seed, options.out, options.device) for seed in seeds]
+        for name in names
+    }
+    print(table(runs))
 
 
 if __name__ == "__main__":

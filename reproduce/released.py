@@ -176,7 +176,7 @@ class ReleasedMAS(Protected):
         """Measure on the task, and hold to that alone."""
         names = dict(self.model.named_parameters())
         omega = {name: torch.zeros_like(p) for name, p in names.items()}
-        x, y = experience.train.read()
+        x, y = self._data(experience)
         for batch in x.split(10):
             norm = self.model(batch).square().sum()
             for total, g in zip(omega.values(), torch.autograd.grad(norm, list(names.values())), strict=True):

@@ -20,6 +20,7 @@ def kept(
     training: Training,
     added: Mapping[str, Any],
     checkpoint: Path | None = None,
+    device: str = "cpu",
 ) -> Record:
     """Return the record in a file; where there is none, do the run first.
 
@@ -31,11 +32,12 @@ def kept(
         training: how it trains.
         added: settings that the record holds beside those that the run knows of.
         checkpoint: from where a run that was stopped goes on; for learners whose whole state it can hold.
+        device: where the learner trains.
     """
     if not place.exists():
         torch.manual_seed(seed)
         tasks, learner = make()
-        record = bench.run(tasks, learner, seed=seed, training=training, checkpoint=checkpoint)
+        record = bench.run(tasks, learner, seed=seed, training=training, checkpoint=checkpoint, device=device)
         replace(record, method=method, config=record.config | dict(added)).save(place.parent).rename(place)
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)

@@ -88,12 +88,12 @@ KEPT = Rehearsal(200)
 """What A-GEM and replay keep: 200 examples in all."""
 
 
-def learner(name: str, target: Target, tasks: list[Experience], seed: int) -> Any:
+def learner(name: str, target: Target, tasks: list[Experience], seed: int, device: str) -> Any:
     """Make one of our own learners."""
     training = target.training
 
     def make() -> torch.nn.Module:
-        return build(training.model, tasks[0], training.hidden)
+        return build(training.model, tasks[0], training.hidden).to(device)
 
     if name == "joint":
         return Together(len(tasks), make, training, seed)
@@ -102,17 +102,17 @@ def learner(name: str, target: Target, tasks: list[Experience], seed: int) -> An
     return AvalancheRWalk(target.strengths[name], make, training, seed)
 
 
-def one(name: str, target: Target, seed: int, out: Path) -> Record:
+def one(name: str, target: Target, seed: int, out: Path, device: str = "cpu") -> Record:
     """Return the record of one run: from disk if it is there, else by running it."""
     tasks, method, training, strength = target.stream(), METHODS[name], target.training, target.strengths.get(name)
     if method is not None:
         replay = KEPT if method in ("agem", "replay") else None
         place = out / record_name(tasks, method, strength, seed, training, replay=replay)
-        return once(place, tasks, method, strength, seed, training, replay=replay)[0]
+        return once(place, tasks, method, strength, seed, training, replay=replay, device=device)[0]
     added = {"strength": strength}
     config = configuration(tasks, "finetune", None, training) | added
     place = out / file_name(tasks[0].stream["name"], name, seed, config)
-    return kept(place, name, lambda: (tasks, learner(name, target, tasks, seed)), seed, training, added)
+    return kept(place, name, lambda: (tasks, learner(name, target, tasks, seed, device)), seed, training, added, device=device)
 
 
 def row(name: str, target: Target, records: list[Record]) -> str:
@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated, of " + ", ".join(METHODS))
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, default=Path("runs/split"), help="folder of the records")
     options = parser.parse_args()
     names = [name for name in options.methods.split(",") if "Avalanche" not in name or find_spec("avalanche")]
@@ -144,7 +145,7 @@ def main() -> None:
         print(f"\n{target.about}\n\n| method | average accuracy | forgetting | published |\n|---|---|---|---|", flush=True)
         for name in names:
             seeds = range(options.first_seed, options.first_seed + options.seeds)
-            print(row(name, target, [one(name, target, seed, options.out) for seed in seeds]), flush=True)
+            print(row(name, target, [one(name, target, seed, options.out, options.device) for seed in seeds]), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from rwalk import files, plan, reading
 from rwalk._errors import explain
-from rwalk.bench import models, ranks, tuning
+from rwalk.bench import devices, models, ranks, tuning
 from rwalk.bench.data import HUB
 from rwalk.bench.experience import STREAMS
 from rwalk.bench.grid import Failure
@@ -32,7 +32,8 @@ def do(words: list[str], console: Console) -> int:
     """Do the command that words say, and return the exit status: 0, 1 for a mistake of ours, 2 for a user's."""
     command = parsed(words)
     if isinstance(command, Run):
-        with ranks.launched():
+        devices.chosen(command.device)
+        with ranks.launched(command.device):
             console.quiet = ranks.number() > 0
             return _tune(command, words, console) if isinstance(command, Tune) else _run(command, words, console)
     if isinstance(command, Plan):

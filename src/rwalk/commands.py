@@ -78,6 +78,8 @@ class Run:
     """Also write each task's figures for TensorBoard, into a folder beside each record; tensorboard --logdir OUT shows them."""
     kernels: Literal["auto", "blocked", "numba", "triton", "reference"] = "blocked"
     """How the arithmetic is done: see `rwalk.kernels.use`; results agree to rounding."""
+    device: str = "cpu"
+    """Where models are trained: cpu, cuda, or one GPU such as cuda:1; under torchrun each rank takes a GPU in turn."""
     threads: int = 1
     """CPU threads of a run; small networks are fastest with one, and equal results need equal numbers."""
     skip: int = 0

@@ -115,7 +115,8 @@ class Runs:
                 if display is not None:
                     display.learned(place, accuracies(scalars, tasks))
 
-            return once(place, stream, method, job.strength, job.seed, self._training(job), track=both, **options)
+            options |= {"track": both, "device": self.command.device}
+            return once(place, stream, method, job.strength, job.seed, self._training(job), **options)
 
     def _training(self, job: Job) -> Training:
         return replace(self.command.training, lr=job.lr)

@@ -10,7 +10,7 @@ import torch
 
 from rwalk import states
 from rwalk._errors import explain
-from rwalk.bench import ranks
+from rwalk.bench import devices, ranks
 from rwalk.bench.experience import Experience
 from rwalk.bench.learners import Learner, Resumable
 
@@ -38,11 +38,13 @@ class Checkpoint:
 
     Args:
         path: the file; None keeps none.
-        run: what the run is: its settings, versions and threads, on which equal results depend.
+        run: what the run is: its settings, versions, threads and device, on which equal results depend.
+        device: where it trains.
     """
 
     path: Path | None
     run: dict[str, Any]
+    device: torch.device
 
     def save(self, learner: Learner, measured: Measured) -> None:
         """Keep where the run stands, if the learner can tell; of several ranks the first one does.
@@ -51,7 +53,7 @@ class Checkpoint:
             OSError: if the file cannot be written; an earlier checkpoint is still there.
         """
         if self.path is not None and isinstance(learner, Resumable) and ranks.number() == 0:
-            random = torch.get_rng_state()
+            random = devices.chance(self.device)
             content = {"run": self.run, "measured": asdict(measured), "random": random, "learner": learner.state_dict()}
             states.save(self.path, "checkpoint", content)
 
@@ -65,10 +67,10 @@ class Checkpoint:
         try:
             content = states.load(self.path, "checkpoint")
             if content["run"] != self.run:
-                raise ValueError(f"it is of another run, version or number of threads: {content['run']}")
+                raise ValueError(f"it is of another run, version, device or number of threads: {content['run']}")
             measured = Measured(**content["measured"])
             learner.resume(content["learner"], stream[: len(measured.accuracy)])
-            torch.set_rng_state(content["random"])
+            devices.set_chance(self.device, content["random"])
         except FileNotFoundError:
             return None
         except Exception as error:  # whatever a stale state does to a learner, the run can start anew

@@ -77,7 +77,7 @@ class Replay(FineTune):
             self._shut = ~torch.stack([self._allowed(e) for e in self._past])
         super().fit(experience)
         labels = self._allowed(experience).nonzero().squeeze(1)
-        x, y = experience.train.read()
+        x, y = self._data(experience)
         data = zip(x.split(2048), y.split(2048), strict=True)
         self.buffer.add(self.model, data, task=len(self._past), logits=lambda output: output[:, labels])
         self._past.append(experience)
@@ -103,13 +103,13 @@ class Replay(FineTune):
     def _recall(self, whole: int) -> tuple[Tensor, Tensor, Tensor, int]:
         """Draw stored examples beside a batch of `whole`: this rank's part, the outputs shut, and how many in all."""
         drawn = self.buffer.sample(self.rehearsal.batch or whole)
-        x, y, task = (ranks.share(column) for column in drawn)
+        x, y, task = (ranks.share(column).to(self.device) for column in drawn)
         return x, y, self._shut[task], len(drawn.y)
 
     def _step(self, x: Tensor, y: Tensor, closed: Tensor | None, whole: int) -> None:
         if len(self.buffer):
             old_x, old_y, shut, count = self._recall(whole)
-            own = torch.zeros(len(y), shut.shape[1], dtype=torch.bool) if closed is None else closed
+            own = torch.zeros(len(y), shut.shape[1], dtype=torch.bool, device=self.device) if closed is None else closed
             closed = torch.cat([own, shut]) if closed is not None or shut.any() else None
             x, y, whole = torch.cat([x, old_x]), torch.cat([y, old_y]), whole + count
         super()._step(x, y, closed, whole)
@@ -180,7 +180,7 @@ class LwF(FineTune):
     def resume(self, state: Mapping[str, Any], past: Sequence[Experience]) -> None:
         """Continue from a `state_dict`; `past` are the tasks learned so far."""
         super().resume(state, past)
-        self.old = state["old"]
+        self.old = [allowed.to(self.device) for allowed in state["old"]]
         self._remember()
 
     def state_bytes(self) -> int:

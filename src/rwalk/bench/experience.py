@@ -139,7 +139,7 @@ def permuted(
         )
     generator = torch.Generator().manual_seed(seed)
     size = math.prod(found.train_x.shape[1:])
-    orders = [torch.randperm(size, generator=generator) for _ in range(_positive(tasks))]
+    orders = [torch.randperm(size, generator=generator, device="cpu") for _ in range(_positive(tasks))]
 
     def transform(order: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda x: x.flatten(1)[:, order].view_as(x)

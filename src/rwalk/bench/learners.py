@@ -96,7 +96,7 @@ class FineTune:
     """Plain training on one task after another; also the loop that the other learners share.
 
     Args:
-        build: makes the model.
+        build: makes the model, on the device where all is to be done.
         training: epochs, batch size, optimiser and softmax mask.
         seed: seed of the batch order.
         tick: called after each step.
@@ -118,18 +118,19 @@ class FineTune:
 
     def _start(self) -> None:
         self.model = self.build()
+        self.device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         self.network = ranks.joined(self.model)
         self.optimizer = OPTIMIZERS[self.training.optimizer](self.model.parameters(), self.training.lr)
 
     def fit(self, experience: Experience) -> None:
         """Train on one task."""
         self.seen |= set(experience.classes)
-        x, y = experience.train.read()
+        x, y = self._data(experience)
         self._train(x, y, [self._allowed(experience)], torch.zeros_like(y))
 
     def predict(self, x: Tensor, seen: Collection[int]) -> Tensor:
         """Return the most likely label of each input among the labels of `seen`."""
-        labels = torch.tensor(sorted(seen))
+        labels = torch.tensor(sorted(seen), device=self.device)
         return self._read(lambda scores: labels[scores[:, labels].argmax(1)], x)
 
     def bits(self, x: Tensor, y: Tensor) -> float:
@@ -143,7 +144,8 @@ class FineTune:
         try:
             with torch.no_grad():
                 parts = zip(*(column.split(512) for column in (x, *targets)), strict=True)
-                return torch.cat([read(self.model(part), *target) for part, *target in parts])
+                here = ([column.to(self.device) for column in part] for part in parts)
+                return torch.cat([read(self.model(x), *target) for x, *target in here]).to(x.device)
         finally:
             self.model.train(training)
 
@@ -183,12 +185,17 @@ class FineTune:
         return 0
 
     def step_milliseconds(self) -> float:
-        """Median CPU time of a step: forward, backward and optimiser, with all that hangs on it."""
+        """Median CPU time of a step: forward, backward and optimiser, with all that hangs on it; a GPU is not waited for."""
         return median(self.step_seconds) * 1e3 if self.step_seconds else 0.0
 
     def examples_per_step(self) -> float:
         """Mean number of examples that go forward and backward in a step, those of earlier tasks among them."""
         return self.passed / len(self.step_seconds) if self.step_seconds else 0.0
+
+    def _data(self, experience: Experience) -> tuple[Tensor, Tensor]:
+        """Return a task's training data on the model's device."""
+        x, y = experience.train.read()
+        return x.to(self.device), y.to(self.device)
 
     def _allowed(self, experience: Experience) -> Tensor:
         """Return which outputs compete in the training softmax, as a boolean vector."""
@@ -196,14 +203,14 @@ class FineTune:
         labels = {"task": experience.classes, "seen": sorted(self.seen), "all": range(experience.outputs)}[mask]
         allowed = torch.zeros(experience.outputs, dtype=torch.bool)
         allowed[list(labels)] = True
-        return allowed
+        return allowed.to(self.device)
 
     def _train(self, x: Tensor, y: Tensor, allowed: list[Tensor], origin: Tensor) -> None:
         """Run the epochs; `origin` says for each example which of the `allowed` vectors holds."""
         table = torch.stack(allowed)
         shut = None if table.all() else ~table
         for _ in range(self.training.epochs):
-            order = torch.randperm(len(y), generator=self.generator)
+            order = torch.randperm(len(y), generator=self.generator, device="cpu").to(y.device)
             for rows in order.split(self.training.batch_size):
                 mine = ranks.share(rows)
                 batch, labels, closed = x[mine], y[mine], None if shut is None else shut[origin[mine]]
@@ -253,7 +260,7 @@ class Protected(FineTune):
     def _consolidate(self, experience: Experience) -> None:
         """End a task."""
         labels = self._allowed(experience).nonzero().squeeze(1)
-        x, y = (ranks.share(column) for column in experience.train.read())
+        x, y = (ranks.share(column) for column in self._data(experience))
         data = list(zip(x.split(256), torch.searchsorted(labels, y).split(256), strict=True))
         each = partial(F.cross_entropy, reduction="sum") if experience.kind == "characters" else None  # an example has many
         self.memory.consolidate(data, loss=each, logits=lambda output: output[:, labels])
@@ -287,8 +294,8 @@ class Cumulative(FineTune):
         """Train on all tasks up to this one."""
         self._past.append(experience)
         self.seen |= set(experience.classes)
-        data = [e.train.read() for e in self._past]
-        origin = torch.cat([torch.full((len(y),), i) for i, (_, y) in enumerate(data)])
+        data = [self._data(e) for e in self._past]
+        origin = torch.cat([torch.full_like(y, i) for i, (_, y) in enumerate(data)])
         x, y = (torch.cat(column) for column in zip(*data, strict=True))
         self._train(x, y, [self._allowed(e) for e in self._past], origin)
 

@@ -16,12 +16,16 @@ from torch.nn import functional as F
 
 
 @contextmanager
-def launched() -> Iterator[None]:
-    """Join the other ranks, if a launcher such as torchrun has started this process as one of several."""
+def launched(device: str = "cpu") -> Iterator[None]:
+    """Join the other ranks, if a launcher such as torchrun has started this process as one of several.
+
+    Ranks that have a GPU each talk over NCCL; those that share one, which NCCL refuses, over gloo as CPUs do.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         yield
         return
-    distributed.init_process_group("gloo")
+    own = torch.device(device).type == "cuda" and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if own else "gloo")
     try:
         yield
     finally:

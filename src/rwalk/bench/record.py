@@ -35,6 +35,7 @@ class Record:
         versions: of Python, torch and the library, and the backend of its kernels.
         threads: CPU threads of the run, on each rank.
         ranks: processes that trained the model together.
+        device: kind of device that trained: cpu or cuda; `versions` name the GPU.
     """
 
     method: str
@@ -50,6 +51,7 @@ class Record:
     versions: dict[str, str] = field(default_factory=dict)
     threads: int = 1
     ranks: int = 1
+    device: str = "cpu"
     format: int = FORMAT
 
     @property
@@ -157,7 +159,8 @@ def _problem(content: Any) -> str:
     if "sha256" in content and content["sha256"] != _digest({k: v for k, v in content.items() if k != "sha256"}):
         return "damaged or edited since it was written (its checksum is wrong)"
     kinds = {"method": str, "stream": str, "seed": int, "accuracy": list, "untrained": list, "bits": list, "config": dict,
-             "timings": dict, "memory": dict, "diagnostics": list, "versions": dict, "threads": int, "ranks": int}  # fmt: skip
+             "timings": dict, "memory": dict, "diagnostics": list, "versions": dict, "threads": int, "ranks": int,
+             "device": str}  # fmt: skip
     wrong = [key for key, kind in kinds.items() if key in content and not isinstance(content[key], kind)]
     if wrong:
         return f"whose `{wrong[0]}` is not of type {kinds[wrong[0]].__name__}"

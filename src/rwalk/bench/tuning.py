@@ -104,6 +104,7 @@ def tune(
     refine: int = 0,
     workers: int = 1,
     out: str | Path | None = None,
+    device: str = "cpu",
     **options: Any,
 ) -> Tuned:
     """Try strengths on the first tasks of a stream, and return the best one with all trials.
@@ -120,6 +121,7 @@ def tune(
         refine: how many further pairs of values to try, between those given, where Optuna's sampler expects better.
         workers: processes that try side by side.
         out: folder for a record of each trial, from which the same call goes on; none when None.
+        device: as for `rwalk.bench.run`.
         options: `pull` and the like, as for `rwalk.bench.run`.
 
     Raises:
@@ -130,17 +132,17 @@ def tune(
     search = Search(first, method, strengths, learning_rates, seeds, training, refine, **options)
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
-    common = (first, method, training, options, out)
+    common = (first, method, training, options, out, device)
     return search.result(lambda candidates: outcomes(_trial, {c: c for c in candidates}, workers, common=common))
 
 
 def _trial(common: tuple[Any, ...], strength: float, lr: float, seed: int) -> Record:
-    stream, method, training, options, out = common
+    stream, method, training, options, out, device = common
     training = replace(training, lr=lr)
     if out is None:
-        return run(stream, method, strength, seed, training, **options)
+        return run(stream, method, strength, seed, training, device=device, **options)
     place = Path(out) / record_name(stream, method, strength, seed, training, **options)
-    return once(place, stream, method, strength, seed, training, **options)[0]
+    return once(place, stream, method, strength, seed, training, device=device, **options)[0]
 
 
 def early(stream: Sequence[Experience], tasks: int = 3, validation: float = 0.2) -> list[Experience]:
@@ -183,7 +185,7 @@ def _divided(part: Part, validation: float) -> tuple[Part, Part]:
         came = f"a share of {validation} of {len(part)} examples to hold out"
         raise ValueError(explain(came, "a share between 0 and 1 that leaves examples on both sides", "Pass such a share."))
     rows = torch.arange(len(part.y)) if part.rows is None else part.rows
-    order = torch.randperm(len(part), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(part), generator=torch.Generator().manual_seed(0), device="cpu")
     held, kept = (rows[some.sort().values] for some in order.split([count, len(part) - count]))
     return replace(part, rows=kept), replace(part, rows=held)
 

@@ -189,7 +189,7 @@ def noise_start(tick: int) -> int:
 @cache
 def noise(device: torch.device) -> Tensor:
     """Return the table of noise, with its beginning repeated at its end so that no block wraps around."""
-    table = torch.randint(0, NOISE, (NOISE,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    table = torch.randint(0, NOISE, (NOISE,), generator=torch.Generator().manual_seed(0), dtype=torch.int32, device="cpu")
     return torch.cat([table, table]).to(device)
 
 

@@ -82,9 +82,10 @@ def _launch(kernel: Any, rows: list[Any], kinds: tuple[Any, ...], columns: int, 
         table, scalars = _on_device(addresses, torch.int64, device), _on_device(numbers, torch.float64, device)
         lengths = _on_device(sizes, torch.int64, device)
         options = {"num_warps": 8, "enable_fp_fusion": True}
-        kernel[(len(chunks),)](
-            table, chunks, lengths, scalars, *rest, KINDS=kinds[:columns], CHUNK_LENGTH=CHUNK, **flags, **options
-        )
+        with torch.cuda.device_of(table):  # Triton starts programs on the device that is the current one
+            kernel[(len(chunks),)](
+                table, chunks, lengths, scalars, *rest, KINDS=kinds[:columns], CHUNK_LENGTH=CHUNK, **flags, **options
+            )
 
 
 @lru_cache(maxsize=16)

@@ -135,7 +135,7 @@ class Buffer:
         """
         if self._held is None:
             raise ValueError(explain("an empty buffer", "examples of a task", "Call `add` first."))
-        rows = torch.randperm(len(self), generator=self._generator)[:count]
+        rows = torch.randperm(len(self), generator=self._generator, device="cpu")[:count]
         return Sample(*(column[rows.to(column.device)] for column in self._held))
 
     def mix(self, x: Tensor, y: Tensor, count: int | None = None, *, task: int | None = None) -> Sample:

@@ -38,7 +38,7 @@ Selection = Callable[[Candidates, int, Generator], Tensor]
 
 def uniform(candidates: Candidates, count: int, generator: Generator) -> Tensor:  # noqa: ARG001
     """Every example with the same chance."""
-    return torch.rand(len(candidates.y), generator=generator, dtype=torch.float64)
+    return torch.rand(len(candidates.y), generator=generator, dtype=torch.float64, device="cpu")
 
 
 def plane(candidates: Candidates, count: int, generator: Generator) -> Tensor:  # noqa: ARG001
@@ -54,7 +54,7 @@ def plane(candidates: Candidates, count: int, generator: Generator) -> Tensor:  
         remedy = "Leave `features` out, or choose another selection."
         raise ValueError(explain(came, "features that it takes, and a row for each label", remedy))
     distance = (features * weight[candidates.y.cpu()]).sum(1).abs()
-    times = torch.empty(len(distance), dtype=torch.float64).exponential_(generator=generator)
+    times = torch.empty(len(distance), dtype=torch.float64, device="cpu").exponential_(generator=generator)
     return times * distance
 
 

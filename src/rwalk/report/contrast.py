@@ -117,6 +117,10 @@ def compare(records_a: Iterable[Record], records_b: Iterable[Record]) -> Contras
     return Contrast(matches, only_a, only_b)
 
 
+HOW = ("versions", "threads", "device")
+"""Settings that change results by rounding alone."""
+
+
 @dataclass(frozen=True)
 class _Group:
     """The runs of one method with one configuration, by seed."""
@@ -128,7 +132,7 @@ class _Group:
     def all(cls, records: Iterable[Record]) -> list["_Group"]:
         found: dict[str, _Group] = {}
         for record in records:
-            about = {key: value for key, value in settings(record).items() if key.split(".")[0] not in ("versions", "threads")}
+            about = {key: value for key, value in settings(record).items() if key.split(".")[0] not in HOW}
             found.setdefault(canonical(about), cls({}, about)).runs.setdefault(record.seed, record)
         return list(found.values())
 

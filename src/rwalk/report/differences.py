@@ -9,7 +9,7 @@ from rwalk.report.summary import canonical
 
 DEEPEST = 20
 """Levels of a configuration that are taken apart; what lies deeper is one value."""
-SHOWN = ("method", "stream", "config", "versions", "threads", "ranks")
+SHOWN = ("method", "stream", "config", "versions", "threads", "ranks", "device")
 """The parts of a record that are settings, and not results."""
 
 

@@ -101,6 +101,7 @@ def _flags(record: Record) -> Flags:
     flags |= {"--scenario": about.get("scenario") if kind in ("split", "domain") else None, "--by": about.get("by")}
     flags |= {_flag(name): value for name, value in config["training"].items()}
     flags |= {"--threads": record.threads if record.threads > 1 else None}
+    flags |= {"--device": None if record.device == "cpu" else record.device}
     backend = record.versions.get("kernels", "blocked")
     flags |= {"--kernels": None if backend == "blocked" else "auto" if "+" in backend else backend}
     return flags | _options(record)
@@ -148,5 +149,5 @@ def _about_data(comparison: Comparison) -> list[str]:
 def versions(comparison: Comparison) -> list[str]:
     """Return with what the runs were done, each way once."""
     found = [r for line in comparison.lines for r in line.records]
-    ways = [r.versions | {"threads": str(r.threads), "ranks": str(r.ranks)} for r in found]
+    ways = [r.versions | {"device": r.device, "threads": str(r.threads), "ranks": str(r.ranks)} for r in found]
     return list(dict.fromkeys(", ".join(f"{name} {value}" for name, value in way.items()) for way in ways))
