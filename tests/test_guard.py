@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from cases import assert_same_state, batches, mlp, train
-from rwalk import EWC, SI, Consolidator, EWCpp, RWalk, guard, kernels
+from rwalk import EWC, SI, Consolidator, EWCpp, Kronecker, RWalk, guard, kernels
 from rwalk.guard import norms_of
 
 RULES = [RWalk(delta_t=3), RWalk(delta_t=3, fisher="example"), EWCpp(alpha="mean"), SI(), EWC()]
@@ -162,6 +162,20 @@ def test_a_skipped_step_is_taken_back_before_parameters_grow_or_join(rule, late)
     memory.consolidate()
     assert memory.skipped == 1
     assert memory.anchor.omega["weight"].shape == (5, 5)
+
+
+@pytest.mark.parametrize("rule", [RWalk(delta_t=1), None, Kronecker()], ids=repr)
+def test_a_bad_step_that_is_found_late_is_taken_back_from_rule_and_average(rule, late):
+    """The optimiser has made it by then, so that the weights are lost; what the memory holds is not."""
+    model, optimizer, memory = ready(rule, average="tail")
+    before = memory.state_dict()
+    spoil(model, optimizer, float("nan"))
+    optimizer.step()
+    with pytest.raises(FloatingPointError, match="one step later"):
+        memory.summary()
+    other = Consolidator(model, rule, average="tail")
+    other.load_state_dict(before)
+    assert_same_state(memory, other)
 
 
 def test_a_skipped_first_step_is_no_reason_to_refuse_another_optimiser(late):

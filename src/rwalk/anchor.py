@@ -12,7 +12,7 @@ from torch import Tensor
 from rwalk import kernels, parallel, states
 from rwalk._errors import explain
 from rwalk.factors import Layer
-from rwalk.kernels import After
+from rwalk.kernels import After, counted
 from rwalk.parameters import carry, copies, copy, grown, zero
 
 
@@ -157,7 +157,7 @@ class Anchor:
         Args:
             rows: what is done to each parameter after the step, by name, with the metric of the pull filled in.
         """
-        return {name: row._replace(point=self.point[name], omega=self.omega[name]) for name, row in rows.items()}
+        return {name: After(row.theta, self.point[name], self.omega[name], *row[3:]) for name, row in rows.items()}
 
     def settle(self, theta: Mapping[str, Tensor]) -> None:
         """Make up for pulls that were put off, when a task ends."""
@@ -237,6 +237,7 @@ class KroneckerAnchor(Anchor):
 
     def draw(self, rows: Mapping[str, After]) -> dict[str, After]:
         """Have visits pull what is held by importance, and pull the layers whose turn it is."""
+        rows = dict(zip(rows, counted(rows.values()), strict=True))
         for weight, layer in self.layers.items():
             if weight in rows:
                 layer.owed[0] += _pace(rows[weight])

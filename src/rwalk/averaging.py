@@ -43,9 +43,14 @@ class Tail:
         for name in rows:
             self.count[name] += 1
         return {
-            name: row._replace(average=self.average[name], weight=(ETA + 1) / (self.count[name] + ETA))
+            name: After(*row[:4], self.average[name], *row[5:8], (ETA + 1) / (self.count[name] + ETA), row.made)
             for name, row in rows.items()
         }
+
+    def take_back(self, names: Iterable[str]) -> None:
+        """Uncount a step that turned out not to count; its visits wrote nothing."""
+        for name in names:
+            self.count[name] -= 1
 
     def swap(self, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Exchange averages and parameters in place; return where the parameters were. A second call undoes the first."""

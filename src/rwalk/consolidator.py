@@ -114,6 +114,7 @@ class Consolidator:
         self._tail = Tail()
         self._squares: gradients.Squares | None = None
         self._moved: list[str] = []
+        self._averaged: list[str] = []
         self._doubt: guard.Doubt | None = None
         self._overshoot = Overshoot()
         self._inside: Inside | None = None
@@ -434,7 +435,7 @@ class Consolidator:
     def _before_step(self, optimizer: Optimizer) -> None:
         """Observe the step that the optimiser is about to take, then add the pull to its gradients."""
         self._resolve()
-        self._moved = []
+        self._moved, self._averaged = [], []
         unclipped, self._unclipped = self._unclipped, None
         squares = self._squares.take(unclipped and unclipped.grad) if self._squares is not None else None
         grad = self._gradients(optimizer)
@@ -469,7 +470,7 @@ class Consolidator:
         self._steps += 1
         if self._inside is not None:
             self._inside.set_aside(step.theta, step.grad)
-        self._doubt = doubt if doubt.open else None
+        self._doubt = doubt.asked() if doubt.open else None
 
     def _gradients(self, optimizer: Optimizer) -> dict[str, Tensor]:
         """Return the gradients of the protected parameters that the optimiser holds, after a look at what it holds now."""
@@ -487,7 +488,7 @@ class Consolidator:
         doubt = guard.Doubt.of(self._state, {**grad, **whole}, skip, self._steps + 1, self._watch.spread)
         if doubt.open and not (self.nonfinite == "skip" and doubt.norms is not None):
             return doubt
-        if not bool(doubt.flag):
+        if not doubt.fails():
             return doubt.settled()
         if self.nonfinite == "raise":
             doubt.refuse()
@@ -499,8 +500,9 @@ class Consolidator:
     def _resolve(self) -> None:
         """Take back what was counted for the last step, if it has turned out not to count."""
         doubt, self._doubt = self._doubt, None
-        if doubt is not None and bool(doubt.flag):
+        if doubt is not None and doubt.fails():
             self._state = doubt.before
+            self._tail.take_back(self._averaged)
             self._steps -= 1
             self.skipped += 1
             doubt.refuse()
@@ -511,16 +513,18 @@ class Consolidator:
         moved, self._moved = self._moved, []
         if self._inside is not None:
             self._inside.give_back()
-        if self._doubt is not None and bool(self._doubt.flag):
-            return
         if self.pull == "gradient" and self.average == "none":
             return
+        if self.rule.layered and self._doubt is not None and self._doubt.fails():
+            return  # layers are drawn by matrix products, and not in a visit that reads the flag
+        skip = None if self._doubt is None else self._doubt.flag
         rows = {name: After(self._watch.theta[name]) for name in moved}
         if self.pull == "proximal" and self.strength and len(self._anchor):
             rows = proximal.drawn(rows, optimizer, self._anchor, self.strength, self._watch.parameters)
         if self.average == "tail":
             rows = self._tail.averaged(rows)
-        kernels.after_(rows.values())
+            self._averaged = moved
+        kernels.after_(rows.values(), skip)
 
     def _widen(self, names: Collection[str]) -> None:
         """Protect parameters of these names too, and take up modules that were replaced since the last look."""

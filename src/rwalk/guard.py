@@ -1,7 +1,8 @@
 """Steps that must leave no trace: those that a loss scaler leaves out, and those whose gradients are not finite.
 
 A flag on a GPU is not waited for: the step goes ahead, its visit of memory reads the flag on the device and writes nothing if
-it is set, and what the host has counted meanwhile is taken back before the next use.
+it is set, and what the host has counted meanwhile is taken back before the next use. By then the flag has been copied, so that
+the host waits for no work that came after it.
 """
 
 import math
@@ -19,6 +20,36 @@ COUNTS = torch.zeros((), device="cpu")
 """The flag of a step that counts, on the host."""
 
 
+class Answer(NamedTuple):
+    """What a flag says, on its way to the host.
+
+    Args:
+        value: where it arrives.
+        event: has happened when it is there; None where it need not be sent.
+    """
+
+    value: Tensor
+    event: Any
+
+    @classmethod
+    def of(cls, flag: Tensor) -> "Answer":
+        """Send for it."""
+        if not flag.is_cuda:
+            return cls(flag, None)
+        value = torch.empty(flag.shape, dtype=flag.dtype, device="cpu", pin_memory=True)
+        with torch.cuda.device_of(flag):
+            value.copy_(flag, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        return cls(value, event)
+
+    def read(self) -> bool:
+        """Wait for it."""
+        if self.event is not None:
+            self.event.synchronize()
+        return bool(self.value)
+
+
 class Doubt(NamedTuple):
     """A step of which it is not known yet whether it counts.
 
@@ -28,6 +59,7 @@ class Doubt(NamedTuple):
         norms: the norm of each gradient, where the flag comes from them.
         names: the parameters' names, parallel to `norms`.
         step: the step's number in its task, from 1.
+        answer: what the flag says, once it has been asked.
     """
 
     flag: Tensor
@@ -35,6 +67,7 @@ class Doubt(NamedTuple):
     norms: Tensor | None = None
     names: tuple[str, ...] = ()
     step: int = 0
+    answer: Answer | None = None
 
     @classmethod
     def of(cls, before: Any, grad: Mapping[str, Tensor], skip: Tensor | None, step: int, spread: Spread = ALONE) -> "Doubt":
@@ -52,6 +85,14 @@ class Doubt(NamedTuple):
     def open(self) -> bool:
         """Whether the flag is on a device that would have to be waited for."""
         return not self.flag.is_cpu
+
+    def asked(self) -> "Doubt":
+        """Have the flag sent to the host, which can do other things meanwhile."""
+        return self._replace(answer=Answer.of(self.flag))
+
+    def fails(self) -> bool:
+        """Tell whether the step does not count."""
+        return bool(self.flag) if self.answer is None else self.answer.read()
 
     def settled(self) -> "Doubt":
         """Return the doubt of a step that counts."""

@@ -28,10 +28,12 @@ def sharded(tensor: Any) -> TypeGuard[Any]:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-@torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor, in the same memory; the tensor itself where it is no DTensor."""
-    return tensor.to_local().detach() if sharded(tensor) else tensor
+    if not sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local().detach()  # type: ignore[no-any-return]
 
 
 def window(like: Any) -> tuple[slice, ...]:

@@ -1,7 +1,7 @@
 """The proximal pull: after the optimiser's step, move towards the anchor by a weighted mean that no strength can overshoot."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
@@ -26,30 +26,56 @@ def drawn(
         strength: factor of the penalty.
         parameters: those that the optimiser knows, by name.
     """
-    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    metrics: dict[int, Metric] = {}
+    for group in optimizer.param_groups:
+        metrics |= dict.fromkeys(map(id, group["params"]), Metric.of(optimizer, group))
     held = {
-        name: _drawn(row, optimizer, parameters[name], groups[id(parameters[name])], strength)
+        name: metrics[id(parameters[name])].fill(row, optimizer, parameters[name], 2 * strength)
         for name, row in rows.items()
         if name in anchor.point
     }
     return {**rows, **anchor.draw(held)}
 
 
-def _drawn(row: After, optimizer: Optimizer, parameter: Tensor, group: dict[str, Any], strength: float) -> After:
-    """Fill in the metric of a parameter's group."""
-    step = 2 * strength * rate(group)
-    second = _second_moment(optimizer, group, parameter)
-    if second is None:
-        return row._replace(step=step / (1 - _momentum(optimizer, group)))
-    correction = 1 - float(group["betas"][1]) ** float(optimizer.state[parameter]["step"])
-    return row._replace(second=second, step=step, correction=correction, eps=float(group["eps"]))
+class Metric(NamedTuple):
+    """In which metric the parameters of an optimiser's group are drawn.
+
+    Args:
+        rate: the learning rate.
+        momentum: that of SGD.
+        beta: Adam's second beta; None for an optimiser without.
+        eps: what Adam adds to the root of its second moment.
+    """
+
+    rate: float
+    momentum: float
+    beta: float | None
+    eps: float
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, group: dict[str, Any]) -> "Metric":
+        """Read a group's."""
+        beta, eps = (float(group["betas"][1]), float(group["eps"])) if "betas" in group and "eps" in group else (None, 0.0)
+        return cls(rate(group), _momentum(optimizer, group), beta, eps)
+
+    def fill(self, row: After, optimizer: Optimizer, parameter: Tensor, factor: float) -> After:
+        """Fill it in; a count of steps that a GPU has is not waited for."""
+        state = optimizer.state.get(parameter, {})
+        second = _second_moment(state, parameter)
+        if second is None or self.beta is None:
+            return After(*row[:5], factor * self.rate / (1 - self.momentum), *row[6:])
+        count = state["step"]
+        there = isinstance(count, Tensor) and not count.is_cpu
+        correction = self.beta if there else 1 - self.beta ** float(count)
+        return After(
+            *row[:3], second, row.average, factor * self.rate, correction, self.eps, row.weight, count if there else None
+        )
 
 
-def _second_moment(optimizer: Optimizer, group: dict[str, Any], theta: Tensor) -> Tensor | None:
+def _second_moment(state: Mapping[str, Any], theta: Tensor) -> Tensor | None:
     """Return the running mean of squared gradients that an optimiser of the Adam family divides by."""
-    state = optimizer.state.get(theta, {})
     second = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
-    fits = isinstance(second, Tensor) and second.shape == theta.shape and "betas" in group and "step" in state
+    fits = isinstance(second, Tensor) and second.shape == theta.shape and "step" in state
     return local(second) if fits else None
 
 
@@ -65,7 +91,8 @@ def rate(group: dict[str, Any]) -> float:
 def metric(optimizer: Optimizer, layered: bool = False) -> str:
     """Say in which metric `drawn` works under an optimiser, for anchors that hold whole layers or not."""
     groups = optimizer.param_groups
-    known = any(_second_moment(optimizer, group, p) is not None for group in groups for p in group["params"])
+    adaptive = [p for group in groups if "betas" in group for p in group["params"]]
+    known = any(_second_moment(optimizer.state.get(p, {}), p) is not None for p in adaptive)
     if known or isinstance(optimizer, Adam | AdamW | NAdam):
         return "lr / (sqrt(v) + eps), per coordinate" + ", but one mean for each layer" * layered
     return "lr / (1 - momentum)" if any(_momentum(optimizer, group) for group in groups) else "lr"

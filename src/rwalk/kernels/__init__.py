@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rwalk._errors import explain
 from rwalk.kernels import blocked
-from rwalk.kernels.visits import After, Move, Rates, Visit
+from rwalk.kernels.visits import After, Move, Rates, Visit, counted
 
 __all__ = [
     "BACKENDS",
@@ -25,6 +25,7 @@ __all__ = [
     "account_",
     "after_",
     "available",
+    "counted",
     "current",
     "penalty",
     "use",
@@ -99,11 +100,16 @@ def visit_(visit: Visit) -> Tensor | None:
     return torch.stack([count.to(counts[0].device) for count in counts]).sum() if counts else None
 
 
-def after_(rows: Iterable[After]) -> None:
-    """Do what is to be done after an optimiser step, in one visit of each parameter's memory."""
+def after_(rows: Iterable[After], skip: Tensor | None = None) -> None:
+    """Do what is to be done after an optimiser step, in one visit of each parameter's memory.
+
+    Args:
+        rows: the parameters.
+        skip: one element, not 0 if the step did not count and nothing is to be done; None for 0.
+    """
     for left in fetched(rows):
         for backend in _chain:
-            left = backend.after_(left)
+            left = backend.after_(left, skip)
 
 
 def fetched(rows: Iterable[blocked.AnyRow], limit: int = FETCH) -> Iterator[list[blocked.AnyRow]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rwalk.kernels import reference
 from rwalk.kernels.many import Many
-from rwalk.kernels.visits import After, Row, Visit
+from rwalk.kernels.visits import After, Row, Visit, counted
 
 BLOCK = 2**17
 """Elements per block on a CPU. At 2^15 the streams of a visit fit a second-level cache, but a small network then pays more for
@@ -32,9 +32,12 @@ def visit_(rows: Iterable[Row], visit: Visit) -> tuple[list[Row], list[Tensor]]:
     return [], [count for count in far if count is not None]
 
 
-def after_(rows: Iterable[After]) -> list[After]:
+def after_(rows: Iterable[After], skip: Tensor | None = None) -> list[After]:
     """Visit parameters after a step: see `After`. Returns the rows left to do: none."""
-    for _, piece in _pieces(rows):
+    rows = list(rows)
+    if rows and skip is not None and bool(skip):
+        return []
+    for _, piece in _pieces(counted(rows)):
         reference.after_one_(piece)
     return []
 

@@ -52,8 +52,10 @@ def visit_(rows: Iterable[Row], visit: Visit) -> tuple[list[Row], list[Tensor]]:
     return left, far
 
 
-def after_(rows: Iterable[After]) -> list[After]:
+def after_(rows: Iterable[After], skip: Tensor | None = None) -> list[After]:
     """Visit parameters after a step: see `After`. Returns the rows left to the next backend."""
+    if skip is not None and skip.is_cpu and bool(skip):
+        return []
     tables, left = _tables(rows)
     for key, table in tables.items():
         _run(after_rows, key, table, (), *[True if kind else None for kind in key[2 : len(AFTER)]])
@@ -82,7 +84,7 @@ def _tables(rows: Iterable[AnyRow]) -> tuple[dict[Key, list[Entry]], list[AnyRow
 def _parts(row: Any) -> tuple[Any, bool, Any]:
     """Return the tensors of a row, whether the optimiser's step is to be made, and the numbers."""
     if isinstance(row, After):
-        return row[: len(AFTER)], False, row[len(AFTER) :]
+        return row[: len(AFTER)], False, row[len(AFTER) : -1]
     return row[: len(ROW)], row.rates is not None, (row.weight, *(row.rates or STILL))
 
 
@@ -93,7 +95,7 @@ def _key(row: Any, dtypes: tuple[Any, ...], moves: bool) -> Key | None:
     None if the compiled code does not know such rows.
     """
     wide = PRECISION.get(dtypes[0])
-    allowed, rest = (AFTER, (0, 0, 0, 0)) if row is After else (ROW, (0, STILL if moves else None))
+    allowed, rest = (AFTER, (0, 0, 0, 0, None)) if row is After else (ROW, (0, STILL if moves else None))
     if wide is None or not row._make((*dtypes, *rest)).whole or (moves and dtypes[0] is torch.bfloat16):
         return None
     kinds = [NONE if dtype is None else WIDE if dtype is wide else COARSE for dtype in dtypes]

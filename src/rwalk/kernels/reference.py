@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rwalk.kernels.many import above
-from rwalk.kernels.visits import After, Rates, Row, Visit
+from rwalk.kernels.visits import After, Rates, Row, Visit, counted
 
 NOISE = 2**16
 """Length of the table of random bits for stochastic rounding, after which they repeat within a tensor."""
@@ -25,9 +25,12 @@ def visit_(rows: Iterable[Row], visit: Visit) -> tuple[list[Row], list[Tensor]]:
     return [], [far for row in rows if (far := visit_one_(row, visit)) is not None]
 
 
-def after_(rows: Iterable[After]) -> list[After]:
+def after_(rows: Iterable[After], skip: Tensor | None = None) -> list[After]:
     """Visit parameters after a step: see `After`. Returns the rows left to do: none."""
-    for row in rows:
+    rows = list(rows)
+    if rows and skip is not None and bool(skip):
+        return []
+    for row in counted(rows):
         after_one_(row)
     return []
 

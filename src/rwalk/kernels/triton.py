@@ -30,62 +30,84 @@ KINDS: dict[torch.dtype, Any] = {
 }
 ROW_COLUMNS, AFTER_COLUMNS = 10, 5
 """How many of the fields of `Row` and `After` are tensors."""
+Group = tuple[tuple[torch.dtype | None, ...], int, bool]
+"""What rows of one launch have in common: the kinds of their columns, their device's number, and whether they hold counts."""
 
 
 def visit_(rows: Iterable[Row], visit: Visit) -> tuple[list[Row], list[Tensor]]:
     """Visit parameters before a step: see `Visit`. Returns the rows left to the next backend, and counts as `settle_` does."""
     groups, left = _sort(rows, ROW_COLUMNS)
     far: list[Tensor] = []
-    for kinds, mine in groups.items():
+    for (kinds, *_), mine in groups.items():
         device = mine[0].theta.device
         count = torch.zeros((), dtype=torch.int64, device=device)
         flags = {"SCALED": visit.scale is not None, "SKIPS": visit.skip is not None}
         tables = (_on(visit.scale, count), _on(visit.skip, count), noise(device), count)
         numbers = (visit.eps, 2 * visit.strength, noise_start(visit.tick))
-        _launch(_visit, mine, kinds, ROW_COLUMNS, *tables, *numbers, CLOSE=visit.close, NOISE_LENGTH=NOISE, **flags)
+        _launch(_visit, mine, kinds, *tables, *numbers, CLOSE=visit.close, NOISE_LENGTH=NOISE, **flags)
         far += [count] if visit.close and kinds[2] is not None and kinds[5] is not None else []
     return left, far
 
 
-def after_(rows: Iterable[After]) -> list[After]:
+def after_(rows: Iterable[After], skip: Tensor | None = None) -> list[After]:
     """Visit parameters after a step: see `After`. Returns the rows left to the next backend."""
     groups, left = _sort(rows, AFTER_COLUMNS)
-    for kinds, mine in groups.items():
-        _launch(_after, mine, kinds, AFTER_COLUMNS)
+    for (kinds, *_), mine in groups.items():
+        _launch(_after, mine, kinds, _on(skip, mine[0].theta), SKIPS=skip is not None)
     return left
 
 
-def _sort(rows: Iterable[AnyRow], columns: int) -> tuple[dict[tuple[Any, ...], list[AnyRow]], list[AnyRow]]:
-    """Group rows that one launch can take, by device and kinds of their columns; return the others too."""
-    groups: dict[tuple[Any, ...], list[AnyRow]] = {}
+def _sort(rows: Iterable[AnyRow], columns: int) -> tuple[dict[Group, list[AnyRow]], list[AnyRow]]:
+    """Group rows that one launch can take; return the others too."""
+    groups: dict[Group, list[AnyRow]] = {}
     left: list[AnyRow] = []
     for row in rows:
-        tensors = [t for t in row if isinstance(t, Tensor)]
-        known = all(t.dtype in KINDS and t.device == row.theta.device for t in tensors)
-        still = isinstance(row, After) or (row.rates is None and (row.path is None or row.previous is not None))
-        if row.theta.device.type in DEVICES and known and row.whole and still and one_order(tensors):
-            kinds: list[Any] = [KINDS[t.dtype] if isinstance(t, Tensor) else None for t in row[:columns]]
-            groups.setdefault((*kinds, row.theta.device), []).append(row)
+        held: Any = row[:columns]
+        tensors = [t for t in held if t is not None]
+        kinds = tuple([None if t is None else t.dtype for t in held])
+        kind: Any = type(row)
+        moves = isinstance(row, Row) and row.rates is not None
+        alone = len({t.get_device() for t in tensors}) == 1
+        if alone and row.theta.device.type in DEVICES and not moves and _known(kind, kinds) and one_order(tensors):
+            counted = isinstance(row, After) and row.made is not None
+            groups.setdefault((kinds, row.theta.get_device(), counted), []).append(row)
         else:
             left.append(row)
     return groups, left
 
 
-def _launch(kernel: Any, rows: list[Any], kinds: tuple[Any, ...], columns: int, *rest: Any, **flags: Any) -> None:
+@lru_cache(maxsize=64)
+def _known(row: Any, kinds: tuple[torch.dtype | None, ...]) -> bool:
+    """Tell whether the kernels can work on columns of these kinds."""
+    columns = row(*kinds)
+    still = row is After or columns.path is None or columns.previous is not None
+    return bool(all(kind is None or kind in KINDS for kind in kinds) and columns.whole and still)
+
+
+def _launch(kernel: Any, rows: list[Any], kinds: tuple[torch.dtype | None, ...], *rest: Any, **flags: Any) -> None:
     """Start one program for each chunk of the rows."""
-    device = rows[0].theta.device
-    sizes = tuple(row.theta.numel() for row in rows)
-    addresses = tuple(tuple(0 if t is None else t.data_ptr() for t in row[:columns]) for row in rows)
-    numbers = tuple((row.weight,) if isinstance(row, Row) else row[columns:] for row in rows)
+    device, columns = rows[0].theta.device, len(kinds)
+    sizes = tuple([row.theta.numel() for row in rows])
+    addresses = tuple([tuple([0 if t is None else t.data_ptr() for t in row[:columns]]) for row in rows])
     chunks = _chunks(sizes, device)
     if len(chunks):
-        table, scalars = _on_device(addresses, torch.int64, device), _on_device(numbers, torch.float64, device)
-        lengths = _on_device(sizes, torch.int64, device)
+        table, lengths = _on_device(addresses, torch.int64, device), _on_device(sizes, torch.int64, device)
         options = {"num_warps": 8, "enable_fp_fusion": True}
+        flags |= {"KINDS": tuple([None if kind is None else KINDS[kind] for kind in kinds]), "CHUNK_LENGTH": CHUNK}
         with torch.cuda.device_of(table):  # Triton starts programs on the device that is the current one
-            kernel[(len(chunks),)](
-                table, chunks, lengths, scalars, *rest, KINDS=kinds[:columns], CHUNK_LENGTH=CHUNK, **flags, **options
-            )
+            kernel[(len(chunks),)](table, chunks, lengths, _numbers(rows, device), *rest, **flags, **options)
+
+
+def _numbers(rows: list[Any], device: torch.device) -> Tensor:
+    """Return the numbers of rows; where Adam's correction depends on a count that a GPU has, it is worked out there."""
+    if isinstance(rows[0], Row):
+        return _on_device(tuple([(row.weight,) for row in rows]), torch.float64, device)
+    numbers = _on_device(tuple([row[AFTER_COLUMNS:-1] for row in rows]), torch.float64, device)
+    if rows[0].made is None:
+        return numbers
+    numbers = numbers.clone()
+    numbers[:, 1] = 1 - numbers[:, 1] ** torch.stack([row.made for row in rows])
+    return numbers
 
 
 @lru_cache(maxsize=16)
@@ -181,11 +203,16 @@ def _visit(
 
 
 @triton.jit
-def _after(table, chunks, sizes, numbers, KINDS: tl.constexpr, CHUNK_LENGTH: tl.constexpr):
+def _after(
+    table, chunks, sizes, numbers, skip, KINDS: tl.constexpr, CHUNK_LENGTH: tl.constexpr, SKIPS: tl.constexpr
+):  # fmt: skip
     """Visit one chunk of one parameter after a step; columns are those of `After`."""
     row = tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
     at = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * CHUNK_LENGTH + tl.arange(0, CHUNK_LENGTH)
-    inside = at < tl.load(sizes + row)
+    size = tl.load(sizes + row)
+    if SKIPS:
+        size = tl.where(tl.load(skip) == 0, size, 0)
+    inside = at < size
     STATE: tl.constexpr = tl.float64 if KINDS[0] == tl.float64 else tl.float32
     theta = tl.load(_pointer(table, row, 0, KINDS) + at, mask=inside, other=0).to(STATE)
     if KINDS[2] is not None:

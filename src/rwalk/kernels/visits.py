@@ -4,9 +4,10 @@ A visit is a table: its columns are lists that run parallel to the parameters, o
 Single entries may be None too: then that part of the work is left out for that parameter. The formulas stand in `reference`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 Column = Sequence[Tensor | None] | None
@@ -154,6 +155,8 @@ class After(NamedTuple):
         correction: what `second` is divided by.
         eps: what Adam adds to the root of `second`.
         weight: the share of the parameter in `average`.
+        made: how many steps the optimiser has made, a scalar, where a GPU has it: then `correction` is Adam's second beta, and
+            `second` is divided by 1 - correction ** made.
     """
 
     theta: Tensor
@@ -165,8 +168,21 @@ class After(NamedTuple):
     correction: float = 1.0
     eps: float = 0.0
     weight: float = 0.0
+    made: Tensor | None = None
 
     @property
     def whole(self) -> bool:
         """Whether columns that work together are all there or all missing; fused backends leave other rows to the next one."""
         return (self.point is None) == (self.omega is None)
+
+
+def counted(rows: Iterable[After]) -> list[After]:
+    """Put a number in place of the steps made; where a GPU has them, this waits for it, once for all."""
+    rows = list(rows)
+    counts = [row.made for row in rows if row.made is not None]
+    if not counts:
+        return rows
+    numbers = iter(torch.stack([count.to(counts[0].device) for count in counts]).tolist())
+    return [
+        row if row.made is None else row._replace(correction=1 - row.correction ** next(numbers), made=None) for row in rows
+    ]
