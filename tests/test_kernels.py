@@ -252,6 +252,34 @@ def test_what_is_done_after_a_step(parts, dtype, backend):
                 close_to(a, b, dtype)  # the average is of the parameter as rounded
 
 
+def after_adam(made):
+    torch.manual_seed(0)
+    columns = [[torch.rand(shape, dtype=torch.float64) + 0.1 for _ in range(5)] for shape in [(9, 7), (40_000,), ()]]
+    return [
+        After(*five, step=0.3, correction=0.99, eps=1e-8, weight=0.2, made=m) for five, m in zip(columns, made, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS], indirect=True)
+def test_adams_correction_is_made_of_the_steps_that_a_gpu_has_counted(backend):
+    made = [1.0, 7.0, 1000.0]
+    ours, truth = after_adam(map(torch.tensor, made)), after_adam([None] * 3)
+    kernels.after_(ours)
+    reference.after_(row._replace(correction=1 - 0.99**m) for row, m in zip(truth, made, strict=True))
+    for a, b in zip(ours, truth, strict=True):
+        close_to(a.theta, b.theta)
+        close_to(a.average, b.average)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS], indirect=True)
+@pytest.mark.parametrize("flag", [True, 1.0, False, 0.0])
+def test_what_is_left_out_after_a_step_that_does_not_count(flag, backend):
+    ours, truth = after_adam([None] * 3), after_adam([None] * 3)
+    kernels.after_(ours, skip=torch.tensor(flag))
+    for a, b in zip(ours, truth, strict=True):
+        assert torch.equal(a.theta, b.theta) == torch.equal(a.average, b.average) == bool(flag)
+
+
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS], indirect=True)
 @pytest.mark.parametrize("step", [0.0, 1e-30, 1e30, float("inf")])
 def test_the_proximal_pull_is_exact_at_both_ends(step, backend):

@@ -17,7 +17,7 @@ from torch import Tensor
 from rwalk.kernels.blocked import AnyRow, one_order
 from rwalk.kernels.loops import COARSE, NONE, TILE, WIDE, Compiled, after_rows, visit_rows
 from rwalk.kernels.reference import noise, noise_start
-from rwalk.kernels.visits import After, Rates, Row, Visit
+from rwalk.kernels.visits import After, Rates, Row, Visit, counted
 
 SHARE = 2**18
 """Elements of work below which a second thread does not pay."""
@@ -56,7 +56,7 @@ def after_(rows: Iterable[After], skip: Tensor | None = None) -> list[After]:
     """Visit parameters after a step: see `After`. Returns the rows left to the next backend."""
     if skip is not None and skip.is_cpu and bool(skip):
         return []
-    tables, left = _tables(rows)
+    tables, left = _tables(counted(rows))
     for key, table in tables.items():
         _run(after_rows, key, table, (), *[True if kind else None for kind in key[2 : len(AFTER)]])
     return left
