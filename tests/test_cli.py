@@ -228,7 +228,7 @@ FLAGS = [
     "--methods", "--seeds", "--first-seed", "--strength", "--pull", "--average", "--out", "--data", "--tasks",
     "--scenario", "--threads", "--epochs", "--batch-size", "--lr", "--optimizer", "--hidden", "--mask", "--rwalk.alpha",
     "--rwalk.eps", "--rwalk.delta-t", "--ewc.samples", "--si.xi", "--mas.decay", "--l2.toward", "--help", "-h",
-    "--bogus", "--rwalk", "--", "--model", "--by", "--label",
+    "--bogus", "--rwalk", "--", "--model", "--by", "--label", "--device",
     "--replay", "--per", "--select", "--replay-batch",
 ]  # fmt: skip
 VALUES = [
@@ -236,7 +236,7 @@ VALUES = [
     "finetune", "joint", "rwalk", "recipe,ewc", ",", "rwalk,rwalk", "mean", "max", "first", "task", "class", "domain",
     "sgd", "adam", "gradient", "proximal", "tail", "none", "seen", "out", "../out", "true", "--seeds", "=", "{}", "é",
     "", " ", "\0", "\ud800", "mlp", "lstm", "a:b", ":", "math:sqrt", "domain", "folder",
-    "replay,agem", "lwf", "herding",
+    "replay,agem", "lwf", "herding", "cuda", "cuda:99999999999999999999", "cuda:-1", "cpu:3", "mps",
 ]  # fmt: skip
 STREAMS = [
     "split-digits", "permuted-digits", "rotated-digits", "split:digits", "split-absent", "split-", "split-./absent",
@@ -258,7 +258,7 @@ senseless = st.lists(
 
 
 def stub(stream, method, strength, seed, training, **options):
-    del options["checkpoint"], options["tick"], options["track"]
+    del options["checkpoint"], options["tick"], options["track"], options["device"]
     config = configuration(stream, method, strength, training, **options)
     name = method if isinstance(method, str) else type(method).__name__.lower()
     return Record(name, stream[0].stream["name"], seed, [[0.5]], config=config, timings={"train_seconds": 1.0})
