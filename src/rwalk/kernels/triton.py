@@ -138,18 +138,24 @@ def _pointer(table, row, column: tl.constexpr, KINDS: tl.constexpr):
 
 
 @triton.jit
+def _place(chunks, sizes, skip, CHUNK_LENGTH: tl.constexpr, SKIPS: tl.constexpr):
+    """Say which parameter a program works on, at which of its elements, and which of those are there and not to be skipped."""
+    row = tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
+    at = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * CHUNK_LENGTH + tl.arange(0, CHUNK_LENGTH)
+    size = tl.load(sizes + row)
+    if SKIPS:
+        size = tl.where(tl.load(skip) == 0, size, 0)
+    return row, at, at < size
+
+
+@triton.jit
 def _visit(
     table, chunks, sizes, weights, scale, skip, noise, far, eps, pull, first,
     KINDS: tl.constexpr, CHUNK_LENGTH: tl.constexpr, NOISE_LENGTH: tl.constexpr,
     CLOSE: tl.constexpr, SCALED: tl.constexpr, SKIPS: tl.constexpr,
 ):  # fmt: skip
     """Visit one chunk of one parameter; columns are those of `Row`."""
-    row = tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
-    at = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * CHUNK_LENGTH + tl.arange(0, CHUNK_LENGTH)
-    size = tl.load(sizes + row)
-    if SKIPS:
-        size = tl.where(tl.load(skip) == 0, size, 0)
-    inside = at < size
+    row, at, inside = _place(chunks, sizes, skip, CHUNK_LENGTH, SKIPS)
     STATE: tl.constexpr = tl.float64 if KINDS[0] == tl.float64 else tl.float32
     theta = tl.load(_pointer(table, row, 0, KINDS) + at, mask=inside, other=0).to(STATE)
     if KINDS[6] is not None:
@@ -207,12 +213,7 @@ def _after(
     table, chunks, sizes, numbers, skip, KINDS: tl.constexpr, CHUNK_LENGTH: tl.constexpr, SKIPS: tl.constexpr
 ):  # fmt: skip
     """Visit one chunk of one parameter after a step; columns are those of `After`."""
-    row = tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
-    at = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * CHUNK_LENGTH + tl.arange(0, CHUNK_LENGTH)
-    size = tl.load(sizes + row)
-    if SKIPS:
-        size = tl.where(tl.load(skip) == 0, size, 0)
-    inside = at < size
+    row, at, inside = _place(chunks, sizes, skip, CHUNK_LENGTH, SKIPS)
     STATE: tl.constexpr = tl.float64 if KINDS[0] == tl.float64 else tl.float32
     theta = tl.load(_pointer(table, row, 0, KINDS) + at, mask=inside, other=0).to(STATE)
     if KINDS[2] is not None:
