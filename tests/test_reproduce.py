@@ -157,6 +157,13 @@ def test_every_method_runs_on_split_streams(name, tmp_path, monkeypatch):
     assert f"{100 * first.average_accuracy:.2f}" in split.row(name, target, [first])
 
 
+def test_a_method_that_diverges_says_so_and_stops_no_other(tmp_path):
+    wild = split.Target("digits", lambda: bench.split("digits", tasks=2), Training(batch_size=64), {"EWC": 1e9})
+    with pytest.warns(UserWarning, match="overshoot"):
+        assert split.several("EWC", wild, [0], tmp_path) is None
+    assert "| EWC, strength 1e+09 | diverges | – |" in split.row("EWC", wild, None)
+
+
 def test_avalanches_plugin_learns_the_same_stream():
     if find_spec("avalanche") is None:
         pytest.skip("needs Avalanche: make peers")
