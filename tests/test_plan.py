@@ -143,7 +143,7 @@ def test_traffic_is_what_the_visits_of_a_window_touch(rule, later, coarse, optim
     model, inner, memory = start(rule, optimizer, later, state_dtype=torch.bfloat16 if coarse else None)
     seen = {"visit_": 0, "after_": 0, "norms_of": 0}
 
-    def metered(name, function, argument):
+    def metered(name, function, *arguments):
         theta = dict(memory._watch.theta)
         known = [pair for name, p in theta.items() for pair in ((name, p), ("grad", p.grad))]
         lists = {key: column for key, column in memory._state._asdict().items() if isinstance(column, list)}
@@ -152,7 +152,7 @@ def test_traffic_is_what_the_visits_of_a_window_touch(rule, later, coarse, optim
         known += [("held", t) for d in dicts for t in d.values()]
         known += [(key, t) for s in inner.state.values() for key, t in s.items() if t is not None and t.dim()]
         with Meter(known) as meter:
-            result = function(argument)
+            result = function(*arguments)
         seen[name] += meter.bytes
         return result
 
