@@ -144,8 +144,8 @@ class FineTune:
         try:
             with torch.no_grad():
                 parts = zip(*(column.split(512) for column in (x, *targets)), strict=True)
-                here = ([column.to(self.device) for column in part] for part in parts)
-                return torch.cat([read(self.model(x), *target) for x, *target in here]).to(x.device)
+                there = ([column.to(self.device) for column in part] for part in parts)
+                return torch.cat([read(self.model(part), *target) for part, *target in there]).to(x.device)
         finally:
             self.model.train(training)
 
@@ -295,7 +295,7 @@ class Cumulative(FineTune):
         self._past.append(experience)
         self.seen |= set(experience.classes)
         data = [self._data(e) for e in self._past]
-        origin = torch.cat([torch.full_like(y, i) for i, (_, y) in enumerate(data)])
+        origin = torch.cat([torch.full((len(y),), i, device=self.device) for i, (_, y) in enumerate(data)])
         x, y = (torch.cat(column) for column in zip(*data, strict=True))
         self._train(x, y, [self._allowed(e) for e in self._past], origin)
 
