@@ -1,8 +1,8 @@
 """Runs commands of rwalk in forked children that are killed or given a full disk: a child costs no start of Python.
 
 Reads one JSON object a line: `arguments` and the folder `out`, without which the command is only warmed up; `seconds` until
-SIGKILL; `line`, SIGKILL at that line of those that the modules that write execute; `limit`, bytes that a file may have. Answers
-with `status` (negative: the signal), `stderr` and `lines`.
+SIGKILL; `line`, SIGKILL at that line of those that the modules that write execute; `unfinished`, SIGKILL in the middle of the first
+write; `limit`, bytes that a file may have. Answers with `status` (negative: the signal), `stderr` and `lines`.
 """
 
 import io
@@ -40,14 +40,14 @@ def warm(arguments):
         cli.main([*arguments, "--out", folder])
 
 
-def answer(arguments, out=None, seconds=None, line=None, limit=None):
+def answer(arguments, out=None, seconds=None, line=None, unfinished=False, limit=None):
     """Do one command in a child; without a folder, here."""
     if out is None:
         return warm(arguments)
     pipes = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
-        _child([*arguments, "--out", out], line, limit, pipes[0][1], pipes[1][1])
+        _child([*arguments, "--out", out], line, unfinished, limit, pipes[0][1], pipes[1][1])
     for _, outlet in pipes:
         os.close(outlet)
     if seconds is not None and not select.select([pipes[1][0]], [], [], seconds)[0]:
@@ -57,7 +57,7 @@ def answer(arguments, out=None, seconds=None, line=None, limit=None):
     return {"status": os.waitstatus_to_exitcode(status), "stderr": stderr, "lines": lines}
 
 
-def _child(arguments, line, limit, errors, outlet):
+def _child(arguments, line, unfinished, limit, errors, outlet):
     os.dup2(errors, 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     count = 0
@@ -71,6 +71,8 @@ def _child(arguments, line, limit, errors, outlet):
 
     status = 70
     try:
+        if unfinished:
+            os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         if line is not None:

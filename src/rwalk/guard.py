@@ -54,7 +54,7 @@ class Doubt(NamedTuple):
     """A step of which it is not known yet whether it counts.
 
     Args:
-        flag: one element, not 0 if the step does not count.
+        flag: one element, not 0 (a NaN, where it comes from gradients) if the step does not count.
         before: the rule's state before it.
         norms: the norm of each gradient, where the flag comes from them.
         names: the parameters' names, parallel to `norms`.
@@ -79,7 +79,8 @@ class Doubt(NamedTuple):
         norms = spread.sum_(norms_of(grad))
         if norms.is_cpu and all(map(math.isfinite, norms.tolist())):
             return cls(COUNTS, before)
-        return cls(~torch.isfinite(norms).all(), before, norms, tuple(grad), step)
+        total = norms.sum()
+        return cls(total - total, before, norms, tuple(grad), step)
 
     @property
     def open(self) -> bool:

@@ -95,8 +95,9 @@ def visit_(visit: Visit) -> Tensor | None:
     counts: list[Tensor] = []
     for rows in fetched(visit.rows()):
         for backend in _chain:
-            rows, far = backend.visit_(rows, visit)
-            counts += far
+            if rows:
+                rows, far = backend.visit_(rows, visit)
+                counts += far
     return torch.stack([count.to(counts[0].device) for count in counts]).sum() if counts else None
 
 
@@ -109,7 +110,7 @@ def after_(rows: Iterable[After], skip: Tensor | None = None) -> None:
     """
     for left in fetched(rows):
         for backend in _chain:
-            left = backend.after_(left, skip)
+            left = backend.after_(left, skip) if left else left
 
 
 def fetched(rows: Iterable[blocked.AnyRow], limit: int = FETCH) -> Iterator[list[blocked.AnyRow]]:

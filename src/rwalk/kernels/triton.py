@@ -43,8 +43,9 @@ def visit_(rows: Iterable[Row], visit: Visit) -> tuple[list[Row], list[Tensor]]:
         count = torch.zeros((), dtype=torch.int64, device=device)
         flags = {"SCALED": visit.scale is not None, "SKIPS": visit.skip is not None}
         tables = (_on(visit.scale, count), _on(visit.skip, count), noise(device), count)
-        numbers = (visit.eps, 2 * visit.strength, noise_start(visit.tick))
-        _launch(_visit, mine, kinds, *tables, *numbers, CLOSE=visit.close, NOISE_LENGTH=NOISE, **flags)
+        numbers = _on_device(tuple([(row.weight, visit.eps, 2 * visit.strength) for row in mine]), torch.float64, device)
+        first = noise_start(visit.tick)
+        _launch(_visit, mine, kinds, numbers, *tables, first, CLOSE=visit.close, NOISE_LENGTH=NOISE, **flags)
         far += [count] if visit.close and kinds[2] is not None and kinds[5] is not None else []
     return left, far
 
@@ -53,7 +54,7 @@ def after_(rows: Iterable[After], skip: Tensor | None = None) -> list[After]:
     """Visit parameters after a step: see `After`. Returns the rows left to the next backend."""
     groups, left = _sort(rows, AFTER_COLUMNS)
     for (kinds, *_), mine in groups.items():
-        _launch(_after, mine, kinds, _on(skip, mine[0].theta), SKIPS=skip is not None)
+        _launch(_after, mine, kinds, _corrected(mine), _on(skip, mine[0].theta), SKIPS=skip is not None)
     return left
 
 
@@ -95,18 +96,17 @@ def _launch(kernel: Any, rows: list[Any], kinds: tuple[torch.dtype | None, ...],
         options = {"num_warps": 8, "enable_fp_fusion": True}
         flags |= {"KINDS": tuple([None if kind is None else KINDS[kind] for kind in kinds]), "CHUNK_LENGTH": CHUNK}
         with torch.cuda.device_of(table):  # Triton starts programs on the device that is the current one
-            kernel[(len(chunks),)](table, chunks, lengths, _numbers(rows, device), *rest, **flags, **options)
+            kernel[(len(chunks),)](table, chunks, lengths, *rest, **flags, **options)
 
 
-def _numbers(rows: list[Any], device: torch.device) -> Tensor:
+def _corrected(rows: list[After]) -> Tensor:
     """Return the numbers of rows; where Adam's correction depends on a count that a GPU has, it is worked out there."""
-    if isinstance(rows[0], Row):
-        return _on_device(tuple([(row.weight,) for row in rows]), torch.float64, device)
-    numbers = _on_device(tuple([row[AFTER_COLUMNS:-1] for row in rows]), torch.float64, device)
-    if rows[0].made is None:
+    numbers = _on_device(tuple([row[AFTER_COLUMNS:-1] for row in rows]), torch.float64, rows[0].theta.device)
+    made = [row.made for row in rows if row.made is not None]
+    if not made:
         return numbers
     numbers = numbers.clone()
-    numbers[:, 1] = 1 - numbers[:, 1] ** torch.stack([row.made for row in rows])
+    numbers[:, 1] = 1 - numbers[:, 1] ** torch.stack(made)
     return numbers
 
 
@@ -150,7 +150,7 @@ def _place(chunks, sizes, skip, CHUNK_LENGTH: tl.constexpr, SKIPS: tl.constexpr)
 
 @triton.jit
 def _visit(
-    table, chunks, sizes, weights, scale, skip, noise, far, eps, pull, first,
+    table, chunks, sizes, numbers, scale, skip, noise, far, first,
     KINDS: tl.constexpr, CHUNK_LENGTH: tl.constexpr, NOISE_LENGTH: tl.constexpr,
     CLOSE: tl.constexpr, SCALED: tl.constexpr, SKIPS: tl.constexpr,
 ):  # fmt: skip
@@ -169,6 +169,7 @@ def _visit(
             if KINDS[5] is not None:
                 distance = moved * moved * fisher * 0.5  # in the reference's order, so that both count alike
                 score = tl.load(_pointer(table, row, 5, KINDS) + at, mask=inside, other=0)
+                eps = tl.load(numbers + 3 * row + 1).to(STATE)
                 tl.store(_pointer(table, row, 5, KINDS) + at, score + path / (distance + eps), mask=inside)
                 tl.atomic_add(far, tl.sum((inside & (distance > eps)).to(tl.int64)))
                 path = path * 0
@@ -184,7 +185,7 @@ def _visit(
             path += (g - previous) * moved
             previous = g
         if KINDS[6] is not None:
-            weight = tl.load(weights + row).to(STATE)
+            weight = tl.load(numbers + 3 * row).to(STATE)
             if KINDS[7] is not None:
                 fresh = tl.load(_pointer(table, row, 7, KINDS) + at, mask=inside, other=0).to(STATE)
                 if SCALED:
@@ -201,7 +202,7 @@ def _visit(
             omega = tl.load(_pointer(table, row, 9, KINDS) + at, mask=inside, other=0).to(STATE)
             if SCALED:
                 omega = omega * tl.load(scale)
-            grad += pull * omega * (theta - point)
+            grad += tl.load(numbers + 3 * row + 2).to(STATE) * omega * (theta - point)
             tl.store(_pointer(table, row, 1, KINDS) + at, grad.to(KINDS[1]), mask=inside)
     if KINDS[2] is not None:
         tl.store(_pointer(table, row, 2, KINDS) + at, path, mask=inside)
