@@ -1,8 +1,8 @@
 """Runs commands of rwalk in forked children that are killed or given a full disk: a child costs no start of Python.
 
 Reads one JSON object a line: `arguments` and the folder `out`, without which the command is only warmed up; `seconds` until
-SIGKILL; `line`, SIGKILL at that line of those that the modules that write execute; `unfinished`, SIGKILL in the middle of the first
-write; `limit`, bytes that a file may have. Answers with `status` (negative: the signal), `stderr` and `lines`.
+SIGKILL; `line`, SIGKILL at that line of those that the modules that write execute; `unfinished`, SIGKILL in the first write;
+`limit`, bytes that a file may have. Answers with `status` (negative: the signal), `stderr` and `lines`.
 """
 
 import io
