@@ -55,7 +55,7 @@ class Metric(NamedTuple):
     @classmethod
     def of(cls, optimizer: Optimizer, group: dict[str, Any]) -> "Metric":
         """Read a group's."""
-        beta, eps = (float(group["betas"][1]), float(group["eps"])) if "betas" in group and "eps" in group else (None, 0.0)
+        beta, eps = (float(group["betas"][1]), float(group["eps"])) if _adaptive(group) else (None, 0.0)
         return cls(rate(group), _momentum(optimizer, group), beta, eps)
 
     def fill(self, row: After, optimizer: Optimizer, parameter: Tensor, factor: float) -> After:
@@ -70,6 +70,11 @@ class Metric(NamedTuple):
         return After(
             *row[:3], second, row.average, factor * self.rate, correction, self.eps, row.weight, count if there else None
         )
+
+
+def _adaptive(group: Mapping[str, Any]) -> bool:
+    """Tell whether a group has the settings of the Adam family."""
+    return "betas" in group and "eps" in group
 
 
 def _second_moment(state: Mapping[str, Any], theta: Tensor) -> Tensor | None:
@@ -91,7 +96,7 @@ def rate(group: dict[str, Any]) -> float:
 def metric(optimizer: Optimizer, layered: bool = False) -> str:
     """Say in which metric `drawn` works under an optimiser, for anchors that hold whole layers or not."""
     groups = optimizer.param_groups
-    adaptive = [p for group in groups if "betas" in group for p in group["params"]]
+    adaptive = [p for group in groups if _adaptive(group) for p in group["params"]]
     known = any(_second_moment(optimizer.state.get(p, {}), p) is not None for p in adaptive)
     if known or isinstance(optimizer, Adam | AdamW | NAdam):
         return "lr / (sqrt(v) + eps), per coordinate" + ", but one mean for each layer" * layered

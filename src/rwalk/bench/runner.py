@@ -79,36 +79,17 @@ def run(
         rehearsal.check(stream)
     config = configuration(stream, method, strength, training, pull, average, replay)
     device = devices.chosen(device)
-    versions = _versions() | devices.about(device)
-    run = {
-        "file": record_name(stream, method, strength, seed, training, pull=pull, average=average, replay=replay),
-        "versions": versions,
-        "threads": torch.get_num_threads(),
-        "ranks": ranks.size(),
-        "device": device.type,
-    }
-    place = Checkpoint(Path(checkpoint) if checkpoint else None, run, device)
+    name = record_name(stream, method, strength, seed, training, pull=pull, average=average, replay=replay)
+    facts = _facts(device)
+    place = Checkpoint(Path(checkpoint) if checkpoint else None, {"file": name} | facts, device)
 
     def begin() -> Learner:
         torch.manual_seed(seed)
         return _learner(stream, method, settings, rehearsal, config, seed, training, tick, device)
 
     with devices.alone(device):
-        learner = begin()
-        measured = place.restore(learner, stream)
-        if not ranks.every(measured is not None) or measured is None:
-            learner = begin()
-            measured = Measured(_evaluate(learner, stream, -1) if isinstance(learner, FineTune) else [])
-        for k in range(len(measured.accuracy), len(stream)):
-            start = time.perf_counter()
-            learner.fit(stream[k])
-            measured.seconds += time.perf_counter() - start
-            measured.accuracy.append(_evaluate(learner, stream, k))
-            if stream[0].kind == "characters" and isinstance(learner, FineTune):
-                measured.bits.append([learner.bits(*e.test.read()) for e in stream])
-            if ranks.number() == 0:
-                track(figures(measured.accuracy) | getattr(learner, "scalars", dict)(), k + 1)
-            place.save(learner, measured)
+        learner, measured = _begun(begin, place, stream)
+        _learn(learner, measured, stream, place, track)
     return Record(
         method=called(method, replay),
         stream=stream[0].stream["name"],
@@ -120,11 +101,39 @@ def run(
         timings={"train_seconds": measured.seconds} | _step_time(learner),
         memory=_memory(learner),
         diagnostics=getattr(learner, "diagnostics", []),
-        versions=versions,
-        threads=torch.get_num_threads(),
-        ranks=ranks.size(),
-        device=device.type,
+        **facts,
     )
+
+
+def _facts(device: torch.device) -> dict[str, Any]:
+    """Return what a run depends on beside its configuration and seed, by the names of a record's fields."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "rwalk": rwalk.__version__}
+    versions |= {"kernels": kernels.current()} | devices.about(device)
+    return {"versions": versions, "threads": torch.get_num_threads(), "ranks": ranks.size(), "device": device.type}
+
+
+def _begun(begin: Callable[[], Learner], place: Checkpoint, stream: Sequence[Experience]) -> tuple[Learner, Measured]:
+    """Return a learner and what has been measured, from where a checkpoint stands on all ranks, else from the start."""
+    learner = begin()
+    measured = place.restore(learner, stream)
+    if ranks.every(measured is not None) and measured is not None:
+        return learner, measured
+    learner = begin()
+    return learner, Measured(_evaluate(learner, stream, -1) if isinstance(learner, FineTune) else [])
+
+
+def _learn(learner: Learner, measured: Measured, stream: Sequence[Experience], place: Checkpoint, track: Track) -> None:
+    """Train on the tasks that are left, and measure after each of them."""
+    for k in range(len(measured.accuracy), len(stream)):
+        start = time.perf_counter()
+        learner.fit(stream[k])
+        measured.seconds += time.perf_counter() - start
+        measured.accuracy.append(_evaluate(learner, stream, k))
+        if stream[0].kind == "characters" and isinstance(learner, FineTune):
+            measured.bits.append([learner.bits(*e.test.read()) for e in stream])
+        if ranks.number() == 0:
+            track(figures(measured.accuracy) | getattr(learner, "scalars", dict)(), k + 1)
+        place.save(learner, measured)
 
 
 def refuse(stream: Sequence[Experience], method: Method) -> None:
@@ -167,11 +176,6 @@ def record_name(
     """Return the name of a run's record file; `options` are `pull`, `average` and `replay`, as for `run`."""
     config = configuration(stream, method, strength, training, **options)
     return file_name(stream[0].stream["name"], called(method, options.get("replay")), seed, config)
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "rwalk": rwalk.__version__}
-    return versions | {"kernels": kernels.current()}
 
 
 def _settings(method: Method, strength: float | None, pull: Pull | None, average: Average | None) -> Settings | None:
