@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rwalk import L2, Anchor, kernels
 from rwalk.bench import Experience, Protected
+from rwalk.bench.comparators import AGEM
 from rwalk.consolidator import resolve
 from rwalk.importance.base import Finish, Importance, Step
 from rwalk.parameters import copies, zeros
@@ -184,3 +185,18 @@ class ReleasedMAS(Protected):
         self.memory.detach()
         self.memory.adopt(Anchor({name: p.detach().clone() for name, p in names.items()}, omega))
         self.memory.attach(self.optimizer)
+
+
+class ReleasedAGEM(AGEM):
+    """Their "A-GEM": of each class the examples that were trained on last are kept, in place of any."""
+
+    def fit(self, experience: Experience) -> None:
+        """Train for one epoch, and store the end of it."""
+        self._order = torch.randperm(len(experience.train), generator=self.generator.clone_state())
+        super().fit(experience)
+
+    def _keep(self, experience: Experience) -> None:
+        x, y = self._data(experience)
+        late = self._order.flip(0).to(y.device)
+        rows = torch.cat([late[y[late] == label][: self.rehearsal.size] for label in y.unique()])
+        self.buffer.add(None, [(x[rows], y[rows])], task=len(self._past))

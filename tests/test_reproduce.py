@@ -88,6 +88,27 @@ def test_the_released_running_fisher_information():
         assert np.allclose(a, b, rtol=1e-9)
 
 
+def test_the_released_agem_keeps_what_its_ring_holds():
+    """Truth: a ring of four places for each class of each task, written to as batches are trained on."""
+    ring = {}
+
+    class Watched(released.ReleasedAGEM):
+        def _step(self, x, y, *rest):
+            for example, label in zip(x, y.tolist(), strict=True):
+                ring.setdefault((len(self._past), label), []).append(example)
+            super()._step(x, y, *rest)
+
+    tasks = bench.permuted("digits", tasks=2)
+    learner = Watched(Rehearsal(4, "class"), lambda: build("mlp", tasks[0], (4,)), Training(batch_size=7), 3)
+    for task in tasks:
+        learner.fit(task)
+    kept = learner.buffer.sample(80)
+    assert len(kept.y) == 80
+    for (task, label), examples in ring.items():
+        held = kept.x[(kept.task == task) & (kept.y == label)]
+        assert {tuple(x.flatten().tolist()) for x in held} == {tuple(x.flatten().tolist()) for x in examples[-4:]}
+
+
 @pytest.fixture
 def small(monkeypatch):
     """The script of permuted MNIST on two small tasks of noise."""

@@ -436,28 +436,18 @@ class Consolidator:
         """Observe the step that the optimiser is about to take, then add the pull to its gradients."""
         self._resolve()
         self._moved, self._averaged = [], []
-        unclipped, self._unclipped = self._unclipped, None
-        squares = self._squares.take(unclipped and unclipped.grad) if self._squares is not None else None
-        grad = self._gradients(optimizer)
+        grad, seen, squares = self._looked_at(optimizer)
         theta = self._watch.theta
-        seen = grad
-        if unclipped is not None:
-            unclipped.check(grad)
-            seen = unclipped.grad
         scale, skip = guard.scaling(optimizer)
         doubt = self._look_for_doubt(optimizer, grad, seen, skip)
         if doubt is None or not grad:
             return
         self._moved = list(grad)
-        pulling = self.pull == "gradient" and self.strength and len(self._anchor)
-        if pulling:
-            lr = max(map(proximal.rate, optimizer.param_groups))
-            self._overshoot.look(self._anchor, self.strength, lr, self._watch.spread)
         step = Step(
             list(theta.values()),
             [seen.get(name) for name in theta],
             squares=None if squares is None else [squares.get(name) for name in theta],
-            pull=self._anchor.pull(list(theta), self.strength) if pulling else None,
+            pull=self._anchor.pull(list(theta), self.strength) if self._pulls(optimizer) else None,
             scale=scale,
             skip=doubt.flag if doubt.open else None,
         )
@@ -471,6 +461,24 @@ class Consolidator:
         if self._inside is not None:
             self._inside.set_aside(step.theta, step.grad)
         self._doubt = doubt.asked() if doubt.open else None
+
+    def _looked_at(self, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor] | None]:
+        """Return the gradients, those that the rule sees, and each example's mean square where the rule wants it, by name."""
+        unclipped, self._unclipped = self._unclipped, None
+        squares = self._squares.take(unclipped and unclipped.grad) if self._squares is not None else None
+        grad = self._gradients(optimizer)
+        if unclipped is None:
+            return grad, grad, squares
+        unclipped.check(grad)
+        return grad, unclipped.grad, squares
+
+    def _pulls(self, optimizer: Optimizer) -> bool:
+        """Tell whether gradients are pulled, after a look at whether that overshoots at the optimiser's learning rate."""
+        if self.pull != "gradient" or not self.strength or not len(self._anchor):
+            return False
+        lr = max(map(proximal.rate, optimizer.param_groups))
+        self._overshoot.look(self._anchor, self.strength, lr, self._watch.spread)
+        return True
 
     def _gradients(self, optimizer: Optimizer) -> dict[str, Tensor]:
         """Return the gradients of the protected parameters that the optimiser holds, after a look at what it holds now."""

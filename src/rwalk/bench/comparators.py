@@ -76,11 +76,15 @@ class Replay(FineTune):
         if self._past:
             self._shut = ~torch.stack([self._allowed(e) for e in self._past])
         super().fit(experience)
+        self._keep(experience)
+        self._past.append(experience)
+
+    def _keep(self, experience: Experience) -> None:
+        """Store some of a task that has been learned."""
         labels = self._allowed(experience).nonzero().squeeze(1)
         x, y = self._data(experience)
         data = zip(x.split(2048), y.split(2048), strict=True)
         self.buffer.add(self.model, data, task=len(self._past), logits=lambda output: output[:, labels])
-        self._past.append(experience)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of training and the buffer's."""
