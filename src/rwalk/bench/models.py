@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 from rwalk._errors import explain
 from rwalk.bench.experience import Experience, Kind
 from rwalk.plan import made
+
+Weighted = TypeVar("Weighted", nn.Conv2d, nn.Linear)
 
 
 def mlp(inputs: Sequence[int], outputs: int, hidden: Sequence[int] = (256, 256), tokens: int = 0) -> nn.Module:
@@ -59,7 +62,8 @@ def cnn(inputs: Sequence[int], outputs: int) -> nn.Module:
 
     As in Zenke, Poole and Ganguli, "Continual learning through synaptic intelligence" (ICML 2017), and its code; Riemannian
     Walk follows it. Every second convolution has no padding, and pooling over 2 x 2 and dropout of 1/4 behind it; the first
-    dense layer has dropout of 1/2.
+    dense layer has dropout of 1/2. Initial weights are He's; under PyTorch's usual ones so deep a network without
+    normalisation spends most of an epoch near its start.
 
     Args:
         inputs: channels, height and width.
@@ -74,10 +78,22 @@ def cnn(inputs: Sequence[int], outputs: int) -> nn.Module:
         raise ValueError(explain(came, f"{SMALLEST} x {SMALLEST} pixels or more", "Choose the model `mlp` or `resnet`."))
     layers: list[nn.Module] = []
     for a, b in ((channels, 32), (32, 64)):
-        layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.Conv2d(b, b, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25)]
+        first, second = rectified(nn.Conv2d(a, b, 3, padding=1)), rectified(nn.Conv2d(b, b, 3))
+        layers += [first, nn.ReLU(), second, nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25)]
     height, width = (((side - 2) // 2 - 2) // 2 for side in sides)
-    dense = [nn.Linear(64 * height * width, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, outputs)]
+    dense = [rectified(nn.Linear(64 * height * width, 512)), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, outputs)]
     return nn.Sequential(*layers, nn.Flatten(), *dense)
+
+
+def rectified(layer: Weighted) -> Weighted:
+    """Give a layer in front of a ReLU initial weights that keep the size of what passes through, and biases of 0.
+
+    Source: He, Zhang, Ren and Sun, "Delving deep into rectifiers" (ICCV 2015), equation 10.
+    """
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
 
 
 class Residual(nn.Module):
