@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from rwalk.bench.data import download, load
 
@@ -51,7 +52,11 @@ def test_digits_come_whole_and_split_the_same_way_each_time():
     assert data.train_x.shape == (1433, 1, 8, 8)
     assert data.test_x.shape == (364, 1, 8, 8)
     assert 0 <= data.train_x.min() < data.train_x.max() <= 1
-    assert set(data.test_y.tolist()) == set(range(10))
+    theirs = load_digits()
+    rows = sorted(zip(theirs.images.reshape(-1, 64).tolist(), theirs.target.tolist(), strict=True))
+    x, y = torch.cat([data.train_x, data.test_x]), torch.cat([data.train_y, data.test_y])
+    assert sorted(zip((16 * x).flatten(1).tolist(), y.tolist(), strict=True)) == rows
+    assert data.test_y.bincount().tolist() == [-(-count // 5) for count in np.bincount(theirs.target)]
     assert data.digest() == load("digits").digest()
 
 

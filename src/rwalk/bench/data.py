@@ -8,6 +8,7 @@ import io
 import json
 import os
 from dataclasses import dataclass
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ HUB = {
     "tiny_imagenet": "zh-plus/tiny-imagenet",
 }
 """Short names of data sets on the Hugging Face hub; any other name is passed on as it is."""
+
+DIGITS = "sklearn/datasets/data/digits.csv.gz"
 
 SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}
 LABELS = ("label", "labels", "fine_label", "target", "class", "y")
@@ -144,11 +147,9 @@ def download(name: str) -> dict[str, Any]:
 
 def _digits() -> DataSet:
     """Return scikit-learn's 1,797 digits of 8 x 8 pixels; every fifth example of each class is for testing."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    x = torch.from_numpy(bunch.images).float().div(16).unsqueeze(1)
-    y = torch.from_numpy(bunch.target).long()
+    # Read from the installed package: importing scikit-learn would take as long as importing torch.
+    table = torch.from_numpy(np.loadtxt(str(distribution("scikit-learn").locate_file(DIGITS)), delimiter=","))
+    x, y = table[:, :-1].float().div(16).reshape(-1, 1, 8, 8), table[:, -1].long()
     test = torch.zeros(len(y), dtype=torch.bool)
     for label in range(10):
         test[(y == label).nonzero().squeeze(1)[::5]] = True
