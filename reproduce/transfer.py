@@ -197,14 +197,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS), metavar="SETTING")
     parser.add_argument("--ablation", action="store_true", help="change one ingredient at a time instead")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=2, help="number of seeds")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     kernels.use("auto")
     warnings.filterwarnings("ignore", message="Got strength")  # a gradient pull that overshoots is part of a scan
     options.out.mkdir(parents=True, exist_ok=True)
-    seeds = range(options.seeds)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
     if options.ablation:
         print("| | strength | average accuracy |\n|---|---|---|")
         for name, method in ABLATION.items():
