@@ -44,7 +44,19 @@ class Target(NamedTuple):
 
 
 MNIST = Training(10, 64, 0.001, "adam")
-STRENGTHS = {"RWalk": 1.0, "EWC": 10.0, "SI": 1.0, "Avalanche's RWalkPlugin": 1.0}
+STRENGTHS = {"RWalk": 1.0, "RWalk at eps 1.2e-7": 1.0, "EWC": 10.0, "SI": 1.0, "Avalanche's RWalkPlugin": 1.0}
+
+
+CIFAR10 = Training(1, 32, 0.01, "momentum")
+
+
+def undropped(task: Experience) -> torch.nn.Module:
+    """Make the convolutional network without its dropout: so Avalanche's plugin trains it, which leaves it in eval mode."""
+    model = build("cnn", task, ())
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.0
+    return model
 
 
 def single(mask: Any) -> Target:
@@ -61,7 +73,11 @@ TARGETS = {
     **{f"mnist-{mask}": single(mask) for mask in ("task", "seen", "all")},
     "cifar10": Target(
         "split CIFAR-10, a head for each task, 5 tasks of 2 classes, one epoch, convolutional network",
-        lambda: bench.split("cifar10"), Training(1, 32, 0.01, "momentum"), STRENGTHS,
+        lambda: bench.split("cifar10"), CIFAR10, STRENGTHS,
+    ),
+    "cifar10-undropped": Target(
+        "the same without dropout, as Avalanche's plugin trains it",
+        lambda: bench.split("cifar10"), replace(CIFAR10, model="reproduce.split:undropped"), STRENGTHS,
     ),
     "hundred": Target(
         "100 classes of Tiny-ImageNet at 32 x 32 in place of CIFAR-100: 17 tasks of 5 classes after 3 left out, one epoch, "
@@ -75,6 +91,7 @@ TARGETS = {
 METHODS: dict[str, Any] = {
     "fine-tuning": "finetune",
     "RWalk": RWalk(),
+    "RWalk at eps 1.2e-7": RWalk(eps=1.2e-7),
     "EWC": EWC(samples=1000),
     "SI": SI(),
     "recipe": "recipe",
@@ -83,7 +100,7 @@ METHODS: dict[str, Any] = {
     "Avalanche's RWalkPlugin": None,
     "joint": None,
 }
-"""None are those that are learners of this folder."""
+"""None are those that are learners of this folder; the second RWalk has the constant of Avalanche's plugin."""
 KEPT = Rehearsal(200)
 """What A-GEM and replay keep: 200 examples in all."""
 

@@ -178,6 +178,18 @@ def test_every_method_runs_on_split_streams(name, tmp_path, monkeypatch):
     assert f"{100 * first.average_accuracy:.2f}" in split.row(name, target, [first])
 
 
+def test_the_network_without_dropout_trains_as_the_cnn_evaluates():
+    x, y = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 0, 1])
+    (task,) = bench.split(DataSet("noise", x, y, x, y, ("a", "b")), tasks=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        usual = build("cnn", task, ())
+        torch.manual_seed(0)
+        bare = split.undropped(task)
+    torch.testing.assert_close(bare.train()(x), usual.eval()(x))
+    assert not torch.equal(usual.train()(x), bare(x))
+
+
 def test_a_method_that_diverges_says_so_and_stops_no_other(tmp_path):
     wild = split.Target("digits", lambda: bench.split("digits", tasks=2), Training(batch_size=64), {"EWC": 1e9})
     with pytest.warns(UserWarning, match="overshoot"):
