@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reproduce.released import ReleasedAGEM, ReleasedEWC, ReleasedMAS, ReleasedRWalk, network
-from reproduce.runs import kept, percent, spread
+from reproduce.runs import chosen_seeds, kept, percent, seed_options, spread
 from reproduce.together import AveragedTogether
 from rwalk import EWC, L2, Kronecker, RWalk, kernels
 from rwalk.bench import Experience, FineTune, Learner, Protected, Record, Training, permuted
@@ -171,8 +171,7 @@ def main() -> None:
     """Do the runs that have no record yet, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated, of " + ", ".join(METHODS))
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
-    parser.add_argument("--first-seed", type=int, default=0)
+    seed_options(parser)
     parser.add_argument("--tune", action="store_true", help="try the methods' strengths on other tasks instead")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, default=Path("runs/permuted-mnist"), help="folder of the records")
@@ -189,7 +188,7 @@ def main() -> None:
             for method in scanned(METHODS[name]):
                 one(partial(early, data), name, method, TUNING[1], options.out, options.device)
         return
-    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    seeds = chosen_seeds(options)
     runs = {
         name: [one(partial(stream, data, seed), name, METHODS[name], seed, options.out, options.device) for seed in seeds]
         for name in names

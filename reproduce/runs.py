@@ -1,5 +1,6 @@
 """Runs of learners that have no name of the command line: kept on disk, and summed up for tables."""
 
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -53,3 +54,14 @@ def spread(values: list[float], usual: int = 5) -> str:
     """Write a mean with its standard deviation, and the number of runs where it is not the usual one."""
     number = "" if len(values) == usual else f" ({len(values)} run{'s' * (len(values) > 1)})"
     return f"{fmean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "") + number
+
+
+def seed_options(parser: ArgumentParser, usual: int = 5) -> None:
+    """Let a script be told its seeds: how many, and from which one on."""
+    parser.add_argument("--seeds", type=int, default=usual, help="number of seeds")
+    parser.add_argument("--first-seed", type=int, default=0)
+
+
+def chosen_seeds(options: Namespace) -> range:
+    """Return the seeds that `seed_options` was told."""
+    return range(options.first_seed, options.first_seed + options.seeds)

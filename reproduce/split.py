@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from reproduce.runs import kept, percent, spread
+from reproduce.runs import chosen_seeds, kept, percent, seed_options, spread
 from reproduce.together import Together
 from rwalk import EWC, SI, RWalk, bench, kernels
 from rwalk.bench import Experience, Record, Training
@@ -44,10 +44,8 @@ class Target(NamedTuple):
 
 
 MNIST = Training(10, 64, 0.001, "adam")
-STRENGTHS = {"RWalk": 1.0, "RWalk at eps 1.2e-7": 1.0, "EWC": 10.0, "SI": 1.0, "Avalanche's RWalkPlugin": 1.0}
-
-
 CIFAR10 = Training(1, 32, 0.01, "momentum")
+STRENGTHS = {"RWalk": 1.0, "RWalk at eps 1.2e-7": 1.0, "EWC": 10.0, "SI": 1.0, "Avalanche's RWalkPlugin": 1.0}
 
 
 def undropped(task: Experience) -> torch.nn.Module:
@@ -155,8 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", default=list(TARGETS), help=", ".join(TARGETS))
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated, of " + ", ".join(METHODS))
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
-    parser.add_argument("--first-seed", type=int, default=0)
+    seed_options(parser)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, default=Path("runs/split"), help="folder of the records")
     options = parser.parse_args()
@@ -170,7 +167,7 @@ def main() -> None:
         target = TARGETS[key]
         print(f"\n{target.about}\n\n| method | average accuracy | forgetting | published |\n|---|---|---|---|", flush=True)
         for name in names:
-            seeds = range(options.first_seed, options.first_seed + options.seeds)
+            seeds = chosen_seeds(options)
             print(row(name, target, several(name, target, seeds, options.out, options.device)), flush=True)
 
 

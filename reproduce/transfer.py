@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from reproduce.runs import kept, spread
+from reproduce.runs import chosen_seeds, kept, seed_options, spread
 from reproduce.together import Together
 from rwalk import EWC, L2, MAS, SI, RWalk, bench, kernels
 from rwalk.bench import Experience, Record, Training
@@ -197,15 +197,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS), metavar="SETTING")
     parser.add_argument("--ablation", action="store_true", help="change one ingredient at a time instead")
-    parser.add_argument("--seeds", type=int, default=2, help="number of seeds")
-    parser.add_argument("--first-seed", type=int, default=0)
+    seed_options(parser, 2)
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     kernels.use("auto")
     warnings.filterwarnings("ignore", message="Got strength")  # a gradient pull that overshoots is part of a scan
     options.out.mkdir(parents=True, exist_ok=True)
-    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    seeds = chosen_seeds(options)
     if options.ablation:
         print("| | strength | average accuracy |\n|---|---|---|")
         for name, method in ABLATION.items():

@@ -29,6 +29,7 @@ HUB = {
 """Short names of data sets on the Hugging Face hub; any other name is passed on as it is."""
 
 DIGITS = "sklearn/datasets/data/digits.csv.gz"
+"""Where scikit-learn keeps them: a row for each image, 64 pixels from 0 to 16 and the label."""
 
 SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}
 LABELS = ("label", "labels", "fine_label", "target", "class", "y")
