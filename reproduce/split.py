@@ -20,9 +20,11 @@ from rwalk import EWC, SI, RWalk, bench, kernels
 from rwalk.bench import Experience, Record, Training
 from rwalk.bench.comparators import Rehearsal
 from rwalk.bench.grid import once
+from rwalk.bench.learners import Protected
 from rwalk.bench.models import build
 from rwalk.bench.record import file_name
 from rwalk.bench.runner import configuration, record_name
+from rwalk.consolidator import resolve
 
 
 class Target(NamedTuple):
@@ -45,7 +47,10 @@ class Target(NamedTuple):
 
 MNIST = Training(10, 64, 0.001, "adam")
 CIFAR10 = Training(1, 32, 0.01, "momentum")
-STRENGTHS = {"RWalk": 1.0, "RWalk at eps 1.2e-7": 1.0, "EWC": 10.0, "SI": 1.0, "Avalanche's RWalkPlugin": 1.0}
+IN_EVAL = "RWalk in eval mode"
+STRENGTHS = {
+    "RWalk": 1.0, "RWalk at eps 1.2e-7": 1.0, IN_EVAL: 1.0, "EWC": 10.0, "SI": 1.0, "Avalanche's RWalkPlugin": 1.0
+}  # fmt: skip
 
 
 def undropped(task: Experience) -> torch.nn.Module:
@@ -90,6 +95,7 @@ METHODS: dict[str, Any] = {
     "fine-tuning": "finetune",
     "RWalk": RWalk(),
     "RWalk at eps 1.2e-7": RWalk(eps=1.2e-7),
+    IN_EVAL: None,
     "EWC": EWC(samples=1000),
     "SI": SI(),
     "recipe": "recipe",
@@ -98,9 +104,19 @@ METHODS: dict[str, Any] = {
     "Avalanche's RWalkPlugin": None,
     "joint": None,
 }
-"""None are those that are learners of this folder; the second RWalk has the constant of Avalanche's plugin."""
+"""None are those that are learners of this folder. The second RWalk has Avalanche's constant, the third trains in its mode."""
 KEPT = Rehearsal(200)
 """What A-GEM and replay keep: 200 examples in all."""
+
+
+class InEvalMode(Protected):
+    """A rule's learner that trains as Avalanche's plugin does: in eval mode from the second step of each task on."""
+
+    def fit(self, experience: Experience) -> None:
+        """Train on one task: one step as usual, and the others without dropout and by BatchNorm's running statistics."""
+        self.model.train()
+        self.tick = self.model.eval
+        super().fit(experience)
 
 
 def learner(name: str, target: Target, tasks: list[Experience], seed: int, device: str) -> Any:
@@ -112,6 +128,8 @@ def learner(name: str, target: Target, tasks: list[Experience], seed: int, devic
 
     if name == "joint":
         return Together(len(tasks), make, training, seed)
+    if name == IN_EVAL:
+        return InEvalMode(resolve(RWalk(), target.strengths[name]), make, training, seed)
     from reproduce.avalanche_rwalk import AvalancheRWalk
 
     return AvalancheRWalk(target.strengths[name], make, training, seed)

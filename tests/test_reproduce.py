@@ -11,7 +11,7 @@ import torch
 
 from reproduce import permuted_mnist, released, split, transfer
 from reproduce.together import AveragedTogether, Together
-from rwalk import L2, bench
+from rwalk import L2, RWalk, bench
 from rwalk.anchor import Anchor
 from rwalk.bench import FineTune, Protected, Training
 from rwalk.bench.comparators import Rehearsal
@@ -188,6 +188,21 @@ def test_the_network_without_dropout_trains_as_the_cnn_evaluates():
         bare = split.undropped(task)
     torch.testing.assert_close(bare.train()(x), usual.eval()(x))
     assert not torch.equal(usual.train()(x), bare(x))
+
+
+def test_in_eval_mode_each_task_begins_with_one_usual_step():
+    modes = []
+
+    def build():
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        model.register_forward_pre_hook(lambda module, _: modes.append(module.training) if torch.is_grad_enabled() else None)
+        return model
+
+    tasks = bench.split("digits", tasks=2)
+    learner = split.InEvalMode(resolve(RWalk(), 1.0), build, Training(batch_size=64), 0)
+    bench.run(tasks, learner)
+    steps = [-(-len(task.train.read()[1]) // 64) for task in tasks]
+    assert modes == [k == 0 for n in steps for k in range(n)]
 
 
 def test_a_method_that_diverges_says_so_and_stops_no_other(tmp_path):
