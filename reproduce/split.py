@@ -17,10 +17,9 @@ import torch
 from reproduce.runs import chosen_seeds, kept, percent, seed_options, spread
 from reproduce.together import Together
 from rwalk import EWC, SI, RWalk, bench, kernels
-from rwalk.bench import Experience, Record, Training
+from rwalk.bench import Experience, Protected, Record, Training
 from rwalk.bench.comparators import Rehearsal
 from rwalk.bench.grid import once
-from rwalk.bench.learners import Protected
 from rwalk.bench.models import build
 from rwalk.bench.record import file_name
 from rwalk.bench.runner import configuration, record_name
