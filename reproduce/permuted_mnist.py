@@ -77,6 +77,11 @@ class Smoothed(Protected):
         return F.cross_entropy(logits, y, label_smoothing=0.1)
 
 
+def smoothed_kronecker(strength: float, *args: Any) -> Learner:
+    """Make the learner of Kronecker with label smoothing."""
+    return Smoothed(resolve(Kronecker(), strength), *args)
+
+
 class AveragedAGEM(AGEM, Protected):
     """A-GEM that ends a task at the average of its later iterates."""
 
@@ -102,8 +107,10 @@ METHODS = {
         scan=(0.00025, 0.0005, 0.001, 0.0025, 0.005),
     ),
     "kronecker": Method(
-        lambda strength, *args: Smoothed(resolve(Kronecker(), strength), *args), 0.2, 0.0005,
-        "Kronecker, tuned, label smoothing .1", scan=(0.00015, 0.0005, 0.0015),
+        smoothed_kronecker, 0.2, 0.0005, "Kronecker, tuned, label smoothing .1", scan=(0.00015, 0.0005, 0.0015)
+    ),
+    "kronecker-default": Method(
+        smoothed_kronecker, 0.2, Kronecker.usual.strength, "Kronecker, its default strength, label smoothing .1"
     ),
     "sgd-averaged": Method(unruled(Protected, AVERAGED), 0.2, 0, "SGD, averaged"),
     "ewc-averaged": Method(

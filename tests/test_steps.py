@@ -155,6 +155,34 @@ def test_an_overridden_step_counts_once(make, rule, loop):
     assert_same_run(run(rule, loop, make), run(rule, loop, torch.optim.Adam))
 
 
+class Failing(Overriding):
+    """The same, which fails once, within its inner step."""
+
+    fail = False
+
+    @torch.no_grad()
+    def _init_group(self, *args, **kwargs):
+        if self.fail:
+            raise RuntimeError("out of memory")
+        return super()._init_group(*args, **kwargs)
+
+
+def test_a_step_after_one_that_failed_is_observed_too():
+    """As where memory runs out: the first step was observed, as its gradients were ready; so is the second."""
+    torch.optim.Adam(mlp().parameters())
+    model = mlp()
+    optimizer = Failing(model.parameters(), lr=0.05)
+    memory = Consolidator(model, RWalk()).attach(optimizer)
+    train(model, optimizer, batches(0, 3))
+    optimizer.fail = True
+    try:
+        train(model, optimizer, batches(0, 1))
+    except RuntimeError:
+        optimizer.fail = False
+        train(model, optimizer, batches(0, 1))
+    assert memory._steps == 5
+
+
 class Wrapper(torch.optim.Optimizer):
     """The shape of Accelerate's: an optimiser by name only, that passes everything on."""
 
@@ -199,11 +227,20 @@ def test_a_wrapper_that_hides_its_optimiser_and_calls_no_hooks_is_refused():
         Consolidator(model, RWalk()).attach(hiding)
 
 
+class OverridingSGD(torch.optim.SGD):
+    """What runs all hooks twice, under SGD."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("make", [torch.optim.SGD, OverridingSGD])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("rule", RULES[:3] + RULES[4:], ids=repr)
-def test_a_compiled_step_runs_our_part_outside_of_its_graph(rule, backend):
+def test_a_compiled_step_runs_our_part_outside_of_its_graph(rule, backend, make):
     """Under SGD, which computes the same bits either way."""
+    torch.optim.SGD(mlp().parameters())  # from now on its own method calls hooks
     torch._dynamo.reset()
 
     def loop(model, optimizer, stream):
@@ -213,7 +250,7 @@ def test_a_compiled_step_runs_our_part_outside_of_its_graph(rule, backend):
             F.cross_entropy(model(torch.as_tensor(x)), torch.as_tensor(y)).backward()
             step()
 
-    assert_same_run(run(rule, loop), run(rule))
+    assert_same_run(run(rule, loop, make), run(rule))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore:`torch.jit:DeprecationWarning")

@@ -1,5 +1,6 @@
 """How an optimiser's step is watched: behind wrappers, with and without a closure, and once however it is called."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from rwalk._errors import explain
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Hook = Callable[[Optimizer], None]
+HOOKED = Optimizer.profile_hook_step(print).__code__
+"""What runs the hooks of a step, around each method `step`; in a compiled step it has other instructions by the same name."""
 
 
 def innermost(optimizer: Optimizer) -> Optimizer:
@@ -41,11 +44,25 @@ def refuse_unwatchable(optimizer: Optimizer) -> None:
         )
 
 
+def nested(optimizer: Optimizer) -> bool:
+    """Tell whether the hooks that run belong to a step within a step of the same optimiser.
+
+    The stack is asked, as a flag that a step sets would outlive a step that fails.
+    """
+    frame, depth = inspect.currentframe(), 0
+    while frame is not None and depth < 2:
+        code = frame.f_code
+        if (code.co_filename, code.co_name) == (HOOKED.co_filename, HOOKED.co_name):
+            depth += frame.f_locals["args"][0] is optimizer
+        frame = frame.f_back
+    return depth == 2
+
+
 class Watcher:
     """Calls `before` at each step of an optimiser when its gradients are ready, and `after` once it has moved.
 
     A class that overrides `step` and calls that of its parent may run all hooks twice, once for each of the two methods; then
-    `before` is called the first time alone, and `after` twice.
+    only those of the outer one count.
 
     Args:
         owner: who watches, for `watching`.
@@ -57,10 +74,9 @@ class Watcher:
         self.owner = owner
         self._before, self._after = before, after
         self._overrides = sum("step" in vars(kind) for kind in type(optimizer).__mro__ if kind is not Optimizer) > 1
-        self._inside = False
         eager: Callable[[Any], Any] = torch.compiler.disable  # in a compiled step, what we do must not become part of the graph
         self._handles: list[RemovableHandle] = [optimizer.register_step_pre_hook(eager(self._enter))]
-        if after is not None or self._overrides:
+        if after is not None:
             self._handles.append(optimizer.register_step_post_hook(eager(self._leave)))
 
     def close(self) -> None:
@@ -69,23 +85,19 @@ class Watcher:
             handle.remove()
 
     def _enter(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        if self._overrides and nested(optimizer):
+            return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
-            self._observe(optimizer)
+            self._before(optimizer)
             return None
-        observed = Closure(closure, optimizer, self._observe)
+        observed = Closure(closure, optimizer, self._before)
         if "closure" in kwargs:
             return args, {**kwargs, "closure": observed}
         return (args[0], observed, *args[2:]), kwargs
 
-    def _observe(self, optimizer: Optimizer) -> None:
-        if not self._inside:
-            self._before(optimizer)
-            self._inside = self._overrides
-
     def _leave(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
-        self._inside = False
-        if self._after is not None:
+        if self._after is not None and not (self._overrides and nested(optimizer)):
             self._after(optimizer)
 
 
