@@ -26,10 +26,12 @@ intrinsic: Callable[[Compiled], Compiled] = extending.intrinsic
 def compiled(function: Compiled) -> Compiled:
     """Compile at the first call, and keep the code on disk where there is a place for it.
 
-    Contraction to fused multiply-add rounds once instead of twice; no other liberty is taken with the arithmetic.
+    No liberty is taken with the arithmetic but the sign of zeros. Fused multiply-adds are not allowed: the same function,
+    compiled for itself and within another one, fuses others, and which of the two a process runs depends on what it has
+    compiled before, so that the run that made the code and those that found it on disk rounded differently.
     """
     made: Compiled
-    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
+    options = {"nogil": True, "error_model": "numpy", "fastmath": {"nsz"}}
     try:
         made = njit(cache=True, **options)(function)
     except RuntimeError:  # neither this folder nor the user's cache can be written to
