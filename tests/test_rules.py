@@ -248,6 +248,64 @@ def test_ewcpp(alpha, accumulate, normalize, fisher):
             close(ours, expected / length**0.5)
 
 
+def overlapping(earlier, latest):
+    """The factor of each tensor's importance, in float64 NumPy."""
+    factors, least = [], 1.0
+    for old, new in zip(earlier, latest, strict=True):
+        p, q = old / old.sum(), new / new.sum()
+        overlap = np.sqrt(p * q).sum()
+        least = min(least, overlap) if old.ndim > 1 else least
+        overlap = min(overlap, least)
+        factors.append(np.clip((overlap / (1 - overlap)) ** 2 / 2, 1, 10))
+    return factors
+
+
+@pytest.mark.parametrize("normalize", ["none", "task"])
+@pytest.mark.parametrize("related", [True, False])
+def test_where_tasks_need_the_same_weights_they_are_held_harder(related, normalize):
+    """Two layers; unrelated tasks see inputs of their own, so that the upper layer does not count as shared either."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(12, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    rule = EWCpp(alpha="mean", accumulate="sum", normalize=normalize, overlap=True)
+    memory = Consolidator(model, rule, strength=0.0).attach(optimizer)
+    omega, seen = None, []
+    for task in range(3):
+        squares, part = [np.zeros(p.shape) for p in model.parameters()], torch.zeros(12, dtype=torch.float64)
+        part[:] = 1.0 if related else 0.05
+        part[4 * task : 4 * task + 4] = 1.0
+        for _ in range(10):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(torch.randn(16, 12).double() * part), torch.arange(16) % 3).backward()
+            squares = [s + p.grad.numpy() ** 2 / 10 for s, p in zip(squares, model.parameters(), strict=True)]
+            optimizer.step()
+        memory.consolidate()
+        scale = 1.0 if normalize == "none" else np.concatenate([s.ravel() for s in squares]).mean() * 10**0.5
+        latest = [s / scale for s in squares]
+        factors = [1.0] * len(latest) if omega is None else overlapping(omega, latest)
+        seen += factors
+        added = [s * f for s, f in zip(latest, factors, strict=True)]
+        omega = added if omega is None else [o + a for o, a in zip(omega, added, strict=True)]
+        for ours, expected in zip(omegas(memory), omega, strict=True):
+            close(ours, expected)
+    assert (max(seen) > 5) == related
+    assert related or max(seen) == 1
+
+
+def test_what_a_task_has_for_itself_does_not_count_as_related():
+    """A head that no earlier task used, one that this task does not use, and a layer after them."""
+    theta = {"first": torch.ones(2, 2), "theirs": torch.ones(2, 2), "own": torch.ones(2, 2), "last": torch.ones(2)}
+    old = {"first": torch.ones(2, 2), "theirs": torch.ones(2, 2), "own": torch.zeros(2, 2), "last": torch.ones(2)}
+    rule = EWCpp(alpha="mean", accumulate="sum", overlap=True)
+    state = rule.init(list(theta.values()))
+    for name, fisher in zip(theta, state.fisher, strict=True):
+        fisher.fill_(0.0 if name == "theirs" else 1.0)
+    anchor, _ = rule.conclude(state._replace(seen=[1, 0, 1, 1], steps=1), Finish(theta, theta, Anchor(theta, old)))
+    assert {name: omega.flatten()[0].item() for name, omega in anchor.omega.items()} == {
+        "first": 11, "theirs": 1, "own": 1, "last": 11
+    }  # fmt: skip
+
+
 @pytest.mark.filterwarnings("ignore:Got strength")
 def test_on_a_quadratic_with_small_steps_the_path_sums_to_the_loss_removed():
     for rule, score in ((SI(xi=1e9), 1e9), (RWalk(eps=1e9, accumulate="sum"), 1e9)):
@@ -284,7 +342,7 @@ def test_an_anchor_new_to_a_parameter_joins_without_decay():
     lambda: EWC(labels="both"), lambda: EWC(samples=0), lambda: OnlineEWC(gamma=1.5), lambda: OnlineEWC(labels="none"),
     lambda: MAS(decay=-1.0), lambda: MAS(samples=-3), lambda: SI(xi=0.0), lambda: SI(xi=math.nan), lambda: L2(toward="middle"),
     lambda: EWCpp(alpha=2.0), lambda: EWCpp(accumulate="average"), lambda: EWCpp(normalize="all"), lambda: EWCpp(fisher="one"),
-    lambda: RWalk(fisher="one"),
+    lambda: EWCpp(overlap=True), lambda: EWCpp(accumulate="sum", overlap=1), lambda: RWalk(fisher="one"),
 ])  # fmt: skip
 def test_fields_out_of_range(make):
     with pytest.raises(ValueError, match=r"Got \w+\(.*Expected .* to be .*Pass such a value"):

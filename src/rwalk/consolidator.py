@@ -31,8 +31,8 @@ Pull = Literal["gradient", "proximal"]
 Average = Literal["none", "tail"]
 Nonfinite = Literal["raise", "skip"]
 
-RECIPE = EWCpp(alpha="mean", accumulate="sum", normalize="task")
-"""The rule of the recommended recipe: the mean of squared gradients over each task, every task alike, summed over tasks."""
+RECIPE = EWCpp(alpha="mean", accumulate="sum", normalize="task", overlap=True)
+"""The rule of the recommended recipe: the mean of squared gradients over each task, in a unit of its own, summed over tasks."""
 RECIPE_USUAL = Usual(0.1, "proximal", "tail")
 
 

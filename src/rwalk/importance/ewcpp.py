@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 from torch import Tensor
 
 from rwalk.anchor import Anchor
+from rwalk.importance._overlap import gains
 from rwalk.importance._scale import WAYS, Normalize, divisors
 from rwalk.importance.base import Finish, Fisher, Importance, Step, check, check_alpha
 from rwalk.parameters import zeros
@@ -47,6 +48,8 @@ class EWCpp(Importance[Running]):
         normalize: "none" (the paper), or divide F by the maximum over "max" (all tensors), the "mean", the maximum per
             "tensor", or the mean of the "first" task, kept; "task" divides by the mean, and by the root of the steps that tasks
             take on average: a pull that is repeated more often may be weaker, and one strength suits short and long tasks.
+        overlap: whether, under "sum", a task's F counts more in layers where it falls on the weights that earlier tasks need:
+            up to ten times where tasks are related, once where they are not.
         fisher: "batch" squares the averaged gradient; "example" averages squared per-example gradients, in the same backward.
     """
 
@@ -54,6 +57,7 @@ class EWCpp(Importance[Running]):
     alpha: float | Literal["mean"] = 0.9
     accumulate: Literal["last", "sum"] = "last"
     normalize: Literal["none", "task"] | Normalize = "none"
+    overlap: bool = False
     fisher: Fisher = "batch"
 
     def __post_init__(self) -> None:
@@ -61,6 +65,8 @@ class EWCpp(Importance[Running]):
         check_alpha(self)
         check(self.accumulate in ("last", "sum"), self, "accumulate", "last or sum")
         check(self.normalize in ("none", "task", *WAYS), self, "normalize", f"one of none, task, {', '.join(WAYS)}")
+        fits = isinstance(self.overlap, bool) and (self.accumulate == "sum" or not self.overlap)
+        check(fits, self, "overlap", 'False, or True with accumulate="sum"')
         check(self.fisher in get_args(Fisher), self, "fisher", "batch or example")
 
     @property
@@ -91,6 +97,9 @@ class EWCpp(Importance[Running]):
         after = state._replace(tasks=tasks, length=state.steps / tasks if tasks else 1.0)
         scale = self._scale(after, finish)
         omega = [f / c for f, c in zip(state.fisher, scale, strict=True)]
+        if self.overlap:
+            for new, gain in zip(omega, gains(finish.earlier(), omega, finish.spread), strict=True):
+                new.mul_(gain)
         # what this rule has left is carried over to the new length; an anchor from elsewhere is taken as it is
         fade = math.sqrt(state.length / after.length) if self.normalize == "task" and state.tasks else 1.0
         stands = self.accumulate == "last" and self.alpha != "mean"  # F is of all tasks, and is scaled anew
