@@ -20,7 +20,7 @@ def gains(earlier: Sequence[Tensor | None], latest: Sequence[Tensor], spread: Sp
 
     Args:
         earlier: importances of earlier tasks, non-negative, in the order of the layers; None where there are none.
-        latest: those of the last task, parallel to them.
+        latest: those of the last task, parallel to them, in any unit.
         spread: the ranks that hold the other parts of the tensors.
 
     Returns:

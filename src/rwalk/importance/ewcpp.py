@@ -96,10 +96,8 @@ class EWCpp(Importance[Running]):
         tasks = state.tasks + any(state.seen)
         after = state._replace(tasks=tasks, length=state.steps / tasks if tasks else 1.0)
         scale = self._scale(after, finish)
-        omega = [f / c for f, c in zip(state.fisher, scale, strict=True)]
-        if self.overlap:
-            for new, gain in zip(omega, gains(finish.earlier(), omega, finish.spread), strict=True):
-                new.mul_(gain)
+        gain = gains(finish.earlier(), state.fisher, finish.spread) if self.overlap else [1.0] * len(scale)
+        omega = [f / (c / more) for f, c, more in zip(state.fisher, scale, gain, strict=True)]
         # what this rule has left is carried over to the new length; an anchor from elsewhere is taken as it is
         fade = math.sqrt(state.length / after.length) if self.normalize == "task" and state.tasks else 1.0
         stands = self.accumulate == "last" and self.alpha != "mean"  # F is of all tasks, and is scaled anew
