@@ -131,7 +131,7 @@ def test_what_is_communicated(on):
     assert ddp["ewc"] == [{}, {"allreduce": 1 + 4}], "how many examples, and each tensor"
     assert ddp["rwalk example"] == [whole, {}]
     assert fsdp["rwalk"] == [whole, {"allreduce": 2}], "whether all is finite; the largest F and the largest S"
-    assert fsdp["recipe"] == [whole, {"allreduce": 1}], "the mean over all elements"
+    assert fsdp["recipe"] == [whole, {"allreduce": 2}], "the mean over all elements, and three figures of each tensor"
     assert fsdp["si"] == [whole, {}]
     step, end = fsdp["ewc"]
     assert step == whole
