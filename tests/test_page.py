@@ -199,6 +199,8 @@ def jobs(runs):
 @pytest.mark.parametrize("extra", [
     ["--methods", "lwf,recipe,si", "--strength", "0.5", "--pull", "proximal"],
     ["--methods", "rwalk,mas", "--rwalk.alpha", "mean", "--rwalk.normalize", "first", "--mas.samples", "9", "--mask", "all"],
+    ["--methods", "ewcpp", "--ewcpp.accumulate", "sum", "--ewcpp.overlap"],
+    ["--methods", "ewcpp,si"],
     ["--methods", "replay,agem", "--replay", "30", "--per", "class", "--select", "herding", "--replay-batch", "4"],
     ["--methods", "finetune,l2", "--tasks", "5", "--skip", "2", "--seeds", "3", "--first-seed", "4", "--optimizer", "adam"],
 ])  # fmt: skip

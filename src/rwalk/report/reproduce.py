@@ -118,7 +118,14 @@ def _options(record: Record) -> Flags:
         flags |= {"--replay": kept.get("size"), "--per": kept.get("per"), "--select": kept.get("select")}
         flags |= {"--replay-batch": kept.get("batch")}
     fields = config.get("rule", {}) if method in _rules() else {}
-    return flags | {_flag(f"{method}.{name}"): str(value) for name, value in fields.items()}
+    return flags | dict(_field(method, name, value) for name, value in fields.items())
+
+
+def _field(method: str, name: str, value: Any) -> tuple[str, Any]:
+    """Return the flag of a rule's field and its value: none where it is a switch, which has another name when it is off."""
+    if isinstance(value, bool):
+        return _flag(f"{method}.{name}" if value else f"{method}.no-{name}"), []
+    return _flag(f"{method}.{name}"), str(value)
 
 
 def _flag(name: str) -> str:
