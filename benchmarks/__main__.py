@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(1)
     names = with_bases(options.variants, known)
     gpu = options.device != "cpu"
-    variants = {key: variant for key, variant in known.items() if key in names and not (gpu and variant.inside)}
+    variants = {key: variant for key, variant in known.items() if key in names}
     record = describe(options, [absent] if absent else [])
     console, progress = Console(), Console(stderr=True)
     for name in options.models:

@@ -67,12 +67,11 @@ class Watched(Loop):
         seed: int,
         rule: Importance[Any] | None = None,
         backend: str = "auto",
-        inside: bool = False,
     ) -> None:
         super().__init__(case, optimizer, seed)
         self.backend = backend
         self.prepare()
-        self.memory = Consolidator(self.model, rule, STRENGTH).attach(self.optimizer, inside=inside)
+        self.memory = Consolidator(self.model, rule, STRENGTH).attach(self.optimizer)
 
     def conclude(self) -> None:
         x, y = self.pool[0]
@@ -97,7 +96,6 @@ class Variant:
         backend: the kernels, where they are what is compared.
         base: key of the variant, beside "plain", that its time is also compared with.
         cases: the only cases to measure it on; all when empty.
-        inside: whether it works inside the optimiser's pass, which is there on CPUs alone.
     """
 
     def __init__(
@@ -108,10 +106,8 @@ class Variant:
         backend: str = "",
         base: str = "plain",
         cases: tuple[str, ...] = (),
-        inside: bool = False,
     ) -> None:
         self.about, self.make, self.tasks, self.backend, self.base, self.cases = about, make, tasks, backend, base, cases
-        self.inside = inside
 
     def start(self, case: Case, optimizer: str, seed: int) -> Loop:
         """Train through the earlier tasks and one step into the next, so that each round of ten holds one end of a window."""
@@ -123,13 +119,13 @@ class Variant:
         return loop
 
 
-def watched(about: str, rule: Importance[Any] | None, inside: bool = False, **options: Any) -> Variant:
+def watched(about: str, rule: Importance[Any] | None, **options: Any) -> Variant:
     backend = options.get("backend") or "auto"
 
     def make(case: Case, optimizer: str, seed: int) -> Loop:
-        return Watched(case, optimizer, seed, rule, backend, inside)
+        return Watched(case, optimizer, seed, rule, backend)
 
-    return Variant(about, make, inside=inside, **options)
+    return Variant(about, make, **options)
 
 
 def ours() -> dict[str, Variant]:
@@ -137,11 +133,9 @@ def ours() -> dict[str, Variant]:
     return {
         "plain": Variant("plain", Loop),
         **{f"rwalk-{name}": watched(f"RWalk, {name}", RWalk(), backend=name) for name in kernels.available()},
-        "rwalk-inside": watched("RWalk, inside the optimiser's pass", RWalk(), inside=True),
         "rwalk-50-tasks": watched("RWalk, 50 tasks", RWalk(), tasks=50, cases=("mlp-b10", "mlp-b128")),
         "rwalk-example": watched("RWalk, per example", RWalk(fisher="example")),
         "recipe": watched("recipe", None),
-        "recipe-inside": watched("recipe, inside", None, inside=True),
         "ewc": watched("EWC", EWC(labels="true")),
         "online-ewc": watched("OnlineEWC", OnlineEWC(labels="true")),
         "ewcpp": watched("EWCpp", EWCpp()),

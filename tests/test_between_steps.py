@@ -12,18 +12,17 @@ from torch.nn import functional as F
 from cases import Heads, batches, mlp, use_backend
 from rwalk import Consolidator, RWalk, kernels
 
-WAYS = [(name, inside) for name in ("blocked", "numba") for inside in (False, True)]
+BACKENDS = ["blocked", "numba"]
 
 
 class Training:
     """Two tasks in which something happens just before and just after each backward pass of the second one."""
 
-    def __init__(self, backend="reference", inside=False, make=torch.optim.Adam, model=None, hold=None, **settings):
+    def __init__(self, backend="reference", make=torch.optim.Adam, model=None, hold=None, **settings):
         use_backend(backend)
-        self.inside = inside
         self.model = mlp() if model is None else model
         self.optimizer = make((hold or self.model).parameters(), lr=0.01, **settings)
-        self.memory = Consolidator(self.model, RWalk(delta_t=3), 0.3).attach(self.optimizer, inside=inside)
+        self.memory = Consolidator(self.model, RWalk(delta_t=3), 0.3).attach(self.optimizer)
 
     def run(self, before=lambda training, step: None, then=lambda training: None):
         for task in range(2):
@@ -88,7 +87,7 @@ def optimiser_reloaded(training, step):
 
 def attached_again(training, step):
     training.memory.detach()
-    training.memory.attach(training.optimizer, inside=training.inside)
+    training.memory.attach(training.optimizer)
 
 
 def kernels_switched(training, step):
@@ -113,33 +112,33 @@ NEUTRAL = [
 ]
 
 
-@pytest.mark.parametrize(("backend", "inside"), WAYS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("happening", NEUTRAL, ids=lambda h: h.__name__)
-def test_what_changes_nothing_changes_nothing(happening, backend, inside):
-    Training(backend, inside).run(happening).equals(Training().run())
+def test_what_changes_nothing_changes_nothing(happening, backend):
+    Training(backend).run(happening).equals(Training().run())
 
 
-@pytest.mark.parametrize(("backend", "inside"), WAYS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("change", [torch.clone, turned])
-def test_gradients_may_be_replaced(change, backend, inside):
+def test_gradients_may_be_replaced(change, backend):
     def replaced(training):
         for p in training.model.parameters():
             p.grad = change(p.grad)
 
-    Training(backend, inside).run(then=replaced).equals(Training().run())
+    Training(backend).run(then=replaced).equals(Training().run())
 
 
-@pytest.mark.parametrize(("backend", "inside"), WAYS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("make", "settings"), [(torch.optim.Adam, {"betas": (0.8, 0.95)}), (torch.optim.SGD, {"momentum": 0.5})]
 )
-def test_rates_may_change_with_every_step(make, settings, backend, inside):
+def test_rates_may_change_with_every_step(make, settings, backend):
     def changed(training, step):
         for group in training.optimizer.param_groups:
             group["lr"] = 0.01 * (step + 1)
             group |= {"betas": (0.5 + 0.05 * step, 0.9)} if make is torch.optim.Adam else {"momentum": 0.1 * step}
 
-    ways = (Training(*way, make=make, **settings).run(changed) for way in ((backend, inside), ("reference", False)))
+    ways = (Training(way, make=make, **settings).run(changed) for way in (backend, "reference"))
     next(ways).equals(next(ways))
 
 
@@ -154,19 +153,19 @@ def head_added(training, step):
     training.model.on = step % 2
 
 
-@pytest.mark.parametrize(("backend", "inside"), WAYS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("happening", [frozen_in_turn, head_added], ids=lambda h: h.__name__)
-def test_what_takes_part_may_change_with_every_step(happening, backend, inside):
-    def trained(backend, inside):
+def test_what_takes_part_may_change_with_every_step(happening, backend):
+    def trained(backend):
         torch.manual_seed(0)
         model = Heads()
         hold = model.trunk if happening is head_added else model
-        return Training(backend, inside, model=model, hold=hold).run(happening)
+        return Training(backend, model=model, hold=hold).run(happening)
 
-    trained(backend, inside).equals(trained("reference", False))
+    trained(backend).equals(trained("reference"))
 
 
-@pytest.mark.parametrize("backend", ["blocked", "numba"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_of_a_step_keeps_gradients_alive(backend):
     """A table of a step holds addresses alone, so that what is freed is freed."""
     training = Training(backend).run()

@@ -33,7 +33,7 @@ def large():
     return len(pool)
 
 
-def test_one_forward_one_backward_and_one_hook_per_step():
+def test_one_forward_one_backward_and_a_hook_before_and_after_each_step():
     model = mlp(torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     memory = Consolidator(model, RWalk()).attach(optimizer)
@@ -47,8 +47,7 @@ def test_one_forward_one_backward_and_one_hook_per_step():
             optimizer.step()
         memory.consolidate()
         assert calls == {"forward": 7 * (task + 1), "backward": 7 * (task + 1)}
-    assert len(optimizer._optimizer_step_pre_hooks) == 1
-    assert not optimizer._optimizer_step_post_hooks
+    assert len(optimizer._optimizer_step_pre_hooks) == len(optimizer._optimizer_step_post_hooks) == 1
 
 
 def test_the_walk_holds_five_tensors_and_eight_once_there_is_an_anchor():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import optim
+from torch.nn import functional as F
 
 from cases import batches, mlp, train
 from rwalk import EWC, L2, Consolidator, RWalk, proximal
@@ -221,3 +222,81 @@ def test_a_learning_rate_that_warms_up_is_warned_of_when_it_overshoots():
     with pytest.warns(UserWarning, match="strength 6 at learning rate 0.1"):
         train(model, optimizer, batches(1, 1))
     train(model, optimizer, batches(1, 2))
+
+
+# Optimisers of other libraries
+
+
+class Foreign(optim.Optimizer):
+    """Adam as others write it, with its second moment under another name or in another form."""
+
+    def __init__(self, parameters, form, lr=0.02, betas=(0.8, 0.95), eps=1e-6):
+        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, **({"step": 0} if form == "step in group" else {})})
+        self.form = form
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            if "step" in group:
+                group["step"] += 1
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state |= {"first": torch.zeros_like(p), "v": torch.zeros_like(p), "n": 0}
+                state["n"] += 1
+                state["first"].lerp_(p.grad, 1 - group["betas"][0])
+                state["v"].lerp_(p.grad.square(), 1 - group["betas"][1])
+                self._keep(state)
+                v = state["seen"] / (1 - group["betas"][1] ** state["n"])
+                p.addcdiv_(state["first"] / (1 - group["betas"][0] ** state["n"]), v.sqrt() + group["eps"], value=-group["lr"])
+
+    def _keep(self, state):
+        state["seen"] = state["v"].clone()
+        if self.form == "float":
+            state |= {"step": state["n"], "state2": state["v"]}
+        elif self.form == "step in group":
+            state |= {"exp_avg_sq": state["v"]}
+        elif self.form == "eight bits":
+            codes, values, largest = quantised(state["v"])
+            state |= {"step": state["n"], "state2": codes, "qmap2": values, "absmax2": largest}
+            state["seen"] = (values[codes.long()] * largest.repeat_interleave(16)[: codes.numel()].view(codes.shape)).double()
+        elif self.form == "unknown":
+            state |= {"step": state["n"], "variance": state["v"]}
+
+
+def quantised(v, size=16):
+    """Eight bits with a scale for each block of 16, as bitsandbytes has them."""
+    values = torch.linspace(0, 1, 256)
+    flat = F.pad(v.flatten(), (0, -v.numel() % size)).view(-1, size)
+    largest = flat.amax(1).clamp(min=1e-30)
+    codes = (flat / largest[:, None] * 255).round().to(torch.uint8)
+    return codes.flatten()[: v.numel()].view(v.shape), values, largest.float()
+
+
+@pytest.mark.parametrize("form", ["float", "step in group", "eight bits", "unknown"])
+def test_the_second_moment_of_other_libraries_is_recognised_or_a_warning_says_that_it_is_not(form):
+    torch.manual_seed(2)
+    model = torch.nn.Linear(9, 5).double()
+    optimizer = Foreign(model.parameters(), form)
+    memory = Consolidator(model, L2(), 3.0, pull="proximal").attach(optimizer)
+    memory.consolidate()
+    point = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for n in range(1, 5):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        plain = copy.deepcopy(model)
+        other = Foreign(plain.parameters(), form)
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+            p.grad = q.grad.clone()
+        other.step()
+        if form == "unknown" and n == 1:
+            with pytest.warns(UserWarning, match="`Foreign`, whose scaling of each weight's step is not known"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        for (name, ours), free in zip(model.named_parameters(), plain.parameters(), strict=True):
+            v = other.state[free]["seen"] / (1 - 0.95**n)
+            w = 2 * 3.0 * (0.02 if form == "unknown" else 0.02 / (v.sqrt() + 1e-6))
+            expected = (free + w * point[name]) / (1 + w)
+            torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)

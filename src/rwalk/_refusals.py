@@ -1,6 +1,5 @@
 """What the consolidator refuses, and how it says so: always before anything is changed."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from numbers import Real
@@ -15,18 +14,23 @@ from rwalk._errors import explain
 from rwalk.anchor import Anchor, KroneckerAnchor, Match, damaged_layers
 from rwalk.importance.base import Importance, no_data
 from rwalk.parallel import layout, sharded
-from rwalk.parameters import Watch
+from rwalk.parameters import Watch, listed
+from rwalk.repeats import Ended
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout of `Consolidator.state_dict`."""
 GROUPS = (("shapes",), ("state",), ("anchor", "point"), ("anchor", "omega"), ("tail", "average"), ("tail", "count"))
 """The dictionaries of that layout."""
 
 
+STRONGEST = 1e30
+"""The largest strength: beyond it products overflow in float32, and holds no harder."""
+
+
 def check_strength(value: float) -> float:
-    """Return a strength as a float, or raise a ValueError if it is negative or not finite."""
-    if not isinstance(value, Real) or not 0 <= value < math.inf:
-        raise ValueError(explain(f"strength {value!r}", "a finite number, 0 or more", "Pass such a `strength`."))
+    """Return a strength as a float, or raise a ValueError if it is not from 0 to `STRONGEST`."""
+    if not isinstance(value, Real) or not 0 <= value <= STRONGEST:
+        raise ValueError(explain(f"strength {value!r}", f"a number from 0 to {STRONGEST:g}", "Pass such a `strength`."))
     return float(value)
 
 
@@ -121,15 +125,6 @@ def refuse_kind(optimizer: Any) -> None:
         )
 
 
-def check_attached(optimizer: Optimizer | None) -> Optimizer:
-    """Return the optimiser that is watched, or raise a RuntimeError if there is none."""
-    if optimizer is None:
-        raise RuntimeError(
-            explain("a call before `attach`", "an optimiser whose gradients can be seen", "Call `attach(optimizer)` first.")
-        )
-    return optimizer
-
-
 def refuse_attachment(twice: bool, steps: int) -> None:
     """Refuse a second consolidator on an optimiser, and another optimiser `steps` steps into a task."""
     if twice:
@@ -146,18 +141,6 @@ def refuse_attachment(twice: bool, steps: int) -> None:
                 f"`attach` to another optimiser {steps} steps into a task",
                 "a finished task",
                 "Call `consolidate()` first, or `detach()` to go on with this task under the new optimiser.",
-            )
-        )
-
-
-def refuse_two_gradients(inside: bool) -> None:
-    """Refuse that the rule sees another gradient than the one that the visit moves along."""
-    if inside:
-        raise RuntimeError(
-            explain(
-                "`before_clip` under `attach(optimizer, inside=True)`",
-                "one gradient for the rule and for the step",
-                "Leave out `inside=True`, or clip without `before_clip`.",
             )
         )
 
@@ -206,16 +189,29 @@ def refuse_mismatch(match: Match) -> None:
 
 
 def refuse_nothing(watch: Watch) -> None:
-    """Refuse an optimiser that moves no parameter of the model, or complex ones."""
-    odd = [name for name, p in watch.theta.items() if p.is_complex()]
-    if odd:
-        raise ValueError(explain(f"complex parameters {listed(odd)}", "real parameters", "Hold their parts as real tensors."))
+    """Refuse an optimiser that moves no parameter of the model."""
     if not watch.inside:
         raise ValueError(
             explain(
                 "an optimiser that holds none of the model's trainable parameters",
                 "at least one in common",
                 "Build the optimiser from `model.parameters()` of the model that was given to the consolidator.",
+            )
+        )
+
+
+def refuse_parameters(watch: Watch) -> None:
+    """Refuse parameters that are complex, or were made in inference mode."""
+    odd = [name for name, p in watch.theta.items() if p.is_complex()]
+    if odd:
+        raise ValueError(explain(f"complex parameters {listed(odd)}", "real parameters", "Hold their parts as real tensors."))
+    fixed = [name for name, p in watch.theta.items() if p.is_inference()]
+    if fixed:
+        raise ValueError(
+            explain(
+                f"parameters {listed(fixed)} that were made in `torch.inference_mode()`",
+                "parameters that can be trained",
+                "Build the model outside of it.",
             )
         )
 
@@ -325,6 +321,8 @@ def _damage(state_dict: Mapping[str, Any], state: Any) -> list[str]:
     wrong += [key for key in ("average", "count") if not isinstance(state_dict["tail"][key], Mapping)]
     wrong += [n for n in {*average, *count} if not (_tensor(average.get(n), shapes.get(n)) and _whole(count.get(n)))]
     wrong += [key for key in ("tasks", "steps") if not _whole(state_dict[key])]
+    wrong += [] if type(state_dict["disturbed"]) is bool else ["disturbed"]
+    wrong += [] if state_dict["ended"] == "" or Ended.readable(state_dict["ended"]) else ["ended"]
     return wrong
 
 
@@ -356,9 +354,3 @@ def description(rule: Importance[Any]) -> dict[str, Any]:
     """Return a rule as plain values: its name and fields."""
     fields = {key: value.item() if hasattr(value, "item") else value for key, value in asdict(rule).items()}  # NumPy's numbers
     return {"name": type(rule).__name__, **fields}
-
-
-def listed(names: list[str]) -> str:
-    """Write names for a message, the first five of them."""
-    shown = ", ".join(f"`{name}`" for name in names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

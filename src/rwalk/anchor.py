@@ -116,6 +116,7 @@ class Anchor:
         parallel.write(self.content(), parallel.Spread.of(self.point.values()), partial(states.save, path, "anchor"))
 
     @classmethod
+    @torch.inference_mode(False)
     def load(cls, path: str | Path) -> "Anchor":
         """Read an anchor from a file that `save` wrote.
 
@@ -159,8 +160,12 @@ class Anchor:
         """
         return {name: After(row.theta, self.point[name], self.omega[name], *row[3:]) for name, row in rows.items()}
 
-    def settle(self, theta: Mapping[str, Tensor]) -> None:
-        """Make up for pulls that were put off, when a task ends."""
+    def settle(self, theta: Mapping[str, Tensor]) -> Callable[[], None]:  # noqa: ARG002
+        """Make up for pulls that were put off, when a task ends; return what undoes it."""
+        return lambda: None
+
+    def waive(self) -> None:
+        """Forget pulls that were put off."""
 
     @torch.no_grad()
     def penalty(self, theta: Mapping[str, Tensor]) -> float | Tensor:
@@ -247,11 +252,26 @@ class KroneckerAnchor(Anchor):
         alone = super().draw({name: rows[name] for name in self.elementwise() if name in rows})
         return {name: alone.get(name, After(row.theta)) for name, row in rows.items()}
 
-    def settle(self, theta: Mapping[str, Tensor]) -> None:
-        """Pull the layers that have moved since their last turn."""
-        for weight, layer in self.layers.items():
-            if layer.owed[0]:
-                self._draw(weight, {name: p for name, p in theta.items() if p.requires_grad})
+    def settle(self, theta: Mapping[str, Tensor]) -> Callable[[], None]:
+        """Pull the layers that have moved since their last turn; return what undoes it."""
+        owing = {weight: list(layer.owed) for weight, layer in self.layers.items() if layer.owed[0]}
+        names = [name for weight in owing for name in self.layers[weight].names(weight) if name in theta]
+        before = {name: theta[name].detach().clone() for name in names}
+
+        def undo() -> None:
+            for name, value in before.items():
+                theta[name].detach().copy_(value)
+            for weight, owed in owing.items():
+                self.layers[weight].owed[:] = owed
+
+        for weight in owing:
+            self._draw(weight, {name: p for name, p in theta.items() if p.requires_grad})
+        return undo
+
+    def waive(self) -> None:
+        """Forget pulls that were put off."""
+        for layer in self.layers.values():
+            layer.owed[:] = [0.0, 0]
 
     @torch.no_grad()
     def penalty(self, theta: Mapping[str, Tensor]) -> float | Tensor:

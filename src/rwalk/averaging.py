@@ -52,14 +52,24 @@ class Tail:
         for name in names:
             self.count[name] -= 1
 
-    def swap(self, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Exchange averages and parameters in place; return where the parameters were. A second call undoes the first."""
-        for name, parameter in theta.items():
-            if self.count.get(name):
-                raw = parameter.detach().clone()
-                parameter.detach().copy_(self.average[name])
-                self.average[name].copy_(raw)
-        return {name: self.average[name] if self.count.get(name) else p for name, p in theta.items()}
+    @contextmanager
+    def swapped(self, theta: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """Put averages in the place of parameters, for good unless an error comes; yield where the parameters were."""
+        done: list[str] = []
+        try:
+            for name in [name for name in theta if self.count.get(name)]:
+                self._exchange(name, theta[name])
+                done.append(name)
+            yield {name: self.average[name] if name in done else p for name, p in theta.items()}
+        except BaseException:
+            for name in done:
+                self._exchange(name, theta[name])
+            raise
+
+    def _exchange(self, name: str, parameter: Tensor) -> None:
+        raw = parameter.detach().clone()  # all that may fail
+        parameter.detach().copy_(self.average[name])
+        self.average[name].copy_(raw)
 
     def restart(self) -> None:
         """Begin a new task."""
@@ -72,9 +82,16 @@ def batch_norms(model: nn.Module) -> list[_NormBase]:
     return [m for m in norms if m.training or not model.training]
 
 
-def statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Copy the running statistics of a model: pairs of a buffer and its value."""
-    return [(buffer, buffer.clone()) for norm in batch_norms(model) for buffer in norm.buffers(recurse=False)]
+@contextmanager
+def statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Put the running statistics of a model back if an error comes."""
+    kept = [(buffer, buffer.clone()) for norm in batch_norms(model) for buffer in norm.buffers(recurse=False)]
+    try:
+        yield
+    except BaseException:
+        for buffer, value in kept:
+            buffer.copy_(value)
+        raise
 
 
 def renew_statistics(model: nn.Module, data: Iterable[Any] | None, forward: Callable[[nn.Module, Any], Any]) -> None:

@@ -1,7 +1,7 @@
 """The consolidator binds a model, a rule and an anchor to any training loop that calls `optimizer.step()`."""
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,21 +9,20 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from rwalk import _refusals as refusals
 from rwalk import gradients, guard, kernels, parallel, proximal, states, steps
 from rwalk._errors import explain
 from rwalk.anchor import Anchor, Match
-from rwalk.averaging import Tail, renew_statistics, statistics
-from rwalk.clipping import Unclipped
+from rwalk.averaging import Tail, renew_statistics, statistics_kept
 from rwalk.importance.base import Factors, Finish, Gradients, Importance, Step, Usual, no_data, no_layers
 from rwalk.importance.ewcpp import EWCpp
-from rwalk.inside import Inside, refuse_inside
 from rwalk.kernels import After
+from rwalk.moves import Moves
 from rwalk.overshoot import Overshoot
-from rwalk.parameters import Watch, look, named, regraft, trainable
+from rwalk.parameters import Watch, listed, look, named, regraft, shares_memory, trainable
+from rwalk.repeats import Ended, Watched
 from rwalk.storage import Storage
 from rwalk.summary import Summary, layers
 
@@ -74,8 +73,7 @@ class Consolidator:
         nonfinite: what happens when a gradient is not finite: "raise" an error, or "skip" the step, the optimiser's too. Either
             way the memory stays as it was. On a GPU the error comes one step late, since nothing waits for the device; steps
             that a `GradScaler` skips are left out without a word.
-        state_dtype: `torch.bfloat16` keeps importance and running Fisher information in two bytes an element instead of four,
-            the latter rounded stochastically; what it costs in accuracy is in the README.
+        state_dtype: `torch.bfloat16` keeps importance in two bytes an element instead of four.
         state_device: "cpu" keeps the anchor, and what is read only when a task ends, off the accelerator.
         strict: for rules with `fisher="example"`: raise an error, instead of a warning, where a layer's per-example gradients
             cannot be had.
@@ -116,16 +114,50 @@ class Consolidator:
         self._moved: list[str] = []
         self._averaged: list[str] = []
         self._doubt: guard.Doubt | None = None
+        self._moves = Moves()
+        self._renewed = True
+        self._ended: Ended | None = None
         self._overshoot = Overshoot()
-        self._inside: Inside | None = None
+        self._known_metric: Optimizer | None = None
         self._optimizer: Optimizer | None = None
         self._watcher: steps.Watcher | None = None
-        self._unclipped: Unclipped | None = None
 
     def __repr__(self) -> str:
         """Show the configuration and how far the work has come."""
         options = f"strength={self.strength}, pull={self.pull!r}, average={self.average!r}"
         return f"Consolidator({self.rule}, {options}, tasks={self.tasks}, tensors={len(self._watch.theta)})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles are made of: everything except the hooks, which the copy makes anew."""
+        if self._watch.spread.groups:
+            raise TypeError(
+                explain(
+                    "a copy of the consolidator of a sharded model",
+                    "a state that every rank can take its part of",
+                    "Pass what `state_dict()` returns to `load_state_dict` of a consolidator of the other model.",
+                )
+            )
+        self._resolve()
+        self._moves.remember(self._watch.theta)
+        return {**vars(self), "_watcher": None, "_squares": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a copy, and watch the copy of the optimiser."""
+        vars(self).update(state)
+        self._moves.renote(self._watch.theta)
+        if self._optimizer is not None:
+            self._watch_steps(self._optimizer)
+            self._watch_examples(self._watch)
+
+    def __copy__(self) -> "Consolidator":
+        """Refuse: two consolidators would pull on one model."""
+        raise TypeError(
+            explain(
+                "`copy.copy` of a consolidator",
+                "one consolidator for one model",
+                "Use `copy.deepcopy((model, optimizer, memory))`.",
+            )
+        )
 
     @property
     def anchor(self) -> Anchor:
@@ -153,7 +185,8 @@ class Consolidator:
         self._resolve()
         return self._steps
 
-    def attach(self, optimizer: Optimizer, *, inside: bool = False) -> "Consolidator":
+    @torch.inference_mode(False)
+    def attach(self, optimizer: Optimizer) -> "Consolidator":
         """Watch an optimiser from now on, and pull on its gradients once there is an anchor.
 
         Between tasks, attaching to another optimiser replaces the one before. Of a wrapper that keeps an optimiser as its
@@ -161,59 +194,44 @@ class Consolidator:
 
         Args:
             optimizer: what trains the model.
-            inside: make the optimiser's own step in the same visit of memory, for SGD, Adam and AdamW on a CPU: the same result
-                to rounding, sooner with `kernels.use("numba")`, and with one tensor less to hold.
 
         Raises:
             TypeError: if `optimizer` is not a `torch.optim.Optimizer`, is LBFGS, or does not call the hooks of its steps.
             RuntimeError: if a consolidator watches the optimiser already, or a task under another one is unfinished.
-            ValueError: if the optimiser holds none of the model's trainable parameters, or its step cannot be made inside.
+            ValueError: if the optimiser holds none of the model's trainable parameters.
         """
         refusals.refuse_kind(optimizer)
         self._resolve()
         optimizer = steps.innermost(optimizer)
         self._refuse_optimizer(optimizer)
         watch = look(self.model, optimizer, self._watch.theta)
+        refusals.refuse_parameters(watch)
         refusals.refuse_nothing(watch)
         refusals.refuse_shards(self.rule, watch)
-        if inside:
-            refuse_inside(optimizer, watch.parameters, self.pull == "proximal" and hasattr(self._state, "path"))
         self.detach()
-        self._inside = Inside(optimizer) if inside else None
         self._follow(watch)
         self._optimizer = optimizer
-        after = self._after_step if self.pull == "proximal" or self.average == "tail" or inside else None
-        self._watcher = steps.Watcher(self, optimizer, self._before_step, after)
+        self._watch_steps(optimizer)
         return self
 
+    def _watch_steps(self, optimizer: Optimizer) -> None:
+        self._watcher = steps.Watcher(self, optimizer, self._before_step, self._after_step if self._works_after else None)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def detach(self) -> None:
-        """Stop watching; what was learned stays, and `attach` continues from there."""
+        """Stop watching; what was learned stays, and `attach` continues from there.
+
+        What moves the weights in between counts for nothing.
+        """
         if self._watcher is not None:
             self._watcher.close()
+            self._state = self._moves.pause(self.rule, self._state, self._watch, self._steps, self._flag())
         if self._squares is not None:
             self._squares.close()
-        self._optimizer, self._watcher, self._squares, self._unclipped, self._inside = None, None, None, None, None
+        self._optimizer, self._watcher, self._squares = None, None, None
 
-    @torch.no_grad()
-    def before_clip(self, scaler: GradScaler | None = None) -> None:
-        """Have the rule see the gradients as they are now, and not as the optimiser will use them after clipping.
-
-        Call it between `backward` and clipping, for each step anew; of several calls before a step the last one counts. The
-        gradients are copied until the step. The path is then the sum of -g * move with these gradients g; the pull goes to the
-        clipped ones.
-
-        Args:
-            scaler: the `GradScaler` that makes the step, after its `unscale_`; None where there is none.
-
-        Raises:
-            RuntimeError: if there are no gradients, before `attach`, or if a loss scale is still in the gradients. The step
-                raises one if it is made by a scaler that was not given here, or has gradients for other parameters.
-        """
-        optimizer = refusals.check_attached(self._optimizer)
-        refusals.refuse_two_gradients(self._inside is not None)
-        self._unclipped = None
-        self._unclipped = Unclipped.of(self._gradients(optimizer), optimizer, scaler)
-
+    @torch.inference_mode(False)
     @torch.no_grad()
     def consolidate(
         self,
@@ -238,33 +256,95 @@ class Consolidator:
         refusals.refuse_consolidation(self.rule, data, early=not self._watch.theta)
         self._resolve()
         parallel.settle(self.model)
-        if self.rule.measures != "steps":
+        if self.rule.measures == "steps":
+            self._take_up_replaced()
+        else:
             self._widen(() if self._watch.theta else trainable(self.model))
-        self._anchor.settle(self._theta())
-        averaged = any(self._tail.count.values())
-        kept = statistics(self.model) if averaged else []
-        raw = self._tail.swap(self._watch.theta) if averaged else self._watch.theta
+        theta = self._theta()
+        if data is not None and self.rule.measures == "data" and not isinstance(data, Iterator):
+            data = Watched(data)
+        ended = Ended.of(theta, None, self._steps > 0, self._watch.spread)
+        if self._refuse_repeat(ended):
+            return
+        self._take_as_they_are(theta)
+        undo = self._anchor.settle(theta)
         try:
-            if averaged:
-                renew_statistics(self.model, data, gradients.forward)
-            measured: Gradients = no_data
-            factors: Factors = no_layers
-            if data is not None and self.rule.measures == "data":
-                measured = gradients.over(self.model, self._watch.parameters, data, loss=loss, logits=logits)
-                factors = gradients.moments(self.model, self._watch.parameters, data, loss=loss, logits=logits)
-            theta = list(self._watch.theta.values())
-            earlier = self._anchor.align(self._watch.theta)
-            finish = Finish(raw, self._watch.theta, earlier, measured, self._watch.spread, factors)
-            self._hold(*self.rule.conclude(self._storage.fetch(self.rule, self._state, theta), finish))
+            with self._tail.swapped(theta) as raw, statistics_kept(self.model):
+                if any(self._tail.count.values()):
+                    renew_statistics(self.model, data, gradients.forward)
+                kept = self._concluded(self._finish(raw, data, loss, logits))
+                ended = Ended.of(theta, data, self._steps > 0, self._watch.spread)
         except BaseException:
-            self._tail.swap(self._watch.theta)
-            for buffer, value in kept:
-                buffer.copy_(value)
+            undo()
+            self._moves.note(theta)
             raise
+        if self._refuse_repeat(ended):
+            return
+        (self._anchor, self._state), self._ended = kept, ended
+        self.tasks, self._steps, self._renewed = self.tasks + 1, 0, False
         self._tail.restart()
-        self.tasks += 1
-        self._steps = 0
+        self._moves.disturbed = False
+        self._moves.note(theta)
+        self._renew()
 
+    def _concluded(self, finish: Finish) -> tuple[Anchor, Any]:
+        """Return the anchor and the state after a task, where and as exactly as was asked for."""
+        state = self._storage.fetch(self.rule, self._state, list(finish.point.values()))
+        anchor, state = self.rule.conclude(state, finish)
+        return self._storage.keep_anchor(anchor), self._storage.keep(self.rule, state)
+
+    def _renew(self) -> None:
+        """Empty what the next task starts without; what was interrupted is done again."""
+        if not self._renewed:
+            self.rule.renew(self._state)
+            self._renewed = True
+
+    def _refuse_repeat(self, now: Ended) -> bool:
+        """Warn, and return True, where a task would count a second time."""
+        last = self._ended
+        unmoved = last is not None and not self._steps and self.rule.measures == "data" and last.same_weights(now)
+        if last is None or not unmoved or not (last.observed or last.same_data(now)):
+            return False
+        warnings.warn(
+            explain(
+                "`consolidate()` again without any training since the last time",
+                "each task once",
+                "Nothing was changed. To protect what other data needs too, call `estimate(loader)`.",
+            ),
+            stacklevel=4,
+        )
+        return True
+
+    def _take_as_they_are(self, theta: Mapping[str, Tensor]) -> None:
+        """Drop the average, and pulls that were put off, where somebody has changed the weights after the last step."""
+        self._state = self._moves.at_end(self.rule, self._state, self._watch, self._steps)
+        written = self._moves.written(theta)
+        if not written:
+            return
+        self._anchor.waive()
+        if any(self._tail.count.values()):
+            self._tail.restart()
+            warnings.warn(
+                explain(
+                    f"weights ({listed(written)}) that were changed after the last step of a task",
+                    "`consolidate()` right after the last step, whose average would then be the model",
+                    "The weights are kept as they are, and the average is dropped. To have the average, call `consolidate()` "
+                    'before anything restores or averages weights; to have no average, pass `average="none"`.',
+                ),
+                stacklevel=4,
+            )
+
+    def _finish(self, raw: Mapping[str, Tensor], data: Any, loss: Any, logits: Any) -> Finish:
+        """Return what the rule sees when a task ends; `raw` is where the optimiser left the parameters."""
+        theta, parameters = self._watch.theta, self._watch.parameters
+        measured: Gradients = no_data
+        factors: Factors = no_layers
+        if data is not None and self.rule.measures == "data":
+            measured = gradients.over(self.model, parameters, data, loss=loss, logits=logits)
+            factors = gradients.moments(self.model, parameters, data, loss=loss, logits=logits)
+        return Finish(raw, theta, self._anchor.align(theta), measured, self._watch.spread, factors)
+
+    @torch.inference_mode(False)
     def estimate(
         self,
         data: Iterable[Any] | None = None,
@@ -284,8 +364,10 @@ class Consolidator:
         refusals.refuse_estimate(self.rule, self._steps)
         refusals.refuse_consolidation(self.rule, data, early=False)
         self._widen(trainable(self.model))
+        self._ended = None  # other data of an untrained model counts too
         self.consolidate(data, loss=loss, logits=logits)
 
+    @torch.inference_mode(False)
     def adopt(self, anchor: Anchor, rename: Mapping[str, str] | Callable[[str], str] | None = None) -> Match:
         """Hold to an anchor that was made elsewhere, for example `Anchor.load("anchor.safetensors")`.
 
@@ -318,12 +400,14 @@ class Consolidator:
         self._anchor = self._storage.keep_anchor(replace(match.anchor, point=point, omega=omega).align(self._watch.theta))
         return match
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def penalty(self) -> Tensor:
         """Return the current penalty, strength * sum of omega * (theta - point)^2, as a scalar for logging."""
         theta = self._theta()  # may carry the anchor over to tensors that grew
         return self._watch.spread.sum_(torch.as_tensor(self._anchor.penalty(theta) * self.strength))
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def summary(self, loss: float | Tensor | None = None) -> Summary:
         """Return what is held and how it works, in figures; pass the current loss for the ratio of penalty to loss.
@@ -357,6 +441,7 @@ class Consolidator:
         columns += [list(self._anchor.tensors()), list(self._tail.average.values())]
         return squares + sum(t.nbytes for column in columns for t in column if isinstance(t, Tensor))
 
+    @torch.inference_mode(False)
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to continue, mid-task included, as plain tensors and numbers, copied.
 
@@ -374,6 +459,8 @@ class Consolidator:
             "average": self.average,
             "tasks": self.tasks,
             "steps": self._steps,
+            "disturbed": self._moves.disturbed,
+            "ended": "" if self._ended is None else self._ended.text(),
             "shapes": {name: list(p.shape) for name, p in parameters.items()},
             "state": state,
             "anchor": _copied(self.anchor.content()),
@@ -392,6 +479,7 @@ class Consolidator:
         """
         return parallel.blank(folder, key, named(self.model), refusals.GROUPS)  # type: ignore[no-any-return]
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a `state_dict` of the same model and rule; on an error nothing changes.
 
@@ -411,10 +499,13 @@ class Consolidator:
         tail.average, tail.count = _copied(mine(state_dict["tail"]["average"])), dict(state_dict["tail"]["count"])
         self.strength, self.tasks, self._steps = (state_dict[key] for key in ("strength", "tasks", "steps"))
         self._tail, self._watch, self._doubt = tail, watch, None
+        self._moves, self._renewed = Moves(state_dict["disturbed"]), True
+        self._ended = Ended.read(state_dict["ended"]) if state_dict["ended"] else None
         self._hold(anchor, state)
         if self._optimizer is not None:
             self._follow(look(self.model, self._optimizer, watch.theta))
 
+    @torch.inference_mode(False)
     def save(self, path: str | Path) -> None:
         """Write `state_dict` to a safetensors file, whole or not at all, with a checksum and without pickle.
 
@@ -422,6 +513,7 @@ class Consolidator:
         """
         parallel.write(self.state_dict(), self._watch.spread, partial(states.save, path, "consolidator"))
 
+    @torch.inference_mode(False)
     def load(self, path: str | Path) -> None:
         """Continue from a file that `save` wrote under the same model and rule; on an error nothing changes.
 
@@ -436,41 +528,29 @@ class Consolidator:
         """Observe the step that the optimiser is about to take, then add the pull to its gradients."""
         self._resolve()
         self._moved, self._averaged = [], []
-        grad, seen, squares = self._looked_at(optimizer)
+        squares = self._squares.take() if self._squares is not None else None
+        grad = self._gradients(optimizer)
         theta = self._watch.theta
         scale, skip = guard.scaling(optimizer)
-        doubt = self._look_for_doubt(optimizer, grad, seen, skip)
+        doubt = self._look_for_doubt(optimizer, grad, skip)
         if doubt is None or not grad:
             return
+        skip = doubt.flag if doubt.open else None
+        self._state = self._moves.before_step(self.rule, self._state, self._watch, self._steps, skip)
         self._moved = list(grad)
         step = Step(
             list(theta.values()),
-            [seen.get(name) for name in theta],
+            [grad.get(name) for name in theta],
             squares=None if squares is None else [squares.get(name) for name in theta],
             pull=self._anchor.pull(list(theta), self.strength) if self._pulls(optimizer) else None,
             scale=scale,
-            skip=doubt.flag if doubt.open else None,
+            skip=skip,
+            ascends=self._watch.ascends(optimizer),
         )
-        if self._inside is not None:
-            step.moves = self._inside.moves(step.theta, step.grad)
-        observed = step if seen is grad else replace(step, pull=None)
-        self._state = self.rule.observe(self._state, observed)
-        step.grad = [grad.get(name) for name in theta]
+        self._state = self.rule.observe(self._state, step)
         step.finish()
         self._steps += 1
-        if self._inside is not None:
-            self._inside.set_aside(step.theta, step.grad)
         self._doubt = doubt.asked() if doubt.open else None
-
-    def _looked_at(self, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor] | None]:
-        """Return the gradients, those that the rule sees, and each example's mean square where the rule wants it, by name."""
-        unclipped, self._unclipped = self._unclipped, None
-        squares = self._squares.take(unclipped and unclipped.grad) if self._squares is not None else None
-        grad = self._gradients(optimizer)
-        if unclipped is None:
-            return grad, grad, squares
-        unclipped.check(grad)
-        return grad, unclipped.grad, squares
 
     def _pulls(self, optimizer: Optimizer) -> bool:
         """Tell whether gradients are pulled, after a look at whether that overshoots at the optimiser's learning rate."""
@@ -486,14 +566,11 @@ class Consolidator:
             self._follow(look(self.model, optimizer, self._watch.theta))
         grad = self._watch.gradients()
         refusals.refuse_sparse(grad)
-        return grad
+        return self._watch.own_gradients() if self.pull == "gradient" and shares_memory(grad.values()) else grad
 
-    def _look_for_doubt(
-        self, optimizer: Optimizer, grad: Mapping[str, Tensor], seen: Mapping[str, Tensor], skip: Tensor | None
-    ) -> guard.Doubt | None:
+    def _look_for_doubt(self, optimizer: Optimizer, grad: Mapping[str, Tensor], skip: Tensor | None) -> guard.Doubt | None:
         """Tell whether a step counts, as far as is known without waiting for a device; None if it does not."""
-        whole = {f"{name} before clipping": g for name, g in seen.items()} if seen is not grad else {}
-        doubt = guard.Doubt.of(self._state, {**grad, **whole}, skip, self._steps + 1, self._watch.spread)
+        doubt = guard.Doubt.of(self._state, grad, skip, self._steps + 1, self._watch.spread)
         if doubt.open and not (self.nonfinite == "skip" and doubt.norms is not None):
             return doubt
         if not doubt.fails():
@@ -507,27 +584,47 @@ class Consolidator:
 
     def _resolve(self) -> None:
         """Take back what was counted for the last step, if it has turned out not to count."""
+        self._renew()
         doubt, self._doubt = self._doubt, None
         if doubt is not None and doubt.fails():
             self._state = doubt.before
             self._tail.take_back(self._averaged)
             self._steps -= 1
             self.skipped += 1
+            self._moves.lose()
             doubt.refuse()
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer) -> None:
-        """Draw the parameters that the optimiser has just moved towards the anchor, and average them."""
+        """Draw the parameters that the optimiser has just moved towards the anchor, average them, and see where they are."""
         moved, self._moved = self._moved, []
-        if self._inside is not None:
-            self._inside.give_back()
-        if self.pull == "gradient" and self.average == "none":
+        if not self._works_after:
             return
-        if self.rule.layered and self._doubt is not None and self._doubt.fails():
-            return  # layers are drawn by matrix products, and not in a visit that reads the flag
-        skip = None if self._doubt is None else self._doubt.flag
+        skip = self._flag()
+        if not (self.rule.layered and self._doubt is not None and self._doubt.fails()):
+            self._draw_and_average(moved, optimizer, skip)  # layers do not read the flag
+        self._state = self._moves.after_step(self.rule, self._state, self._watch, self._steps, skip)
+
+    def _check_metric(self, optimizer: Optimizer) -> None:
+        """Warn, once for an optimiser, where the pull does not know its steps."""
+        if self._known_metric is not optimizer:
+            self._known_metric = optimizer
+            if proximal.unknown(optimizer):
+                proximal.warn_unknown(optimizer)
+
+    @property
+    def _works_after(self) -> bool:
+        """Whether there is anything to do after a step."""
+        return self.pull == "proximal" or self.average == "tail" or self.rule.walks
+
+    def _flag(self) -> Tensor | None:
+        """Return the flag of the last step where it is not known yet whether that counts."""
+        return None if self._doubt is None else self._doubt.flag
+
+    def _draw_and_average(self, moved: list[str], optimizer: Optimizer, skip: Tensor | None) -> None:
         rows = {name: After(self._watch.theta[name]) for name in moved}
         if self.pull == "proximal" and self.strength and len(self._anchor):
+            self._check_metric(optimizer)
             rows = proximal.drawn(rows, optimizer, self._anchor, self.strength, self._watch.parameters)
         if self.average == "tail":
             rows = self._tail.averaged(rows)
@@ -544,6 +641,13 @@ class Consolidator:
         if not watch.same(self._watch):
             self._follow(watch)
 
+    def _take_up_replaced(self) -> None:
+        """Take up parameters that have come under a known name since the last look."""
+        known = self._watch.parameters
+        now = {**known, **named(self.model, known)}
+        if any(p is not known[name] for name, p in now.items()):
+            self._follow(Watch.of(now))  # which is stale, so that the next step looks at the optimiser
+
     def _theta(self) -> Mapping[str, Tensor]:
         """Return the protected parameters, after taking up those that grew in place since the last look."""
         if any(p.shape != self._watch.shapes[name] for name, p in self._watch.theta.items()):
@@ -552,27 +656,37 @@ class Consolidator:
 
     def _follow(self, watch: Watch) -> None:
         """Carry state, anchor and average over to the parameters of a new look."""
+        refusals.refuse_parameters(watch)
         refusals.refuse_change_of_spread(self._watch, watch)
-        lost = self._watch.lost(watch)
-        if lost:
-            warnings.warn(
-                explain(
-                    f"a model in which {refusals.listed(lost)} went away or became smaller",
-                    "parameters that stay or grow",
-                    "Their history is dropped; give a new module a new name if it has nothing to do with the old one.",
-                ),
-                stacklevel=4,
-            )
+        lost = self._lost(watch)
+        if not watch.same(self._watch):
+            self._state = self._moves.before_step(self.rule, self._state, self._watch, self._steps)
+            self._moves.follow(self._watch, watch)
         known = {name: shape for name, shape in self._watch.shapes.items() if name not in lost}
-        if self.rule.per_example:
-            if self._squares is not None:
-                self._squares.close()
-            self._squares = gradients.Squares(self.model, watch.parameters, self.strict)
+        self._watch_examples(watch)
         state = regraft(self._state, list(self._watch.shapes), known, watch.theta, self.rule.init)
         self._hold(self._anchor.align({name: p for name, p in watch.theta.items() if name not in lost}), state)
         if self.average == "tail":
             self._tail.follow(watch.theta, lost)
         self._watch = watch
+
+    def _watch_examples(self, watch: Watch) -> None:
+        """Gather per-example gradients in the user's backward passes, where the rule asks for them."""
+        if self._squares is not None:
+            self._squares.close()
+        self._squares = gradients.Squares(self.model, watch.parameters, self.strict) if self.rule.per_example else None
+
+    def _lost(self, watch: Watch) -> list[str]:
+        """List the parameters whose history is dropped, after a warning that says why."""
+        lost, replaced = self._watch.lost(watch), self._watch.replaced(watch)
+        for names, came, expected in (
+            (lost, "went away or became smaller", "parameters that stay or grow"),
+            (replaced, "gave way to new parameters with other values", "the same parameters, or copies of their values"),
+        ):
+            if names:
+                remedy = "Nothing of the old ones is held any more; the new ones join with their first task."
+                warnings.warn(explain(f"a model in which {listed(names)} {came}", expected, remedy), stacklevel=5)
+        return [*lost, *replaced]
 
     def _hold(self, anchor: Anchor, state: Any) -> None:
         """Keep a new anchor and state, where and as exactly as was asked for."""

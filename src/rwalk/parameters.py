@@ -1,6 +1,6 @@
 """Which parameters are protected, under which names, and how their tensors follow a model that grows."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rwalk.parallel import ALONE, Spread, inner, local, settle, sharded
+
+
+def listed(names: Sequence[str]) -> str:
+    """Write names for a message, the first five of them."""
+    shown = ", ".join(f"`{name}`" for name in names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -113,6 +119,21 @@ class Watch:
         found = {name: g for name, p in self.parameters.items() if name in self.inside and (g := p.grad) is not None}
         return {name: local(grad) for name, grad in found.items()} if self.spread.groups else found
 
+    def own_gradients(self) -> dict[str, Tensor]:
+        """Give each parameter a gradient of its own, and return them: the pull is different for each element."""
+        for p in self.parameters.values():
+            if p.grad is not None and not sharded(p):
+                p.grad = p.grad.clone(memory_format=torch.contiguous_format)
+        return self.gradients()
+
+    def ascends(self, optimizer: Optimizer) -> list[bool] | None:
+        """Tell for each parameter whether the optimiser maximises along its gradient; None if it does nowhere."""
+        up = [group for group in optimizer.param_groups if group.get("maximize")]
+        if not up:
+            return None
+        ids = {id(p) for group in up for p in group["params"]}
+        return [id(p) in ids for p in self.parameters.values()]
+
     def stale(self, optimizer: Optimizer) -> bool:
         """Tell whether parameters joined the optimiser, were frozen, thawed, moved or grew since the look, or others grew."""
         return _fingerprint(held(optimizer), self.parameters, self.inside) != self.fingerprint
@@ -121,9 +142,36 @@ class Watch:
         """Tell whether another look found the same parameters, of the same shapes."""
         return self.shapes == other.shapes and all(p is other.parameters[name] for name, p in self.parameters.items())
 
+    def blocks(self) -> list[Tensor | None]:
+        """Return the parameters as they were at the look: the leading block of those that grew, None for those that shrank."""
+        return [
+            t if t.shape == old else t.detach()[tuple(slice(n) for n in old)] if grown(old, t.shape) else None
+            for t, old in zip(self.theta.values(), self.shapes.values(), strict=True)
+        ]
+
     def lost(self, other: "Watch") -> list[str]:
         """List the names whose history cannot be carried over to `other`: gone, or no longer the leading block."""
         return [n for n, old in self.shapes.items() if n not in other.shapes or not grown(old, other.shapes[n])]
+
+    def replaced(self, other: "Watch") -> list[str]:
+        """List the names under which another parameter has come, with other values."""
+        both = [n for n, p in self.parameters.items() if n in other.parameters and p is not other.parameters[n]]
+        kept = [n for n in both if grown(self.theta[n].shape, other.theta[n].shape)]
+        return [n for n in kept if not _continues(self.theta[n], other.theta[n])]
+
+
+def shares_memory(tensors: Iterable[Tensor]) -> bool:
+    """Tell whether one place in memory is an element of several tensors, or several elements of one, as after `expand`."""
+    tensors = [t for t in tensors if t.numel()]
+    if any(not t.is_contiguous() and 0 in t.stride() for t in tensors):
+        return True
+    return len({t.data_ptr() for t in tensors}) < len(tensors)
+
+
+def _continues(old: Tensor, new: Tensor) -> bool:
+    """Tell whether a tensor holds the values of another one in its leading block, in its own precision or that of the other."""
+    old, new = old.detach(), new.detach()[tuple(slice(n) for n in old.shape)].to(old.device)
+    return torch.equal(new.to(old.dtype), old) or torch.equal(old.to(new.dtype), new)
 
 
 def _fingerprint(held: list[nn.Parameter], parameters: Mapping[str, nn.Parameter], inside: Collection[str]) -> list[Any]:

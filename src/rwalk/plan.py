@@ -59,7 +59,6 @@ class Rule:
     Args:
         state: columns of its state that are as large as the parameters, in one string.
         later: those that join when the first task ends.
-        coarse: those that `state_dtype` makes smaller.
         slow: those that `state_device` takes off the accelerator.
         step: the formulas of every step.
         closing: the formula that is added every `window` steps.
@@ -70,7 +69,6 @@ class Rule:
 
     state: str = ""
     later: str = ""
-    coarse: str = ""
     slow: str = ""
     step: tuple[Formula, ...] = ()
     closing: Formula | None = None
@@ -79,12 +77,11 @@ class Rule:
     average: bool = False
 
 
-_RUNNING = Rule(state="fisher", coarse="fisher", step=(SQUARE,))
+_RUNNING = Rule(state="fisher", step=(SQUARE,))
 RULES: dict[str, Rule] = {
     "rwalk": Rule(
         state="fisher path score mark previous",
         later="total",
-        coarse="fisher total",
         slow="total",
         step=(TRACE, SQUARE),
         closing=SETTLE,
@@ -248,8 +245,7 @@ class Setup:
         """Return the bytes of an element of a column, beside a parameter of `width` bytes."""
         if column in ("theta", "grad", "second"):
             return width
-        small = column == "omega" or column in RULES[self.rule].coarse.split()
-        return 2 if self.coarse and small else max(STATE, width)
+        return 2 if self.coarse and column == "omega" else max(STATE, width)
 
 
 class State(NamedTuple):

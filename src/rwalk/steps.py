@@ -78,6 +78,10 @@ class Watcher:
         self._handles: list[RemovableHandle] = [optimizer.register_step_pre_hook(eager(self._enter))]
         if after is not None:
             self._handles.append(optimizer.register_step_post_hook(eager(self._leave)))
+            hooks: Any = optimizer._optimizer_step_post_hooks
+            hooks.move_to_end(
+                self._handles[-1].id, last=False
+            )  # what other hooks do to the weights is no move of the optimiser
 
     def close(self) -> None:
         """Stop watching."""

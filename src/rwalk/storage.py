@@ -10,7 +10,6 @@ from torch import Tensor
 from rwalk._errors import explain
 from rwalk.anchor import Anchor
 from rwalk.importance.base import Importance
-from rwalk.parameters import state_dtype
 
 
 @dataclass(frozen=True)
@@ -18,8 +17,7 @@ class Storage:
     """How to keep state smaller, or elsewhere.
 
     Args:
-        dtype: bfloat16 for importance and for what a rule calls `coarse`, such as running Fisher information, which is then
-            rounded stochastically; None for state precision. Where the weights were is always kept in state precision.
+        dtype: bfloat16 for importance; None for state precision. Everything else is always kept in state precision.
         device: "cpu" for the anchor and for what a rule calls `slow`, which is read only when a task ends: in pinned memory,
             from which copies need not be waited for; None for the parameters' device.
     """
@@ -44,26 +42,23 @@ class Storage:
 
     def keep(self, rule: Importance[Any], state: Any) -> Any:
         """Put a rule's state where it is kept."""
-        for name in rule.coarse:
-            state = state._replace(**{name: [self._coarse(t) for t in getattr(state, name)]})
         for name in rule.slow:
             state = state._replace(**{name: [self._away(t) for t in getattr(state, name)]})
         return state
 
     def fetch(self, rule: Importance[Any], state: Any, theta: Sequence[Tensor]) -> Any:
-        """Bring a rule's state back beside the parameters, in full precision, for a task's end."""
-        names = {*rule.coarse, *rule.slow}
+        """Bring a rule's state back beside the parameters, for a task's end."""
         return state._replace(
-            **{name: [_home(t, p) for t, p in zip(getattr(state, name), theta, strict=True)] for name in names}
+            **{name: [_home(t, p) for t, p in zip(getattr(state, name), theta, strict=True)] for name in rule.slow}
         )
 
     def keep_anchor(self, anchor: Anchor) -> Anchor:
         """Put an anchor where it is kept."""
         point = {name: self._away(t) for name, t in anchor.point.items()}
-        return replace(anchor, point=point, omega={name: self._away(self._coarse(t)) for name, t in anchor.omega.items()})
+        return replace(anchor, point=point, omega={name: self._away(self._narrow(t)) for name, t in anchor.omega.items()})
 
-    def _coarse(self, tensor: Any) -> Any:
-        return tensor if tensor is None or self.dtype is None else tensor.to(self.dtype)
+    def _narrow(self, tensor: Tensor) -> Tensor:
+        return tensor if self.dtype is None else tensor.to(self.dtype)
 
     def _away(self, tensor: Any) -> Any:
         if tensor is None or self.device is None:
@@ -73,4 +68,4 @@ class Storage:
 
 
 def _home(tensor: Tensor | None, theta: Tensor) -> Tensor | None:
-    return None if tensor is None else tensor.to(theta.device, state_dtype(theta))
+    return None if tensor is None else tensor.to(theta.device)

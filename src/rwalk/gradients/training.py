@@ -16,7 +16,7 @@ from rwalk.gradients.layers import RULES, Gather, Sum, survey
 from rwalk.gradients.loader import first_size
 from rwalk.gradients.pooled import Gathered, pooled
 from rwalk.gradients.undisturbed import set_aside
-from rwalk.parallel import Ranks, as_whole, kind, whole
+from rwalk.parallel import Ranks, kind, whole
 from rwalk.parameters import bare
 
 TOLERANCE = 0.02
@@ -122,11 +122,8 @@ class Squares:
         """Bytes of the sums that are kept from one step to the next."""
         return sum(s.nbytes for tap in self._open() for s in tap.sums.values())
 
-    def take(self, grad: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def take(self) -> dict[str, Tensor]:
         """Return the mean over examples of the squared per-example gradient since the last call, and start anew.
-
-        Args:
-            grad: the gradients in use, by name; None for those that the parameters have now.
 
         Returns:
             For each parameter gathered, by name, a tensor of its shape in state precision, valid until the next backward pass.
@@ -144,7 +141,9 @@ class Squares:
             if self._ranks.groups:
                 found = self._joined(found, None if witness is None else witness.parameter)
             self._find_idle(set(found.squares))
-            scale = self._scale(found.total, self._in_use(witness, grad)) if found.squares else 1.0
+            scale = (
+                self._scale(found.total, None if witness is None else whole(witness.parameter.grad)) if found.squares else 1.0
+            )
             for square in found.squares.values() if scale not in (0.0, 1.0) else ():
                 square.mul_(scale)
         taken = {} if scale == 0 else found.squares
@@ -154,14 +153,6 @@ class Squares:
         passes.counted.clear()
         self._report()
         return taken
-
-    @staticmethod
-    def _in_use(witness: Sum | None, given: Mapping[str, Tensor] | None) -> Tensor | None:
-        """Return the whole gradient of the witness: of those given, which are this rank's parts, or as it is now."""
-        if witness is None or given is None:
-            return None if witness is None else whole(witness.parameter.grad)
-        found = given.get(witness.name)
-        return None if found is None else whole(as_whole(found, witness.parameter))
 
     def _joined(self, mine: Gathered, witness: Tensor | None) -> Gathered:
         """Join what the ranks have gathered, and close here what had to be closed on another one."""

@@ -2,11 +2,12 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from rwalk import kernels
@@ -14,7 +15,6 @@ from rwalk._errors import explain
 from rwalk.anchor import Anchor, Pull
 from rwalk.factors import Moments
 from rwalk.parallel import ALONE, Spread
-from rwalk.parameters import zero
 
 State = TypeVar("State", bound=tuple[Any, ...])
 Objective = Literal["true", "sample", "exact", "norm"]
@@ -38,7 +38,7 @@ class Step:
         pull: the pull to the anchor, which `visit` adds to the gradients once it has looked at them.
         scale: what a loss scaler has multiplied the gradients by, one element; None for 1.
         skip: one element, not 0 if the optimiser is going to leave out this step; None for 0.
-        moves: the optimiser's own steps, parallel to `theta`, where the visit is to make them too.
+        ascends: for each parameter, whether the optimiser maximises; None where it minimises everywhere.
         visited: whether `visit` has been called.
     """
 
@@ -48,25 +48,13 @@ class Step:
     pull: Pull | None = None
     scale: Tensor | None = None
     skip: Tensor | None = None
-    moves: list[kernels.Move | None] | None = None
+    ascends: list[bool] | None = None
     visited: bool = False
 
-    def previous(self, kept: list[Tensor | None]) -> list[Tensor | None]:
-        """Return where the gradients of the step before are, zeros where they are not kept yet but will be needed."""
-        if self.moves is not None:
-            return kept
-        return [zero(t) if p is None else p for p, t in zip(kept, self.theta, strict=True)]
-
-    def kept(self, previous: list[Tensor | None]) -> list[Tensor | None]:
-        """Return what `previous` gave, after the visit: none where the visit has made the optimiser's step."""
-        if self.moves is None:
-            return previous
-        return [p if move is None else None for p, move in zip(previous, self.moves, strict=True)]
-
     def visit(self, **columns: Any) -> Tensor | None:
-        """Do all of a rule's elementwise work at this step, the pull and the optimiser's step in one visit of memory.
+        """Do all of a rule's elementwise work at this step, and the pull, in one visit of memory.
 
-        Call it last in `observe`; a second visit does not pull or move again.
+        Call it last in `observe`; a second visit does not pull again.
 
         Args:
             columns: fields of `rwalk.kernels.Visit`: lists of the rule's state parallel to `theta`, and numbers.
@@ -75,16 +63,22 @@ class Step:
             What `rwalk.kernels.visit_` returns.
         """
         more = self.pull._asdict() if self.pull is not None and not self.visited else {}
-        moves = None if self.visited else self.moves
         self.visited = True
         visit = kernels.Visit(
-            self.theta, self.grad, squares=self.squares, scale=self.scale, skip=self.skip, moves=moves, **more, **columns
+            self.theta,
+            self.grad,
+            squares=self.squares,
+            scale=self.scale,
+            skip=self.skip,
+            ascends=self.ascends,
+            **more,
+            **columns,
         )
         return kernels.visit_(visit)
 
     def finish(self) -> None:
-        """Pull, and make the optimiser's step, if the rule has not visited the parameters."""
-        if not self.visited and (self.pull is not None or self.moves is not None):
+        """Pull, if the rule has not visited the parameters."""
+        if not self.visited and self.pull is not None:
             self.visit()
 
 
@@ -169,24 +163,25 @@ class Usual(NamedTuple):
 class Importance(ABC, Generic[State]):
     """A rule: its fields are its hyperparameters, its state is an explicit named tuple, and it knows no model.
 
-    The fields of a state are lists parallel to the protected parameters (of tensors, numbers or None) or plain values. Only
-    `observe` and `conclude` may write into the tensors of the state they are given, and they touch no others.
+    The fields of a state are lists parallel to the protected parameters (of tensors, numbers or None) or plain values.
+    `conclude` writes into no tensor, so that a task's end that fails can be repeated; the other methods may write into those of
+    the state they are given, and touch no others.
 
     Attributes:
         measures: what the rule needs: "steps" of training, "data" at a task's end, or "nothing".
-        coarse: fields of its state that may be kept in bfloat16 between their uses; `conclude` gets them in full.
         slow: fields of its state that may be kept on another device between tasks: what only `conclude` reads.
         counters: fields of its state that count elements, so that parts of tensors have parts of the count.
         usual: how it works unless the user says otherwise.
         layered: whether its anchor holds whole layers, which only the proximal pull and whole tensors can do.
+        walks: whether it follows the optimiser's moves, so that it must be told which moves are not the optimiser's.
     """
 
     measures: ClassVar[Literal["steps", "data", "nothing"]] = "steps"
-    coarse: ClassVar[tuple[str, ...]] = ()
     slow: ClassVar[tuple[str, ...]] = ()
     counters: ClassVar[tuple[str, ...]] = ()
     usual: ClassVar[Usual] = Usual()
     layered: ClassVar[bool] = False
+    walks: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, theta: list[Tensor]) -> State:
@@ -199,6 +194,31 @@ class Importance(ABC, Generic[State]):
     @abstractmethod
     def conclude(self, state: State, finish: Finish) -> tuple[Anchor, State]:
         """End a task: return the anchor that protects all tasks so far, and the state for the next task."""
+
+    def renew(self, state: State) -> None:
+        """Empty what a new task starts without: called with the state that `conclude` has returned, perhaps more than once."""
+
+    def rest(self, state: State, theta: Sequence[Tensor], skip: Tensor | None = None) -> State:  # noqa: ARG002
+        """Take in the optimiser's last move, unless `skip` is set, and remember where it ended."""
+        return state
+
+    def at_rest(self, state: State) -> bool:  # noqa: ARG002
+        """Tell whether `rest` has been called since the last step, or need not be."""
+        return True
+
+    def resume(
+        self,
+        state: State,
+        theta: Sequence[Any],  # noqa: ARG002
+        places: Sequence[int],  # noqa: ARG002
+        skip: Tensor | None = None,  # noqa: ARG002
+    ) -> tuple[State, bool]:
+        """End the rest, unless `skip` is set; start anew where parameters at `places` have moved; return whether any has."""
+        return state, False
+
+    def forget(self, state: State, theta: Sequence[Tensor], places: Sequence[int]) -> State:  # noqa: ARG002
+        """Drop the unfinished stretch of parameters that were written to without a `rest`, and start anew where they are."""
+        return state
 
     @property
     def accumulates(self) -> bool:
@@ -221,9 +241,15 @@ class Importance(ABC, Generic[State]):
         return {}
 
 
-def positive(value: Any) -> bool:
-    """Tell whether a value is a positive, finite number."""
-    return isinstance(value, Real) and 0 < float(value) < math.inf
+TINY = 1e-30
+"""The least that may be added to a denominator: far above what float32 turns into 0, so that no quotient becomes infinite."""
+
+
+def check_damping(rule: Importance[Any], name: str) -> None:
+    """Raise a ValueError unless the field `name` of a rule, which is added to a denominator, is a number of `TINY` or more."""
+    value = getattr(rule, name)
+    number = isinstance(value, Real) and not isinstance(value, bool) and TINY <= float(value) < math.inf
+    check(number, rule, name, f"a finite number, {TINY:g} or more")
 
 
 def check(holds: bool, rule: Importance[Any], name: str, expected: str) -> None:
@@ -233,6 +259,14 @@ def check(holds: bool, rule: Importance[Any], name: str, expected: str) -> None:
         raise ValueError(
             explain(f"{kind}({name}={getattr(rule, name)!r})", f"`{name}` to be {expected}", f"Pass such a value to {kind}.")
         )
+
+
+def check_finite(finish: Finish, omega: Sequence[Tensor], remedy: str) -> None:
+    """Raise a FloatingPointError that names the parameters whose importance is not finite."""
+    bad = [name for name, o in zip(finish.point, omega, strict=True) if not bool(torch.isfinite(o).all())]
+    if bad:
+        came = f"importance that is not finite, of {', '.join(f'`{name}`' for name in bad[:5])}"
+        raise FloatingPointError(explain(came, "finite importance; nothing has been changed", remedy))
 
 
 def check_alpha(rule: Importance[Any]) -> None:

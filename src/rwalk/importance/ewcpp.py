@@ -5,14 +5,15 @@ Chaudhry, Dokania, Ajanthan, Torr, ECCV 2018, arXiv 1801.10112, equation 6.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 
 from rwalk.anchor import Anchor
 from rwalk.importance._overlap import gains
 from rwalk.importance._scale import WAYS, Normalize, divisors
-from rwalk.importance.base import Finish, Fisher, Importance, Step, check, check_alpha
+from rwalk.importance.base import Finish, Fisher, Importance, Step, check, check_alpha, check_finite
 from rwalk.parameters import zeros
 
 
@@ -53,7 +54,6 @@ class EWCpp(Importance[Running]):
         fisher: "batch" squares the averaged gradient; "example" averages squared per-example gradients, in the same backward.
     """
 
-    coarse: ClassVar[tuple[str, ...]] = ("fisher",)
     alpha: float | Literal["mean"] = 0.9
     accumulate: Literal["last", "sum"] = "last"
     normalize: Literal["none", "task"] | Normalize = "none"
@@ -87,7 +87,7 @@ class EWCpp(Importance[Running]):
         """Move the running Fisher information towards the new squared gradient."""
         counts = list(zip(state.seen, state.known, strict=True))
         weight = [1 / (n + 1) if self.alpha == "mean" else self.alpha if n or known else 1.0 for n, known in counts]
-        step.visit(fisher=state.fisher, weight=weight, tick=max(state.seen, default=0))
+        step.visit(fisher=state.fisher, weight=weight)
         seen = [n + (g is not None) for n, g in zip(state.seen, step.grad, strict=True)]
         return state._replace(seen=seen, steps=state.steps + 1)
 
@@ -108,11 +108,14 @@ class EWCpp(Importance[Running]):
                 new.add_(old, alpha=fade)
         if self.normalize == "first" and scale:
             after = after._replace(scale=scale[0])
-        if self.alpha == "mean":
-            for fisher in state.fisher:
-                fisher.zero_()
+        check_finite(finish, omega, "Look at the size of the gradients.")
         ever = [known or n > 0 for n, known in zip(state.seen, state.known, strict=True)]
         return finish.renew(omega), after._replace(seen=[0] * len(ever), known=ever)
+
+    def renew(self, state: Running) -> None:
+        """With `alpha="mean"`, start the mean of another task."""
+        if self.alpha == "mean" and state.fisher:
+            torch._foreach_zero_(state.fisher)
 
     def _scale(self, state: Running, finish: Finish) -> list[float]:
         """Say by what to divide each tensor's running Fisher information."""

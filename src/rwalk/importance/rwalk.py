@@ -5,7 +5,7 @@ ECCV 2018, arXiv 1801.10112. Equation numbers are the paper's.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from rwalk import kernels
 from rwalk.anchor import Anchor
+from rwalk.importance._path import moved, rested, wake
 from rwalk.importance._scale import WAYS, Normalize, divisors
-from rwalk.importance.base import Finish, Fisher, Importance, Step, check, check_alpha, positive
+from rwalk.importance.base import Finish, Fisher, Importance, Step, check, check_alpha, check_damping, check_finite
 from rwalk.parallel import ALONE, Spread
 from rwalk.parameters import copies, zeros
 
@@ -29,8 +30,7 @@ class Walk(NamedTuple):
         path: the path integral of the current window.
         score: s, the score of the current task.
         mark: the parameters at the start of the window.
-        previous: the gradient of the step before, zero at the start of a window; None where the visit makes the optimiser's
-            step.
+        previous: the gradient of the step before, zero at the start of a window; at rest, where that step has ended.
         total: S, the score of earlier tasks; None for a tensor that has not been trained in an earlier task.
         total_fisher: with `alpha="mean"`, the Fisher information of earlier tasks; otherwise None.
         seen: how many steps of this task gave the tensor a gradient.
@@ -38,6 +38,7 @@ class Walk(NamedTuple):
         steps: optimiser steps in this task.
         scale: with `normalize="first"`, the scales of F and S kept from the first task; infinite before.
         windows: elements times windows settled so far.
+        resting: whether the path holds the optimiser's last move already.
         far: in how many of them the squared Riemannian distance exceeded eps, one element; it stays on the parameters' device.
     """
 
@@ -45,7 +46,7 @@ class Walk(NamedTuple):
     path: list[Tensor]
     score: list[Tensor]
     mark: list[Tensor]
-    previous: list[Tensor | None]
+    previous: list[Tensor]
     total: list[Tensor | None]
     total_fisher: list[Tensor | None]
     seen: list[int]
@@ -54,6 +55,7 @@ class Walk(NamedTuple):
     steps: int = 0
     scale: tuple[float, float] = (math.inf, math.inf)
     windows: int = 0
+    resting: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class RWalk(Importance[Walk]):
             on little more than the last batch, and 0.001 to 0.01 is a running average in the usual sense. "mean" is the
             mean over the steps of the task, started anew with each task.
         delta_t: optimiser steps per window, counted per task; the unfinished window at a task's end counts too.
-        eps: added to the squared Riemannian distance in the score's denominator, positive (equation 7).
+        eps: added to the squared Riemannian distance in the score's denominator, at least 1e-30 (equation 7).
         normalize: how F and S are scaled before they are added: by the maximum over "max" (all tensors, the paper), the "mean",
             the maximum per "tensor", or the mean of the "first" task, kept.
         accumulate: how a task's score joins that of earlier tasks: "average", (S + s) / 2, is the paper; "sum" is S + s. With
@@ -74,9 +76,9 @@ class RWalk(Importance[Walk]):
             gradients, as the theory asks, gathered in the same backward.
     """
 
-    coarse: ClassVar[tuple[str, ...]] = ("fisher", "total", "total_fisher")
     slow: ClassVar[tuple[str, ...]] = ("total", "total_fisher")
     counters: ClassVar[tuple[str, ...]] = ("far", "windows")
+    walks: ClassVar[bool] = True
     alpha: float | Literal["mean"] = 0.9
     delta_t: int = 10
     eps: float = 1e-3
@@ -89,7 +91,7 @@ class RWalk(Importance[Walk]):
         check_alpha(self)
         whole = isinstance(self.delta_t, Integral) and not isinstance(self.delta_t, bool)
         check(whole and self.delta_t >= 1, self, "delta_t", "a whole number of steps, 1 or more")
-        check(positive(self.eps), self, "eps", "a positive, finite number")
+        check_damping(self, "eps")
         check(self.normalize in WAYS, self, "normalize", f"one of {', '.join(WAYS)}")
         check(self.accumulate in ("average", "sum"), self, "accumulate", "average or sum")
         check(self.fisher in get_args(Fisher), self, "fisher", "batch or example")
@@ -104,35 +106,71 @@ class RWalk(Importance[Walk]):
         none: list[Tensor | None] = [None] * len(theta)
         fisher, path, score, previous = (zeros(theta) for _ in range(4))
         counts, scales, far = [0] * len(theta), [math.inf] * len(theta), torch.zeros((), dtype=torch.int64)
-        return Walk(fisher, path, score, copies(theta), [*previous], none, list(none), counts, scales, far)
+        return Walk(fisher, path, score, copies(theta), previous, none, list(none), counts, scales, far)
 
     def observe(self, state: Walk, step: Step) -> Walk:
         """Extend the path and the Fisher information; every `delta_t` steps turn the window's path into score first."""
-        columns = {**self._columns(state), "previous": step.previous(state.previous)}
         close = state.steps % self.delta_t == 0  # before the first step too: an empty path only moves its mark
         weight = [self._weight(n, total) for n, total in zip(state.seen, state.total, strict=True)]
-        far = step.visit(close=close, weight=weight, **columns)
+        far = step.visit(close=close, weight=weight, **self._columns(state))
         seen = [n + (g is not None) for n, g in zip(state.seen, step.grad, strict=True)]
-        previous = step.kept(columns["previous"])
-        return self._count(state, step.theta, far)._replace(seen=seen, steps=state.steps + 1, previous=previous)
+        return self._count(state, step.theta, far)._replace(seen=seen, steps=state.steps + 1)
 
     def conclude(self, state: Walk, finish: Finish) -> tuple[Anchor, Walk]:
         """Settle what remains, join the task's score with the earlier ones and normalise: omega = F/max F + S/max S."""
-        theta = list(finish.theta.values())
-        state = self._count(state, theta, kernels.visit_(kernels.Visit(theta, close=True, **self._columns(state))))
-        for score in state.score:
-            score.clamp_(min=0)
-        total = self._join(state.total, state.score, state.seen)
+        task, state = self._settled(state, list(finish.theta.values()))
+        total = self._join(state.total, task, state.seen)
         mean = self.alpha == "mean"
         total_fisher = self._join(state.total_fisher, state.fisher, state.seen) if mean else state.total_fisher
         fisher = _filled(total_fisher, state.fisher) if mean else state.fisher
         omega, by_f, by_s = self._normalise(fisher, _filled(total, state.score), state.scale, finish.spread)
-        for tensor in [*state.score, *(state.fisher if mean else ())]:
-            tensor.zero_()
+        check_finite(finish, omega, "Use a larger `eps` or `alpha`.")
         if self.normalize == "first" and by_f:
             state = state._replace(scale=(by_f[0], by_s[0]))
-        state = state._replace(total=total, total_fisher=total_fisher, by_score=by_s, seen=[0] * len(omega), steps=0)
-        return finish.renew(omega), state
+        after = state._replace(total=total, total_fisher=total_fisher, by_score=by_s, seen=[0] * len(omega), steps=0)
+        return finish.renew(omega), after._replace(resting=False)
+
+    def renew(self, state: Walk) -> None:
+        """Empty path and score, and with `alpha="mean"` the Fisher information."""
+        old = [*state.path, *state.score, *state.previous, *(state.fisher if self.alpha == "mean" else ())]
+        if old:
+            torch._foreach_zero_(old)
+
+    def rest(self, state: Walk, theta: Sequence[Tensor], skip: Tensor | None = None) -> Walk:
+        """Take in the optimiser's last move."""
+        return rested(state, theta, skip)
+
+    def at_rest(self, state: Walk) -> bool:
+        """Tell whether the path holds the optimiser's last move."""
+        return state.resting
+
+    def resume(self, state: Walk, theta: Sequence[Any], places: Sequence[int], skip: Tensor | None = None) -> tuple[Walk, bool]:
+        """End the window, where the optimiser left it, of parameters that have moved since; start a new one where they are."""
+        gone = moved(state, theta, places)
+        for i in gone:
+            ends = state.previous[i], state.fisher[i], state.path[i], state.score[i], state.mark[i]
+            state = self._count(state, [theta[i]], kernels.settle_(*ends, self.eps))
+            state.mark[i].copy_(theta[i])
+        return wake(state, skip), bool(gone)
+
+    def forget(self, state: Walk, theta: Sequence[Tensor], places: Sequence[int]) -> Walk:
+        """Drop the window of some parameters."""
+        for i in places:
+            state.path[i].zero_(), state.previous[i].zero_(), state.mark[i].copy_(theta[i])
+        return state
+
+    def _settled(self, state: Walk, theta: list[Tensor]) -> tuple[list[Tensor], Walk]:
+        """Return the score of the task, and the state with what has been counted."""
+        if not state.steps:
+            return zeros(state.score), state
+        scores = []
+        for i, (t, q) in enumerate(zip(theta, state.previous, strict=True)):
+            end, last = (q, None) if state.resting else (t, q)
+            columns = state.fisher[i], state.path[i], state.score[i], state.mark[i]
+            score, far = kernels.settled(end, *columns, last, self.eps)
+            scores.append(score.clamp_(min=0))
+            state = self._count(state, [t], far)
+        return scores, state
 
     def report(self, state: Walk, anchor: Anchor, theta: Mapping[str, Tensor], spread: Spread = ALONE) -> dict[str, float]:
         """Return the share of windows beyond eps, and the shares of the penalty that Fisher information and score bring."""
@@ -148,7 +186,7 @@ class RWalk(Importance[Walk]):
     def _columns(self, state: Walk) -> dict[str, Any]:
         """Return the state as columns of a visit."""
         columns = {key: getattr(state, key) for key in ("path", "mark", "previous", "score", "fisher")}
-        return {**columns, "eps": self.eps, "tick": state.steps}
+        return {**columns, "eps": self.eps}
 
     def _count(self, state: Walk, theta: list[Tensor], far: Tensor | None) -> Walk:
         """Count the elements of a window that has ended, and those whose squared Riemannian distance exceeded eps."""
@@ -167,8 +205,8 @@ class RWalk(Importance[Walk]):
 
         def join(old: Tensor | None, new: Tensor) -> Tensor:
             if old is None:
-                return new.clone()
-            return old.add_(new).mul_(0.5) if self.accumulate == "average" else old.add_(new)
+                return new if self.alpha != "mean" else new.clone()
+            return (old + new).mul_(0.5) if self.accumulate == "average" else old + new
 
         return [join(old, new) if n else old for old, new, n in zip(total, task, seen, strict=True)]
 

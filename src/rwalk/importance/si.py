@@ -3,15 +3,17 @@
 Zenke, Poole, Ganguli, "Continual learning through synaptic intelligence", ICML 2017, arXiv 1703.04200.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rwalk import kernels
 from rwalk.anchor import Anchor
-from rwalk.importance.base import Finish, Importance, Step, check, positive
+from rwalk.importance._path import moved, rested, wake
+from rwalk.importance.base import Finish, Importance, Step, check_damping, check_finite
 from rwalk.parameters import copies, zeros
 
 STRETCH = 64
@@ -26,16 +28,17 @@ class Path(NamedTuple):
         path: the path integral of the current task.
         start: the parameters at the start of the task.
         mark: the parameters at the start of the stretch.
-        previous: the gradient of the step before, zero at the start of a stretch; None where the visit makes the optimiser's
-            step.
+        previous: the gradient of the step before, zero at the start of a stretch; at rest, where that step has ended.
         steps: optimiser steps in this task.
+        resting: whether the path holds the optimiser's last move already.
     """
 
     path: list[Tensor]
     start: list[Tensor]
     mark: list[Tensor]
-    previous: list[Tensor | None]
+    previous: list[Tensor]
     steps: int = 0
+    resting: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,15 @@ class SI(Importance[Path]):
     """Importance omega += relu(path / (move^2 + xi)) (equation 5), with path and move taken over the whole task.
 
     Args:
-        xi: damping of weights that hardly moved, positive, in units of a squared weight.
+        xi: damping of weights that hardly moved, at least 1e-30, in units of a squared weight.
     """
 
+    walks: ClassVar[bool] = True
     xi: float = 0.1
 
     def __post_init__(self) -> None:
         """Refuse fields outside their range."""
-        check(positive(self.xi), self, "xi", "a positive, finite number")
+        check_damping(self, "xi")
 
     @property
     def accumulates(self) -> bool:
@@ -59,23 +63,50 @@ class SI(Importance[Path]):
 
     def init(self, theta: list[Tensor]) -> Path:
         """Start at `theta` with an empty path: four tensors per parameter."""
-        return Path(zeros(theta), copies(theta), copies(theta), [*zeros(theta)])
+        return Path(zeros(theta), copies(theta), copies(theta), zeros(theta))
 
     def observe(self, state: Path, step: Step) -> Path:
         """Extend the path integral."""
-        previous = step.previous(state.previous)
         if state.steps == 0:
             torch._foreach_copy_(state.start, step.theta)
         close = state.steps % STRETCH == 0  # before the first step too: an empty path only moves its mark
-        step.visit(path=state.path, mark=state.mark, previous=previous, close=close)
-        return state._replace(previous=step.kept(previous), steps=state.steps + 1)
+        step.visit(path=state.path, mark=state.mark, previous=state.previous, close=close)
+        return state._replace(steps=state.steps + 1)
 
     def conclude(self, state: Path, finish: Finish) -> tuple[Anchor, Path]:
         """Add the task's importance to that of earlier tasks."""
         theta = list(finish.theta.values())
-        kernels.visit_(kernels.Visit(theta, path=state.path, mark=state.mark, previous=state.previous, close=True))
         omega = [z if old is None else old.clone() for old, z in zip(finish.earlier(), zeros(theta), strict=True)]
-        kernels.account_(omega, state.path, state.start, theta, self.xi)
-        for path in state.path:
-            path.zero_()
-        return finish.renew(omega), state._replace(steps=0)
+        for i, (t, q) in enumerate(zip(theta, state.previous, strict=True) if state.steps else ()):
+            end, last = (q, None) if state.resting else (t, q)
+            kernels.account_(omega[i], state.path[i], state.start[i], end, state.mark[i], last, self.xi)
+        check_finite(finish, omega, "Use a larger `xi`.")
+        return finish.renew(omega), state._replace(steps=0, resting=False)
+
+    def renew(self, state: Path) -> None:
+        """Empty the path."""
+        if state.path:
+            torch._foreach_zero_([*state.path, *state.previous])
+
+    def rest(self, state: Path, theta: Sequence[Tensor], skip: Tensor | None = None) -> Path:
+        """Take in the optimiser's last move."""
+        return rested(state, theta, skip)
+
+    def at_rest(self, state: Path) -> bool:
+        """Tell whether the path holds the optimiser's last move."""
+        return state.resting
+
+    def resume(self, state: Path, theta: Sequence[Any], places: Sequence[int], skip: Tensor | None = None) -> tuple[Path, bool]:
+        """Start a new stretch where parameters have moved; that move is no part of the task's move."""
+        gone = moved(state, theta, places)
+        for i in gone:
+            state.start[i].add_(theta[i] - state.previous[i])
+            state.mark[i].copy_(theta[i])
+        return wake(state, skip), bool(gone)
+
+    def forget(self, state: Path, theta: Sequence[Tensor], places: Sequence[int]) -> Path:
+        """Leave out what some parameters have moved since the last mark."""
+        for i in places:
+            state.start[i].add_(theta[i] - state.mark[i])
+            state.mark[i].copy_(theta[i]), state.previous[i].zero_()
+        return state

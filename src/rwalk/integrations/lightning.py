@@ -29,7 +29,6 @@ class ConsolidationCallback(Guest, Callback):
     Args:
         rule: how importance is measured; None for the recommended recipe; or a `Consolidator` of the model.
         strength: factor of the penalty; see `Consolidator`.
-        before_clip: whether the rule sees gradients as they are before the trainer clips them, instead of after.
         loss, logits: for rules that measure on data, here on the training loader's; see `Consolidator.consolidate`.
         options: further arguments of `Consolidator`.
     """
@@ -39,13 +38,12 @@ class ConsolidationCallback(Guest, Callback):
         rule: Importance[Any] | Consolidator | None = None,
         strength: float | None = None,
         *,
-        before_clip: bool = False,
         loss: Callable[[Any, Any], Tensor] | None = None,
         logits: Callable[[Any], Tensor] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(rule, strength, **options)
-        self._before_clip, self._reading, self._open = before_clip, {"loss": loss, "logits": logits}, False
+        self._reading, self._open = {"loss": loss, "logits": logits}, False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Watch the optimiser of this `fit`."""
@@ -73,9 +71,7 @@ class ConsolidationCallback(Guest, Callback):
         self._open = True
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Log the penalty now and then; gradients are free of a loss scale here, and not yet clipped."""
-        if self._before_clip:
-            self.memory.before_clip(getattr(trainer.precision_plugin, "scaler", None))
+        """Log the penalty now and then."""
         rhythm = trainer.log_every_n_steps
         if rhythm and (trainer.global_step + 1) % rhythm == 0:
             pl_module.log("memory/penalty", self.memory.penalty())

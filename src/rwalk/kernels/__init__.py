@@ -14,13 +14,11 @@ from torch import Tensor
 
 from rwalk._errors import explain
 from rwalk.kernels import blocked
-from rwalk.kernels.visits import After, Move, Rates, Visit, counted
+from rwalk.kernels.visits import After, Visit, counted
 
 __all__ = [
     "BACKENDS",
     "After",
-    "Move",
-    "Rates",
     "Visit",
     "account_",
     "after_",
@@ -28,6 +26,9 @@ __all__ = [
     "counted",
     "current",
     "penalty",
+    "rest_",
+    "settle_",
+    "settled",
     "use",
     "visit_",
 ]
@@ -93,11 +94,12 @@ def visit_(visit: Visit) -> Tensor | None:
     Returns for how many elements of finished windows the squared Riemannian distance exceeded eps, None where no window ended.
     """
     counts: list[Tensor] = []
-    for rows in fetched(visit.rows()):
-        for backend in _chain:
-            if rows:
-                rows, far = backend.visit_(rows, visit)
-                counts += far
+    for one_way, mine in visit.directions():
+        for rows in fetched(mine):
+            for backend in _chain:
+                if rows:
+                    rows, far = backend.visit_(rows, one_way)
+                    counts += far
     return torch.stack([count.to(counts[0].device) for count in counts]).sum() if counts else None
 
 
@@ -135,10 +137,13 @@ def fetched(rows: Iterable[blocked.AnyRow], limit: int = FETCH) -> Iterator[list
         yield batch
 
 
-def account_(total: Tensors, path: Tensors, start: Tensors, theta: Tensors, xi: float) -> None:
-    """Add a task's share of the path integral, path / (move^2 + xi), to an importance."""
-    for args in zip(total, path, start, theta, strict=True):
-        blocked.account_(*args, xi=xi)
+def rest_(theta: Tensors, path: Tensors, mark: Tensors, previous: Tensors, skip: Tensor | None = None) -> None:
+    """Add the optimiser's last move to the path, and keep where it ended in place of the gradient of the last step."""
+    for t, p, m, q in zip(theta, path, mark, previous, strict=True):
+        blocked.rest_(t, p, m, q, None if skip is None else skip.to(t.device))
+
+
+settle_, settled, account_ = blocked.settle_, blocked.settled, blocked.account_
 
 
 def penalty(theta: Tensors, point: Tensors, omega: Tensors) -> float | Tensor:

@@ -28,7 +28,7 @@ def visit_(rows: Iterable[Row], visit: Visit) -> tuple[list[Row], list[Tensor]]:
     """Visit parameters before a step: see `Visit`. Returns the rows left to do (none), and counts as `settle_` returns."""
     if visit.left_out:
         return [], []
-    far = [reference.visit_one_(piece, visit, start) for start, piece in _pieces(rows)]
+    far = [reference.visit_one_(piece, visit) for piece in _pieces(rows)]
     return [], [count for count in far if count is not None]
 
 
@@ -37,7 +37,7 @@ def after_(rows: Iterable[After], skip: Tensor | None = None) -> list[After]:
     rows = list(rows)
     if rows and skip is not None and bool(skip):
         return []
-    for _, piece in _pieces(counted(rows)):
+    for piece in _pieces(counted(rows)):
         reference.after_one_(piece)
     return []
 
@@ -68,8 +68,8 @@ def one_order(tensors: list[Tensor]) -> bool:
     return all(map(Tensor.is_contiguous, tensors)) or flat(tensors) is not None
 
 
-def _pieces(rows: Iterable[AnyRow]) -> Iterator[tuple[int, AnyRow]]:
-    """Cut rows into pieces, each with the position of its first element; on a GPU, join those that have the same work to do."""
+def _pieces(rows: Iterable[AnyRow]) -> Iterator[AnyRow]:
+    """Cut rows into pieces; on a GPU, join those that have the same work to do."""
     rows = list(rows)
     for row in rows:
         if row.theta.device.type == "cpu":
@@ -77,40 +77,30 @@ def _pieces(rows: Iterable[AnyRow]) -> Iterator[tuple[int, AnyRow]]:
     yield from batches([row for row in rows if row.theta.device.type != "cpu"])
 
 
-def _cut(row: AnyRow, size: int) -> Iterator[tuple[int, AnyRow]]:
+def _cut(row: AnyRow, size: int) -> Iterator[AnyRow]:
     if row.theta.numel() <= size:
-        yield 0, row
+        yield row
         return
     present = [i for i, value in enumerate(row) if isinstance(value, Tensor)]
-    start = 0
     for piece in blocks([cast(Tensor, row[i]) for i in present], size):
         values: list[Any] = list(row)
         for i, tensor in zip(present, piece, strict=True):
             values[i] = tensor
-        yield start, type(row)(*values)
-        start += piece[0].numel()
+        yield type(row)(*values)
 
 
-def batches(rows: Iterable[AnyRow], size: int = BATCH) -> Iterator[tuple[int, AnyRow]]:
+def batches(rows: Iterable[AnyRow], size: int = BATCH) -> Iterator[AnyRow]:
     """Join the pieces of rows that have the same work to do: rows whose columns are lists of tensors that act as one tensor."""
     waiting: dict[Any, list[AnyRow]] = {}
     room: dict[Any, int] = {}
     for row in rows:
-        for start, piece in _cut(row, size):
-            if coarse(piece):
-                yield start, piece  # stochastic rounding works on single tensors
-                continue
+        for piece in _cut(row, size):
             work, elements = _work(piece), piece.theta.numel()
             if work in waiting and elements > room[work]:
-                yield 0, _joined(waiting.pop(work))
+                yield _joined(waiting.pop(work))
             room[work] = (room[work] if work in waiting else size) - elements
             waiting.setdefault(work, []).append(piece)
-    yield from ((0, _joined(batch)) for batch in waiting.values())
-
-
-def coarse(row: Row | After) -> bool:
-    """Tell whether the Fisher information of a row is in bfloat16."""
-    return isinstance(row, Row) and row.fisher is not None and row.fisher.dtype is torch.bfloat16
+    yield from map(_joined, waiting.values())
 
 
 def _work(row: Row | After) -> tuple[Any, ...]:
@@ -124,10 +114,42 @@ def _joined(batch: list[AnyRow]) -> AnyRow:
     return type(batch[0])(*values)
 
 
-def account_(total: Tensor, path: Tensor, start: Tensor, theta: Tensor, xi: float) -> None:
-    """Add a task's share of the path integral to an importance: see the reference."""
-    for total_part, path_part, start_part, theta_part in blocks([total, path, start, theta]):
-        reference.account_(total_part, path_part, start_part, theta_part, xi)
+def rest_(theta: Tensor, path: Tensor, mark: Tensor, previous: Tensor, skip: Tensor | None) -> None:
+    """End the optimiser's last move: see the reference."""
+    for t, p, m, q in blocks([theta, path, mark, previous]):
+        reference.rest_(t, p, m, q, skip)
+
+
+def settle_(theta: Tensor, fisher: Tensor, path: Tensor, score: Tensor, mark: Tensor, eps: float) -> Tensor:
+    """End a window whose path is whole: see the reference."""
+    pieces = blocks([theta, fisher, path, score, mark])
+    return torch.stack([reference.settle_(t, f, p, s, m, None, eps) for t, f, p, s, m in pieces]).sum()
+
+
+def settled(
+    theta: Tensor, fisher: Tensor, path: Tensor, score: Tensor, mark: Tensor, previous: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return the score as it is once the window has ended, and the count of `settle_`; write nothing."""
+    whole = torch.empty_like(score)
+    far = []
+    for piece in blocks([whole, theta, fisher, path, score, mark, *([] if previous is None else [previous])]):
+        into, t, f, *scratch = piece
+        p, s, m, *q = (tensor.clone() for tensor in scratch)
+        far.append(reference.settle_(t, f, p, s, m, q[0] if q else None, eps))
+        into.copy_(s)
+    return whole, torch.stack(far).sum()
+
+
+def account_(
+    total: Tensor, path: Tensor, start: Tensor, theta: Tensor, mark: Tensor, previous: Tensor | None, xi: float
+) -> None:
+    """Add a task's share of the path integral to an importance, and write nothing else: see the reference."""
+    for piece in blocks([total, path, start, theta, mark, *([] if previous is None else [previous])]):
+        into, p, s, t, m, *q = piece
+        whole = p.clone()
+        if q:
+            reference.balance_(t, whole, m, q[0].clone())
+        reference.account_(into, whole, s, t, xi)
 
 
 def penalty(theta: Tensor, point: Tensor, omega: Tensor) -> Tensor:

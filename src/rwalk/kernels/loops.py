@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 from numba import carray, extending, njit, types
 
-from rwalk.kernels.reference import NOISE
-
 TILE = 2**12
 """Elements per tile: ten float32 streams of this length fit a second-level cache. Shorter tiles would fit the first one, but
 bursts of less than a few pages per stream keep the memory prefetcher from running ahead: 512 took 1.6 times as long."""
@@ -78,8 +76,8 @@ _as_bits: Compiled = _reinterpretation(types.float32, types.uint32)
 
 @compiled
 def visit_rows(
-    at, kind, sizes, rows, numbers, scratch, like, part, parts, close, first, noise,
-    graded, walks, remembers, scores, runs, squared, pulls, moves, leads, spreads,
+    at, kind, sizes, rows, numbers, scratch, like, part, parts, close,
+    graded, walks, scores, runs, squared, pulls,
 ):  # fmt: skip
     """Visit a part of every row of a table, tile by tile; return how many elements were far from their mark.
 
@@ -91,24 +89,24 @@ def visit_rows(
         begin, end = _span(sizes[k], part, parts)
         for lo in range(begin, end, TILE):
             far += _visit_tile(
-                at, kind, k, lo, min(TILE, end - lo), rows[k], numbers, scratch, like, close, first, noise,
-                graded, walks, remembers, scores, runs, squared, pulls, moves, leads, spreads,
+                at, kind, k, lo, min(TILE, end - lo), rows[k], numbers, scratch, like, close,
+                graded, walks, scores, runs, squared, pulls,
             )  # fmt: skip
     return far
 
 
 @compiled
 def _visit_tile(
-    at, kind, k, lo, n, row, numbers, scratch, like, close, first, noise,
-    graded, walks, remembers, scores, runs, squared, pulls, moves, leads, spreads,
+    at, kind, k, lo, n, row, numbers, scratch, like, close,
+    graded, walks, scores, runs, squared, pulls,
 ):  # fmt: skip
     """Visit one tile; columns are those of `Row`."""
     far = 0
     theta = _read(at[k, 0], kind[k, 0], lo, n, scratch, 0, like)
     path = _column(walks, at[k, 2], WIDE, lo, n, scratch, 0, like)
     mark = _column(walks, at[k, 3], WIDE, lo, n, scratch, 0, like)
-    previous = _column(remembers, at[k, 4], WIDE, lo, n, scratch, 0, like)
-    fisher = _column(runs, at[k, 6], kind[k, 6], lo, n, scratch, 1, like)
+    previous = _column(walks, at[k, 4], WIDE, lo, n, scratch, 0, like)
+    fisher = _column(runs, at[k, 6], WIDE, lo, n, scratch, 0, like)
     if walks is not None and close:
         score = _column(scores, at[k, 5], WIDE, lo, n, scratch, 0, like)
         far = _close(theta, fisher, path, score, mark, previous, numbers[0])
@@ -117,12 +115,8 @@ def _visit_tile(
         squares = _column(squared, at[k, 7], WIDE, lo, n, scratch, 0, like)
         point = _column(pulls, at[k, 8], WIDE, lo, n, scratch, 0, like)
         omega = _column(pulls, at[k, 9], kind[k, 9], lo, n, scratch, 3, like)
-        one = _column(leads, at[k, 10], WIDE, lo, n, scratch, 0, like)
-        two = _column(spreads, at[k, 11], WIDE, lo, n, scratch, 0, like)
-        _step(theta, grad, path, mark, previous, fisher, squares, point, omega, one, two, moves, row, numbers, like)
-        if runs is not None and kind[k, 6] == COARSE:
-            _write_at_random(at[k, 6], lo, fisher, noise, first)
-        if moves is None and pulls is not None and kind[k, 1] == COARSE:
+        _step(theta, grad, path, mark, previous, fisher, squares, point, omega, row[0], numbers, like)
+        if pulls is not None and kind[k, 1] == COARSE:
             _write(at[k, 1], lo, grad)
     return far
 
@@ -135,9 +129,8 @@ def _close(theta, fisher, path, score, mark, previous, eps):
     for i in range(theta.size):
         moved = theta[i] - mark[i]
         whole = path[i]
-        if previous is not None:
-            whole -= previous[i] * moved
-            previous[i] = 0
+        whole -= previous[i] * moved
+        previous[i] = 0
         if score is not None:
             distance = moved * moved * fisher[i] * half
             far += distance > eps
@@ -149,10 +142,9 @@ def _close(theta, fisher, path, score, mark, previous, eps):
 
 
 @compiled
-def _step(theta, grad, path, mark, previous, fisher, squares, point, omega, first, second, moves, row, numbers, one):
-    """Extend the path, update the Fisher information, and pull or make the optimiser's step, in one loop."""
+def _step(theta, grad, path, mark, previous, fisher, squares, point, omega, weight, numbers, one):
+    """Extend the path, update the Fisher information, and pull, in one loop."""
     pull, scale = numbers[1], numbers[2]
-    weight, step, keep, fresh, square, root, eps, decay, shrink = row
     for i in range(theta.size):
         g, t = grad[i] / scale, theta[i]
         if previous is not None:
@@ -164,25 +156,8 @@ def _step(theta, grad, path, mark, previous, fisher, squares, point, omega, firs
             else:
                 new = squares[i] / (scale * scale)
             fisher[i] = (one - weight) * fisher[i] + weight * new
-        if moves is None:
-            if point is not None:
-                grad[i] += pull * scale * omega[i] * (t - point[i])
-        else:
-            along = g + decay * t
-            if point is not None:
-                along += pull * omega[i] * (t - point[i])
-            way = along
-            if first is not None:
-                way = keep * first[i] + fresh * along
-                first[i] = way
-            if second is not None:
-                spread = (one - square) * second[i] + square * (along * along)
-                second[i] = spread
-                way /= root * np.sqrt(spread) + eps
-            now = (one - shrink) * t - step * way
-            theta[i] = now
-            if path is not None:
-                path[i] -= g * (now - t)
+        if point is not None:
+            grad[i] += pull * scale * omega[i] * (t - point[i])
 
 
 @compiled
@@ -252,15 +227,6 @@ def _write(address, lo, tile):
         up = (b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
         lost = (b & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
         coarse[i] = np.uint16((b >> np.uint32(16)) | np.uint32(0x40)) if lost else np.uint16(up)
-
-
-@compiled
-def _write_at_random(address, lo, tile, noise, first):
-    """Round a tile to bfloat16 up or down by the bits of the table of noise: `rounded` of the reference."""
-    coarse = carray(_pointer(address + 2 * lo, np.uint16(0)), tile.size)
-    bits = noise[(first + lo) % NOISE :]
-    for i in range(tile.size):
-        coarse[i] = np.uint16((_as_bits(np.float32(tile[i])) + np.uint32(bits[i])) >> np.uint32(16))
 
 
 @compiled

@@ -16,23 +16,19 @@ from torch import Tensor
 
 from rwalk.kernels.blocked import AnyRow, one_order
 from rwalk.kernels.loops import COARSE, NONE, TILE, WIDE, Compiled, after_rows, visit_rows
-from rwalk.kernels.reference import noise, noise_start
-from rwalk.kernels.visits import After, Rates, Row, Visit, counted
+from rwalk.kernels.visits import After, Row, Visit, counted
 
 SHARE = 2**18
 """Elements of work below which a second thread does not pay."""
-ROW = (COARSE, COARSE, WIDE, WIDE, WIDE, WIDE, COARSE, WIDE, WIDE, COARSE, WIDE, WIDE)
+ROW = (COARSE, COARSE, WIDE, WIDE, WIDE, WIDE, WIDE, WIDE, WIDE, COARSE)
 AFTER = (COARSE, WIDE, COARSE, COARSE, WIDE)
 """The most that the compiled code takes in each column of `Row` and `After`."""
-GRAD, PATH, PREVIOUS, SCORE, FISHER, SQUARES, OMEGA, FIRST, SECOND, MOVES = 1, 2, 4, 5, 6, 7, 9, 10, 11, 12
-"""Places of columns of `Row`, and after them of whether the optimiser's step is to be made."""
-FLAGS = (GRAD, PATH, PREVIOUS, SCORE, FISHER, SQUARES, OMEGA, MOVES, FIRST, SECOND)
+GRAD, PATH, SCORE, FISHER, SQUARES, OMEGA = 1, 2, 5, 6, 7, 9
+"""Places of columns of `Row`."""
+FLAGS = (GRAD, PATH, SCORE, FISHER, SQUARES, OMEGA)
 """Of which of them `visit_rows` is told whether they are there."""
-STILL = Rates(0.0)
-"""Stands where the optimiser makes its own step."""
 PRECISION = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
 """State precision of each kind of parameter that the compiled code takes."""
-CPU = torch.device("cpu")
 
 Key = tuple[Any, ...]
 Entry = tuple[tuple[int, ...], int, tuple[float, ...]]
@@ -47,7 +43,7 @@ def visit_(rows: Iterable[Row], visit: Visit) -> tuple[list[Row], list[Tensor]]:
     far = []
     for key, table in tables.items():
         has = [True if key[place] else None for place in FLAGS]
-        count = _run(visit_rows, key, table, numbers, visit.close, noise_start(visit.tick), _noise(), *has)
+        count = _run(visit_rows, key, table, numbers, visit.close, *has)
         far += [torch.tensor(count)] if visit.close and key[PATH] and key[SCORE] else []
     return left, far
 
@@ -70,9 +66,9 @@ def _tables(rows: Iterable[AnyRow]) -> tuple[dict[Key, list[Entry]], list[AnyRow
     tables: dict[Key, list[Entry]] = {}
     left: list[AnyRow] = []
     for row in rows:
-        columns, moves, numbers = _parts(row)
+        columns, numbers = _parts(row)
         kind: Any = type(row)
-        key = _key(kind, tuple([None if t is None else t.dtype for t in columns]), moves)
+        key = _key(kind, tuple([None if t is None else t.dtype for t in columns]))
         if key is None or not row.theta.is_cpu or not one_order([t for t in columns if t is not None]):
             left.append(row)
             continue
@@ -81,33 +77,31 @@ def _tables(rows: Iterable[AnyRow]) -> tuple[dict[Key, list[Entry]], list[AnyRow
     return tables, left
 
 
-def _parts(row: Any) -> tuple[Any, bool, Any]:
-    """Return the tensors of a row, whether the optimiser's step is to be made, and the numbers."""
-    if isinstance(row, After):
-        return row[: len(AFTER)], False, row[len(AFTER) : -1]
-    return row[: len(ROW)], row.rates is not None, (row.weight, *(row.rates or STILL))
+def _parts(row: Any) -> tuple[Any, Any]:
+    """Return the tensors of a row, and its numbers."""
+    return (row[: len(AFTER)], row[len(AFTER) : -1]) if isinstance(row, After) else (row[: len(ROW)], (row.weight,))
 
 
 @lru_cache(maxsize=64)
-def _key(row: Any, dtypes: tuple[Any, ...], moves: bool) -> Key | None:
-    """Return the kind of each column of a row, then whether the optimiser's step is to be made, and the precision of state.
+def _key(row: Any, dtypes: tuple[Any, ...]) -> Key | None:
+    """Return the kind of each column of a row, then the precision of state.
 
     None if the compiled code does not know such rows.
     """
     wide = PRECISION.get(dtypes[0])
-    allowed, rest = (AFTER, (0, 0, 0, 0, None)) if row is After else (ROW, (0, STILL if moves else None))
-    if wide is None or not row._make((*dtypes, *rest)).whole or (moves and dtypes[0] is torch.bfloat16):
+    allowed = AFTER if row is After else ROW
+    if wide is None or not row(*dtypes).whole:
         return None
     kinds = [NONE if dtype is None else WIDE if dtype is wide else COARSE for dtype in dtypes]
     for dtype, kind, most in zip(dtypes, kinds, allowed, strict=True):
         if kind > most or (kind == COARSE and not (dtype is torch.bfloat16 and wide is torch.float32)):
             return None
-    return *kinds, moves, np.float64 if wide is torch.float64 else np.float32
+    return *kinds, np.float64 if wide is torch.float64 else np.float32
 
 
 def _run(kernel: Compiled, key: Key, table: list[Entry], numbers: tuple[float, ...], *rest: Any) -> int:
     """Call compiled code, on as many of torch's threads as the work is worth, and add up what it returns."""
-    kinds, wide = key[:-2], key[-1]
+    kinds, wide = key[:-1], key[-1]
     addresses, sizes, own = zip(*table, strict=True)
     columns = (_array(addresses, np.int64), _array((kinds,) * len(sizes), np.int8), _array(sizes, np.int64), _array(own, wide))
     parts = max(1, min(torch.get_num_threads(), sum(sizes) // SHARE))
@@ -125,12 +119,6 @@ def _run(kernel: Compiled, key: Key, table: list[Entry], numbers: tuple[float, .
 def _array(values: tuple[Any, ...], dtype: Any) -> Any:
     """Make a column of a table; most are as at the step before, gradients are often where they were then."""
     return np.array(values, dtype)
-
-
-@cache
-def _noise() -> Any:
-    """Return the table of noise as the compiled code takes it."""
-    return noise(CPU).numpy()
 
 
 @cache

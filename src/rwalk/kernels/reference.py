@@ -1,21 +1,17 @@
 """Every elementwise formula of the library, one tensor at a time and in the letters of the papers: the specification.
 
 Arguments of one call have one shape. Names ending in an underscore write into their first state tensors; state is never of
-lower precision than the parameter, but for `fisher` and `omega` where the user asks for bfloat16, so gradients and parameters
-are converted where they meet state. The formulas of a visit serve a list of tensors on a GPU as well (see `many`).
+lower precision than the parameter, except `omega` where the user asks for bfloat16, so gradients and parameters are converted
+where they meet state. The formulas of a visit serve a list of tensors on a GPU as well (see `many`).
 """
 
 from collections.abc import Iterable
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from rwalk.kernels.many import above
-from rwalk.kernels.visits import After, Rates, Row, Visit, counted
-
-NOISE = 2**16
-"""Length of the table of random bits for stochastic rounding, after which they repeat within a tensor."""
+from rwalk.kernels.visits import After, Row, Visit, counted
 
 
 def visit_(rows: Iterable[Row], visit: Visit) -> tuple[list[Row], list[Tensor]]:
@@ -35,59 +31,31 @@ def after_(rows: Iterable[After], skip: Tensor | None = None) -> list[After]:
     return []
 
 
-def visit_one_(row: Row, visit: Visit, start: int = 0) -> Tensor | None:
-    """Visit one parameter, or a piece of it that begins at element `start`. Returns what `settle_` does, if that was called."""
+def visit_one_(row: Row, visit: Visit) -> Tensor | None:
+    """Visit one parameter, or a piece of it. Returns what `settle_` does, if that was called."""
     far = None
     if row.path is not None and row.mark is not None:
         if visit.close and row.score is not None and row.fisher is not None:
             far = settle_(row.theta, row.fisher, row.path, row.score, row.mark, row.previous, visit.eps)
         elif visit.close:
             close_(row.theta, row.path, row.mark, row.previous)
-        elif row.rates is not None and row.previous is not None:
-            balance_(row.theta, row.path, row.mark, row.previous)
     if row.grad is None:
         return far
     g = row.grad if visit.scale is None else row.grad.to(torch.promote_types(row.grad.dtype, torch.float32)) / visit.scale
-    if row.path is not None and row.mark is not None and row.previous is not None and row.rates is None:
+    if row.path is not None and row.mark is not None and row.previous is not None:
         if visit.close:
             row.previous.copy_(g)  # the path of a stretch that begins here is 0
         else:
             trace_(row.theta, g, row.path, row.mark, row.previous)
     if row.fisher is not None:
-        squares = row.squares if visit.scale is None or row.squares is None else row.squares / visit.scale**2
-        update_(row.fisher, g, squares, row.weight, start, visit.tick)
-    if row.rates is not None:
-        walk_(row, row.rates, g, visit.strength)
-    elif row.point is not None and row.omega is not None:
+        if row.squares is None:
+            square_(row.fisher, g, row.weight)
+        else:
+            blend_(row.fisher, row.squares if visit.scale is None else row.squares / visit.scale**2, row.weight)
+    if row.point is not None and row.omega is not None:
         omega = row.omega if visit.scale is None else row.omega.to(row.point.dtype) * visit.scale
         pull_(row.grad, row.theta, row.point, omega, visit.strength)
     return far
-
-
-def walk_(row: Row, rates: Rates, g: Tensor, strength: float) -> None:
-    """Make the optimiser's own step of one parameter along g and the pull, and extend the path by it (equation 7)."""
-    along, before = g.clone(), row.theta.clone()
-    if row.point is not None and row.omega is not None:
-        pull_(along, row.theta, row.point, row.omega, strength)
-    move_(row.theta, along, row.first, row.second, rates)
-    if row.path is not None:
-        row.path.addcmul_(g, row.theta - before, value=-1)
-
-
-def move_(theta: Tensor, along: Tensor, first: Tensor | None, second: Tensor | None, rates: Rates) -> None:
-    """Make a step of SGD, Adam (Kingma and Ba 2015) or AdamW (Loshchilov and Hutter 2019) as `torch.optim` does.
-
-    d = g + decay * theta; m <- keep * m + fresh * d; v <- square * d^2 + (1 - square) * v;
-    theta <- (1 - shrink) * theta - step * m / (root * sqrt(v) + eps), without m or v where the optimiser has none.
-    """
-    along.add_(theta, alpha=rates.decay)
-    way = along if first is None else first.mul_(rates.keep).add_(along, alpha=rates.fresh)
-    theta.mul_(1 - rates.shrink)
-    if second is None:
-        theta.add_(way, alpha=-rates.step)
-    else:
-        square_(second, along, rates.square)
-        theta.addcdiv_(way, second.sqrt().mul_(rates.root).add_(rates.eps), value=-rates.step)
 
 
 def after_one_(row: After) -> None:
@@ -124,6 +92,16 @@ def close_(theta: Tensor, path: Tensor, mark: Tensor, previous: Tensor | None) -
     mark.copy_(theta)
 
 
+def rest_(theta: Tensor, path: Tensor, mark: Tensor, previous: Tensor, skip: Tensor | None) -> None:
+    """Have the path hold all of the path integral up to here, and keep theta where the gradient of the last step was.
+
+    Nothing is done where `skip`, one element, is not 0.
+    """
+    balanced, here = path.addcmul(previous, theta - mark, value=-1), theta.to(previous.dtype)
+    path.copy_(balanced if skip is None else torch.where(skip == 0, balanced, path))
+    previous.copy_(here if skip is None else torch.where(skip == 0, here, previous))
+
+
 def settle_(
     theta: Tensor, fisher: Tensor, path: Tensor, score: Tensor, mark: Tensor, previous: Tensor | None, eps: float
 ) -> Tensor:
@@ -140,18 +118,6 @@ def settle_(
     return far
 
 
-def update_(fisher: Tensor, grad: Tensor, squares: Tensor | None, weight: float, start: int, tick: int) -> None:
-    """Move the running Fisher information towards g^2, or towards squares given; round stochastically if it is in bfloat16."""
-    coarse = fisher.dtype is torch.bfloat16
-    wide = fisher.float() if coarse else fisher
-    if squares is None:
-        square_(wide, grad, weight)
-    else:
-        blend_(wide, squares, weight)
-    if coarse:
-        fisher.copy_(rounded(wide, bits(wide, start, tick)))
-
-
 def square_(fisher: Tensor, grad: Tensor, weight: float) -> None:
     """Move the running Fisher information towards a new squared gradient: F <- weight * g^2 + (1 - weight) * F (equation 6)."""
     g = grad.to(fisher.dtype)
@@ -161,39 +127,6 @@ def square_(fisher: Tensor, grad: Tensor, weight: float) -> None:
 def blend_(average: Tensor, value: Tensor, weight: float) -> None:
     """Move a running average towards a new value: average <- weight * value + (1 - weight) * average."""
     average.mul_(1 - weight).add_(value, alpha=weight)
-
-
-def rounded(value: Tensor, noise: Tensor) -> Tensor:
-    """Round float32 to bfloat16 up or down, so that the mean over noise of 0 to 2^16 - 1 is the value itself.
-
-    Rounding to nearest would lose every change of less than one part in 512: a running mean would stand still.
-    """
-    return (value.view(torch.int32) + noise).bitwise_and_(-65536).view(torch.float32)
-
-
-def bits(like: Tensor, start: int, tick: int) -> Tensor:
-    """Return 16 random bits for each element, from its place in memory and the number of the visit: the same on every backend.
-
-    `like` is dense, in any order.
-    """
-    table = noise(like.device)
-    first = (noise_start(tick) + start) % NOISE
-    if first + like.numel() <= len(table):
-        return table.as_strided(like.shape, like.stride(), first)
-    places = torch.arange(first, first + like.numel(), device=like.device) % NOISE
-    return table[places].as_strided(like.shape, like.stride())
-
-
-def noise_start(tick: int) -> int:
-    """Say where in the table of noise a visit begins."""
-    return (tick * 2654435761 >> 7) % NOISE
-
-
-@cache
-def noise(device: torch.device) -> Tensor:
-    """Return the table of noise, with its beginning repeated at its end so that no block wraps around."""
-    table = torch.randint(0, NOISE, (NOISE,), generator=torch.Generator().manual_seed(0), dtype=torch.int32, device="cpu")
-    return torch.cat([table, table]).to(device)
 
 
 def account_(total: Tensor, path: Tensor, start: Tensor, theta: Tensor, xi: float) -> None:

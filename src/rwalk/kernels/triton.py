@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from rwalk.kernels.blocked import AnyRow, one_order
-from rwalk.kernels.reference import NOISE, noise, noise_start
 from rwalk.kernels.visits import After, Row, Visit
 
 CHUNK = 2**12
@@ -42,10 +41,9 @@ def visit_(rows: Iterable[Row], visit: Visit) -> tuple[list[Row], list[Tensor]]:
         device = mine[0].theta.device
         count = torch.zeros((), dtype=torch.int64, device=device)
         flags = {"SCALED": visit.scale is not None, "SKIPS": visit.skip is not None}
-        tables = (_on(visit.scale, count), _on(visit.skip, count), noise(device), count)
+        tables = (_on(visit.scale, count), _on(visit.skip, count), count)
         numbers = _on_device(tuple([(row.weight, visit.eps, 2 * visit.strength) for row in mine]), torch.float64, device)
-        first = noise_start(visit.tick)
-        _launch(_visit, mine, kinds, numbers, *tables, first, CLOSE=visit.close, NOISE_LENGTH=NOISE, **flags)
+        _launch(_visit, mine, kinds, numbers, *tables, CLOSE=visit.close, **flags)
         far += [count] if visit.close and kinds[2] is not None and kinds[5] is not None else []
     return left, far
 
@@ -67,9 +65,8 @@ def _sort(rows: Iterable[AnyRow], columns: int) -> tuple[dict[Group, list[AnyRow
         tensors = [t for t in held if t is not None]
         kinds = tuple([None if t is None else t.dtype for t in held])
         kind: Any = type(row)
-        moves = isinstance(row, Row) and row.rates is not None
         alone = len({t.get_device() for t in tensors}) == 1
-        if alone and row.theta.device.type in DEVICES and not moves and _known(kind, kinds) and one_order(tensors):
+        if alone and row.theta.device.type in DEVICES and _known(kind, kinds) and one_order(tensors):
             counted = isinstance(row, After) and row.made is not None
             groups.setdefault((kinds, row.theta.get_device(), counted), []).append(row)
         else:
@@ -80,9 +77,7 @@ def _sort(rows: Iterable[AnyRow], columns: int) -> tuple[dict[Group, list[AnyRow
 @lru_cache(maxsize=64)
 def _known(row: Any, kinds: tuple[torch.dtype | None, ...]) -> bool:
     """Tell whether the kernels can work on columns of these kinds."""
-    columns = row(*kinds)
-    still = row is After or columns.path is None or columns.previous is not None
-    return bool(all(kind is None or kind in KINDS for kind in kinds) and columns.whole and still)
+    return bool(all(kind is None or kind in KINDS for kind in kinds) and row(*kinds).whole)
 
 
 def _launch(kernel: Any, rows: list[Any], kinds: tuple[torch.dtype | None, ...], *rest: Any, **flags: Any) -> None:
@@ -150,8 +145,8 @@ def _place(chunks, sizes, skip, CHUNK_LENGTH: tl.constexpr, SKIPS: tl.constexpr)
 
 @triton.jit
 def _visit(
-    table, chunks, sizes, numbers, scale, skip, noise, far, first,
-    KINDS: tl.constexpr, CHUNK_LENGTH: tl.constexpr, NOISE_LENGTH: tl.constexpr,
+    table, chunks, sizes, numbers, scale, skip, far,
+    KINDS: tl.constexpr, CHUNK_LENGTH: tl.constexpr,
     CLOSE: tl.constexpr, SCALED: tl.constexpr, SKIPS: tl.constexpr,
 ):  # fmt: skip
     """Visit one chunk of one parameter; columns are those of `Row`."""
@@ -193,10 +188,7 @@ def _visit(
             else:
                 fresh = g * g
             fisher = (1 - weight) * fisher + weight * fresh
-            if KINDS[6] == tl.bfloat16:
-                noisy = tl.load(noise + (first + at) % NOISE_LENGTH)
-                fisher = ((fisher.to(tl.float32).to(tl.int32, bitcast=True) + noisy) & -65536).to(tl.float32, bitcast=True)
-            tl.store(_pointer(table, row, 6, KINDS) + at, fisher.to(KINDS[6]), mask=inside)
+            tl.store(_pointer(table, row, 6, KINDS) + at, fisher, mask=inside)
         if KINDS[9] is not None:
             point = tl.load(_pointer(table, row, 8, KINDS) + at, mask=inside, other=0)
             omega = tl.load(_pointer(table, row, 9, KINDS) + at, mask=inside, other=0).to(STATE)

@@ -5,50 +5,12 @@ Single entries may be None too: then that part of the work is left out for that 
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Column = Sequence[Tensor | None] | None
-
-
-class Rates(NamedTuple):
-    """The numbers of an optimiser's step of one parameter; the formulas are `move_` of the reference.
-
-    Args:
-        step: learning rate, over Adam's correction of the first moment.
-        keep: which share of the first moment stays.
-        fresh: with which factor the gradient joins it.
-        square: with which share the squared gradient joins the second moment.
-        root: what the root of the second moment is multiplied by, Adam's correction.
-        eps: what Adam adds to that.
-        decay: weight decay as part of the gradient.
-        shrink: weight decay beside the gradient (AdamW), times learning rate.
-    """
-
-    step: float
-    keep: float = 0.0
-    fresh: float = 1.0
-    square: float = 0.0
-    root: float = 1.0
-    eps: float = 0.0
-    decay: float = 0.0
-    shrink: float = 0.0
-
-
-class Move(NamedTuple):
-    """The optimiser's own step of one parameter, made inside the visit.
-
-    Args:
-        rates: its numbers.
-        first: the running mean of gradients: momentum's buffer, or Adam's first moment; None for plain SGD.
-        second: Adam's running mean of squared gradients; None for SGD.
-    """
-
-    rates: Rates
-    first: Tensor | None = None
-    second: Tensor | None = None
 
 
 class Row(NamedTuple):
@@ -64,26 +26,19 @@ class Row(NamedTuple):
     squares: Tensor | None = None
     point: Tensor | None = None
     omega: Tensor | None = None
-    first: Tensor | None = None
-    second: Tensor | None = None
     weight: float = 0.0
-    rates: Rates | None = None
 
     @property
     def whole(self) -> bool:
         """Whether columns that work together are all there or all missing; fused backends leave other rows to the next one."""
         path = (self.path is None) == (self.mark is None)
-        needed = self.path is not None and self.rates is None
-        previous = (self.previous is not None) == needed or (self.grad is None and self.path is not None)
+        previous = (self.path is None) == (self.previous is None)
         score = self.score is None or self.fisher is not None
         return path and previous and score and (self.point is None) == (self.omega is None)
 
 
 class Visit(NamedTuple):
     """Before the optimiser moves: end a stretch of the path, extend the path, update the Fisher information, add the pull.
-
-    With `moves` the visit also makes the optimiser's step: the pull goes into that step and not into `grad`, and the path is
-    extended by it at once, so that no `previous` is needed; one that is there ends its part of the path first.
 
     Args:
         theta: the parameters.
@@ -92,18 +47,17 @@ class Visit(NamedTuple):
         mark: the parameters at its start.
         previous: the gradient of the step before, 0 at its start.
         score: where the path of a finished stretch goes as a score; without it the path stays and only its mark moves on.
-        fisher: running Fisher information, in state precision or bfloat16, then rounded stochastically.
+        fisher: running Fisher information.
         squares: what to average in `fisher`, multiplied by the square of `scale`; None for the square of `grad`.
         point: where the pull leads.
         omega: how strongly, in state precision or lower.
         weight: the new square's share in `fisher`, one number for each parameter.
-        moves: the optimiser's own steps, for each parameter that has a gradient.
         close: whether a stretch ends here, before anything else is done.
         eps: damping in the score's denominator.
         strength: factor of the penalty.
         scale: what a loss scaler has multiplied the gradients by: one element, on their device; None for 1.
         skip: one element, not 0 if the optimiser is going to leave out this step, and so shall the visit; None for 0.
-        tick: the number of this visit, from which the random bits of stochastic rounding follow.
+        ascends: for each parameter, whether the optimiser goes up along `grad`; None for down everywhere.
     """
 
     theta: Sequence[Tensor]
@@ -117,13 +71,12 @@ class Visit(NamedTuple):
     point: Column = None
     omega: Column = None
     weight: Sequence[float] | None = None
-    moves: Sequence[Move | None] | None = None
     close: bool = False
     eps: float = 0.0
     strength: float = 0.0
     scale: Tensor | None = None
     skip: Tensor | None = None
-    tick: int = 0
+    ascends: Sequence[bool] | None = None
 
     @property
     def left_out(self) -> bool:
@@ -135,11 +88,23 @@ class Visit(NamedTuple):
         missing = [None] * len(self.theta)
         columns = [missing if column is None else column for column in self[1:10]]
         weights = [0.0] * len(self.theta) if self.weight is None else self.weight
-        moves = missing if self.moves is None else self.moves
-        rates, first, second = zip(*[move or (None, None, None) for move in moves], strict=True) if moves else ([], [], [])
-        for values in zip(self.theta, *columns, first, second, weights, rates, strict=True):
+        for values in zip(self.theta, *columns, weights, strict=True):
             if values[1] is not None or self.close:
                 yield Row._make(values)
+
+    def directions(self) -> Iterator[tuple["Visit", Iterator[Row]]]:
+        """Yield a visit with the rows that go down, and one with those that go up: as if -1 had been a loss scale."""
+        if self.ascends is None:
+            yield self, self.rows()
+            return
+        for up in (False, True):
+            mine = [i for i, way in enumerate(self.ascends) if way == up]
+            pick: dict[str, Any] = {
+                key: [c[i] for i in mine] for key, c in self._asdict().items() if isinstance(c, Sequence) and key != "ascends"
+            }
+            scale = torch.ones((), device=self.theta[0].device) if self.scale is None else self.scale
+            one = self._replace(**pick, ascends=None, scale=-scale if up else self.scale)
+            yield one, one.rows()
 
 
 class After(NamedTuple):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rwalk import _refusals as refusals
 from rwalk import states
 from rwalk._errors import explain
+from rwalk.parameters import listed
 from rwalk.replay.look import look
 from rwalk.replay.selections import SELECTIONS, Candidates, Selection
 
@@ -242,7 +243,7 @@ class Buffer:
         self._refuse_form(came)
         again = [] if self._stream else sorted(self.counts.keys() & set(map(tuple, _classes(came.task, came.y).tolist())))
         if again:
-            named = refusals.listed([f"label {label} of task {task}" for task, label in again])
+            named = listed([f"label {label} of task {task}" for task, label in again])
             remedy = 'Pass all of a task\'s data at once and each task once, or use a `"reservoir"` for parts.'
             raise ValueError(explain(f"examples of {named}, of which there are some already", "new classes", remedy))
 

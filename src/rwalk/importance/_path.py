@@ -1,0 +1,37 @@
+"""What rules share that follow the path of the weights: how they come to rest between the optimiser's moves.
+
+Such a state has the fields `path`, `mark`, `previous` and `resting`. At rest the path holds the optimiser's last move, and
+`previous` holds where that move has ended in place of the gradient that it was made along.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from rwalk import kernels
+
+State = TypeVar("State", bound=Any)
+
+
+def rested(state: State, theta: Sequence[Tensor], skip: Tensor | None) -> State:
+    """Bring a state to rest, unless it is, or no step of the task has been observed."""
+    if state.resting or not state.steps:
+        return state
+    kernels.rest_(theta, state.path, state.mark, state.previous, skip)
+    return state._replace(resting=True)  # type: ignore[no-any-return]
+
+
+def wake(state: State, skip: Tensor | None) -> State:
+    """End a rest, after which no gradient is remembered."""
+    if skip is None:
+        torch._foreach_zero_(state.previous)
+    else:
+        torch._foreach_mul_(state.previous, (skip != 0).to(state.previous[0].dtype))
+    return state._replace(resting=False)  # type: ignore[no-any-return]
+
+
+def moved(state: Any, theta: Sequence[Tensor], places: Sequence[int]) -> list[int]:
+    """List those of some places whose parameters have moved since the rest."""
+    return [i for i in places if not torch.equal(theta[i].to(state.previous[i].dtype), state.previous[i])]

@@ -1,0 +1,101 @@
+"""Whether a task's end is asked for twice: no training in between, and the same data."""
+
+import json
+import math
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from rwalk import files
+from rwalk.parallel import Spread
+
+Sums = list[float]
+
+
+@dataclass
+class Ended:
+    """What the last task's end was like.
+
+    Args:
+        theta: of each parameter, the sum of its elements and of their squares.
+        data: the same of the data that was measured on, with the number of batches; empty for none.
+        observed: whether steps of that task had been observed.
+    """
+
+    theta: dict[str, Sums] = field(default_factory=dict)
+    data: Sums = field(default_factory=list)
+    observed: bool = False
+
+    @classmethod
+    def of(cls, theta: Mapping[str, Tensor], data: Any, observed: bool, spread: Spread) -> "Ended":
+        """Look at parameters, and at data that was gone through as `Watched`."""
+        sums = spread.sums([number for t in theta.values() for number in _sums(t)])
+        pairs = {name: sums[2 * i : 2 * i + 2] for i, name in enumerate(theta)}
+        return cls(pairs, data.sums if isinstance(data, Watched) else [], observed)
+
+    def text(self) -> str:
+        """Write it down for state files."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def read(cls, text: str) -> "Ended":
+        """Read what `text` has written."""
+        return cls(**files.parse(text))
+
+    @classmethod
+    def readable(cls, text: Any) -> bool:
+        """Tell whether a text is what `text` writes."""
+        try:
+            found = cls.read(text)
+            numbers = [number for sums in (*found.theta.values(), found.data) for number in sums]
+            lengths = {len(sums) for sums in found.theta.values()} <= {2} and len(found.data) in (0, 3)
+        except (ValueError, TypeError, AttributeError):
+            return False
+        return lengths and all(isinstance(n, float) for n in numbers) and isinstance(found.observed, bool)
+
+    def same_weights(self, other: "Ended") -> bool:
+        """Tell whether the parameters that both know have not changed."""
+        both = self.theta.keys() & other.theta.keys()
+        return bool(both) and all(_close(self.theta[name], other.theta[name]) for name in both)
+
+    def same_data(self, other: "Ended") -> bool:
+        """Tell whether both went through the same data, in any order."""
+        return bool(self.data) and len(self.data) == len(other.data) and _close(self.data, other.data)
+
+
+class Watched:
+    """Data that is summed up while it is gone through for the first time."""
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        self._data = data
+        self.sums: Sums = []
+
+    def __iter__(self) -> Iterator[Any]:
+        """Go through the data."""
+        sums = [0.0, 0.0, 0.0]
+        for batch in self._data:
+            leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+            sums = [a + b for a, b in zip(sums, [*map(sum, zip(*map(_sums, leaves), strict=True)), 1.0], strict=True)]
+            yield batch
+        self.sums = self.sums or sums
+
+
+def _sums(value: Any) -> Sums:
+    """Return the sum of a tensor's elements and of their squares; of anything else, a number that its text gives."""
+    if not isinstance(value, Tensor):
+        number = float(zlib.crc32(repr(value).encode()))
+        return [number, number * number]
+    wide = value.detach().to(torch.float64)
+    return [float(wide.sum()), float(wide.square().sum())]
+
+
+def _close(a: Sums, b: Sums) -> bool:
+    """Tell whether sums agree, except in how they were rounded."""
+    return abs(a[0] - b[0]) <= 1e-12 * math.sqrt(1 + b[1]) and all(
+        math.isclose(x, y, rel_tol=1e-12) for x, y in zip(a[1:], b[1:], strict=True)
+    )

@@ -1,0 +1,50 @@
+"""Writes to weights that no observed step has made: by the user, by a callback, or by a checkpoint that is loaded.
+
+A write in place raises a tensor's version, unless it goes past autograd, as through `.data` or NumPy. So a few elements of the
+largest tensors are looked at too, which finds whatever changes a whole model.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+TENSORS, ELEMENTS = 3, 32
+"""How many tensors are looked at, and how many elements of each."""
+
+
+class Writes:
+    """What the parameters were like when the last observed step had ended."""
+
+    def __init__(self) -> None:
+        self._versions: dict[str, int] = {}
+        self._probes: dict[str, Tensor] = {}
+
+    def note(self, theta: Mapping[str, Tensor]) -> None:
+        """Note what the parameters are like now."""
+        if self._versions.keys() == theta.keys():
+            largest = list(self._probes)
+        else:
+            largest = sorted((n for n, t in theta.items() if t.numel()), key=lambda n: theta[n].numel())[-TENSORS:]
+        self._versions = {name: t._version for name, t in theta.items()}
+        self._probes = {name: _some(theta[name]).clone() for name in largest}
+
+    def found(self, theta: Mapping[str, Tensor]) -> list[str]:
+        """Name the parameters that have been written to since; comparing elements waits for a device."""
+        return self.seen(theta) or [n for n, old in self._probes.items() if n in theta and _unlike(theta[n], old)]
+
+    def seen(self, theta: Mapping[str, Tensor]) -> list[str]:
+        """Name those that have been written to in sight of autograd, which waits for nothing."""
+        return [name for name, t in theta.items() if self._versions.get(name, t._version) != t._version]
+
+
+def _some(tensor: Tensor) -> Tensor:
+    """View a few elements, spread over the tensor's memory."""
+    count = min(tensor.numel(), ELEMENTS)
+    return tensor.detach().as_strided((count,), (tensor.numel() // count,))
+
+
+def _unlike(tensor: Tensor, old: Tensor) -> bool:
+    """Tell whether elements differ; a tensor that grew, or is now of another kind, does not say."""
+    now = _some(tensor)
+    return now.shape == old.shape and now.dtype == old.dtype and not torch.equal(now.to(old.device), old)
