@@ -7,6 +7,7 @@ errors do not add up, and each step of the library is checked against them.
 import copy
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -74,10 +75,12 @@ class Schedules(RuleBasedStateMachine):
         strength=st.sampled_from([0.3, 0.0, 10.0]),
         coarse=st.sampled_from([None, None, torch.bfloat16]),
         late=st.booleans(),
+        maximize=st.booleans(),
         seed=SEEDS,
     )
-    def begin(self, walk, other, dtype, shapes, pull, average, momentum, strength, coarse, late, seed):
+    def begin(self, walk, other, dtype, shapes, pull, average, momentum, strength, coarse, late, maximize, seed):
         fields = walk if self.walks else other
+        self.maximize, self.sign = maximize, -1 if maximize else 1
         self.random, self.dtype, self.momentum = np.random.default_rng(seed), dtype, momentum
         self.options = {"pull": pull, "average": average, "state_dtype": coarse}
         self.rule = KINDS[fields["name"]](**{key: value for key, value in fields.items() if key != "name"})
@@ -86,7 +89,7 @@ class Schedules(RuleBasedStateMachine):
             self._new(shape)
         unit = UNIT[torch.promote_types(dtype, torch.float32)]
         self.truth = Truth(fields, strength, pull, average, unit, 2.0**-7 if coarse else 0.0)
-        self.memory = Consolidator(self.model, self.rule, strength, **self.options)
+        self.memory, self.known = Consolidator(self.model, self.rule, strength, **self.options), False
         # torch's fused SGD is wrong in bfloat16 on a CPU, and its momentum fails where first gradients come at different steps
         self.fused = not momentum and dtype is not torch.bfloat16
         self.folder = Path(tempfile.mkdtemp())
@@ -113,7 +116,7 @@ class Schedules(RuleBasedStateMachine):
         return self.model.get_parameter(name)
 
     def _optimizer(self, parameters):
-        return torch.optim.SGD(parameters, lr=0.1, momentum=self.momentum, fused=self.fused)
+        return torch.optim.SGD(parameters, lr=0.1, momentum=self.momentum, fused=self.fused, maximize=self.maximize)
 
     def _named(self):
         return dict(self.model.named_parameters())
@@ -148,14 +151,14 @@ class Schedules(RuleBasedStateMachine):
             group["lr"] = min(group["lr"], 0.4 / max(2 * self.memory.strength * self.memory.anchor.largest(), 1e-9))
 
     def _gradients(self, size, missing):
-        """Set gradients by hand; return those that count."""
+        """Set gradients by hand; return those that count, of a loss that goes down."""
         inside, grads = self._inside(), {}
         for i, (name, p) in enumerate(self._named().items()):
             p.grad = None
             if p.requires_grad and id(p) in inside and not missing >> i & 1:
                 value = torch.as_tensor(self.random.normal(size=p.shape) * size * self.random.integers(0, 2, p.shape))
                 p.grad = torch.empty_like(p).copy_(value)
-                grads[name] = wide(p.grad)
+                grads[name] = wide(p.grad) * self.sign
         return grads
 
     def _step(self, scale=None, found=None):
@@ -207,7 +210,7 @@ class Schedules(RuleBasedStateMachine):
         before = self._theta()
         if grads:
             self.truth.before(grads)
-        given = self._step(scale)
+        given = {name: g * self.sign for name, g in self._step(scale).items()}
         after, lr = self._theta(), self.optimizer.param_groups[0]["lr"]
         for name, g in grads.items():
             unit = 8 * UNIT[self.dtype]
@@ -222,6 +225,7 @@ class Schedules(RuleBasedStateMachine):
         for name in after.keys() - grads.keys():
             assert np.array_equal(before[name], after[name])
         self.truth.after(grads, after)
+        self.known = self.known or bool(grads)
 
     @precondition(lambda self: self.attached and self.fused)
     @rule(missing=st.sampled_from([0, 1]))
@@ -257,6 +261,7 @@ class Schedules(RuleBasedStateMachine):
         """Make a step; where its error comes late, restore the weights, as a user has to, and do something else."""
         self._step()
         assert self.late
+        self.known = self.truth.written = False  # who must restore weights is somebody else too
         self.model.load_state_dict(weights)
         self.optimizer.load_state_dict(optimizer)
         memory = self.memory
@@ -270,8 +275,14 @@ class Schedules(RuleBasedStateMachine):
         if self.attached and isinstance(self.rule, L2):
             self._look()
         self._grown()
-        self.memory.consolidate()
+        averaged = self.options["average"] == "tail" and any(held.count for held in self.truth.held.values())
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            self.memory.consolidate()
+        assert len(said) == (averaged and self.truth.written)
+        assert all("changed after the last step" in str(warning.message) for warning in said)
         assume(self.truth.conclude())
+        self.known, self.truth.written = True, False
         after = self._theta()
         for name, held in self.truth.held.items():
             slack = 8 * UNIT[self.dtype] * abs(held.theta) + self.truth.unit * (abs(held.theta) + 1)
@@ -391,12 +402,20 @@ class Schedules(RuleBasedStateMachine):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    @precondition(lambda self: self.truth.steps == 0)
-    @rule()
-    def weights_change_between_tasks(self):
+    @rule(which=st.integers(1, 31), past_autograd=st.booleans(), detached=st.booleans())
+    def somebody_else_moves_weights(self, which, past_autograd, detached):
+        """Between tasks or within one; all of them where the average is dropped for it."""
+        if detached:
+            self.detach()
+        every = self.options["average"] == "tail"
         with torch.no_grad():
-            for p in self.model.parameters():
-                p.add_(torch.as_tensor(self.random.normal(size=p.shape)).to(self.dtype))
+            for i, p in enumerate(self.model.parameters()):
+                if every or which >> i & 1:
+                    (p.data if past_autograd else p).add_(
+                        torch.as_tensor(self.random.normal(size=p.shape)).to(self.dtype) + 0.5
+                    )
+        seen = self.known and any(held.theta.size for held in self.truth.held.values())
+        self.truth.foreign(self._theta(), seen)
 
     # State
 
@@ -412,6 +431,7 @@ class Schedules(RuleBasedStateMachine):
         else:
             fresh.load_state_dict(self.memory.state_dict())
         fresh.skipped = self.memory.skipped
+        self.known = self.truth.written = False
         self.memory.detach()
         self.memory = fresh
         self._unchanged(before)
@@ -428,6 +448,7 @@ class Schedules(RuleBasedStateMachine):
         if self.attached:
             self._look()
         self.memory.load_state_dict(state)
+        self.known = self.truth.written = False
 
     @rule()
     def looking_changes_nothing(self):

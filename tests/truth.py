@@ -33,6 +33,7 @@ class Held:
     count: int = 0
     seen: int = 0
     ever: bool = False
+    ended: bool = False
 
     def __post_init__(self):
         self.mark, self.start, self.average = (self.theta.copy() for _ in range(3))
@@ -77,6 +78,7 @@ class Truth:
         self.lengths = []
         self.far = np.zeros(2)
         self.first = {"fisher": None, "score": None}
+        self.written = False
 
     def look(self, theta, newcomers):
         """Take up parameters that grew, were moved by hand or are new."""
@@ -89,6 +91,17 @@ class Truth:
                 held.grow(now)
             else:
                 held.theta = now.copy()
+
+    def foreign(self, theta, seen):
+        """Take note that somebody else has moved the parameters, which counts for nothing; `seen` if that can be told."""
+        self.written = self.written or seen
+        for name, now in theta.items():
+            held = self.held.get(name)
+            if held is None or held.theta.shape != now.shape or np.array_equal(held.theta, now):
+                continue
+            if self.kind == "RWalk" and self.steps and not held.ended:
+                self.settle([held])
+            held.start, held.mark, held.theta, held.ended = held.start + now - held.theta, now.copy(), now.copy(), True
 
     # A step
 
@@ -110,6 +123,9 @@ class Truth:
         self.steps += 1
 
     def after(self, grads, theta):
+        self.written = False
+        for held in self.held.values():
+            held.ended = False
         for name, g in grads.items():
             held = self.held[name]
             held.steps.append((g, held.theta, theta[name].copy()))
@@ -117,9 +133,9 @@ class Truth:
             held.count += 1
             held.average = held.average + (ETA + 1) / (held.count + ETA) * (held.theta - held.average)
 
-    def settle(self):
+    def settle(self, which=None):
         eps = self.rule["eps"]
-        for held in self.held.values():
+        for held in self.held.values() if which is None else which:
             path, size = held.path()
             distance = 0.5 * held["fisher"] * (held.theta - held.mark) ** 2
             held["score"] += path / (distance + eps)
@@ -161,17 +177,17 @@ class Truth:
         for held in self.held.values():
             if held["omega"] is not None:
                 held["slack"] = held["slack"] + self.coarse * held["omega"]
-            if self.average == "tail" and held.count:
+            if self.average == "tail" and held.count and not self.written:
                 held.theta = held.average.copy()
             held["point"] = held.theta.copy()
-            held.seen = held.count = 0
+            held.seen, held.count, held.ended = 0, 0, False
         self.tasks += 1
         self.steps = 0
         return sure
 
     def _rwalk(self):
         if self.steps:
-            self.settle()
+            self.settle([held for held in self.held.values() if not held.ended])
         half = 0.5 if self.rule["accumulate"] == "average" else 1.0
         mean = self.rule["alpha"] == "mean"
         for held in self.held.values():

@@ -659,12 +659,14 @@ class Consolidator:
         refusals.refuse_parameters(watch)
         refusals.refuse_change_of_spread(self._watch, watch)
         lost = self._lost(watch)
+        rested = self._steps > 0 and self.rule.at_rest(self._state)
         if not watch.same(self._watch):
             self._state = self._moves.before_step(self.rule, self._state, self._watch, self._steps)
             self._moves.follow(self._watch, watch)
         known = {name: shape for name, shape in self._watch.shapes.items() if name not in lost}
         self._watch_examples(watch)
         state = regraft(self._state, list(self._watch.shapes), known, watch.theta, self.rule.init)
+        state = self.rule.rest(state, list(watch.theta.values())) if rested else state
         self._hold(self._anchor.align({name: p for name, p in watch.theta.items() if name not in lost}), state)
         if self.average == "tail":
             self._tail.follow(watch.theta, lost)

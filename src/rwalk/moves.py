@@ -76,7 +76,9 @@ class Moves:
     def follow(self, old: Watch, new: Watch) -> None:
         """Go over to other parameters."""
         self.remember(old.theta)
-        self.renote(new.theta)
+        if self._writes.known:
+            self.renote(new.theta)
+        self._noticed = False
 
     def remember(self, theta: Mapping[str, Tensor]) -> None:
         """Keep in mind what has been changed, before the parameters are exchanged."""

@@ -20,6 +20,11 @@ class Writes:
         self._versions: dict[str, int] = {}
         self._probes: dict[str, Tensor] = {}
 
+    @property
+    def known(self) -> bool:
+        """Whether anything has been noted."""
+        return bool(self._versions)
+
     def note(self, theta: Mapping[str, Tensor]) -> None:
         """Note what the parameters are like now."""
         if self._versions.keys() == theta.keys():
@@ -35,7 +40,7 @@ class Writes:
 
     def seen(self, theta: Mapping[str, Tensor]) -> list[str]:
         """Name those that have been written to in sight of autograd, which waits for nothing."""
-        return [name for name, t in theta.items() if self._versions.get(name, t._version) != t._version]
+        return [name for name, t in theta.items() if self._versions.get(name, t._version) != t._version and t.numel()]
 
 
 def _some(tensor: Tensor) -> Tensor:
