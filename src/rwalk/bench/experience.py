@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from rwalk._errors import explain
 from rwalk.bench.data import DataSet, load
+from rwalk.bench.tables import scaled
 
 Scenario = Literal["task", "domain", "class"]
 """Task-incremental: the task is known at test time. Domain-incremental: all tasks share their labels. Class-incremental: the
@@ -228,16 +229,9 @@ def drift(data: str | DataSet, tasks: int = 10, root: str | Path | None = None) 
     rows = [torch.arange(len(y)).tensor_split(_positive(tasks)) for y in (found.train_y, found.test_y)]
     about = _about("drift", found, tasks, "domain")
     table = found.train_x.dim() == 2 and not found.tokens
-    scaled = _scaled(found.train_x[rows[0][0]]) if table else None
+    first = scaled(found.train_x[rows[0][0]]) if table else None
     stretches = enumerate(zip(*rows, strict=True))
-    return [_task(found, k, mine, "domain", about, f"stretch {k + 1}", transform=scaled) for k, mine in stretches]
-
-
-def _scaled(known: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return what gives the columns of known rows mean 0 and standard deviation 1; one that never changes is only shifted."""
-    deviation, mean = torch.std_mean(known, 0, correction=0)
-    deviation = torch.where(deviation > 0, deviation, 1.0)
-    return lambda x: (x - mean) / deviation
+    return [_task(found, k, mine, "domain", about, f"stretch {k + 1}", transform=first) for k, mine in stretches]
 
 
 def rotate(x: Tensor, degrees: float) -> Tensor:
