@@ -45,10 +45,15 @@ class Part:
         """Count the examples."""
         return len(self.y if self.rows is None else self.rows)
 
+    def labels(self) -> Tensor:
+        """Return the labels."""
+        y = self.y if self.rows is None else self.y[self.rows]
+        return self.relabel(y) if self.relabel else y
+
     def read(self) -> tuple[Tensor, Tensor]:
         """Return inputs and labels."""
-        x, y = (self.x, self.y) if self.rows is None else (self.x[self.rows], self.y[self.rows])
-        return self.transform(x) if self.transform else x, self.relabel(y) if self.relabel else y
+        x = self.x if self.rows is None else self.x[self.rows]
+        return self.transform(x) if self.transform else x, self.labels()
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,6 +293,15 @@ def check(stream: Sequence[Experience]) -> None:
     if not stream or len({(e.scenario, e.outputs) for e in stream}) > 1:
         came = "an empty stream" if not stream else "experiences of different scenarios or numbers of outputs"
         raise ValueError(explain(came, "experiences of one scenario and number of outputs", "Build the stream anew."))
+
+
+def label_counts(stream: Sequence[Experience]) -> list[dict[str, int]]:
+    """Count for each task the labels that "occur" among its test examples, and those that "compete" for them at the end."""
+    seen = {label for e in stream for label in e.classes}
+    return [
+        {"occur": len(e.test.labels().unique()), "compete": len(seen if e.scenario == "class" else set(e.classes))}
+        for e in stream
+    ]
 
 
 def _found(data: str | DataSet, root: str | Path | None) -> DataSet:

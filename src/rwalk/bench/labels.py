@@ -77,8 +77,9 @@ def _values(name: str, rows: Rows, column: str, what: str) -> list[Any]:
         raise ValueError(explain(came, "a whole number or a name in each row", "Choose another column, or convert it."))
     values = [_plain(value) for value in rows.values(name, column)]
     for row, value in enumerate(values):
-        if value is None or (what == "labels" and value == -1):  # the hub's sign for no label
-            raise _refusal(name, column, f"{what} that are missing or -1", rows.where(row), what)
+        if value is None or (what == "labels" and value == -1):  # -1 is the hub's sign for no label
+            missing = "labels that are missing or -1" if what == "labels" else f"missing {what}"
+            raise _refusal(name, column, missing, rows.where(row), what)
         if isinstance(value, float | Decimal):
             raise _refusal(name, column, f"{what} that are no whole numbers", rows.where(row), what)
     return values

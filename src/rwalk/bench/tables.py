@@ -137,7 +137,7 @@ def _joined(name: str, column: str, *sides: Any) -> Any:
 
 
 def _refuse_missing(name: str, column: str, train: Rows, test: Rows, missing: np.ndarray) -> None:
-    came = f"missing or infinite numbers or categories in column `{column}`"
+    came = f"missing or infinite values in column `{column}`"
     refuse_rows(name, train, test, missing, came, "a finite number or a category in each row", "Fill or drop those rows.")
 
 
