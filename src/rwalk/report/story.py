@@ -73,16 +73,16 @@ def _few_seeds(comparison: Comparison) -> Iterator[str]:
 
 
 def single_labels(comparison: Comparison) -> Iterator[str]:
-    """Say in which tasks nothing has to be told apart: one label competes or occurs there, or is alone in the training softmax."""
+    """Say in which tasks there is nothing to tell apart, as a single label competes, occurs or is trained there."""
     counts = next((record.labels for line in comparison.lines for record in line.records if record.labels), [])
     scenario = comparison.setting.get("stream", {}).get("scenario")
     alone = [k for k, task in enumerate(counts) if task["compete"] == 1]
     same = [k for k, task in enumerate(counts) if task["occur"] == 1 and k not in alone]
     if alone:
-        remedy = "or `--scenario class`, in which the labels of all tasks compete" if scenario == "task" else "or more classes"
+        other = "or `--scenario class`, in which the labels of all tasks compete" if scenario == "task" else "or other data"
         yield (
-            f"In {_tasks(alone, counts)} there is a single label to choose from, so that every method is right on every example: "
-            f"100 % says nothing there. Take fewer tasks, {remedy}."
+            f"In {_tasks(alone, counts)} there is a single label to choose from. There is nothing to tell apart, so that every "
+            f"method reaches 100\u00a0%. Take fewer tasks, {other}."
         )
     if same and scenario != "class":
         yield (
