@@ -100,7 +100,8 @@ def _tasks(some: list[int], counts: Sequence[object]) -> str:
     """Name tasks, counted from 1; the first of many."""
     if len(some) == len(counts):
         return "each task"
-    words = [str(k + 1) for k in some[:5]] + [f"{len(some) - 5} others"] * (len(some) > 5)
+    words = [str(k + 1) for k in some]
+    words = words if len(words) <= 6 else [*words[:5], f"{len(words) - 5} others"]
     return f"task{'s' * (len(some) > 1)} {listed(words)}"
 
 
