@@ -226,14 +226,15 @@ UNFIT = {
         for form in ("JPEG2000", "ICO", "TGA", "PCX", "EPS", "ICNS", "DDS", "SGI")
     },
     **{f"moving {form}": (encoded(PLAIN, form, **FRAMES), "several frames") for form in ("GIF", "PNG", "WEBP", "TIFF")},
-    "16 bits in colour": (png(3, 2, 16, 2, [line.astype(">u2").tobytes() for line in RGB16]), "16 bits"),
-    "16 bits in colour, TIFF": (tiff(3, 2, 16, RGB16.astype("<u2").tobytes(), 2, channels=3), "16 bits"),
-    "16 bits and alpha": (png(3, 2, 16, 4, [line[:, :2].astype(">u2").tobytes() for line in RGB16]), "16 bits"),
+    "16 bits in colour": (png(3, 2, 16, 2, [line.astype(">u2").tobytes() for line in RGB16]), "more than 8 bits"),
+    "16 bits in colour, TIFF": (tiff(3, 2, 16, RGB16.astype("<u2").tobytes(), 2, channels=3), "more than 8 bits"),
+    "16 bits and alpha": (png(3, 2, 16, 4, [line[:, :2].astype(">u2").tobytes() for line in RGB16]), "more than 8 bits"),
     "16 bits, one clear": (
         png(3, 2, 16, 0, [line.astype(">u2").tobytes() for line in WIDE], chunk(b"tRNS", b"\0\1")),
-        "16 bits",
+        "more than 8 bits",
     ),
-    "16 bits, 0 is white": (tiff(3, 2, 16, WIDE.astype("<u2").tobytes(), photometric=0), "16 bits"),
+    "16 bits, 0 is white": (tiff(3, 2, 16, WIDE.astype("<u2").tobytes(), photometric=0), "0 for white"),
+    "floats, 0 is white": (tiff(3, 2, 32, (WIDE / 4095).astype("<f4").tobytes(), photometric=0, sample=3), "0 for white"),
     "white on white": (encoded(WHITE), "white on white"),
     "nan": (encoded(np.full((2, 2), np.nan, np.float32), "TIFF"), "missing or infinite"),
 }

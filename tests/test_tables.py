@@ -58,6 +58,8 @@ def since(values, unit):
     (pa.ExtensionArray.from_storage(pa.bool8(), pa.array([1, 0, 0, 1], pa.int8())), [1, 0, 0, 1]),
     (pa.array([1e308, -1e308, 0, 3e307]), [1, -1, 0, 0.3]),
     (pa.array([1e-300, 2e-300, 0, 7e-300]), [1, 2, 0, 7]),
+    (pa.array([1e16, 1e16 + 2, 1e16, 1e16 + 4]), [0, 2, 0, 4]),
+    (pa.array([-1e16, 2 - 1e16, -1e16, 4 - 1e16]), [0, 2, 0, 4]),
     (pa.array([0.1] * 4), [0] * 4),
     (pa.array([1013.25] * 4, pa.float32()), [0] * 4),
 ], ids=lambda value: str(value.type) if isinstance(value, pa.Array) else "")  # fmt: skip
@@ -225,6 +227,14 @@ def test_columns_of_one_name_are_refused(tmp_path):
         load(splits(tmp_path / "d", columns))
 
 
+def test_a_column_called_folder_is_not_taken_for_the_folders(tmp_path):
+    for name in ("a", "b"):
+        for split in ("train", "test"):
+            write(tmp_path / "d" / name, f"{split}.parquet", {"x": [1.0], "folder": ["x"], "label": [0]})
+    with pytest.raises(ValueError, match="with a column `folder`"):
+        load(str(tmp_path / "d"), by="folder")
+
+
 def test_files_of_one_split_with_types_that_do_not_go_together_are_refused(tmp_path):
     write(tmp_path / "d", "test.parquet", {"x": [1.0], "label": [1]})
     write(tmp_path / "d", "train-0.parquet", {"x": [1.0], "label": [0]})
@@ -239,11 +249,13 @@ def test_a_stretch_of_constants_is_shifted_to_0_and_large_offsets_lose_nothing()
     raw = np.stack([np.full(40, 0.1), rng.normal(1000, 0.5, 40)], 1).astype(np.float32)
     raw[20:, 0] = 7
     x, y = torch.from_numpy(raw), torch.arange(40) % 2
-    first, second = bench.drift(DataSet("d", x, y, x, y, ("a", "b")), tasks=2)
     known = raw[:20].astype(np.longdouble)
-    np.testing.assert_allclose(first.train.read()[0], standardised(known), atol=1e-6)
-    np.testing.assert_allclose(second.train.read()[0], standardised(raw[20:], known), rtol=1e-6)
-    assert first.train.read()[0].dtype == torch.float32
+    for shape in ((2,), (2, 1)):  # lists in lists, too
+        form = x.view(-1, *shape)
+        first, second = (e.train.read()[0].flatten(1) for e in bench.drift(DataSet("d", form, y, form, y, ("a", "b")), tasks=2))
+        np.testing.assert_allclose(first, standardised(known), atol=1e-6)
+        np.testing.assert_allclose(second, standardised(raw[20:], known), rtol=1e-6)
+        assert first.dtype == torch.float32
 
 
 @pytest.mark.parametrize("times", [
@@ -257,9 +269,10 @@ def test_the_column_of_times_gives_the_order_and_messages_name_rows_of_the_file(
     assert data.train_x.shape == (4, 1)
     np.testing.assert_allclose(data.train_x[:, 0], standardised([20, 40, 10, 80]), atol=1e-6)
     np.testing.assert_allclose(data.test_x[:, 0], standardised([50], [20, 40, 10, 80]), atol=1e-6)
-    write(tmp_path / "d", "stream.parquet", {"t": times, "x": [*values[:4], None], "label": ["a"] * 5})
-    with pytest.raises(ValueError, match=r"column `x` .row 4 of stream.parquet"):
-        load(str(tmp_path / "d"))
+    write(tmp_path / "e", "stream-0.parquet", {"t": times[:2], "x": values[:2], "label": ["a"] * 2})
+    write(tmp_path / "e", "stream-1.parquet", {"t": times[2:], "x": [40.0, 50.0, None], "label": ["a"] * 3})
+    with pytest.raises(ValueError, match=r"column `x` .row 2 of stream-1.parquet"):
+        load(str(tmp_path / "e"))
 
 
 @pytest.mark.parametrize(("times", "match"), [

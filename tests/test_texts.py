@@ -90,6 +90,14 @@ def test_texts_without_a_word(tmp_path):
         load(splits(tmp_path / "b", {"text": ["", "😀"], "label": [0, 1]}))
 
 
+def test_texts_in_a_dictionary_are_texts(tmp_path):
+    columns = {"text": ["so it goes", "it is"], "label": [0, 1]}
+    plain = load(splits(tmp_path / "a", columns))
+    coded = load(splits(tmp_path / "b", columns | {"text": pa.array(columns["text"]).dictionary_encode()}))
+    assert torch.equal(plain.train_x, coded.train_x)
+    assert coded.tokens == plain.tokens
+
+
 def test_texts_that_cannot_be_read_are_named_by_file_and_row(tmp_path):
     broken = pa.Array.from_buffers(pa.string(), 2, pa.array([b"fine", b"\xff\xfe"]).buffers())
     with pytest.raises(ValueError, match=r"column `text` cannot be read .row 1 of train.parquet.*UTF-8"):

@@ -180,7 +180,7 @@ def _order(name: str, rows: Rows, column: str) -> np.ndarray:
     try:
         times = times.cast(pa.timestamp("us")) if is_text(times.type) else times
         missing = pc.is_null(times, nan_is_null=True).to_numpy()
-        order: np.ndarray = pc.array_sort_indices(times).to_numpy()
+        order: np.ndarray = pc.sort_indices(times).to_numpy()
     except pa.ArrowException:
         came = f"`{name}` whose column `{column}` of {times.type} gives no order"
         raise ValueError(explain(came, expected, remedy)) from None
@@ -232,6 +232,9 @@ def _join(folder: Path, split: str, files: list[Path], by: str | None) -> Rows:
             explain(f"{split} files of `{folder}` with different columns: {came}", "the same columns", "Make the files alike.")
         )
     if by == "folder":
+        if by in tables[0].column_names:
+            came = f"{split} files of `{folder}` with a column `folder`, which would be that of the domains"
+            raise ValueError(explain(came, "another name for it", "Rename or drop this column."))
         homes = [f.relative_to(folder).parts[0] for f in files]
         tables = [t.append_column(by, pa.array([home] * len(t))) for home, t in zip(homes, tables, strict=True)]
     try:

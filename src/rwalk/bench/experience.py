@@ -233,7 +233,7 @@ def drift(data: str | DataSet, tasks: int = 10, root: str | Path | None = None) 
     found = _found(data, root)
     rows = [torch.arange(len(y)).tensor_split(_positive(tasks)) for y in (found.train_y, found.test_y)]
     about = _about("drift", found, tasks, "domain")
-    table = found.train_x.dim() == 2 and not found.tokens
+    table = found.train_x.dim() != 4 and not found.tokens
     first = scaled(found.train_x[rows[0][0]]) if table else None
     stretches = enumerate(zip(*rows, strict=True))
     return [_task(found, k, mine, "domain", about, f"stretch {k + 1}", transform=first) for k, mine in stretches]

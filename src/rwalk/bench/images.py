@@ -127,8 +127,8 @@ def _open(encoded: bytes | None) -> Opened:
     if frames and image.format != "MPO":  # a photo with its preview
         raise _Unfit("an image of several frames", "one picture in each row", "Make each frame a row.")
     if _misread(image):
-        came = "an image of 16 bits in colour, with transparency or with 0 for white"
-        raise _Unfit(came, "8 bits in each channel, or 16 in plain grey", "Convert it.")
+        came = "an image of more than 8 bits in colour, with transparency or with 0 for white"
+        raise _Unfit(came, "8 bits in each channel, or more in plain grey", "Convert it.")
     return Opened(image, size)
 
 
@@ -149,7 +149,7 @@ def _size(image: Any) -> tuple[int, int]:
 
 def _misread(image: Any) -> bool:
     """Tell whether Pillow would drop the lower half of 16 bits or transparency, or take white for black."""
-    deep = image.mode.startswith("I")
+    deep = image.mode[0] in "IF"
     negative = image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0
     return (deep and ("transparency" in image.info or negative)) or (not deep and ";16" in str(image.tile))
 
@@ -194,12 +194,8 @@ def _wide(image: Any, values: np.ndarray) -> Pixels:
 
 def _eight(image: Any, grey: bool) -> np.ndarray:
     """Return pixels of 8 bits, grey or in colour, on white where they are transparent."""
-    from PIL import Image, ImageCms
+    from PIL import Image
 
-    if image.mode == "LAB":
-        image = ImageCms.profileToProfile(
-            image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
-        )
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         clear = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)

@@ -45,7 +45,7 @@ def _form(name: str, rows: Rows, others: Sequence[str]) -> tuple[Form, list[str]
     """Return the first form that some columns have, and these columns."""
     pictures = [c for c in others if _pictures(rows, c)]
     lists = [c for c in others if tables.numbers_in_lists(rows.kind(c))]
-    words = [c for c in TEXTS if c in others and is_text(rows.kind(c))]
+    words = [c for c in TEXTS if c in others and (is_text(rows.kind(c)) or _text_in_dictionary(rows.kind(c)))]
     if pictures:
         return "images", pictures
     if lists:
@@ -88,6 +88,12 @@ def strings(name: str, rows: Rows, column: str) -> list[str]:
             came = f"`{name}` with missing texts ({rows.where(row)})"
             raise ValueError(explain(came, "a text in each row", "Fill or drop those rows."))
     return [text for text in found if text is not None]
+
+
+def _text_in_dictionary(kind: Any) -> bool:
+    import pyarrow.types as kinds
+
+    return bool(kinds.is_dictionary(kind)) and is_text(kind.value_type)
 
 
 def _pictures(rows: Rows, column: str) -> bool:

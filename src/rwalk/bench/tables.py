@@ -44,7 +44,7 @@ def columns(name: str, chosen: Sequence[str], train: Rows, test: Rows) -> tuple[
             parts.append(_standardised(name, column, train, test, values))
         else:
             came = f"`{name}` whose column `{column}` holds {whole.type}"
-            expected = "numbers, truth values, times or categories"
+            expected = "numbers, truth values, times and categories, or one image, list of numbers or `text` in each row"
             raise ValueError(explain(came, expected, "Drop this column, or convert it."))
     x = torch.cat(parts, 1)
     return x[: len(train)], x[len(train) :]
@@ -80,15 +80,17 @@ def lists(name: str, column: str, train: Rows, test: Rows) -> tuple[Tensor, Tens
 def scaled(known: Tensor) -> Callable[[Tensor], Tensor]:
     """Return what gives known examples mean 0 and standard deviation 1 at each place, in float32; a constant is only shifted.
 
-    It is computed in float64, from values that are at most 1 in size, whose squares neither overflow nor vanish.
+    It is computed in float64, from how far values are above the smallest, over the largest: neither do squares overflow or
+    vanish, nor is a small spread lost in large numbers.
     """
     known = known.double()
-    size = known.abs().amax(0)
-    fixed = known.amin(0) == known.amax(0)
-    size = torch.where(fixed, 1.0, size)
-    deviation, mean = torch.std_mean(known / size, 0, correction=0)
-    mean, deviation = torch.where(fixed, known[0], mean), torch.where(fixed, 1.0, deviation)
-    return lambda x: ((x.double() / size - mean) / deviation).float()
+    lowest, highest = known.amin(0), known.amax(0)
+    fixed = lowest == highest
+    size = torch.where(fixed, 1.0, torch.maximum(-lowest, highest).abs())
+    lowest = lowest / size
+    deviation, mean = torch.std_mean(known / size - lowest, 0, correction=0)
+    deviation = torch.where(fixed, 1.0, deviation)
+    return lambda x: ((x.double() / size - lowest - mean) / deviation).float()
 
 
 def numeric(kind: Any) -> bool:
