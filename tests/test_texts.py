@@ -77,7 +77,9 @@ def sentences(words, count, seed):
 @pytest.mark.parametrize("words", [("喜欢", "讨厌"), ("ชอบ", "เกลียด")])
 def test_what_a_sentence_without_spaces_says_can_be_learned(tmp_path, words):
     folder = splits(tmp_path / "d", sentences(words, 300, 0), sentences(words, 100, 1))
-    record = bench.run(bench.split(folder, tasks=1), training=Training(epochs=10, optimizer="adam", lr=0.003, hidden=(32,)))
+    record = bench.run(
+        bench.split(folder, tasks=1), training=Training(epochs=10, batch_size=50, optimizer="adam", lr=0.01, hidden=(32,))
+    )
     assert record.accuracy[0][0] > 0.9
 
 
