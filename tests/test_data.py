@@ -2,7 +2,6 @@
 
 import binascii
 import io
-import json
 import os
 from pathlib import Path
 
@@ -16,24 +15,13 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from rwalk.bench.data import download, load
+from stored import encoded, features, write
 
 SHARED = Path(os.environ.get("RWALK_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
 
 def png(array, mode="L"):
-    buffer = io.BytesIO()
-    Image.fromarray(array).convert(mode).save(buffer, "PNG")
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
-def features(**columns):
-    return {b"huggingface": json.dumps({"info": {"features": columns}}).encode()}
-
-
-def write(folder, name, columns, metadata=None):
-    folder.mkdir(parents=True, exist_ok=True)
-    table = pa.table(columns)
-    pq.write_table(table.replace_schema_metadata(metadata) if metadata else table, folder / name)
+    return encoded(Image.fromarray(array).convert(mode))
 
 
 @pytest.fixture

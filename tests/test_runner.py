@@ -180,6 +180,8 @@ def test_records_round_trip_and_name_their_configuration(tmp_path):
     '{"method": "a", "stream": "s", "seed": "0", "accuracy": []}',
     '{"method": "a", "stream": "s", "seed": 0, "accuracy": [[0.1], []]}',
     '{"method": "a", "stream": "s", "seed": 0, "accuracy": [], "format": 7}', "\xff\xfe",
+    '{"method": "a", "stream": "s", "seed": 0, "accuracy": [], "labels": [{"occur": "1", "compete": 1}]}',
+    '{"method": "a", "stream": "s", "seed": 0, "accuracy": [], "labels": [{"occur": 1}]}',
 ])  # fmt: skip
 def test_files_that_are_no_records(tmp_path, text):
     path = tmp_path / "r.json"

@@ -17,7 +17,7 @@ from rwalk.bench.comparators import Rehearsal
 from rwalk.bench.data import load
 from rwalk.bench.experience import Experience, make, parse
 from rwalk.bench.grid import Failure, once, outcomes
-from rwalk.bench.learners import Training
+from rwalk.bench.learners import Training, refuse_single
 from rwalk.bench.record import Record
 from rwalk.bench.runner import LEARNERS, record_name, refuse
 from rwalk.bench.trackers import accuracies, tracker
@@ -84,7 +84,8 @@ class Runs:
     def refuse(self) -> None:
         """Refuse a model or a method that does not fit the stream, before anything is written."""
         first = self.stream(self.seeds[0])
-        models.build(self.command.training.model, first[0], self.command.training.hidden)
+        training = self.command.training
+        refuse_single(models.build(training.model, first[0], training.hidden), first, training)
         _replay(self.command, "replay")  # says what is wrong with its settings, even where nobody replays
         for name, method in self.methods.items():
             refuse(first, method)

@@ -11,7 +11,7 @@ from torch import Tensor
 from rwalk._errors import explain
 from rwalk.bench import ranks
 from rwalk.bench.experience import Experience
-from rwalk.bench.learners import FineTune, Protected
+from rwalk.bench.learners import FineTune, Protected, batches
 from rwalk.replay import Buffer, project_
 from rwalk.replay.buffer import Per
 
@@ -82,8 +82,7 @@ class Replay(FineTune):
     def _keep(self, experience: Experience) -> None:
         """Store some of a task that has been learned."""
         labels = self._allowed(experience).nonzero().squeeze(1)
-        x, y = self._data(experience)
-        data = zip(x.split(2048), y.split(2048), strict=True)
+        data = zip(*(batches(column, 2048, self.joined) for column in self._data(experience)), strict=True)
         self.buffer.add(self.model, data, task=len(self._past), logits=lambda output: output[:, labels])
 
     def state_dict(self) -> dict[str, Any]:
@@ -130,6 +129,15 @@ class ProtectedReplay(Replay, Protected):
 
 class AGEM(Replay):
     """A-GEM: a step's gradient may not point against that of the loss on stored examples (Chaudhry et al. 2019)."""
+
+    def refuse(self, stream: Sequence[Experience]) -> None:
+        """Raise a ValueError if the tasks of a stream cannot be learned, or stored examples would pass BatchNorm one by one."""
+        super().refuse(stream)
+        kept = self.rehearsal.size * (len(stream[0].classes) if self.rehearsal.per == "class" else 1)
+        if self.joined and 1 in (kept, self.rehearsal.batch):
+            came = "one stored example at each step of A-GEM, which passes through the model by itself"
+            expected = "two or more, as the model has BatchNorm"
+            raise ValueError(explain(came, expected, "Keep or replay more examples."))
 
     def _step(self, x: Tensor, y: Tensor, closed: Tensor | None, whole: int) -> None:
         reference: dict[Tensor, Tensor] = {}

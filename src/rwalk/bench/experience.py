@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from rwalk._errors import explain
 from rwalk.bench.data import DataSet, load
+from rwalk.bench.tables import scaled
 
 Scenario = Literal["task", "domain", "class"]
 """Task-incremental: the task is known at test time. Domain-incremental: all tasks share their labels. Class-incremental: the
@@ -44,10 +45,15 @@ class Part:
         """Count the examples."""
         return len(self.y if self.rows is None else self.rows)
 
+    def labels(self) -> Tensor:
+        """Return the labels."""
+        y = self.y if self.rows is None else self.y[self.rows]
+        return self.relabel(y) if self.relabel else y
+
     def read(self) -> tuple[Tensor, Tensor]:
         """Return inputs and labels."""
-        x, y = (self.x, self.y) if self.rows is None else (self.x[self.rows], self.y[self.rows])
-        return self.transform(x) if self.transform else x, self.relabel(y) if self.relabel else y
+        x = self.x if self.rows is None else self.x[self.rows]
+        return self.transform(x) if self.transform else x, self.labels()
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,17 +233,10 @@ def drift(data: str | DataSet, tasks: int = 10, root: str | Path | None = None) 
     found = _found(data, root)
     rows = [torch.arange(len(y)).tensor_split(_positive(tasks)) for y in (found.train_y, found.test_y)]
     about = _about("drift", found, tasks, "domain")
-    table = found.train_x.dim() == 2 and not found.tokens
-    scaled = _scaled(found.train_x[rows[0][0]]) if table else None
+    table = found.train_x.dim() != 4 and not found.tokens
+    first = scaled(found.train_x[rows[0][0]]) if table else None
     stretches = enumerate(zip(*rows, strict=True))
-    return [_task(found, k, mine, "domain", about, f"stretch {k + 1}", transform=scaled) for k, mine in stretches]
-
-
-def _scaled(known: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return what gives the columns of known rows mean 0 and standard deviation 1; one that never changes is only shifted."""
-    deviation, mean = torch.std_mean(known, 0, correction=0)
-    deviation = torch.where(deviation > 0, deviation, 1.0)
-    return lambda x: (x - mean) / deviation
+    return [_task(found, k, mine, "domain", about, f"stretch {k + 1}", transform=first) for k, mine in stretches]
 
 
 def rotate(x: Tensor, degrees: float) -> Tensor:
@@ -294,6 +293,15 @@ def check(stream: Sequence[Experience]) -> None:
     if not stream or len({(e.scenario, e.outputs) for e in stream}) > 1:
         came = "an empty stream" if not stream else "experiences of different scenarios or numbers of outputs"
         raise ValueError(explain(came, "experiences of one scenario and number of outputs", "Build the stream anew."))
+
+
+def label_counts(stream: Sequence[Experience]) -> list[dict[str, int]]:
+    """Count for each task the labels that "occur" among its test examples, and those that "compete" for them at the end."""
+    seen = {label for e in stream for label in e.classes}
+    return [
+        {"occur": len(e.test.labels().unique()), "compete": len(seen if e.scenario == "class" else set(e.classes))}
+        for e in stream
+    ]
 
 
 def _found(data: str | DataSet, root: str | Path | None) -> DataSet:

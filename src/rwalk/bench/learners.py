@@ -16,6 +16,7 @@ from torch.optim import SGD, Adam, Optimizer
 from rwalk._errors import explain
 from rwalk.bench import ranks
 from rwalk.bench.experience import Experience, Scenario
+from rwalk.bench.models import normalises
 from rwalk.consolidator import Consolidator, Settings
 
 Mask = Literal["auto", "task", "seen", "all"]
@@ -71,6 +72,24 @@ class Training:
         return AUTO[scenario] if self.mask == "auto" else self.mask
 
 
+def refuse_single(model: nn.Module, stream: Sequence[Experience], training: Training) -> None:
+    """Raise a ValueError if a model with BatchNorm would be trained on one example at once."""
+    single = [e.task for e in stream if len(e.train) == 1]
+    if normalises(model) and (single or training.batch_size == 1):
+        came = f"a single training example in task {single[0] + 1}" if single else "a batch size of 1"
+        remedy = "Give that task more examples, or take fewer tasks." if single else "Take larger batches."
+        expected = "two examples or more, as the model has BatchNorm"
+        raise ValueError(explain(came, expected, remedy))
+
+
+def batches(column: Tensor, size: int, joined: bool) -> tuple[Tensor, ...]:
+    """Cut a tensor into batches; if `joined`, a last one of a single example is added to the one before."""
+    full, rest = divmod(len(column), size)
+    sizes = [*[size] * (full - 1), size + 1] if joined and full and rest == 1 else size
+    parts: tuple[Tensor, ...] = column.split(sizes)
+    return parts
+
+
 class Learner(Protocol):
     """What `rwalk.bench.run` can evaluate; with the methods of `Resumable` too, it can also go on after an interruption."""
 
@@ -119,8 +138,13 @@ class FineTune:
     def _start(self) -> None:
         self.model = self.build()
         self.device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        self.joined = normalises(self.model)
         self.network = ranks.joined(self.model)
         self.optimizer = OPTIMIZERS[self.training.optimizer](self.model.parameters(), self.training.lr)
+
+    def refuse(self, stream: Sequence[Experience]) -> None:
+        """Raise a ValueError if the tasks of a stream cannot be learned."""
+        refuse_single(self.model, stream, self.training)
 
     def fit(self, experience: Experience) -> None:
         """Train on one task."""
@@ -143,7 +167,7 @@ class FineTune:
         self.model.eval()
         try:
             with torch.no_grad():
-                parts = zip(*(column.split(512) for column in (x, *targets)), strict=True)
+                parts = zip(*(batches(column, 512, self.joined) for column in (x, *targets)), strict=True)
                 there = ([column.to(self.device) for column in part] for part in parts)
                 return torch.cat([read(self.model(part), *target) for part, *target in there]).to(x.device)
         finally:
@@ -211,7 +235,7 @@ class FineTune:
         shut = None if table.all() else ~table
         for _ in range(self.training.epochs):
             order = torch.randperm(len(y), generator=self.generator, device="cpu").to(y.device)
-            for rows in order.split(self.training.batch_size):
+            for rows in batches(order, self.training.batch_size, self.joined):
                 mine = ranks.share(rows)
                 batch, labels, closed = x[mine], y[mine], None if shut is None else shut[origin[mine]]
                 before = time.process_time()
@@ -261,7 +285,8 @@ class Protected(FineTune):
         """End a task."""
         labels = self._allowed(experience).nonzero().squeeze(1)
         x, y = (ranks.share(column) for column in self._data(experience))
-        data = list(zip(x.split(256), torch.searchsorted(labels, y).split(256), strict=True))
+        columns = x, torch.searchsorted(labels, y)
+        data = list(zip(*(batches(column, 256, self.joined) for column in columns), strict=True))
         each = partial(F.cross_entropy, reduction="sum") if experience.kind == "characters" else None  # an example has many
         self.memory.consolidate(data, loss=each, logits=lambda output: output[:, labels])
 

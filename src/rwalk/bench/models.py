@@ -252,6 +252,11 @@ def build(name: str, task: Experience, hidden: Sequence[int]) -> nn.Module:
     return make(task, hidden)
 
 
+def normalises(model: nn.Module) -> bool:
+    """Tell whether a model has BatchNorm, which in training needs more than one example at once."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
 def _fitting(model: nn.Module, name: str, task: Experience) -> nn.Module:
     """Return a model that gives one score for each output; else raise a ValueError."""
     x, y = task.test.x[:2], task.test.y[:2]

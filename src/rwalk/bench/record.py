@@ -28,6 +28,7 @@ class Record:
         untrained: accuracy of the model on each task before training, None where not evaluated.
         bits: bits[k][j], for streams of characters: the mean over task j's characters, after training task k, of -log2 of the
             probability that the model gave to each.
+        labels: for each task, how many different labels "occur" among its test examples, and how many "compete" for them.
         config: every setting: stream, training (with model, scenario and softmax mask), strength and fields of the rule.
         timings: seconds of training, CPU milliseconds per step, and examples that go forward and backward in a step on average.
         memory: bytes of the model's parameters and of the method's state, stored examples among it, and their number.
@@ -44,6 +45,7 @@ class Record:
     accuracy: list[list[float | None]]
     untrained: list[float | None] = field(default_factory=list)
     bits: list[list[float]] = field(default_factory=list)
+    labels: list[dict[str, int]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     memory: dict[str, float] = field(default_factory=dict)
@@ -158,9 +160,9 @@ def _problem(content: Any) -> str:
         return f"of format {content['format']}"
     if "sha256" in content and content["sha256"] != _digest({k: v for k, v in content.items() if k != "sha256"}):
         return "damaged or edited since it was written (its checksum is wrong)"
-    kinds = {"method": str, "stream": str, "seed": int, "accuracy": list, "untrained": list, "bits": list, "config": dict,
-             "timings": dict, "memory": dict, "diagnostics": list, "versions": dict, "threads": int, "ranks": int,
-             "device": str}  # fmt: skip
+    kinds = {"method": str, "stream": str, "seed": int, "accuracy": list, "untrained": list, "bits": list, "labels": list,
+             "config": dict, "timings": dict, "memory": dict, "diagnostics": list, "versions": dict, "threads": int,
+             "ranks": int, "device": str}  # fmt: skip
     wrong = [key for key, kind in kinds.items() if key in content and not isinstance(content[key], kind)]
     if wrong:
         return f"whose `{wrong[0]}` is not of type {kinds[wrong[0]].__name__}"
@@ -182,6 +184,10 @@ def is_matrix(rows: Any) -> bool:
     if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
         return False
     return all(len(row) == len(rows[0]) >= len(rows) and all(map(_fraction, row)) for row in rows)
+
+
+def _are_counts(task: Any) -> bool:
+    return isinstance(task, dict) and all(type(task.get(key)) is int and task[key] >= 0 for key in ("occur", "compete"))
 
 
 def _is_config(config: dict[str, Any]) -> bool:
@@ -209,6 +215,7 @@ PARTS: dict[str, tuple[str, Callable[[dict[str, Any]], bool]]] = {
         "a matrix of numbers",
         lambda c: all(isinstance(row, list) and all(map(_number, row)) for row in c.get("bits", [])),
     ),
+    "labels": ("whole numbers `occur` and `compete` for each task", lambda c: all(map(_are_counts, c.get("labels", [])))),
     "config": ("settings by name, and `strength` a number", lambda c: _is_config(c.get("config", {}))),
     "timings": ("numbers by name", lambda c: all(map(_number, c.get("timings", {}).values()))),
     "memory": ("numbers by name", lambda c: all(map(_number, c.get("memory", {}).values()))),

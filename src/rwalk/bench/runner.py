@@ -17,7 +17,7 @@ from rwalk._errors import explain
 from rwalk.bench import devices, models, ranks
 from rwalk.bench.checkpoint import Checkpoint, Measured
 from rwalk.bench.comparators import AGEM, LwF, ProtectedReplay, Rehearsal, Replay
-from rwalk.bench.experience import Experience, check
+from rwalk.bench.experience import Experience, check, label_counts
 from rwalk.bench.learners import Cumulative, FineTune, Joint, Learner, Protected, Training
 from rwalk.bench.record import Record, file_name
 from rwalk.bench.trackers import Track, figures, quiet
@@ -85,7 +85,10 @@ def run(
 
     def begin() -> Learner:
         torch.manual_seed(seed)
-        return _learner(stream, method, settings, rehearsal, config, seed, training, tick, device)
+        learner = _learner(stream, method, settings, rehearsal, config, seed, training, tick, device)
+        if isinstance(learner, FineTune):
+            learner.refuse(stream)
+        return learner
 
     with devices.alone(device):
         learner, measured = _begun(begin, place, stream)
@@ -97,6 +100,7 @@ def run(
         accuracy=measured.accuracy,
         untrained=measured.untrained,
         bits=measured.bits,
+        labels=label_counts(stream),
         config=config,
         timings={"train_seconds": measured.seconds} | _step_time(learner),
         memory=_memory(learner),

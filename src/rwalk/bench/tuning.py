@@ -17,7 +17,7 @@ import torch
 
 from rwalk import files
 from rwalk._errors import explain
-from rwalk.bench.experience import Experience, Part, check
+from rwalk.bench.experience import Experience, Part, check, label_counts
 from rwalk.bench.grid import Failure, once, outcomes
 from rwalk.bench.learners import Training
 from rwalk.bench.record import Record, file_name
@@ -149,14 +149,18 @@ def early(stream: Sequence[Experience], tasks: int = 3, validation: float = 0.2)
     """Return the first tasks of a stream, with a share of their training examples in place of their test examples.
 
     Raises:
-        ValueError: if the stream has fewer tasks, or a task would be left without examples.
+        ValueError: if the stream has fewer tasks, a task would be left without examples, or no label competes with another.
     """
     check(stream)
     _within(stream, tasks, 1)
     about = stream[0].stream
     about = about | {"name": about["name"] + VALIDATION, "tasks": tasks, "validation": validation}
     parts = [_divided(e.train, validation) for e in stream[:tasks]]
-    return [replace(e, stream=about, train=train, test=test) for e, (train, test) in zip(stream, parts, strict=False)]
+    found = [replace(e, stream=about, train=train, test=test) for e, (train, test) in zip(stream, parts, strict=False)]
+    if all(task["compete"] == 1 for task in label_counts(found)):
+        came = "tasks with a single label to choose from, on which every strength is right"
+        raise ValueError(explain(came, "several labels in a task", "Take fewer tasks in the stream, or another scenario."))
+    return found
 
 
 def later(stream: Sequence[Experience], tasks: int = 3) -> list[Experience]:

@@ -1,6 +1,6 @@
 """The result of a comparison in plain words: one sentence, and remarks where a figure needs one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
@@ -70,6 +70,39 @@ def _few_seeds(comparison: Comparison) -> Iterator[str]:
         yield f"Only {few} seed{'s' * (few > 1)}: differences may be noise. Run at least {ENOUGH} (`--seeds {ENOUGH}`)."
     if len({tuple(sorted(line.seeds)) for line in comparison.lines}) > 1:
         yield "Not all methods were run with the same seeds, so their means are over different draws."
+
+
+def single_labels(comparison: Comparison) -> Iterator[str]:
+    """Say in which tasks there is nothing to tell apart, as a single label competes, occurs or is trained there."""
+    counts = next((record.labels for line in comparison.lines for record in line.records if record.labels), [])
+    scenario = comparison.setting.get("stream", {}).get("scenario")
+    alone = [k for k, task in enumerate(counts) if task["compete"] == 1]
+    same = [k for k, task in enumerate(counts) if task["occur"] == 1 and k not in alone]
+    if alone:
+        other = "or `--scenario class`, in which the labels of all tasks compete" if scenario == "task" else "or other data"
+        yield (
+            f"In {_tasks(alone, counts)} there is a single label to choose from. There is nothing to tell apart, so that every "
+            f"method reaches 100\u00a0%. Take fewer tasks, {other}."
+        )
+    if same and scenario != "class":
+        yield (
+            f"In {_tasks(same, counts)} all test examples have the same label, and a network that always answers with it is "
+            "right: accuracies say little there. Take fewer or other tasks."
+        )
+    if same and scenario == "class" and comparison.setting.get("training", {}).get("mask") == "task":
+        yield (
+            f"In {_tasks(same, counts)} a single label is in the training softmax, so that nothing is learned. "
+            "Take fewer tasks, or `--mask seen`."
+        )
+
+
+def _tasks(some: list[int], counts: Sequence[object]) -> str:
+    """Name tasks, counted from 1; the first of many."""
+    if len(some) == len(counts):
+        return "each task"
+    words = [str(k + 1) for k in some]
+    words = words if len(words) <= 6 else [*words[:5], f"{len(words) - 5} others"]
+    return f"task{'s' * (len(some) > 1)} {listed(words)}"
 
 
 def _class_incremental(comparison: Comparison) -> Iterator[str]:
@@ -198,6 +231,7 @@ def _path(comparison: Comparison) -> Iterator[str]:
 
 
 RULES: tuple[tuple[bool, Callable[[Comparison], Iterator[str]]], ...] = (
+    (True, single_labels),
     (True, _diverged),
     (True, _class_incremental),
     (True, _few_seeds),

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rwalk.report.columns import COLUMNS
+from rwalk.report.story import single_labels
 from rwalk.report.summary import Comparison, Line
 
 WIDE = 120
@@ -18,6 +19,8 @@ def show(comparisons: list[Comparison], console: Console) -> None:
     for comparison in comparisons:
         console.print(f"\n[bold]{comparison.stream}[/bold]: {comparison.describe()}", highlight=False)
         console.print(_table(comparison, console.width >= WIDE))
+        for remark in single_labels(comparison):
+            console.print(remark, highlight=False)
     console.print(
         "Mean ± standard deviation over seeds; accuracies in %. Lower is better for forgetting, intransigence and time. "
         "step: CPU time of a step over that of finetune. state: bytes held over those of the model.",

@@ -1,0 +1,107 @@
+"""Labels and domains: which column holds them, and their values as whole numbers from 0 on."""
+
+import json
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwalk._errors import explain
+from rwalk.bench.rows import Rows
+
+LABELS = ("label", "labels", "fine_label", "target", "class", "y")
+
+
+def features(rows: Rows) -> dict[str, Any]:
+    """Return the Hugging Face description of the columns, empty when there is none."""
+    try:
+        found = json.loads((rows.table.schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def mark(rows: Rows, column: str) -> str | None:
+    """Return the kind of feature that the Hugging Face description names for a column, such as "Image"."""
+    found = features(rows).get(column)
+    return found.get("_type") if isinstance(found, dict) else None
+
+
+def usual_column(rows: Rows, by: str | None) -> str | None:
+    """Return the column of labels, if there is one beside that of the domains."""
+    names = [column for column in rows.table.column_names if column != by]
+    marked = [column for column in features(rows) if column in names and mark(rows, column) == "ClassLabel"]
+    usual = [column for column in LABELS if column in names]
+    both = [column for column in usual if column in marked]
+    return next(iter(both + marked + usual), None)
+
+
+def numbered(name: str, train: Rows, test: Rows, column: str, what: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Number the values of a column from 0 on, in their sorted order.
+
+    Args:
+        name: of the data set, for messages.
+        train: the rows for training.
+        test: the rows for testing.
+        column: the column.
+        what: "labels" or "domains".
+
+    Returns:
+        The numbers for train and test, int64 (rows,), and the names of the values.
+
+    Raises:
+        ValueError: if a value is missing, neither a whole number nor a name, or in test alone.
+    """
+    found = [_values(name, rows, column, what) for rows in (train, test)]
+    known = sorted(set(found[0]))
+    numbers = {value: number for number, value in enumerate(known)}
+    for row, value in enumerate(found[1]):
+        if value not in numbers:
+            raise _refusal(name, column, f"test {what} {value!r} that train lacks", test.where(row), what)
+    names = _names(train, column)
+    return (
+        torch.tensor([numbers[value] for value in found[0]]),
+        torch.tensor([numbers[value] for value in found[1]]),
+        tuple(_name(names, value) for value in known),
+    )
+
+
+def _values(name: str, rows: Rows, column: str, what: str) -> list[Any]:
+    """Return the values of a column that can be labels, or refuse the first that cannot."""
+    import pyarrow.types as kinds
+
+    if kinds.is_nested(rows.kind(column)):
+        came = f"`{name}` with {what} of type {rows.kind(column)} in the column `{column}`"
+        raise ValueError(explain(came, "a whole number or a name in each row", "Choose another column, or convert it."))
+    values = [_plain(value) for value in rows.values(name, column)]
+    for row, value in enumerate(values):
+        if value is None or (what == "labels" and value == -1):  # -1 is the hub's sign for no label
+            missing = "labels that are missing or -1" if what == "labels" else f"missing {what}"
+            raise _refusal(name, column, missing, rows.where(row), what)
+        if isinstance(value, float | Decimal):
+            raise _refusal(name, column, f"{what} that are no whole numbers", rows.where(row), what)
+    return values
+
+
+def _refusal(name: str, column: str, came: str, where: str, what: str) -> ValueError:
+    expected = f"whole numbers or names as {what}, the same in train and test"
+    return ValueError(explain(f"`{name}` with {came} ({where})", expected, f"Check the column `{column}`."))
+
+
+def _plain(value: Any) -> Any:
+    """Turn 1.0 into 1, and bytes into text."""
+    if isinstance(value, float | Decimal) and value == value and abs(value) != float("inf") and value == int(value):
+        return int(value)
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else value
+
+
+def _names(rows: Rows, column: str) -> Sequence[Any]:
+    found = features(rows).get(column)
+    names = found.get("names") if isinstance(found, dict) else None
+    return names if isinstance(names, list) else ()
+
+
+def _name(names: Sequence[Any], value: Any) -> str:
+    return str(names[value]) if isinstance(value, int) and 0 <= value < len(names) else str(value)
