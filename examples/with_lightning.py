@@ -89,9 +89,9 @@ print(callback.memory.summary())
 # unfinished, and the next `fit` goes on with it. Lightning does not keep the state of random generators, so dropout and
 # shuffling are drawn anew.
 #
-# Rules see gradients as the optimiser uses them, clipped; `ConsolidationCallback(RWalk(), before_clip=True)` has them as they
-# were before. Several optimisers, and strategies that shard (FSDP, DeepSpeed) or train in processes that end with `fit`
-# (`ddp_spawn`, `ddp_fork`), are refused.
+# Rules see gradients as the optimiser uses them, clipped. Callbacks that average or restore weights when training ends come
+# before ours, wherever they stand in the list: their weights are the model and the anchor. Several optimisers, and strategies
+# that shard (FSDP, DeepSpeed) or train in processes that end with `fit` (`ddp_spawn`, `ddp_fork`), are refused.
 #
 # Fabric needs no callback: give the consolidator what `fabric.setup` returns, and call `memory.consolidate()` after each task.
 #

@@ -78,7 +78,7 @@ class Truth:
         self.lengths = []
         self.far = np.zeros(2)
         self.first = {"fisher": None, "score": None}
-        self.written = False
+        self.written = self.disturbed = False
 
     def look(self, theta, newcomers):
         """Take up parameters that grew, were moved by hand or are new."""
@@ -94,7 +94,7 @@ class Truth:
 
     def foreign(self, theta, seen):
         """Take note that somebody else has moved the parameters, which counts for nothing; `seen` if that can be told."""
-        self.written = self.written or seen
+        self.written, self.disturbed = self.written or seen, True
         for name, now in theta.items():
             held = self.held.get(name)
             if held is None or held.theta.shape != now.shape or np.array_equal(held.theta, now):

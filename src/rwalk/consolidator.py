@@ -21,7 +21,7 @@ from rwalk.importance.ewcpp import EWCpp
 from rwalk.kernels import After
 from rwalk.moves import Moves
 from rwalk.overshoot import Overshoot
-from rwalk.parameters import Watch, listed, look, named, regraft, shares_memory, trainable
+from rwalk.parameters import Watch, bare, listed, look, named, regraft, shares_memory, trainable
 from rwalk.repeats import Ended, Watched
 from rwalk.storage import Storage
 from rwalk.summary import Summary, layers
@@ -119,6 +119,7 @@ class Consolidator:
         self._ended: Ended | None = None
         self._overshoot = Overshoot()
         self._known_metric: Optimizer | None = None
+        self._followed = bare(model)
         self._optimizer: Optimizer | None = None
         self._watcher: steps.Watcher | None = None
 
@@ -433,6 +434,10 @@ class Consolidator:
         figures |= self.rule.report(self._state, self._anchor, self._watch.theta, self._watch.spread)
         return Summary(settings, figures, layers(self._anchor, self._watch.theta, self._watch.spread))
 
+    def _changed(self) -> list[str]:
+        """Name the parameters that somebody has changed since the last observed step, or `consolidate`."""
+        return self._moves.written(self._watch.theta)
+
     @property
     def state_bytes(self) -> int:
         """Bytes of the tensors held for rule, anchor, average and per-example squares, on this rank."""
@@ -680,7 +685,9 @@ class Consolidator:
 
     def _lost(self, watch: Watch) -> list[str]:
         """List the parameters whose history is dropped, after a warning that says why."""
-        lost, replaced = self._watch.lost(watch), self._watch.replaced(watch)
+        lost, model = self._watch.lost(watch), bare(self.model)
+        replaced = self._watch.replaced(watch) if model is self._followed else []  # another model keeps the names alone
+        self._followed = model
         for names, came, expected in (
             (lost, "went away or became smaller", "parameters that stay or grow"),
             (replaced, "gave way to new parameters with other values", "the same parameters, or copies of their values"),

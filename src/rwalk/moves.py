@@ -32,6 +32,7 @@ class Moves:
         self._writes = Writes()
         self._written: list[str] = []
         self._unobserved = self._noticed = False
+        self._before = disturbed
 
     def before_step(self, rule: Importance[Any], state: Any, watch: Watch, steps: int, skip: Tensor | None = None) -> Any:
         """Return a rule's state without what has moved the parameters since the last observed step of the task.
@@ -40,7 +41,7 @@ class Moves:
         """
         if not rule.walks or not steps or self._noticed:
             return state
-        self._noticed = True
+        self._noticed, self._before = True, self.disturbed
         if not rule.at_rest(state):
             return self._forgotten(rule, state, watch)
         theta = watch.blocks()
@@ -90,7 +91,7 @@ class Moves:
 
     def lose(self) -> None:
         """Know nothing of the parameters any more: a step has failed late, and its weights have to be restored."""
-        self._writes, self._written = Writes(), []
+        self._writes, self._written, self.disturbed = Writes(), [], self._before
 
     def note(self, theta: Mapping[str, Tensor]) -> None:
         """Take the parameters as they are now, whoever has changed them."""

@@ -4,6 +4,7 @@
 import copy
 import inspect
 import runpy
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -784,3 +785,47 @@ def test_example(capsys):
     accuracy = {line[0]: float(line[2].rstrip("%,")) for line in lines}
     assert accuracy.keys() == {"without", "RWalk", "EWC", "recipe"}
     assert all(figure > accuracy["without"] for name, figure in accuracy.items() if name != "without")
+
+
+class Stopping(theirs.EarlyStoppingPlugin):
+    """Avalanche's, with figures that fall after the first epoch, so that its weights come back."""
+
+    def _update_best(self, strategy):
+        figures = {f"{self.metric_key}": -float(strategy.clock.train_exp_epochs)}
+        strategy.evaluator.get_last_metrics = lambda: figures
+        return super()._update_best(strategy)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("rule", [None, RWalk(delta_t=2), SI()], ids=repr)
+def test_weights_that_early_stopping_restores_are_model_and_anchor(rule, first):
+    ours = ConsolidationPlugin(rule)
+    evaluator = EvaluationPlugin(accuracy_metrics(stream=True))
+    for experience in stream(tasks()):
+        stopping = Stopping(patience=2, val_stream_name="train_stream")
+        plugins = [ours, stopping] if first else [stopping, ours]
+        strategy = naive(mlp() if ours._memory is None else ours.memory.model, plugins, evaluator=evaluator, train_epochs=9)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="(Got weights .* changed after the last step|Metric .* is not computed yet)"
+            )
+            strategy.train(experience)
+        assert strategy.clock.train_exp_epochs < 9
+        for name, p in strategy.model.named_parameters():
+            assert torch.equal(p, stopping.best_state[name])
+            assert torch.equal(ours.memory.anchor.point[name], p)
+
+
+class Halving(SupervisedPlugin):
+    """Changes the weights when an experience ends."""
+
+    def after_training_exp(self, strategy, **_):
+        for p in strategy.model.parameters():
+            p.data.mul_(0.5)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_plugins_that_change_the_weights_at_the_end_come_first_wherever_they_stand(first):
+    ours = ConsolidationPlugin(RWalk(delta_t=2))
+    run([ours, Halving()] if first else [Halving(), ours], stream(tasks()))
+    assert all(torch.equal(p, ours.memory.anchor.point[name]) for name, p in ours.memory.model.named_parameters())

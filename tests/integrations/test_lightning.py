@@ -6,19 +6,21 @@ import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 pytest.importorskip("lightning", reason="needs Lightning: make test-integrations")
 
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
@@ -82,9 +84,7 @@ def fits(callback, model=None, tasks=2, size=42, **options):
     return model
 
 
-def by_hand(
-    rule, strength=None, optimizer="sgd", epochs=1, accumulate=1, clip=lambda parameters, memory: None, tasks=2, **options
-):
+def by_hand(rule, strength=None, optimizer="sgd", epochs=1, accumulate=1, clip=lambda parameters: None, tasks=2, **options):
     """The same training, written out."""
     model = network()
     memory = Consolidator(model, rule, strength, **options)
@@ -94,7 +94,7 @@ def by_hand(
             for i, (x, y) in enumerate(loader):
                 (F.cross_entropy(model(x), y) / accumulate).backward()
                 if (i + 1) % accumulate == 0 or i + 1 == len(loader):
-                    clip(model.parameters(), memory)
+                    clip(model.parameters())
                     step.step()
                     step.zero_grad()
         memory.consolidate(loader)
@@ -146,20 +146,14 @@ def test_accumulated_gradients_are_one_step_and_so_is_what_an_epoch_leaves():
 NORM, VALUE = {"gradient_clip_val": 0.1}, {"gradient_clip_val": 0.02, "gradient_clip_algorithm": "value"}
 
 
-@pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize(("options", "clip"), [
     (NORM, lambda parameters: torch.nn.utils.clip_grad_norm_(parameters, 0.1)),
     (VALUE, lambda parameters: torch.nn.utils.clip_grad_value_(parameters, 0.02)),
 ], ids=["norm", "value"])  # fmt: skip
-def test_the_rule_sees_clipped_gradients_unless_asked(options, clip, before):
-    def clipping(parameters, memory):
-        if before:
-            memory.before_clip()
-        clip(parameters)
-
-    callback = ConsolidationCallback(RWalk(delta_t=3), strength=0.5, before_clip=before)
+def test_the_rule_sees_clipped_gradients(options, clip):
+    callback = ConsolidationCallback(RWalk(delta_t=3), strength=0.5)
     fits(callback, **options)
-    same(callback.memory, by_hand(RWalk(delta_t=3), 0.5, clip=clipping))
+    same(callback.memory, by_hand(RWalk(delta_t=3), 0.5, clip=clip))
 
 
 class Manual(Net):
@@ -276,14 +270,14 @@ def test_precisions(precision, dtype, rule):
     same(callback.memory, memory, 1e-6)
 
 
-@pytest.mark.parametrize(("optimizer", "clip", "before"), [("sgd", None, False), ("sgd", 0.1, True), ("fused", None, False)])
-def test_loss_scaling(optimizer, clip, before):
+@pytest.mark.parametrize(("optimizer", "clip"), [("sgd", None), ("sgd", 0.1), ("fused", None)])
+def test_loss_scaling(optimizer, clip):
     """A loss scale that overflows at first and then leaves no trace."""
 
     def scaling():
         return torch.amp.GradScaler("cpu", init_scale=2.0**20)
 
-    callback, model = ConsolidationCallback(RWalk(delta_t=3), strength=0.5, before_clip=before), Net(optimizer, torch.float32)
+    callback, model = ConsolidationCallback(RWalk(delta_t=3), strength=0.5), Net(optimizer, torch.float32)
     truth = network(torch.float32)
     memory = Consolidator(truth, RWalk(delta_t=3), 0.5)
     for loader in loaders(dtype=torch.float32):
@@ -298,7 +292,6 @@ def test_loss_scaling(optimizer, clip, before):
             scaler.scale(loss).backward()
             if clip:
                 scaler.unscale_(step)
-                memory.before_clip(scaler)
                 torch.nn.utils.clip_grad_norm_(truth.parameters(), clip)
             scaler.step(step)
             scaler.update()
@@ -699,3 +692,37 @@ def test_the_example(capsys):
     without, held = (float(line.split("mean ")[1].rstrip("%")) for line in printed.splitlines()[:2])
     assert held > without + 5
     assert "tasks: 3" in printed
+
+
+class Restoring(Callback):
+    """Puts other weights into the model when training ends, past autograd."""
+
+    def on_train_end(self, trainer, module):
+        for p in module.parameters():
+            p.data.copy_(p.data * 0.5)
+
+
+class OwnEnd(Net):
+    def on_train_end(self):
+        Restoring().on_train_end(None, self)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("other", [
+    lambda: WeightAveraging(avg_fn=get_ema_avg_fn(0.7)), lambda: StochasticWeightAveraging(0.1, annealing_epochs=1), Restoring
+], ids=["WeightAveraging", "StochasticWeightAveraging", "own"])  # fmt: skip
+@pytest.mark.parametrize("rule", [None, RWalk(delta_t=3)], ids=repr)
+def test_callbacks_that_change_the_weights_at_the_end_come_first_wherever_they_stand(rule, other, first, tmp_path):
+    model, callback, saved = Net(), ConsolidationCallback(rule), ModelCheckpoint(tmp_path)
+    for loader in loaders():
+        placed = [callback, other(), saved] if first else [other(), callback, saved]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Got weights .* changed after the last step")
+            trainer(*placed, max_epochs=3, enable_checkpointing=True).fit(model, loader)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(callback.memory.anchor.point[name], p.detach(), rtol=0, atol=0)
+
+
+def test_weights_that_a_module_changes_after_the_callbacks_are_refused_with_the_right_order():
+    with pytest.raises(RuntimeError, match=r"changed after the task was consolidated.*Put `ConsolidationCallback` after it"):
+        fits(ConsolidationCallback(RWalk(delta_t=3)), OwnEnd(), tasks=1)

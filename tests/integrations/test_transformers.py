@@ -6,6 +6,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -696,3 +697,29 @@ def test_the_example(capsys):
     shown = capsys.readouterr().out.splitlines()
     kitchen = {line[:29].strip(): float(line.split()[-3]) for line in shown if line.count("kitchen ") and "harbour " in line}
     assert kitchen["kitchen alone"] < kitchen["EWC"] < kitchen["RWalk"] + 0.2 < kitchen["no memory"] - 1
+
+
+class Averaging(TrainerCallback):
+    """An average of the weights, put into the model when training ends."""
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        now = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.average = {name: p.lerp(self.average[name], 0.8) for name, p in now.items()} if state.global_step > 1 else now
+
+    def on_train_end(self, args, state, control, model=None, **_):
+        for name, p in model.named_parameters():
+            p.data.copy_(self.average[name])
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("rule", [None, RWalk(delta_t=3), SI()], ids=repr)
+def test_callbacks_that_change_the_weights_at_the_end_come_first_wherever_they_stand(rule, first, tmp_path):
+    model, callback = bert(), ConsolidationCallback(rule)
+    for task in range(2):
+        averaging = Averaging()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Got weights .* changed after the last step")
+            trainer(tmp_path, model, sentences(task), [callback, averaging] if first else [averaging, callback]).train()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.detach(), averaging.average[name], **EXACT)
+            torch.testing.assert_close(callback.memory.anchor.point[name], p.detach(), **EXACT)

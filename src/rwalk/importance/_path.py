@@ -32,6 +32,12 @@ def wake(state: State, skip: Tensor | None) -> State:
     return state._replace(resting=False)  # type: ignore[no-any-return]
 
 
+def own(state: State, columns: Sequence[str], places: Sequence[int]) -> State:
+    """Copy some tensors of a state, so that what is written to them can be taken back."""
+    made = {c: [t.clone() if i in places else t for i, t in enumerate(getattr(state, c))] for c in columns}
+    return state._replace(**made)  # type: ignore[no-any-return]
+
+
 def moved(state: Any, theta: Sequence[Tensor], places: Sequence[int]) -> list[int]:
     """List those of some places whose parameters have moved since the rest."""
     return [i for i in places if not torch.equal(theta[i].to(state.previous[i].dtype), state.previous[i])]

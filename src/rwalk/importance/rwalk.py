@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rwalk import kernels
 from rwalk.anchor import Anchor
-from rwalk.importance._path import moved, rested, wake
+from rwalk.importance._path import moved, own, rested, wake
 from rwalk.importance._scale import WAYS, Normalize, divisors
 from rwalk.importance.base import Finish, Fisher, Importance, Step, check, check_alpha, check_damping, check_finite
 from rwalk.parallel import ALONE, Spread
@@ -147,6 +147,7 @@ class RWalk(Importance[Walk]):
     def resume(self, state: Walk, theta: Sequence[Any], places: Sequence[int], skip: Tensor | None = None) -> tuple[Walk, bool]:
         """End the window, where the optimiser left it, of parameters that have moved since; start a new one where they are."""
         gone = moved(state, theta, places)
+        state = state if skip is None or not gone else own(state, ("path", "score", "mark"), gone)
         for i in gone:
             ends = state.previous[i], state.fisher[i], state.path[i], state.score[i], state.mark[i]
             state = self._count(state, [theta[i]], kernels.settle_(*ends, self.eps))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rwalk import kernels
 from rwalk.anchor import Anchor
-from rwalk.importance._path import moved, rested, wake
+from rwalk.importance._path import moved, own, rested, wake
 from rwalk.importance.base import Finish, Importance, Step, check_damping, check_finite
 from rwalk.parameters import copies, zeros
 
@@ -99,6 +99,7 @@ class SI(Importance[Path]):
     def resume(self, state: Path, theta: Sequence[Any], places: Sequence[int], skip: Tensor | None = None) -> tuple[Path, bool]:
         """Start a new stretch where parameters have moved; that move is no part of the task's move."""
         gone = moved(state, theta, places)
+        state = state if skip is None or not gone else own(state, ("start", "mark"), gone)
         for i in gone:
             state.start[i].add_(theta[i] - state.previous[i])
             state.mark[i].copy_(theta[i])

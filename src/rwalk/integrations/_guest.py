@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from rwalk import Consolidator
 from rwalk._errors import explain
 from rwalk.importance.base import Importance
-from rwalk.parameters import bare
+from rwalk.parameters import bare, listed
 
 
 class Guest:
@@ -97,6 +97,18 @@ class Guest:
         self.memory.consolidate(data, **options)
         self.memory.detach()
         self.memory.model = bare(self.memory.model)
+
+    def refuse_later_changes(self) -> None:
+        """Raise a RuntimeError if the weights are no longer those that `end` has consolidated."""
+        changed = self._memory._changed() if self._memory is not None and not self._memory.steps else []
+        if changed:
+            raise RuntimeError(
+                explain(
+                    f"weights ({listed(changed)}) that something changed after the task was consolidated",
+                    "that whatever averages or restores weights comes first, so that model and anchor are the same",
+                    f"Put `{type(self).__name__}` after it in the list, or have it change the weights before training ends.",
+                )
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the memory's state; empty before training has begun."""

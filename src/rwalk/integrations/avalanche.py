@@ -35,7 +35,13 @@ class ConsolidationPlugin(Guest, SupervisedPlugin, supports_distributed=True):  
     _parts = 0
 
     def before_training(self, strategy: Any, **_: Any) -> None:
-        """Get to know the model before it grows for the next experience; a saved state is about the model as it was."""
+        """Get to know the model before it grows for the next experience; a saved state is about the model as it was.
+
+        What other plugins do to the weights when an experience ends comes first, and then the evaluation.
+        """
+        others = [each for each in strategy.plugins if each is not self]
+        last = others.index(strategy.evaluator) if strategy.evaluator in others else len(others)
+        strategy.plugins = [*others[:last], self, *others[last:]]
         self.meet(strategy.model)
 
     def before_training_exp(self, strategy: Any, **_: Any) -> None:

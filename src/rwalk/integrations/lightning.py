@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
@@ -21,6 +22,9 @@ from rwalk.integrations._guest import Guest
 
 class ConsolidationCallback(Guest, Callback):
     """Watch the training of a `Trainer`, and consolidate at the end of each `fit` that was not interrupted.
+
+    Callbacks that average or restore weights when training ends come first, wherever they stand in the list: their weights are
+    the model and the anchor.
 
     Give one callback to the trainers of all tasks: `Trainer(callbacks=[ConsolidationCallback(RWalk(), strength=10)])`. Its
     state is part of Lightning's checkpoints. The penalty is logged as `memory/penalty` every `log_every_n_steps`, and all
@@ -68,6 +72,9 @@ class ConsolidationCallback(Guest, Callback):
                 "a `forward` that takes the inputs of a batch `(inputs, labels)`",
                 "Define `forward`, or use a rule that measures during training, such as `RWalk()`.",
             )
+        others = [each for each in trainer.callbacks if each is not self]  # whatever changes weights at the end comes first
+        last = sum(not isinstance(each, Checkpoint) for each in others)
+        trainer.callbacks = [*others[:last], self, *others[last:]]
         self._open = True
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -92,6 +99,8 @@ class ConsolidationCallback(Guest, Callback):
         elif self._open:
             remedy = "Make a new `Trainer` for each task, or raise `trainer.fit_loop.max_epochs`."
             warnings.warn(explain("a `fit` without a training step", "a task to be learned", remedy), stacklevel=2)
+        else:
+            self.refuse_later_changes()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a `state_dict` when training begins: before, the model may not be on its device."""

@@ -24,7 +24,8 @@ class ConsolidationCallback(Guest, TrainerCallback):
     """Hold a model to what earlier tasks need: `Trainer(..., callbacks=[ConsolidationCallback(RWalk(), strength=10)])`.
 
     A task ends with `train()`, unless an error or a signal interrupts it. Pass the same callback to the next task's Trainer.
-    With `load_best_model_at_end` a task is what led to its best checkpoint.
+    With `load_best_model_at_end` a task is what led to its best checkpoint. Callbacks that average or restore weights when
+    training ends come first, wherever they stand in the list: their weights are the model and the anchor.
 
     Args:
         rule: how importance is measured; None for the recommended recipe; or a `Consolidator`, such as `protect` returns.
@@ -77,7 +78,7 @@ class ConsolidationCallback(Guest, TrainerCallback):
 
 
 class _Figures(TrainerCallback):
-    """Adds the memory's figures to Trainer's logs before its trackers, which come first among callbacks, see them."""
+    """Comes first among callbacks: adds the memory's figures to logs before trackers see them, and lets a task end last."""
 
     def __init__(self, owner: Guest) -> None:
         self.owner = owner
@@ -86,6 +87,12 @@ class _Figures(TrainerCallback):
         if "loss" in logs:
             logs |= (figures := self.owner.memory.summary(logs["loss"]).scalars())
             state.log_history[-1] |= figures
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        callbacks = _loop()[0].callback_handler.callbacks  # whatever averages or restores weights comes before the owner
+        if self.owner in callbacks:
+            callbacks.remove(self.owner)
+            callbacks.append(self.owner)
 
 
 def _loop() -> tuple[Trainer, str | None]:
