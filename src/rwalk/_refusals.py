@@ -15,7 +15,7 @@ from rwalk._errors import explain
 from rwalk.anchor import Anchor, KroneckerAnchor, Match, damaged_layers
 from rwalk.importance.base import Importance, no_data
 from rwalk.parallel import layout, sharded
-from rwalk.parameters import Watch
+from rwalk.parameters import Watch, refuse_complex
 
 FORMAT = 1
 """Version of the layout of `Consolidator.state_dict`."""
@@ -207,9 +207,7 @@ def refuse_mismatch(match: Match) -> None:
 
 def refuse_nothing(watch: Watch) -> None:
     """Refuse an optimiser that moves no parameter of the model, or complex ones."""
-    odd = [name for name, p in watch.theta.items() if p.is_complex()]
-    if odd:
-        raise ValueError(explain(f"complex parameters {listed(odd)}", "real parameters", "Hold their parts as real tensors."))
+    refuse_complex(watch.theta)
     if not watch.inside:
         raise ValueError(
             explain(

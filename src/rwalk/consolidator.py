@@ -23,7 +23,7 @@ from rwalk.importance.ewcpp import EWCpp
 from rwalk.inside import Inside, refuse_inside
 from rwalk.kernels import After
 from rwalk.overshoot import Overshoot
-from rwalk.parameters import Watch, look, named, regraft, trainable
+from rwalk.parameters import Watch, look, named, refuse_complex, regraft, trainable
 from rwalk.storage import Storage
 from rwalk.summary import Summary, layers
 
@@ -540,6 +540,7 @@ class Consolidator:
         known = {*self._watch.theta, *names}
         optimizer = self._optimizer
         watch = look(self.model, optimizer, known) if optimizer is not None else Watch.of(named(self.model, known))
+        refuse_complex(watch.theta)
         refusals.refuse_shards(self.rule, watch)
         if not watch.same(self._watch):
             self._follow(watch)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rwalk._errors import explain
 from rwalk.parallel import ALONE, Spread, inner, local, settle, sharded
 
 
@@ -28,6 +29,15 @@ def named(model: nn.Module, only: Collection[str] | None = None) -> dict[str, nn
 def held(optimizer: Optimizer) -> list[nn.Parameter]:
     """List the parameters of an optimiser in the order of its groups."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def refuse_complex(theta: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError for complex parameters: squares of their gradients are no importance."""
+    odd = [f"`{name}`" for name, p in theta.items() if p.is_complex()]
+    if odd:
+        more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
+        came = f"complex parameters {', '.join(odd[:5])}{more}"
+        raise ValueError(explain(came, "real parameters", "Hold their parts as real tensors."))
 
 
 def state_dtype(theta: Tensor) -> torch.dtype:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rwalk._errors import explain
+from rwalk.gradients.batches import first_size
 from rwalk.gradients.layers import RULES, Gather, Sum, survey
-from rwalk.gradients.loader import first_size
 from rwalk.gradients.pooled import Gathered, pooled
 from rwalk.gradients.undisturbed import set_aside
 from rwalk.parallel import Ranks, as_whole, kind, whole
