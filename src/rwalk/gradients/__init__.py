@@ -5,6 +5,6 @@ from rwalk.gradients.likelihood import read_output
 from rwalk.gradients.loader import over
 from rwalk.gradients.moments import moments
 from rwalk.gradients.training import Squares
-from rwalk.gradients.undisturbed import undisturbed
+from rwalk.gradients.undisturbed import Kept, undisturbed
 
-__all__ = ["Squares", "forward", "moments", "over", "read_output", "undisturbed"]
+__all__ = ["Kept", "Squares", "forward", "moments", "over", "read_output", "undisturbed"]

@@ -12,7 +12,7 @@ from rwalk.factors import Moments
 from rwalk.gradients import loader
 from rwalk.gradients.batches import Batch, examples
 from rwalk.gradients.objective import Scores
-from rwalk.gradients.undisturbed import undisturbed
+from rwalk.gradients.undisturbed import Kept, undisturbed
 from rwalk.importance.base import Objective
 from rwalk.parallel import Ranks, gathered, kind
 from rwalk.parameters import bare, named, refuse_complex, state_dtype
@@ -58,8 +58,7 @@ def moments(
                 size = batch.size if scores.likely else 1  # a user's loss is about one example
                 with _watched(taps):
                     for start in range(0, batch.size, size or 1):
-                        kept.restore()
-                        _add(root, batch.cut(start, start + size), taps, scores)
+                        _add(root, batch.cut(start, start + size), taps, scores, kept)
                 count += batch.size
         sums = [t for tap in taps for t in (tap.inputs, tap.outputs)]
         whole = loader.checked(sums, count, data, ranks, device, scores)
@@ -130,11 +129,11 @@ def _watched(taps: list[_Tap]) -> Iterator[None]:
             handle.remove()
 
 
-def _add(root: nn.Module, batch: Batch, taps: list[_Tap], scores: Scores) -> None:
+def _add(root: nn.Module, batch: Batch, taps: list[_Tap], scores: Scores, kept: Kept) -> None:
     """Add the examples of a batch."""
     for tap in taps:
         tap.reached = []
-    output = root(*batch.args, **batch.kwargs)
+    output = kept.call(root, *batch.args, **batch.kwargs)
     reached = [(tap, tensor) for tap in taps for tensor in tap.reached]
     for score in _sums(*scores(output, batch.target, batch.size)) if reached else ():
         gradients = torch.autograd.grad(score, [t for _, t in reached], retain_graph=True, allow_unused=True)

@@ -1,7 +1,6 @@
 """What is differentiated at examples: read from a model's output, in a way that is found out on the first of them."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -80,19 +79,10 @@ class Scores:
         """Look at a few examples: whether they depend on each other, and what the output means."""
 
         def run(part: Batch) -> Any:
-            kept.restore()
-            return root(*part.args, **part.kwargs)
-
-        def tried(part: Batch) -> Any:
-            try:
-                return run(part)
-            except Exception as error:
-                if part.size == 1:
-                    refuse_state(error, kept, partial(run, part))
-                raise
+            return kept.call(root, *part.args, **part.kwargs)
 
         exact = precision([*root.parameters(), *tensors((batch.args, batch.kwargs))])
-        few, output = looked_at(tried, self._read, batch, exact)
+        few, output = looked_at(run, self._read, batch, exact)
         self._looked, self._compared = True, batch.size > 1
         if self.likely and self.likelihood is None:
             z = read_output(output, self.logits).detach()
@@ -130,14 +120,6 @@ class Scores:
             values = self._values(output)
             score = values.masked_fill(values == -torch.inf, 0).square().sum()  # a shut class is no output
         return score.reshape(1, 1), torch.ones_like(score).reshape(1, 1)
-
-
-def refuse_state(error: Exception, kept: Kept, run: Callable[[], Any]) -> None:
-    """Raise a ValueError if a model fails because of what it has kept of an earlier batch."""
-    name = kept.attributes.state(run)
-    if name is not None:
-        came = f"a model whose attribute `{name}` is left from an earlier batch and does not fit a single example"
-        raise ValueError(explain(came, "a model that can begin with any batch", f"Set `{name}` to None before.")) from error
 
 
 def untargeted() -> str:

@@ -1,7 +1,7 @@
 """A pass over a model that leaves no trace: modes, attributes, statistics, gradients and random state are as before."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from operator import is_
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rwalk._errors import explain
 from rwalk.parameters import bare
 
 set_aside: WeakSet[nn.Module] = WeakSet()
@@ -83,10 +84,10 @@ def _same(now: Any, kept: Any) -> bool:
 
 
 class Buffers:
-    """The buffers of a model, and their values."""
+    """The buffers of a model's modules, except of those in `others`, and their values."""
 
-    def __init__(self, root: nn.Module) -> None:
-        self._tables = [(m._buffers, dict(m._buffers.items())) for m in root.modules()]
+    def __init__(self, root: nn.Module, others: Collection[nn.Module]) -> None:
+        self._tables = [(m._buffers, dict(m._buffers.items())) for m in root.modules() if m not in others]
         tensors = [b for _, kept in self._tables for b in kept.values() if b is not None]
         self._values = [(b, b.detach().clone()) for b in tensors]
         self._versions = [_version(b) for b in tensors]
@@ -115,15 +116,37 @@ def _version(tensor: Tensor) -> int:
 
 
 class Kept:
-    """What a call of a model may change, as it was."""
+    """What a call of a model may change, as it was; the buffers of some modules may be left to change."""
 
-    def __init__(self, root: nn.Module) -> None:
-        self.attributes, self._buffers = Attributes(root), Buffers(root)
+    def __init__(self, root: nn.Module, changing: Collection[nn.Module] = ()) -> None:
+        self._attributes, self._buffers = Attributes(root), Buffers(root, changing)
 
     def restore(self, surely: bool = False) -> None:
         """Put back attributes and buffers, so that no call of the model sees what an earlier one left in it."""
-        self.attributes.restore()
+        self._attributes.restore()
         self._buffers.restore(surely)
+
+    def call(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a model as it was.
+
+        Raises:
+            ValueError: if it fails because of what an attribute holds from an earlier batch.
+        """
+
+        def run() -> Any:
+            self.restore()
+            return model(*args, **kwargs)
+
+        try:
+            return run()
+        except Exception as error:
+            name = self._attributes.state(run)
+            if name is None:
+                raise
+            came = f"a model whose attribute `{name}` is left from an earlier batch and does not fit the examples"
+            raise ValueError(
+                explain(came, "a model that can begin with any of them", f"Set `{name}` to None before.")
+            ) from error
 
 
 @contextmanager

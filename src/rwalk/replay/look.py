@@ -33,9 +33,9 @@ def look(
     root = bare(model)
     phi, out = [], []
     device = next((p.device for p in root.parameters()), torch.device("cpu"))
-    with gradients.undisturbed(model), torch.no_grad(), _last_linear(root) as last:
+    with gradients.undisturbed(model) as kept, torch.no_grad(), _last_linear(root) as last:
         for x in inputs:
-            out.append(gradients.read_output(gradients.forward(root, (x,)), logits))
+            out.append(gradients.read_output(kept.call(gradients.forward, root, (x,)), logits))
             if features or last:
                 phi.append(features(x.to(device)) if features else last[1])
     weight = last[0].weight.cpu().double() if last else None
