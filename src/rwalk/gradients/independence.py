@@ -73,6 +73,13 @@ def _differ(a: Tensor, b: Tensor, scale: Tensor, exact: float) -> bool:
     return bool(((a - b)[both].abs() > limit).any())
 
 
+def refuse_dependence(run: Callable[[Tensor], Tensor], x: Tensor, tensors: Iterable[Tensor]) -> None:
+    """Raise a ValueError if what comes for an example of a tensor depends on the others; `tensors` are calculated with."""
+    looked_at(
+        lambda batch: run(*batch.args), lambda found: found, Batch((x,), {}, None, len(x), frozenset()), precision(tensors)
+    )
+
+
 def precision(tensors: Iterable[Tensor]) -> float:
     """Return the relative precision of arithmetic with these tensors."""
     dtypes = {t.dtype for t in tensors if t.is_floating_point() or t.is_complex()}
