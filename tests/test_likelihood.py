@@ -307,6 +307,20 @@ def test_rules_hold_a_model_with_one_output(rule):
         close(memory.anchor.omega["bias"], torch.ones(1).double())
 
 
+@pytest.mark.parametrize("name", ["transformer", "segmentation"])
+def test_a_named_softmax_is_over_the_dimension_that_the_targets_leave(name):
+    """The second, as for `cross_entropy`, or the last where only that one fits; without targets nobody knows."""
+    model, x, y = labelled(name, CASES[name][2], 4, ignore=[1])
+    theta, draws = named(model), []
+    for loss in (None, F.cross_entropy, nn.CrossEntropyLoss()):
+        torch.manual_seed(0)
+        draws.append(flat(over(model, theta, [(x, y)], loss=loss)("sample", torch.square)))
+    assert torch.equal(draws[0], draws[1])
+    assert torch.equal(draws[0], draws[2])
+    with pytest.raises(ValueError, match="in neither the second nor the last"):
+        over(model, theta, [x], loss=F.cross_entropy)("sample", torch.square)
+
+
 # --- labels that a model shifts itself ---------------------------------------------------------------------------------------
 
 
@@ -344,8 +358,9 @@ def test_drawn_labels_leave_out_what_a_shifted_label_ignores():
     theta, y = {n[4:]: p for n, p in named(model).items()}, torch.tensor([[2, -100, 1, -100]])
     second, fourth = enumerated(model.net, theta, x, torch.tensor([-100, 1, -100, -100]))
     batch = {"x": x.expand(2000, 4), "labels": y.expand(2000, 4)}
-    got = flat(over(model, named(model), [batch])("sample", torch.square))
-    assert ((got - second).abs() <= 5 * ((fourth - second**2).clamp(min=0) / 2000).sqrt() + 1e-12).all()
+    for loss in (None, F.cross_entropy):
+        got = flat(over(model, named(model), [batch], loss=loss)("sample", torch.square))
+        assert ((got - second).abs() <= 5 * ((fourth - second**2).clamp(min=0) / 2000).sqrt() + 1e-12).all()
 
 
 def test_a_loss_that_no_alignment_explains_is_refused():

@@ -227,9 +227,9 @@ class Consolidator:
         Args:
             data: batches of the task, `(inputs, labels)` as a loader yields them, for rules that measure on data and for
                 models with BatchNorm under tail averaging; iterated once for each of the two.
-            loss: negative log-likelihood of one example, called with the model's output and the target, for models that are no
-                classifiers; see `rwalk.gradients.over`.
-            logits: how to read logits of shape (batch, classes) from the model's output.
+            loss: what the model's outputs mean where targets do not tell, such as `torch.nn.functional.mse_loss`; for
+                `labels="true"` any negative log-likelihood of one example; see `rwalk.gradients.over`.
+            logits: how to read logits of shape (batch, classes) or (batch, rows, classes) from the model's output.
 
         Raises:
             RuntimeError: if the consolidator was never attached and the rule measures during training.

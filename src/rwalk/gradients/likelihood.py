@@ -146,9 +146,7 @@ class Likelihood:
             return
         y = target[target.long() != self.ignored] if _whole(target) else target
         if self.family == "bernoulli" and not ((y == 0) | (y == 1)).all():
-            expected = "0 or 1 for a single logit, as in the first batch"
-            remedy = "For a regression pass `loss=torch.nn.functional.mse_loss`."
-            raise ValueError(explain("targets that are neither 0 nor 1", expected, remedy))
+            raise ValueError(not_binary())
         wrong = y[(y < 0) | ((y >= self.classes) & (objective == "true"))] if self.family == "categorical" else y[:0]
         if len(wrong):
             expected = f"indices from 0 to {self.classes - 1}, or {self.ignored} for what does not count"
@@ -189,8 +187,9 @@ def settled(z: Tensor, size: int, target: Any, every: Any, own: Tensor | None, g
     if not z.is_floating_point():
         raise ValueError(explain(f"logits of type {z.dtype}", "floating-point numbers", "Pass `logits=`."))
     if given is not None:
-        return _given(z, given)
-    found = _single(z, size, every) or _classes(z, size, target)
+        found = _classes(z, size, every, given) if given.family == "categorical" else [given]
+    else:
+        found = _single(z, size, every) or _classes(z, size, every, Likelihood("categorical"))
     if own is None or len(found) == 1:
         return found[0]
     far = [abs(_mean_loss(one, z, size, target) - float(own)) for one in found]
@@ -205,19 +204,6 @@ def settled(z: Tensor, size: int, target: Any, every: Any, own: Tensor | None, g
         )
         raise ValueError(explain(f"a model's own loss of {float(own):.4g}, whose labels cannot be found out", expected, remedy))
     return found[best]
-
-
-def _given(z: Tensor, given: Likelihood) -> Likelihood:
-    """Count the classes of a named distribution."""
-    if given.family != "categorical":
-        return given
-    classes = z.shape[1] if z.dim() > 1 else 1
-    if classes < 2:
-        came, expected = f"cross-entropy of logits of shape {tuple(z.shape)}", "two classes or more in the second dimension"
-        raise ValueError(
-            explain(came, expected, "For one logit pass `loss=torch.nn.functional.binary_cross_entropy_with_logits`.")
-        )
-    return replace(given, classes=classes)
 
 
 def _single(z: Tensor, size: int, target: Any) -> list[Likelihood]:
@@ -237,12 +223,16 @@ def _single(z: Tensor, size: int, target: Any) -> list[Likelihood]:
     return [Likelihood("bernoulli"), Likelihood("gaussian")] if binary else [Likelihood("gaussian")]
 
 
-def _classes(z: Tensor, size: int, target: Any) -> list[Likelihood]:
+def _classes(z: Tensor, size: int, target: Any, like: Likelihood) -> list[Likelihood]:
     """Return readings of outputs as class logits: where the classes are, and which target a row is about."""
-    if isinstance(target, Tensor) and not _whole(target):
+    if isinstance(target, Tensor) and not _whole(target) and not like.named:
         came = f"targets of type {target.dtype} for outputs of shape {tuple(z.shape)}"
         raise ValueError(explain(came, "class indices, one for each row of logits", REMEDY))
-    dims = _class_dims(z, size, target)
+    if like.named and (z.dim() < 2 or (z.dim() == 2 and z.shape[1] == 1)):
+        came = f"cross-entropy of logits of shape {tuple(z.shape)}"
+        remedy = "For one logit pass `loss=torch.nn.functional.binary_cross_entropy_with_logits`."
+        raise ValueError(explain(came, "two classes or more in the second dimension", remedy))
+    dims = _class_dims(z, size, target if _whole(target) else None, like.named)
     if not dims and z.dim() == 2 and not z.shape[0] % size:
         raise ValueError(unfit(target, size, z.shape[0] // size))
     if len(dims) != 1:
@@ -251,19 +241,24 @@ def _classes(z: Tensor, size: int, target: Any) -> list[Likelihood]:
         expected = f"classes in one dimension and an index for each row; here they fit {what}"
         remedy = "Pass `logits=`, which returns a row of class logits for each target, such as `lambda o: o.flatten(0, 1)`."
         raise ValueError(explain(came, expected, remedy))
-    plain = Likelihood("categorical", dims[0], z.shape[dims[0]])
-    several = z.numel() // size > plain.classes and isinstance(target, Tensor) and dims[0] == -1
+    plain = replace(like, dim=dims[0], classes=z.shape[dims[0]])
+    several = z.numel() // size > plain.classes and _whole(target) and dims[0] == -1
     return [plain, replace(plain, shifted=True)] if several else [plain]
 
 
-def _class_dims(z: Tensor, size: int, target: Any) -> list[int]:
-    """Return in which dimensions of logits the classes may be."""
-    dims = [] if z.dim() < 2 or z.shape[0] % size else [-1] if z.dim() == 2 else [d for d in (-1, 1) if z.shape[d] > 1]
-    if not isinstance(target, Tensor):
-        return [-1] if dims and z.dim() <= 3 else []
+def _class_dims(z: Tensor, size: int, target: Tensor | None, named: bool) -> list[int]:
+    """Return in which dimensions of logits the classes may be; named as for `cross_entropy`, in the second if they can."""
+    if z.dim() < 2 or z.shape[0] % size:
+        return []
+    if z.dim() == 2 and named:
+        return [-1]
+    dims = [-1] if z.dim() == 2 else [d for d in (-1, 1) if z.shape[d] > 1]
+    if target is None:
+        return [-1] if z.dim() == 2 or (z.dim() == 3 and not named) else []
     each = target.shape[1:]
     alike = [d for d in dims if z.dim() > 2 and z.movedim(d, -1).shape[1:-1] == each]
-    return alike or [d for d in dims if math.prod(each) * size * z.shape[d] == z.numel()]
+    found = alike or [d for d in dims if math.prod(each) * size * z.shape[d] == z.numel()]
+    return [1] if named and 1 in found else found
 
 
 def _mean_loss(reading: Likelihood, z: Tensor, size: int, target: Tensor) -> float:
@@ -300,6 +295,12 @@ def own_loss(output: Any) -> Tensor | None:
     if found is None and isinstance(output, tuple) and output:
         found = output[0]
     return found.detach() if isinstance(found, Tensor) and found.dim() == 0 else None
+
+
+def not_binary() -> str:
+    """Say that one logit was taken for a chance."""
+    expected = "0 or 1 for a single logit, as in the first batch"
+    return explain("targets that are neither 0 nor 1", expected, "For a regression pass `loss=torch.nn.functional.mse_loss`.")
 
 
 def many_rows(rows: int) -> str:

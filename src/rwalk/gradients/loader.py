@@ -12,7 +12,7 @@ from torch.func import functional_call, vjp
 from rwalk._errors import explain
 from rwalk.gradients.batches import Batch, examples
 from rwalk.gradients.layered import UNMAPPED, Layers, mapped, reaches
-from rwalk.gradients.likelihood import IGNORED
+from rwalk.gradients.likelihood import IGNORED, not_binary
 from rwalk.gradients.objective import Scores
 from rwalk.gradients.undisturbed import Kept, undisturbed
 from rwalk.importance.base import Objective
@@ -45,9 +45,23 @@ def over(
         data: batches: a mapping for `model(**batch)` with its target under "labels", a pair `(inputs, target)`, or inputs
             alone. Inputs are a tensor, a tuple or list for `model(*inputs)`, or a mapping for `model(**inputs)`. The first
             dimension of the tensors is that of the examples.
-        loss: called as `loss(output, target)` on batches of one example, returns a scalar; replaces -log p(y|x) of a
-            classifier for the objective "true".
+        loss: for the objective "true", called as `loss(output, target)` on batches of one example; returns a scalar, which
+            replaces -log p(y|x). For "sample" and "exact", what the outputs mean: `cross_entropy` is a softmax over the second
+            dimension, `binary_cross_entropy_with_logits` a chance for each output, `mse_loss` a mean for each output, with
+            variance 1; these functions of `torch.nn.functional`, or their modules without weights or smoothing.
         logits: reads the logits from the model's output, which is otherwise a tensor or holds them as `logits`.
+
+    Without `loss`, p(y|x) follows from logits and targets of the first batch. One logit a row is a chance if all targets are 0
+    or 1, else the mean of a normal distribution of variance 1. Several are a softmax, of one row for each example or of more,
+    whose log-likelihoods add up: (batch * rows, classes), (batch, rows, classes) or, as `cross_entropy` takes them,
+    (batch, classes, ...); targets are class indices. Those of -100 do not count, nor do examples without any other. If the
+    output holds a loss of the model's own, labels stand where that loss has them: at their logits or, in causal language
+    models, one place later. Otherwise they stand at their logits.
+
+    Examples lie along the first dimension and must not depend on each other. The first batch tells: the output for one of
+    three examples has to be that for the example alone, up to the root of the precision. This takes three small forward
+    passes. It cannot be told of models that take one example at a time, or that draw random numbers in evaluation mode.
+    Each forward pass begins with the attributes and buffers that the model has now.
 
     Returns:
         A function `gradients(objective, of, samples=None, only=None)` that returns, for each parameter of `theta` in order and
@@ -55,9 +69,11 @@ def over(
         elementwise, fastest as `torch.square` or `torch.abs`, for which inputs of layers and gradients at outputs often do;
         `samples` caps the number of examples; `only` names the parameters to return. Where several ranks train the model, each
         passes its own share of the data, and the mean is over the examples of all. The objectives: "true", log p(y|x) of the
-        data's labels; "sample", log p(y|x) of a label drawn from the model; "exact", log p(c|x) for every class c, with `of`
-        averaged under p(c|x); "norm", the sum of squares of the outputs. The function raises a ValueError if there are no
-        examples or the objective does not fit data, outputs or `loss`, and a TypeError for batches and outputs of other kinds.
+        data's labels; "sample", log p(y|x) of labels drawn from the model, one for each row that counts; "exact", log p(c|x)
+        for every class c, with `of` averaged under p(c|x), for one row an example, and for single outputs, of which each takes
+        one pass, with `torch.square`; "norm", the sum of squares of the outputs. The function raises a ValueError if there are
+        no examples, if examples depend on each other, or if objective, data, outputs and `loss` do not fit, and a TypeError for
+        batches and outputs of other kinds.
     """
     root = bare(model)
 
@@ -86,7 +102,9 @@ def over(
 def checked(totals: Iterable[Tensor], count: int, data: Any, ranks: Ranks, device: torch.device, scores: Scores) -> int:
     """Return over how many examples of all ranks the totals go, or raise a ValueError if none, or if a total is not finite."""
     fine = all(torch.isfinite(total).all() for total in totals)
-    found = ranks.sum_(torch.tensor([count, not fine], dtype=torch.int64, device=device)).tolist()
+    family = None if scores.likelihood is None or scores.likelihood.named else scores.likelihood.family
+    figures = [count, not fine, family == "bernoulli", family == "gaussian"]
+    found = ranks.sum_(torch.tensor(figures, dtype=torch.int64, device=device)).tolist()
     if not found[0]:
         raise ValueError(_nothing(data, scores.ignored))
     if found[1]:
@@ -97,6 +115,8 @@ def checked(totals: Iterable[Tensor], count: int, data: Any, ranks: Ranks, devic
                 "Look for NaN in the data and the model.",
             )
         )
+    if found[2] and found[3]:
+        raise ValueError(not_binary())
     return int(found[0])
 
 

@@ -30,10 +30,11 @@ def moments(
 
     A layer is measured if it is exactly a `torch.nn.Linear`, its weight is protected and used by no other module, and the data
     reaches it. Where it is applied several times to an example, as along a sequence, A is the mean over all times and G the
-    sum, averaged over examples: different times count as independent (Eschenhagen et al. 2023, arXiv 2311.00636).
+    sum, averaged over the examples that count: different times are taken as independent (Eschenhagen et al. 2023, arXiv
+    2311.00636).
 
     Args:
-        model: as for `rwalk.gradients.over`; examples must not depend on each other in evaluation mode.
+        model: as for `rwalk.gradients.over`.
         theta: as for `over`.
         data: as for `over`.
         loss: as for `over`.
