@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from dense import close
 from rwalk import EWC, MAS, Consolidator, Kronecker, OnlineEWC
-from rwalk.gradients import layered, loader, moments, over
+from rwalk.gradients import layered, loader, moments, over, undisturbed
+from rwalk.gradients.batches import examples
+from rwalk.gradients.objective import Scores
 from rwalk.parameters import named
 
 
@@ -533,6 +535,19 @@ def test_what_outputs_mean_must_be_known(labels):
         Consolidator(Transformer(), EWC()).estimate([(words(3), torch.randint(3, (3, 4)))])
     with pytest.raises(ValueError, match=r"the class index 3\. .*0 to 2, or -100"):
         Consolidator(Head(3), EWC(labels="true")).estimate([(vectors(3), torch.tensor([0, 3, 1]))])
+
+
+def test_ranks_agree_on_what_one_logit_means():
+    class Two:
+        def sum_(self, figures):
+            return figures + torch.tensor([4, 0, 1, 0])  # the other rank had only targets of 0 and 1
+
+    scores, model = Scores("true", None, None), Head(1)
+    with undisturbed(model) as kept:
+        for batch in examples([(vectors(4), torch.randn(4))], None, torch.device("cpu")):
+            scores.ready(model, batch, kept)
+    with pytest.raises(ValueError, match="neither 0 nor 1"):
+        loader.checked([], 4, [], Two(), torch.device("cpu"), scores)
 
 
 def test_examples_that_come_one_by_one_and_random_models_are_measured():

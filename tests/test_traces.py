@@ -120,6 +120,19 @@ def test_selections_and_renewed_statistics_leave_nothing(select):
     assert torch.equal(model[1].count, count)
 
 
+class StoringLoss(nn.Module):
+    def forward(self, z, y):
+        self.last = F.cross_entropy(z, y)
+        return self.last
+
+
+def test_a_loss_that_stores_is_as_it_was(engine):
+    model, loss = nn.Linear(5, 3).double(), StoringLoss()
+    for rule in (EWC(labels="true"), Kronecker(labels="true")):
+        Consolidator(model, rule).estimate(data(), loss=loss)
+        assert not hasattr(loss, "last")
+
+
 def old_weight_norm(layer):
     with pytest.warns(FutureWarning):
         return nn.utils.weight_norm(layer)

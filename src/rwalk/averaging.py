@@ -158,7 +158,7 @@ def _only_training(model: nn.Module, norms: list[_NormBase]) -> Iterator[Kept]:
         for norm in norms:
             norm.train()
             norm.momentum = None
-        kept = Kept(bare(model), norms)
+        kept = Kept(bare(model), changing=norms)
         try:
             yield kept
         finally:

@@ -87,7 +87,7 @@ def over(
         refuse_complex(theta)
         ranks = Ranks.of(model)
         chosen = {name: p for name, p in theta.items() if only is None or name in only}
-        with gathered(model), undisturbed(model) as kept:
+        with gathered(model), undisturbed(model, loss, logits) as kept:
             whole = named(model)
             engine = _Engine(root, {name: whole[name] for name in chosen}, scores, of, kept)
             for batch in examples(data, ranks.share(samples), engine.device, scores.likely):

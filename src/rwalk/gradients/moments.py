@@ -50,7 +50,7 @@ def moments(
         scores = Scores(objective, loss, logits)
         refuse_complex(theta)
         ranks = Ranks.of(model)
-        with gathered(model), undisturbed(model) as kept:
+        with gathered(model), undisturbed(model, loss, logits) as kept:
             taps = _taps(root, named(model), theta)
             device = next((p.device for p in theta.values()), torch.device("cpu"))
             count = 0

@@ -1,7 +1,7 @@
 """A pass over a model that leaves no trace: modes, attributes, statistics, gradients and random state are as before."""
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from operator import is_
 from typing import Any
@@ -22,16 +22,16 @@ INTERNAL = frozenset(vars(nn.Module()))
 
 
 class Attributes:
-    """The attributes of a model's modules, and what lists, dicts, sets and deques in them hold, as they are now.
+    """The attributes of modules and of those in them, and what lists, dicts, sets and deques there hold, as they are now.
 
     Tensors are not copied: what a model writes into one stays written.
     """
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, roots: Sequence[Any]) -> None:
         self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._contents: list[tuple[Any, Any]] = []
         known: set[int] = set()
-        waiting: list[Any] = [root]
+        waiting = [*roots]
         while waiting:
             value = waiting.pop()
             if id(value) in known or not isinstance(value, nn.Module | tuple | list | dict | set | deque):
@@ -116,10 +116,16 @@ def _version(tensor: Tensor) -> int:
 
 
 class Kept:
-    """What a call of a model may change, as it was; the buffers of some modules may be left to change."""
+    """What a call of a model may change, as it was.
 
-    def __init__(self, root: nn.Module, changing: Collection[nn.Module] = ()) -> None:
-        self._attributes, self._buffers = Attributes(root), Buffers(root, changing)
+    Args:
+        root: the model.
+        others: what is called with it, such as a loss, whose attributes are kept if it is a module.
+        changing: modules of the model whose buffers may change.
+    """
+
+    def __init__(self, root: nn.Module, others: Sequence[Any] = (), changing: Collection[nn.Module] = ()) -> None:
+        self._attributes, self._buffers = Attributes([root, *others]), Buffers(root, changing)
 
     def restore(self, surely: bool = False) -> None:
         """Put back attributes and buffers, so that no call of the model sees what an earlier one left in it."""
@@ -150,16 +156,17 @@ class Kept:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[Kept]:
+def undisturbed(model: nn.Module, *others: Any) -> Iterator[Kept]:
     """Evaluate a model, differentiably and eagerly, and leave no trace.
 
     Inside, the whole model is in evaluation mode and gradients are enabled, also for callers under `torch.no_grad()`.
     Afterwards, whatever happens, every module's own mode and attributes, all buffers, all `.grad` fields and the global random
-    state of torch (that of the CPU and of the model's CUDA devices) are as before. Yields what can be restored in between.
+    state of torch (that of the CPU and of the model's CUDA devices) are as before, and so are the attributes of those of
+    `others`, such as a loss, that are modules. Yields what can be restored in between.
     """
     root = bare(model)
     modes = [(module, module.training) for module in root.modules()]
-    kept = Kept(root)
+    kept = Kept(root, others)
     grads = [(p, p.grad) for p in root.parameters()]
     devices = {p.device.index for p in root.parameters() if p.device.type == "cuda"}
     already = root in set_aside

@@ -40,7 +40,7 @@ def look(
     root = bare(model)
     phi, out = [], []
     device = next((p.device for p in root.parameters()), torch.device("cpu"))
-    with gradients.undisturbed(model) as kept, torch.no_grad(), _last_linear(root) as last:
+    with gradients.undisturbed(model, features, logits) as kept, torch.no_grad(), _last_linear(root) as last:
 
         def output(x: Tensor) -> Tensor:
             return gradients.read_output(kept.call(gradients.forward, root, (x,)), logits)
