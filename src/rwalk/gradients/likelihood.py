@@ -199,7 +199,7 @@ def settled(z: Tensor, size: int, target: Any, every: Any, own: Tensor | None, g
             return found[0]
         expected = "the mean cross-entropy of its logits at the labels, or at the labels after them"
         remedy = (
-            "Pass pairs of inputs and labels, so that the model is given no labels and they count where they stand, or "
+            "Pass pairs of inputs and labels, which then count at the logits of their own place, or "
             '`loss=lambda output, target: output.loss` with `labels="true"`.'
         )
         raise ValueError(explain(f"a model's own loss of {float(own):.4g}, whose labels cannot be found out", expected, remedy))
