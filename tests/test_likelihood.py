@@ -290,7 +290,7 @@ def test_one_logits_drawn_targets_come_near_the_exact_ones(family):
 def test_a_loss_names_the_distribution_of_several_outputs(loss, family, outputs, engine):
     model, x = Head(outputs), vectors(4)
     theta, weight = named(model), FAMILIES[family][1]
-    for data in ([x], [(x, torch.rand(4, outputs).double())], [(x, torch.zeros(4).long())]):
+    for data in ([x], [(x, torch.rand(4, outputs).double())], [(x, torch.ones(4, outputs).long())], [(x, ["a"] * 4)]):
         close(flat(over(model, theta, data, loss=loss)("exact", torch.square)), singly(model, theta, x, weight))
     many = [x.repeat(500 if engine == "layers" else 25, 1)]
     got = flat(over(model, theta, many, loss=loss)("sample", torch.square)).sum()
@@ -480,6 +480,24 @@ def test_examples_must_lie_along_the_first_dimension_and_be_independent(name, ru
     assert not len(memory.anchor)
 
 
+UNFIT = [
+    (F.cross_entropy, torch.zeros(5, 2).long()),
+    (F.cross_entropy, torch.zeros(5).double()),
+    (F.mse_loss, torch.zeros(5).double()),
+    (F.mse_loss, torch.zeros(5, 2).long()),
+    (F.binary_cross_entropy_with_logits, torch.zeros(5).double()),
+]
+
+
+@pytest.mark.parametrize("rule", [EWC(), EWC(labels="sample"), Kronecker()], ids=str)
+@pytest.mark.parametrize(("loss", "y"), UNFIT)
+def test_targets_of_another_shape_than_a_named_distribution_has_are_refused(loss, y, rule):
+    memory = Consolidator(Head(3), rule)
+    with pytest.raises(ValueError, match="Pass inputs alone"):
+        memory.estimate([(vectors(5), y)], loss=loss)
+    memory.estimate([vectors(5)], loss=loss)
+
+
 @pytest.mark.parametrize("labels", ["exact", "sample", "true"])
 @pytest.mark.parametrize("rule", [EWC, OnlineEWC, Kronecker, MAS])
 def test_inputs_and_targets_are_as_many(rule, labels):
@@ -531,6 +549,15 @@ def test_what_outputs_mean_must_be_known(labels):
         with pytest.raises(ValueError, match="names no distribution"):
             memory.estimate([vectors(4)], loss=nn.BCEWithLogitsLoss(pos_weight=torch.ones(1)))
         memory.estimate([vectors(4)], loss=F.mse_loss)
+    soft = Head(3, lambda z: z.softmax(-1))
+    with pytest.raises(ValueError, match="outputs that are probabilities"):
+        Consolidator(soft, EWC(labels=labels)).estimate([(vectors(4), torch.zeros(4).long())])
+    hard, y = Head(3), torch.zeros(4).long()
+    hard.load_state_dict(soft.state_dict())
+    if labels == "exact":
+        x = vectors(4)
+        got = over(soft, named(soft), [(x, y)], logits=torch.log)("exact", torch.square)
+        close(got, over(hard, named(hard), [(x, y)])("exact", torch.square))
     with pytest.raises(ValueError, match=r'"exact" with 4 rows.*Use `labels="sample"`'):
         Consolidator(Transformer(), EWC()).estimate([(words(3), torch.randint(3, (3, 4)))])
     with pytest.raises(ValueError, match=r"the class index 3\. .*0 to 2, or -100"):

@@ -47,7 +47,7 @@ class Likelihood:
         classes: how many there are; 1 for the other families.
         shifted: whether a row is about the target after its own, as in causal language models.
         ignored: the class index that does not count.
-        named: whether the user has named the family; targets of other shapes are then nothing but ignored.
+        named: whether the user has named the family; of targets only class indices then matter, as some may be ignored.
     """
 
     family: Family
@@ -118,13 +118,11 @@ class Likelihood:
     def _targets(self, objective: Objective, target: Any, like: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return targets in the shape of `like`, (size, rows), None if there are none, and which of them count."""
         every = torch.ones((), dtype=torch.bool, device=like.device)
-        rows = self.family == "categorical"
-        if self.named and not rows and objective != "true":
+        if not isinstance(target, Tensor) and objective != "true":
             return None, every
-        if not isinstance(target, Tensor) or target.numel() != like.numel() or (rows and not _whole(target)):
-            if objective != "true" and (self.named or not isinstance(target, Tensor)):
-                return None, every
-            raise ValueError(unfit(target, *like.shape))
+        self._refuse_shape(target, *like.shape)
+        if self.named and not (_whole(target) and self.family == "categorical"):
+            return None, every
         y = target.reshape(like.shape)
         if not _whole(y):
             return y, every
@@ -132,6 +130,16 @@ class Likelihood:
         if self.shifted:
             y = torch.cat([y[:, 1:], torch.full_like(y[:, :1], self.ignored)], 1)
         return y, y != self.ignored
+
+    def _refuse_shape(self, target: Any, size: int, rows: int) -> None:
+        """Raise a ValueError for targets that are not one for each row: one index, one number, or chances for all classes."""
+        categorical, whole = self.family == "categorical", _whole(target)
+        each = self.classes if categorical and not whole else 1
+        fits = isinstance(target, Tensor) and target.numel() == size * rows * each and (whole or self.named or not categorical)
+        if not fits:
+            came = f"a target of {_described(target)} for {_counted(size, 'example')} of {_counted(rows, 'row')} of outputs"
+            remedy = "Pass inputs alone, or targets that belong to them." if self.named else REMEDY
+            raise ValueError(explain(came, f"one {'class index' if categorical else 'number'} for each row", remedy))
 
     def counted(self, target: Any, size: int) -> Tensor | None:
         """Return which examples have a target that counts, of shape (size,); None if targets are no class indices."""
@@ -216,8 +224,7 @@ def _single(z: Tensor, size: int, target: Any) -> list[Likelihood]:
         came = f"one logit for each row, of shape {tuple(z.shape)}, without targets that say what it means"
         expected = "targets of 0 and 1, or numbers for a regression"
         raise ValueError(explain(came, expected, REMEDY))
-    if not matched:
-        raise ValueError(unfit(target, size, z.numel() // size))
+    Likelihood("gaussian")._refuse_shape(target[:size], size, z.numel() // size)
     values = target[target.long() != IGNORED] if _whole(target) else target
     binary = bool(((values == 0) | (values == 1)).all())
     return [Likelihood("bernoulli"), Likelihood("gaussian")] if binary else [Likelihood("gaussian")]
@@ -232,9 +239,9 @@ def _classes(z: Tensor, size: int, target: Any, like: Likelihood) -> list[Likeli
         came = f"cross-entropy of logits of shape {tuple(z.shape)}"
         remedy = "For one logit pass `loss=torch.nn.functional.binary_cross_entropy_with_logits`."
         raise ValueError(explain(came, "two classes or more in the second dimension", remedy))
+    if z.dim() == 2 and not z.shape[0] % size and isinstance(target, Tensor):
+        replace(like, classes=z.shape[1])._refuse_shape(target[:size], size, z.shape[0] // size)
     dims = _class_dims(z, size, target if _whole(target) else None, like.named)
-    if not dims and z.dim() == 2 and not z.shape[0] % size:
-        raise ValueError(unfit(target, size, z.shape[0] // size))
     if len(dims) != 1:
         came = f"logits of shape {tuple(z.shape)} with {_described(target)} for {_counted(size, 'example')}"
         what = "in the second dimension as well as in the last" if dims else "in neither the second nor the last dimension"
@@ -250,22 +257,29 @@ def _class_dims(z: Tensor, size: int, target: Tensor | None, named: bool) -> lis
     """Return in which dimensions of logits the classes may be; named as for `cross_entropy`, in the second if they can."""
     if z.dim() < 2 or z.shape[0] % size:
         return []
-    if z.dim() == 2 and named:
+    if z.dim() == 2:
         return [-1]
-    dims = [-1] if z.dim() == 2 else [d for d in (-1, 1) if z.shape[d] > 1]
     if target is None:
-        return [-1] if z.dim() == 2 or (z.dim() == 3 and not named) else []
-    each = target.shape[1:]
-    alike = [d for d in dims if z.dim() > 2 and z.movedim(d, -1).shape[1:-1] == each]
+        return [-1] if z.dim() == 3 and not named else []
+    each, dims = target.shape[1:], [d for d in (-1, 1) if z.shape[d] > 1]
+    alike = [d for d in dims if z.movedim(d, -1).shape[1:-1] == each]
     found = alike or [d for d in dims if math.prod(each) * size * z.shape[d] == z.numel()]
     return [1] if named and 1 in found else found
+
+
+def refuse_chances(z: Tensor) -> None:
+    """Raise a ValueError for rows that are probabilities already: a softmax of these is another distribution."""
+    if (z >= 0).all() and ((z.sum(-1) - 1).abs() < 1e-3).all():
+        came = "outputs that are probabilities, as they add up to 1 in each row"
+        remedy = "Pass `logits=lambda output: output.log()`, or `logits=lambda output: output` if they are logits nevertheless."
+        raise ValueError(explain(came, "logits, before the softmax", remedy))
 
 
 def _mean_loss(reading: Likelihood, z: Tensor, size: int, target: Tensor) -> float:
     """Return the loss that a model of Hugging Face computes under a reading: a mean over rows."""
     score, _ = reading.scores("true", z.float(), target, size)
     y = target.reshape(size, -1)[:, int(reading.shifted) :]
-    count = y.numel() if target.is_floating_point() else int((y != reading.ignored).sum())
+    count = int((y.long() != reading.ignored).sum()) if _whole(y) else y.numel()
     return -float(score.sum()) * (2 if reading.family == "gaussian" else 1) / count if count else math.nan
 
 
@@ -308,12 +322,6 @@ def many_rows(rows: int) -> str:
     came = f'the labels "exact" with {rows} rows of logits for one example'
     expected = "one row of class logits for each example, as it takes a backward pass for every class"
     return explain(came, expected, 'Use `labels="sample"`, which draws a label for every row that counts.')
-
-
-def unfit(target: Any, size: int, rows: int) -> str:
-    """Say that targets do not fit the rows of logits of some examples."""
-    came = f"a target of {_described(target)} for {_counted(size, 'example')} of {_counted(rows, 'row')} of logits"
-    return explain(came, "one class index for each row", REMEDY)
 
 
 def _whole(target: Any) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rwalk._errors import explain
 from rwalk.gradients.batches import Batch, tensors
 from rwalk.gradients.independence import looked_at, precision
-from rwalk.gradients.likelihood import Likelihood, named, own_loss, read_output, settled
+from rwalk.gradients.likelihood import Likelihood, named, own_loss, read_output, refuse_chances, settled
 from rwalk.gradients.undisturbed import Kept
 from rwalk.importance.base import Objective
 
@@ -87,6 +87,8 @@ class Scores:
         if self.likely and self.likelihood is None:
             z = read_output(output, self.logits).detach()
             self.likelihood = settled(z, few.size, few.target, batch.target, own_loss(output), self.given)
+            if self.logits is None and self.given is None and self.likelihood.family == "categorical":
+                refuse_chances(z.movedim(self.likelihood.dim, -1))
             self.likelihood.refuse(self.objective, batch.target)
             self.likelihood.scores(self.objective, z, few.target, few.size)  # raises what does not fit, outside of any mapping
 
