@@ -33,7 +33,7 @@ class Scores:
         self.logits = logits
         self.likelihood: Likelihood | None = None
         self.ignored = 0
-        self._looked = self._compared = False
+        self._looked = self._compared = False  # whether there was any batch, and one of several examples
         self._refuse(loss)
 
     def _refuse(self, loss: Any) -> None:
@@ -60,7 +60,7 @@ class Scores:
         if self.objective == "true" and batch.target is None:
             raise ValueError(untargeted())
         counted = self._counted(batch, self.likelihood or self.given or Likelihood("categorical"))
-        if counted.size > self._looked and not self._compared:
+        if counted.size > self._looked and not self._compared:  # a first batch of one example cannot be compared
             self._look(root, counted, kept)
         if counted.size and self.likelihood is not None:
             self.likelihood.refuse(self.objective, counted.target)
