@@ -58,6 +58,8 @@ class Storing(nn.Module):
         self.nested = dict(self.nested)
         self.statistics, self.count = h.mean(), self.count + h.sum()
         self.register_buffer("late", h.sum())
+        self.register_buffer("later", h.sum(), persistent=False)
+        self.part, self.extra = nn.Identity(), nn.Parameter(torch.ones(1))
         return self.b(h)
 
 
@@ -151,6 +153,14 @@ def test_weights_that_hooks_make_are_those_of_before(change, rule, engine):
     assert contents(model) == before
     copy.deepcopy(model)
     torch.save(model, io.BytesIO())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_scripted_model_is_measured_like_a_plain_one():
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+    batches = data()
+    scripted = torch.jit.script(model)
+    close(*(over(m, named(m), batches)("true", torch.square) for m in (scripted, model)))
 
 
 class Carrying(nn.Module):

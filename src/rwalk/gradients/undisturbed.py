@@ -20,6 +20,9 @@ set_aside: WeakSet[nn.Module] = WeakSet()
 INTERNAL = frozenset(vars(nn.Module()))
 """Attributes that every module has: its tables of parameters, buffers, modules and hooks."""
 
+MADE = ("_parameters", "_modules", "_non_persistent_buffers_set")
+"""Those of them to which a call of the module may add what it makes; buffers are kept apart."""
+
 
 class Attributes:
     """The attributes of modules and of those in them, and what lists, dicts, sets and deques there hold, as they are now.
@@ -40,11 +43,13 @@ class Attributes:
             if isinstance(value, nn.Module):
                 kept = {key: v for key, v in vars(value).items() if key not in INTERNAL}
                 self._tables.append((vars(value), kept))
+                made = [vars(value).get(key) for key in MADE]
+                self._contents += [(table, _content(table)) for table in made if isinstance(table, dict | set)]
                 waiting += [*kept.values(), *value.children()]
             else:
                 waiting += value.values() if isinstance(value, dict) else value
                 if not isinstance(value, tuple):
-                    self._contents.append((value, dict(value) if isinstance(value, dict) else list(value)))
+                    self._contents.append((value, _content(value)))
 
     def restore(self) -> None:
         """Put everything back that is not as it was."""
@@ -75,6 +80,10 @@ class Attributes:
         return None
 
 
+def _content(value: Any) -> Any:
+    return dict(value) if isinstance(value, dict) else list(value)
+
+
 def _same(now: Any, kept: Any) -> bool:
     if len(now) != len(kept):
         return False
@@ -99,7 +108,7 @@ class Buffers:
             for key in set(table.keys()) - set(kept):
                 del table[key]
             for key, buffer in kept.items():
-                if table.get(key, kept) is not buffer:
+                if key not in table or table[key] is not buffer:
                     table[key] = buffer
         for i, (buffer, value) in enumerate(self._values):
             written = surely or self._versions[i] != _version(buffer) or self._versions[i] < 0
