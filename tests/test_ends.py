@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from cases import assert_same_state, batches, mlp, tensors, train
 from rwalk import EWC, L2, MAS, SI, Anchor, Consolidator, Kronecker, OnlineEWC, RWalk, kernels
+from rwalk.gradients.layers import Sum
 from rwalk.importance import rules
 
 ALL = [kind() for kind in rules().values()]
@@ -335,10 +336,11 @@ def test_a_copy_of_model_optimiser_and_memory_goes_on_alike_and_apart(rule, how)
 def test_a_copy_of_the_model_alone_is_left_alone():
     model, _, memory = trained(RWalk(fisher="example"))
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
-        before = tensors(memory)
+        before, gathered = tensors(memory), [s for s in gc.get_objects() if type(s) is Sum]
         F.cross_entropy(twin(torch.randn(4, 5).double()), torch.zeros(4).long()).backward()
         equal(tensors(memory), before)
-    gc.collect()
+        assert [s for s in gc.get_objects() if type(s) is Sum] == gathered
+        assert not any(s.parameter is p for s in gathered for p in twin.parameters())
 
 
 def test_a_shallow_copy_is_refused():

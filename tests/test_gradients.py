@@ -1,6 +1,7 @@
 """Per-example gradients against plain autograd, one example at a time, in float64."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -235,13 +236,12 @@ class Unruly(nn.Module):
 
     def __init__(self, fail_at=math.inf):
         super().__init__()
-        self.net, self.calls, self.fail_at = cnn(), 0, fail_at
+        self.net, self.calls, self.fail_at = cnn(), itertools.count(1), fail_at
         self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, x):
-        self.calls += 1
         self.seen += float(x.sum()) + torch.rand(())
-        if self.calls > self.fail_at:
+        if next(self.calls) > self.fail_at:
             raise RuntimeError("broken")
         return self.net(x)
 
@@ -287,11 +287,11 @@ def test_undisturbed_evaluates_with_gradients():
         (None, "norm", {}, TypeError, "`NoneType`"),
         (torch.ones(2, 5), "true", {}, ValueError, "without a target"),
         (torch.ones(2, 5), "true", {"loss": F.mse_loss}, ValueError, "without a target"),
-        (torch.ones(2, 5), "exact", {"loss": F.mse_loss}, ValueError, 'Use `labels="true"`'),
-        (torch.ones(2, 5), "sample", {"loss": F.mse_loss}, ValueError, 'Use `labels="true"`'),
+        (torch.ones(2, 5), "exact", {"loss": F.l1_loss}, ValueError, 'use `labels="true"`'),
+        (torch.ones(2, 5), "sample", {"loss": nn.CrossEntropyLoss(torch.ones(3))}, ValueError, 'use `labels="true"`'),
         (torch.ones(2, 5), "fisher", {}, ValueError, "one of"),
-        (torch.ones(2, 4, 5), "exact", {}, ValueError, "Pass `loss=`"),
-        ((torch.ones(2, 5), torch.ones(2, 3)), "true", {}, ValueError, "one class index"),
+        (torch.ones(2, 4, 5), "exact", {}, ValueError, 'Use `labels="sample"`'),
+        ((torch.ones(2, 5), torch.ones(2, 3)), "true", {}, ValueError, "Pass `loss="),
         ((torch.ones(2, 5), ["a", "b"]), "true", {}, ValueError, "`list`"),
         ((torch.ones(2, 5), torch.ones(2)), "true", {"loss": lambda z, y: z}, ValueError, "a scalar tensor"),
         ((torch.ones(2, 5), torch.ones(2)), "true", {"loss": lambda z, y: 1.0}, ValueError, "`float`"),
@@ -576,3 +576,106 @@ def test_a_pass_over_data_leaves_the_gathering_alone():
     over(model, named(model), data)("true", torch.square)
     close(squares.take(), want)
     assert "gathered=4, of=4" in repr(squares)
+
+
+# --- what a user does beside training ----------------------------------------------------------------------------------------
+
+
+def per_example(model, x, y):
+    loss = lambda theta, a, b: F.cross_entropy(torch.func.functional_call(model, theta, a[None]), b[None])  # noqa: E731
+    theta = {name: p.detach() for name, p in model.named_parameters()}
+    return torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(theta, x, y)
+
+
+def batched_gradients(model, x, y):
+    out = model(x)
+    return torch.autograd.grad(
+        out, list(model.parameters()), torch.eye(3).double()[:, None].expand(3, *out.shape), is_grads_batched=True
+    )
+
+
+def unbatched_gradients(model, x, y):
+    out = model(x)
+    return [torch.autograd.grad(z, list(model.parameters()), retain_graph=True) for z in out.flatten()]
+
+
+def exported(model, x, y):
+    return torch.export.export(model, (x,)).graph
+
+
+def traced_by_fx(model, x, y):
+    return torch.fx.symbolic_trace(model).code
+
+
+BESIDE = {
+    "grad of vmap": per_example,
+    "jacrev": lambda m, x, y: torch.func.jacrev(m)(x),
+    "jacfwd": lambda m, x, y: torch.func.jacfwd(m)(x),
+    "hessian": lambda m, x, y: torch.func.hessian(lambda t: m(t).sum())(x),
+    "vjp": lambda m, x, y: torch.func.vjp(m, x)[1](torch.ones(len(x), 3).double()),
+    "jvp": lambda m, x, y: torch.func.jvp(m, (x,), (x,)),
+    "linearize": lambda m, x, y: torch.func.linearize(m, x)[1](x),
+    "vmap": lambda m, x, y: torch.func.vmap(m)(x),
+    "vectorised jacobian": lambda m, x, y: torch.autograd.functional.jacobian(m, x, vectorize=True),
+    "forward jacobian": lambda m, x, y: torch.autograd.functional.jacobian(m, x, vectorize=True, strategy="forward-mode"),
+    "jacobian": lambda m, x, y: torch.autograd.functional.jacobian(m, x),
+    "batched gradients": batched_gradients,
+    "gradients one by one": unbatched_gradients,
+    "trace": lambda m, x, y: torch.jit.trace(m, x)(x),
+    "export": exported,
+    "symbolic trace": traced_by_fx,
+}
+
+
+OWN = ("ignore:`torch.jit", "ignore:There is a performance drop", "ignore:Attempted to insert a get_attr")
+"""What torch itself warns of."""
+
+
+@pytest.mark.filterwarnings(*OWN)
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_runs_beside_training_works_and_is_not_counted(name):
+    """The same values as without hooks, and the next step's squares are those of the step alone."""
+    model, ((x, y), *_) = mlp(), pairs(5)
+    want, plain = loop(model, x, y, len(x)), BESIDE[name](copy.deepcopy(model), x, y)
+    squares = Squares(model, named(model), strict=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(2):
+        got = BESIDE[name](model, x, y)
+        if isinstance(plain, str):
+            assert got == plain
+        elif name != "export":
+            torch.testing.assert_close(got, plain)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        close(squares.take(), want)
+
+
+@pytest.mark.filterwarnings(*OWN)
+@pytest.mark.parametrize(
+    "name", [n for n in BESIDE if n not in ("jacobian", "gradients one by one", "trace", "export", "symbolic trace")]
+)
+def test_a_transform_between_forward_and_step_is_not_counted(name):
+    model, ((x, y), *_) = mlp(), pairs(5)
+    want = loop(model, x, y, len(x))
+    squares = Squares(model, named(model), strict=True)
+    loss = F.cross_entropy(model(x), y)
+    BESIDE[name](model, x, y)
+    loss.backward()
+    BESIDE[name](model, x, y)
+    close(squares.take(), want)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_several_backward_passes_through_one_graph_spoil_one_step_only(bias):
+    """(a + b)^2 is not a^2 + b^2; no layer is left out for good."""
+    model, ((x, y), *_) = nn.Sequential(nn.Linear(5, 4, bias), nn.Linear(4, 3, bias)).double(), pairs(5)
+    want = loop(model, x, y, len(x))
+    squares = Squares(model, named(model))
+    loss = F.cross_entropy(model(x), y)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    with pytest.warns(UserWarning, match="do not sum to the gradient in use"):
+        assert squares.take() == {}
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    close(squares.take(), want)

@@ -78,7 +78,7 @@ class Words(Net):
 
 
 class Partly(Net):
-    """Heads that are idle or detached, a layer that is also looked at without a gradient, and an example as a vector."""
+    """Heads that are idle or detached, a layer that is also looked at without a gradient, and one example, as a vector."""
 
     def more(self):
         self.idle, self.detached = nn.Linear(2, 2), nn.Linear(5, 5)
@@ -155,7 +155,7 @@ class Folded(Net):
         self.norm = nn.BatchNorm1d(5)
 
     def forward(self, x):
-        return super().forward(self.norm(torch.cat([x, x.sin()])).sum(0, keepdim=True))
+        return super().forward(self.norm(torch.cat([x, x.sin()])).unflatten(0, (2, -1)).sum(0))
 
 
 class Patched(Net):
@@ -263,6 +263,11 @@ CASES = {
 }
 """Models, the shapes of their inputs, and the parameters that can be told layer by layer."""
 
+ONE_BY_ONE = (1, 1, 1)
+"""The sizes of batches for models that take one example, or whose examples depend on the others of their batch."""
+
+COUPLED = {Partly, Mixed, Own}
+
 
 def drawn(shape, sizes=(4, 3), classes=3):
     make = (lambda n: torch.randint(7, (n, 6))) if shape == "words" else (lambda n: torch.randn(n, *shape, dtype=torch.float64))
@@ -275,7 +280,7 @@ def drawn(shape, sizes=(4, 3), classes=3):
 @pytest.mark.parametrize("make", CASES)
 def test_models(make, objective, of, summed):
     (shape, names), model = CASES[make], make()
-    data, theta = drawn(shape), named(model)
+    data, theta = drawn(shape, *[ONE_BY_ONE] * (make in COUPLED)), named(model)
     got = over(model, theta, data)(objective, of)
     assert summed == (set(theta) if names is ALL else names)
     close(got, truth(model, theta, data, SCORES[objective], of))
@@ -288,7 +293,7 @@ def test_layers(name, of, summed, monkeypatch):
     make, shape = LAYERS[name]
     monkeypatch.setattr(layers, "BLOCK", 30)
     monkeypatch.setattr(layers, "HELD", {"cpu": 150})
-    layer, data = scrambled(make()), drawn(shape)
+    layer, data = scrambled(make()), drawn(shape, *[ONE_BY_ONE] * ("no statistics" in name))
     loss = lambda z, _: readout(z)  # noqa: E731
     got = over(layer, named(layer), data, loss=loss)("true", of)
     assert summed == (set() if "no statistics" in name else set(named(layer)))

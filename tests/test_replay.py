@@ -96,6 +96,40 @@ def test_entropy_keeps_where_the_output_is_least_sure():
     assert kept(shut)[0, 0] == {(3.0,), (0.25,)}
 
 
+@pytest.mark.parametrize("label", [0, 1])
+def test_the_entropy_of_one_logit_is_that_of_a_chance(label):
+    x = torch.tensor([[3.0], [0.25], [-1.0], [0.125], [-8.0]])
+    buffer = Buffer(2, select="entropy")
+    buffer.add(Known([[1.0]]), [(x, torch.full((5,), label))])
+    assert kept(buffer)[0, label] == {(0.25,), (0.125,)}
+    with pytest.raises(ValueError, match="one logit for the label 2"):
+        Buffer(2, select="entropy").add(Known([[1.0]]), [(x, torch.full((5,), 2))])
+
+
+@pytest.mark.parametrize("select", ["entropy", "plane", "herding"])
+def test_examples_that_depend_on_each_other_are_refused(select):
+    """An LSTM that takes places first; features that are made of all of a batch."""
+
+    class Recurrent(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = torch.nn.LSTM(3, 3), torch.nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(self.lstm(x.unsqueeze(1))[0].squeeze(1))
+
+    buffer, data = Buffer(3, select=select), [(torch.rand(6, 3), LABELS)]
+    with pytest.raises(ValueError, match="depends on the other examples"):
+        buffer.add(Recurrent(), data)
+    if select != "entropy":
+        with pytest.raises(ValueError, match="depends on the other examples"):
+            buffer.add(torch.nn.Linear(3, 2), data, features=lambda x: x - x.mean(0))
+    if select == "herding":
+        with pytest.raises(ValueError, match="depends on the other examples"):
+            buffer.add(None, data, features=lambda x: x.cumsum(0))
+    assert not len(buffer)
+
+
 def test_plane_distance_draws_with_weights_one_over_the_distance():
     """phi(x).w is 1, 2 and -4 for three examples: weights 1, 1/2 and 1/4. All orders of two, against the closed form."""
     x, weight = torch.tensor([[1.0, 7.0], [2.0, 5.0], [-4.0, 3.0]]), [[9.0, 9.0], [1.0, 0.0]]

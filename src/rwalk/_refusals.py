@@ -200,22 +200,6 @@ def refuse_nothing(watch: Watch) -> None:
         )
 
 
-def refuse_parameters(watch: Watch) -> None:
-    """Refuse parameters that are complex, or were made in inference mode."""
-    odd = [name for name, p in watch.theta.items() if p.is_complex()]
-    if odd:
-        raise ValueError(explain(f"complex parameters {listed(odd)}", "real parameters", "Hold their parts as real tensors."))
-    fixed = [name for name, p in watch.theta.items() if p.is_inference()]
-    if fixed:
-        raise ValueError(
-            explain(
-                f"parameters {listed(fixed)} that were made in `torch.inference_mode()`",
-                "parameters that can be trained",
-                "Build the model outside of it.",
-            )
-        )
-
-
 def refuse_change_of_spread(old: Watch, new: Watch) -> None:
     """Refuse parameters that were cut into shards, or cut otherwise, while there is state beside them; also grown shards."""
     both = [(name, p, new.parameters[name]) for name, p in old.parameters.items() if name in new.parameters]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from rwalk._errors import explain
+from rwalk.gradients import Kept
 from rwalk.kernels import After
 from rwalk.parallel import Ranks, gathered
 from rwalk.parameters import bare, carry, copy
@@ -127,8 +128,8 @@ def refresh_batch_norms(model: nn.Module, data: Iterable[Any], forward: Callable
     norms, ranks = batch_norms(model), Ranks.of(model)
     for norm in norms:
         norm.reset_running_stats()
-    with gathered(model), _only_training(model, norms), torch.random.fork_rng():
-        used = sum(_normalised(bare(model), batch, forward) for batch in data)
+    with gathered(model), _only_training(model, norms) as kept, torch.random.fork_rng():
+        used = sum(_normalised(bare(model), batch, forward, kept) for batch in data)
     if not _joined(norms, used, ranks):
         raise ValueError(
             explain(
@@ -154,10 +155,10 @@ def _joined(norms: list[_NormBase], used: int, ranks: Ranks) -> int:
     return int(count)
 
 
-def _normalised(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any]) -> bool:
+def _normalised(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any], kept: Kept) -> bool:
     """Call the model on a batch; return False where the batch is too small for a variance."""
     try:
-        forward(model, batch)
+        kept.call(forward, model, batch)
     except ValueError as error:
         if "more than 1 value per channel" in str(error):
             return False
@@ -166,15 +167,19 @@ def _normalised(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any]
 
 
 @contextmanager
-def _only_training(model: nn.Module, norms: list[_NormBase]) -> Iterator[None]:
-    """Put everything but some norms into eval mode, and let those average without forgetting."""
+def _only_training(model: nn.Module, norms: list[_NormBase]) -> Iterator[Kept]:
+    """Put everything but some norms into eval mode, and let those average without forgetting; all else stays as it is."""
     modes, momenta = [(m, m.training) for m in model.modules()], [n.momentum for n in norms]
     try:
         model.eval()
         for norm in norms:
             norm.train()
             norm.momentum = None
-        yield
+        kept = Kept(bare(model), changing=norms)
+        try:
+            yield kept
+        finally:
+            kept.restore(surely=True)
     finally:
         for module, mode in modes:
             module.training = mode

@@ -21,7 +21,7 @@ from rwalk.importance.ewcpp import EWCpp
 from rwalk.kernels import After
 from rwalk.moves import Moves
 from rwalk.overshoot import Overshoot
-from rwalk.parameters import Watch, bare, listed, look, named, regraft, shares_memory, trainable
+from rwalk.parameters import Watch, bare, listed, look, named, refuse_odd, regraft, shares_memory, trainable
 from rwalk.repeats import Ended, Watched
 from rwalk.storage import Storage
 from rwalk.summary import Summary, layers
@@ -206,7 +206,7 @@ class Consolidator:
         optimizer = steps.innermost(optimizer)
         self._refuse_optimizer(optimizer)
         watch = look(self.model, optimizer, self._watch.theta)
-        refusals.refuse_parameters(watch)
+        refuse_odd(watch.theta)
         refusals.refuse_nothing(watch)
         refusals.refuse_shards(self.rule, watch)
         self.detach()
@@ -246,9 +246,9 @@ class Consolidator:
         Args:
             data: batches of the task, `(inputs, labels)` as a loader yields them, for rules that measure on data and for
                 models with BatchNorm under tail averaging; iterated once for each of the two.
-            loss: negative log-likelihood of one example, called with the model's output and the target, for models that are no
-                classifiers; see `rwalk.gradients.over`.
-            logits: how to read logits of shape (batch, classes) from the model's output.
+            loss: what the model's outputs mean where targets do not tell, such as `torch.nn.functional.mse_loss`; for
+                `labels="true"` any negative log-likelihood of one example; see `rwalk.gradients.over`.
+            logits: how to read logits of shape (batch, classes) or (batch, rows, classes) from the model's output.
 
         Raises:
             RuntimeError: if the consolidator was never attached and the rule measures during training.
@@ -661,7 +661,7 @@ class Consolidator:
 
     def _follow(self, watch: Watch) -> None:
         """Carry state, anchor and average over to the parameters of a new look."""
-        refusals.refuse_parameters(watch)
+        refuse_odd(watch.theta)
         refusals.refuse_change_of_spread(self._watch, watch)
         lost = self._lost(watch)
         rested = self._steps > 0 and self.rule.at_rest(self._state)

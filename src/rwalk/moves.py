@@ -39,9 +39,10 @@ class Moves:
 
         Where `skip` is set on a device, the state at rest stays as it is there.
         """
+        self._before = self.disturbed
         if not rule.walks or not steps or self._noticed:
             return state
-        self._noticed, self._before = True, self.disturbed
+        self._noticed = True
         if not rule.at_rest(state):
             return self._forgotten(rule, state, watch)
         theta = watch.blocks()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rwalk._errors import explain
 from rwalk.parallel import ALONE, Spread, inner, local, settle, sharded
 
 
@@ -34,6 +35,17 @@ def named(model: nn.Module, only: Collection[str] | None = None) -> dict[str, nn
 def held(optimizer: Optimizer) -> list[nn.Parameter]:
     """List the parameters of an optimiser in the order of its groups."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def refuse_odd(theta: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError for parameters that are complex, or were made in inference mode."""
+    odd = [name for name, p in theta.items() if p.is_complex()]
+    if odd:
+        raise ValueError(explain(f"complex parameters {listed(odd)}", "real parameters", "Hold their parts as real tensors."))
+    fixed = [name for name, p in theta.items() if p.is_inference()]
+    if fixed:
+        came = f"parameters {listed(fixed)} that were made in `torch.inference_mode()`"
+        raise ValueError(explain(came, "parameters that can be trained", "Build the model outside of it."))
 
 
 def state_dtype(theta: Tensor) -> torch.dtype:

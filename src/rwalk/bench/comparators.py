@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from rwalk._errors import explain
 from rwalk.bench import ranks
 from rwalk.bench.experience import Experience
-from rwalk.bench.learners import FineTune, Protected, batches
+from rwalk.bench.learners import FineTune, Protected, batches, competing
 from rwalk.replay import Buffer, project_
 from rwalk.replay.buffer import Per
 
@@ -83,7 +84,7 @@ class Replay(FineTune):
         """Store some of a task that has been learned."""
         labels = self._allowed(experience).nonzero().squeeze(1)
         data = zip(*(batches(column, 2048, self.joined) for column in self._data(experience)), strict=True)
-        self.buffer.add(self.model, data, task=len(self._past), logits=lambda output: output[:, labels])
+        self.buffer.add(self.model, data, task=len(self._past), logits=partial(competing, labels=labels))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of training and the buffer's."""

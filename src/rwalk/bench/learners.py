@@ -262,6 +262,16 @@ class FineTune:
         return ranks.mean_loss(logits, y, whole)
 
 
+def competing(output: Tensor, labels: Tensor) -> Tensor:
+    """Return a row of logits for each label that belongs to an example, over the outputs of `labels`.
+
+    A single one comes beside another that is shut, as a row of one logit would mean a chance of 0 or 1.
+    """
+    scores = output[:, labels]
+    scores = scores.movedim(1, -1).flatten(0, -2) if scores.dim() > 2 else scores
+    return F.pad(scores, (0, 1), value=-math.inf) if len(labels) == 1 else scores
+
+
 class Protected(FineTune):
     """Fine-tuning under a rule: the same loop with a consolidator attached.
 
@@ -287,8 +297,7 @@ class Protected(FineTune):
         x, y = (ranks.share(column) for column in self._data(experience))
         columns = x, torch.searchsorted(labels, y)
         data = list(zip(*(batches(column, 256, self.joined) for column in columns), strict=True))
-        each = partial(F.cross_entropy, reduction="sum") if experience.kind == "characters" else None  # an example has many
-        self.memory.consolidate(data, loss=each, logits=lambda output: output[:, labels])
+        self.memory.consolidate(data, logits=partial(competing, labels=labels))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of plain training and that of the consolidator."""

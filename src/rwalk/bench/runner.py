@@ -141,11 +141,10 @@ def _learn(learner: Learner, measured: Measured, stream: Sequence[Experience], p
 
 
 def refuse(stream: Sequence[Experience], method: Method) -> None:
-    """Raise a ValueError if a rule draws labels where an example has many: only the likelihood of all of them is known."""
-    labels = getattr(method, "labels", "true")
-    if stream[0].kind == "characters" and labels != "true":
-        came = f'`{_name(method)}` with the labels "{labels}" for a stream of characters'
-        raise ValueError(explain(came, 'the labels "true"', "Pass the rule such labels."))
+    """Raise a ValueError if a rule goes through every class of every label where an example has many."""
+    if stream[0].kind == "characters" and getattr(method, "labels", "true") == "exact":
+        came = f'`{_name(method)}` with the labels "exact" for a stream of characters'
+        raise ValueError(explain(came, 'the labels "sample" or "true"', "Pass the rule such labels."))
 
 
 def configuration(

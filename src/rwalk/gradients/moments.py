@@ -10,10 +10,12 @@ from torch.nn import functional as F
 
 from rwalk.factors import Moments
 from rwalk.gradients import loader
-from rwalk.gradients.undisturbed import undisturbed
+from rwalk.gradients.batches import Batch, examples
+from rwalk.gradients.objective import Scores
+from rwalk.gradients.undisturbed import Kept, undisturbed
 from rwalk.importance.base import Objective
 from rwalk.parallel import Ranks, gathered, kind
-from rwalk.parameters import bare, named, state_dtype
+from rwalk.parameters import bare, named, refuse_odd, state_dtype
 
 
 def moments(
@@ -28,10 +30,11 @@ def moments(
 
     A layer is measured if it is exactly a `torch.nn.Linear`, its weight is protected and used by no other module, and the data
     reaches it. Where it is applied several times to an example, as along a sequence, A is the mean over all times and G the
-    sum, averaged over examples: different times count as independent (Eschenhagen et al. 2023, arXiv 2311.00636).
+    sum, averaged over the examples that count: different times are taken as independent (Eschenhagen et al. 2023, arXiv
+    2311.00636).
 
     Args:
-        model: as for `rwalk.gradients.over`; examples must not depend on each other in evaluation mode.
+        model: as for `rwalk.gradients.over`.
         theta: as for `over`.
         data: as for `over`.
         loss: as for `over`.
@@ -44,19 +47,22 @@ def moments(
     root = bare(model)
 
     def factors(objective: Objective, samples: int | None = None) -> dict[str, Moments]:
-        loader.refuse_objective(objective, loss)
+        scores = Scores(objective, loss, logits)
+        refuse_odd(theta)
         ranks = Ranks.of(model)
-        with gathered(model), undisturbed(model):
+        with gathered(model), undisturbed(model, loss, logits) as kept:
             taps = _taps(root, named(model), theta)
             device = next((p.device for p in theta.values()), torch.device("cpu"))
             count = 0
-            with _watched(taps):
-                for batch in loader.examples(data, ranks.share(samples), device):
-                    size = batch.size if loss is None else 1  # a user's loss is about one example
-                    for start in range(0, batch.size, size):
-                        _add(root, batch.cut(start, start + size), taps, objective, loss, logits)
-                    count += batch.size
-        whole = loader.checked([t for tap in taps for t in (tap.inputs, tap.outputs)], count, data, ranks, device)
+            for raw in examples(data, ranks.share(samples), device, scores.likely):
+                batch = scores.ready(root, raw, kept)
+                size = batch.size if scores.likely else 1  # a user's loss is about one example
+                with _watched(taps):
+                    for start in range(0, batch.size, size or 1):
+                        _add(root, batch.cut(start, start + size), taps, scores, kept)
+                count += batch.size
+        sums = [t for tap in taps for t in (tap.inputs, tap.outputs)]
+        whole = loader.checked(sums, count, data, ranks, device, scores)
         return {tap.weight: tap.moments(whole) for tap in taps if tap.joined(ranks)}
 
     return factors
@@ -124,37 +130,21 @@ def _watched(taps: list[_Tap]) -> Iterator[None]:
             handle.remove()
 
 
-def _add(root: nn.Module, batch: loader.Batch, taps: list[_Tap], *how: Any) -> None:
+def _add(root: nn.Module, batch: Batch, taps: list[_Tap], scores: Scores, kept: Kept) -> None:
     """Add the examples of a batch."""
     for tap in taps:
         tap.reached = []
-    output = root(*batch.args, **batch.kwargs)
+    output = kept.call(root, *batch.args, **batch.kwargs)
     reached = [(tap, tensor) for tap in taps for tensor in tap.reached]
-    for score in _scores(output, batch, *how) if reached else ():
+    for score in _sums(*scores(output, batch.target, batch.size)) if reached else ():
         gradients = torch.autograd.grad(score, [t for _, t in reached], retain_graph=True, allow_unused=True)
         for (tap, _), gradient in zip(reached, gradients, strict=True):
             tap.add(gradient)
 
 
-def _scores(
-    output: Any,
-    batch: loader.Batch,
-    objective: str,
-    loss: Callable[[Any, Any], Tensor] | None,
-    logits: Callable[[Any], Tensor] | None,
-) -> Iterator[Tensor]:
+def _sums(score: Tensor, weight: Tensor) -> Iterator[Tensor]:
     """Yield sums over examples whose gradients, squared example by example, add up to what the objective asks for."""
-    if objective == "true" and batch.target is None:
-        raise ValueError(loader.untargeted())
-    if loss is not None:
-        yield loader.scalar(loss(output, batch.target))
-        return
-    z = loader.classes(loader.read_output(output, logits))
-    score = F.log_softmax(z.to(state_dtype(z)), dim=1)
-    p = score.detach().exp()
-    if objective == "exact":
-        for c in range(p.shape[1]):
-            yield torch.where(p[:, c] > 0, score[:, c] * p[:, c].sqrt(), 0).sum()  # a shut class must not bring in 0 * inf
-    else:
-        drawn = loader.draw(p) if objective == "sample" else loader.labels(batch.target, batch.size)
-        yield -F.nll_loss(score, drawn, reduction="sum")
+    for c in range(score.shape[1]):
+        yield torch.where(
+            weight[:, c] > 0, score[:, c] * weight[:, c].sqrt(), 0
+        ).sum()  # a shut class must not bring in 0 * inf

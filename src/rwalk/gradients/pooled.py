@@ -16,11 +16,13 @@ class Gathered(NamedTuple):
         squares: for parameters by name, the mean over examples of the squared per-example gradient.
         shut: the parameters that are no longer gathered.
         total: the sum of all contributions to the gradient of one parameter, the witness; None if there is none.
+        spoiled: whether several backward passes went through one graph, so that nothing is known of this step.
     """
 
     squares: dict[str, Tensor]
     shut: frozenset[str]
     total: Tensor | None
+    spoiled: bool = False
 
 
 def pooled(mine: Gathered, examples: int, parameters: Mapping[str, Tensor], witness: Tensor | None, ranks: Ranks) -> Gathered:
@@ -40,15 +42,15 @@ def pooled(mine: Gathered, examples: int, parameters: Mapping[str, Tensor], witn
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     device = next((p.device for p in parameters.values()), torch.device("cpu"))
     known = [float(name in mine.squares) for name in parameters] + [float(name in mine.shut) for name in parameters]
-    figures = [torch.tensor([examples, *known], dtype=dtype, device=device)]
+    figures = [torch.tensor([examples, mine.spoiled, *known], dtype=dtype, device=device)]
     if witness is not None:
         none = torch.zeros(witness.shape, device=device)
         figures.append((none if mine.total is None else mine.total).to(dtype).flatten())
     each = {n: mine.squares[n] / examples if n in mine.squares else torch.zeros(p.shape) for n, p in parameters.items()}
     apart = any(map(sharded, parameters.values()))
     squares = [] if apart else [square.to(device, dtype).flatten() for square in each.values()]
-    sizes = [1, len(each), len(each), 0 if witness is None else witness.numel(), *(square.numel() for square in squares)]
-    whole, had, shut, total, *sums = ranks.sum_(torch.cat([*figures, *squares])).split(sizes)
+    sizes = [1, 1, len(each), len(each), 0 if witness is None else witness.numel(), *(square.numel() for square in squares)]
+    whole, spoiled, had, shut, total, *sums = ranks.sum_(torch.cat([*figures, *squares])).split(sizes)
     factor = float(whole) / ranks.size**2
     open_ = [h > 0 and not s for h, s in zip(had.tolist(), shut.tolist(), strict=True)]
     found: dict[str, Tensor] = {}
@@ -57,4 +59,5 @@ def pooled(mine: Gathered, examples: int, parameters: Mapping[str, Tensor], witn
             square = ranks.sum_part(each[name].to(device, dtype), parameter) if apart else sums[i].view(parameter.shape)
             found[name] = square.mul_(factor)
     closed = frozenset(name for name, s in zip(parameters, shut.tolist(), strict=True) if s)
-    return Gathered(found, closed, None if witness is None else total.view(witness.shape) / ranks.size)
+    mean = None if witness is None else total.view(witness.shape) / ranks.size
+    return Gathered(found, closed, mean, bool(spoiled > 0))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rwalk._errors import explain
+from rwalk.gradients.batches import first_size
 from rwalk.gradients.layers import RULES, Gather, Sum, survey
-from rwalk.gradients.loader import first_size
 from rwalk.gradients.pooled import Gathered, pooled
 from rwalk.gradients.undisturbed import set_aside
 from rwalk.parallel import Ranks, kind, whole
@@ -52,6 +52,10 @@ class _Tap:
     fired: int = 0
     closed: bool = False
 
+    def __reduce__(self) -> Any:
+        """A copy, which comes about where a model is copied with its hooks, gathers nothing."""
+        return _Tap, (self.name, {}, 0, True)
+
     def wanted(self, which: str) -> Sum | None:
         """Return the sum for "weight" or "bias" unless it is not asked for or frozen."""
         found = self.sums.get(which)
@@ -60,12 +64,21 @@ class _Tap:
 
 @dataclass
 class _Passes:
-    """The forward passes of a model, numbered, and the examples whose gradients came since the last `take`."""
+    """The forward passes of a model, numbered, and the examples whose gradients came since the last `take`.
+
+    They are `spoiled` if several backward passes went through one graph.
+    """
 
     number: int = 0
     batch: int | None = None
     examples: int = 0
     counted: set[int] = field(default_factory=set)
+    spoiled: bool = False
+
+    def clear(self) -> None:
+        """Begin the next step."""
+        self.examples, self.spoiled = 0, False
+        self.counted.clear()
 
     def count(self, number: int, batch: int) -> int:
         """Count the examples of a forward pass once; return the count of all."""
@@ -92,6 +105,8 @@ class Squares:
         RuntimeError: with `strict`, if a module can be told to be unsupported from its kind.
     """
 
+    _copied = False
+
     def __init__(self, model: nn.Module, theta: Mapping[str, nn.Parameter], strict: bool = False) -> None:
         self.strict = strict
         self._root = bare(model)
@@ -112,6 +127,10 @@ class Squares:
         except (RuntimeError, Warning):
             self.close()
             raise
+
+    def __reduce__(self) -> Any:
+        """Copy nothing, where a model is copied with its hooks."""
+        return _without_a_model, ()
 
     def __repr__(self) -> str:
         """Show how much is gathered."""
@@ -137,20 +156,18 @@ class Squares:
         used = witness if witness is not None and witness.examples else None
         with torch.no_grad():
             squares = {s.name: s.take(passes.examples) for s in sums if s.examples}
-            found = Gathered(squares, frozenset(), None if used is None else used.total)
+            found = Gathered(squares, frozenset(), None if used is None else used.total, passes.spoiled)
             if self._ranks.groups:
                 found = self._joined(found, None if witness is None else witness.parameter)
             self._find_idle(set(found.squares))
-            scale = (
-                self._scale(found.total, None if witness is None else whole(witness.parameter.grad)) if found.squares else 1.0
-            )
+            in_use = None if witness is None else whole(witness.parameter.grad)
+            scale = self._scale(found, in_use) if found.squares else 1.0
             for square in found.squares.values() if scale not in (0.0, 1.0) else ():
                 square.mul_(scale)
         taken = {} if scale == 0 else found.squares
         for s in sums:
             s.total = None
-        passes.examples = 0
-        passes.counted.clear()
+        passes.clear()
         self._report()
         return taken
 
@@ -161,17 +178,22 @@ class Squares:
         for tap in self._open():
             if any(s.name in found.shut for s in tap.sums.values()):
                 self._refuse(tap, "it could not be gathered on another rank")
-        return found if found.shut == mine.shut else Gathered({}, found.shut, None)  # the witness may have been one of them
+        return (
+            found if found.shut == mine.shut else found._replace(squares={}, total=None)
+        )  # the witness may have been one of them
 
-    def _scale(self, total: Tensor | None, grad: Tensor | None) -> float:
+    def _scale(self, found: Gathered, grad: Tensor | None) -> float:
         """Compare what was gathered with the gradient in use: return the factor between their squares, 0 where they differ.
 
         Contributions of examples sum to the gradient. For the smallest parameter whose sum is kept this is looked at: a
         factor comes from loss scaling or from clipping by norm; anything else means that the gradient was made otherwise.
         """
-        if total is None or grad is None:
+        if found.spoiled:
+            self._say(DIFFERENT)
+            return 0.0
+        if found.total is None or grad is None:
             return 1.0
-        total, grad = total.flatten().double(), grad.flatten().double()
+        total, grad = found.total.flatten().double(), grad.flatten().double()
         length = float(total @ total)
         factor = float(total @ grad) / length if length else 1.0
         rest, whole = float((grad - factor * total).norm()), float(grad.norm())
@@ -226,11 +248,16 @@ class Squares:
 
     def _begin(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         """Number a forward pass of the whole model and note its batch size."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self._root in set_aside:
+        if not torch.is_grad_enabled() or self._aside():
             return
         self._drop_what_was_dropped()
         self._passes.number += 1
         self._passes.batch = first_size((args, kwargs))
+
+    def _aside(self) -> bool:
+        """Tell whether what runs is no training: a compilation, a trace, a function transform, or a pass over data."""
+        traced = self._copied or torch.compiler.is_compiling() or torch._C._is_tracing()
+        return traced or torch._C._are_functorch_transforms_active() or self._root in set_aside
 
     def _drop_what_was_dropped(self) -> None:
         """Start anew if the gradient of earlier passes was thrown away, as for a step that a loss scaler skipped."""
@@ -238,12 +265,11 @@ class Squares:
         if sums and all(s.parameter.grad is None for s in sums):
             for s in sums:
                 s.examples, s.total = 0, None
-            self._passes.examples = 0
-            self._passes.counted.clear()
+            self._passes.clear()
 
     def _after(self, tap: _Tap, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Wait for the gradient of a module's output."""
-        if torch.compiler.is_compiling() or tap.closed or self._root in set_aside:
+        if tap.closed or self._aside():
             return
         if not (torch.is_grad_enabled() and output.requires_grad):
             return
@@ -253,14 +279,18 @@ class Squares:
             self._refuse(tap, why)
         elif len(x):
             rule = RULES[kind(module)][0]
-            gather = partial(self._gather, tap, rule(module, x), output.shape, self._passes.number)
+            gather = partial(self._gather, tap, rule(module, x), output.shape, self._passes.number, [])
             _unaltered(output).register_hook(gather)
 
     @torch.no_grad()
-    def _gather(self, tap: _Tap, gather: Gather, shape: torch.Size, number: int, g: Tensor) -> None:
-        """Add the contributions of one backward pass."""
-        if tap.closed or self._root in set_aside:
+    def _gather(self, tap: _Tap, gather: Gather, shape: torch.Size, number: int, came: list[bool], g: Tensor) -> None:
+        """Add the contributions of one backward pass; `came` is empty until the first one through this graph."""
+        if tap.closed or self._aside() or torch._C._functorch.is_legacy_batchedtensor(g):
             return
+        if came:
+            self._passes.spoiled = True
+            return
+        came.append(True)
         if tap.fired == number:
             self._refuse(tap, "it is used more than once in one forward pass of the model")
             return
@@ -302,6 +332,13 @@ class Squares:
             raise RuntimeError(explain(came, expected, "Use such layers, freeze these parameters, or pass `strict=False`."))
         remedy = "The square of their batch gradient is used instead; nothing need be done."
         warnings.warn(explain(came, expected, remedy), stacklevel=3)
+
+
+def _without_a_model() -> Squares:
+    """Return what hooks of a copied model belong to: it looks at nothing."""
+    idle = object.__new__(Squares)
+    idle._copied = True
+    return idle
 
 
 def _unaltered(output: Tensor) -> Tensor:

@@ -1,30 +1,181 @@
-"""A pass over a model that leaves no trace: modes, statistics, gradients and random state are as before."""
+"""A pass over a model that leaves no trace: modes, attributes, statistics, gradients and random state are as before."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from operator import is_
+from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rwalk._errors import explain
 from rwalk.parameters import bare
 
 set_aside: WeakSet[nn.Module] = WeakSet()
 """Models in an undisturbed pass, which `Squares` does not watch."""
 
+INTERNAL = frozenset(vars(nn.Module()))
+"""Attributes that every module has: its tables of parameters, buffers, modules and hooks."""
+
+MADE = ("_parameters", "_modules", "_non_persistent_buffers_set")
+"""Those of them to which a call of the module may add what it makes; buffers are kept apart."""
+
+
+class Attributes:
+    """The attributes of modules and of those in them, and what lists, dicts, sets and deques there hold, as they are now.
+
+    Tensors are not copied: what a model writes into one stays written.
+    """
+
+    def __init__(self, roots: Sequence[Any]) -> None:
+        self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._contents: list[tuple[Any, Any]] = []
+        known: set[int] = set()
+        waiting = [*roots]
+        while waiting:
+            value = waiting.pop()
+            if id(value) in known or not isinstance(value, nn.Module | tuple | list | dict | set | deque):
+                continue
+            known.add(id(value))
+            if isinstance(value, nn.Module):
+                kept = {key: v for key, v in vars(value).items() if key not in INTERNAL}
+                self._tables.append((vars(value), kept))
+                made = [vars(value).get(key) for key in MADE]
+                self._contents += [(table, _content(table)) for table in made if isinstance(table, dict | set)]
+                waiting += [*kept.values(), *value.children()]
+            else:
+                waiting += value.values() if isinstance(value, dict) else value
+                if not isinstance(value, tuple):
+                    self._contents.append((value, _content(value)))
+
+    def restore(self) -> None:
+        """Put everything back that is not as it was."""
+        for table, kept in self._tables:
+            for key in [key for key in table if key not in INTERNAL and key not in kept]:
+                del table[key]
+            table.update({key: value for key, value in kept.items() if key not in table or table[key] is not value})
+        for value, kept in self._contents:
+            if not _same(value, kept):
+                value.clear()
+                value.extend(kept) if isinstance(value, list | deque) else value.update(kept)
+
+    def state(self, works: Callable[[], Any]) -> str | None:
+        """Return the name of an attribute that holds tensors, and without which something works that fails with it."""
+        for table, kept in self._tables:
+            for key, value in kept.items():
+                if any(isinstance(t, Tensor) for t in (value if isinstance(value, tuple | list) else [value])):
+                    try:
+                        table[key] = None
+                        kept[key] = None
+                        works()
+                    except Exception:
+                        continue
+                    else:
+                        return key
+                    finally:
+                        table[key] = kept[key] = value
+        return None
+
+
+def _content(value: Any) -> Any:
+    return dict(value) if isinstance(value, dict) else list(value)
+
+
+def _same(now: Any, kept: Any) -> bool:
+    if len(now) != len(kept):
+        return False
+    if isinstance(now, dict):
+        return all(map(is_, now, kept)) and all(map(is_, now.values(), kept.values()))
+    return now == set(kept) if isinstance(now, set) else all(map(is_, now, kept))
+
+
+class Buffers:
+    """The buffers of a model's modules, except of those in `others`, and their values."""
+
+    def __init__(self, root: nn.Module, others: Collection[nn.Module]) -> None:
+        self._tables = [(m._buffers, dict(m._buffers.items())) for m in root.modules() if m not in others]
+        tensors = [b for _, kept in self._tables for b in kept.values() if b is not None]
+        self._values = [(b, b.detach().clone()) for b in tensors]
+        self._versions = [_version(b) for b in tensors]
+
+    @torch.no_grad()
+    def restore(self, surely: bool = True) -> None:
+        """Put the tensors back, and their values; without `surely` where it is known that they were written into."""
+        for table, kept in self._tables:
+            for key in set(table.keys()) - set(kept):
+                del table[key]
+            for key, buffer in kept.items():
+                if key not in table or table[key] is not buffer:
+                    table[key] = buffer
+        for i, (buffer, value) in enumerate(self._values):
+            written = surely or self._versions[i] != _version(buffer) or self._versions[i] < 0
+            if written and not torch.equal(
+                buffer, value
+            ):  # a write, even of the same, would invalidate graphs that the user holds
+                buffer.copy_(value)
+            self._versions[i] = _version(buffer)
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor has been written into, -1 where nobody counts."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class Kept:
+    """What a call of a model may change, as it was.
+
+    Args:
+        root: the model.
+        others: what is called with it, such as a loss, whose attributes are kept if it is a module.
+        changing: modules of the model whose buffers may change.
+    """
+
+    def __init__(self, root: nn.Module, others: Sequence[Any] = (), changing: Collection[nn.Module] = ()) -> None:
+        self._attributes, self._buffers = Attributes([root, *others]), Buffers(root, changing)
+
+    def restore(self, surely: bool = False) -> None:
+        """Put back attributes and buffers, so that no call of the model sees what an earlier one left in it."""
+        self._attributes.restore()
+        self._buffers.restore(surely)
+
+    def call(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a model as it was.
+
+        Raises:
+            ValueError: if it fails because of what an attribute holds from an earlier batch.
+        """
+
+        def run() -> Any:
+            self.restore()
+            return model(*args, **kwargs)
+
+        try:
+            return run()
+        except Exception as error:
+            name = self._attributes.state(run)
+            if name is None:
+                raise
+            came = f"a model whose attribute `{name}` is left from an earlier batch and does not fit the examples"
+            raise ValueError(
+                explain(came, "a model that can begin with any of them", f"Set `{name}` to None before.")
+            ) from error
+
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module, *others: Any) -> Iterator[Kept]:
     """Evaluate a model, differentiably and eagerly, and leave no trace.
 
     Inside, the whole model is in evaluation mode and gradients are enabled, also for callers under `torch.no_grad()`.
-    Afterwards, whatever happens, every module's own mode, all buffers, all `.grad` fields and the global random state of torch
-    (that of the CPU and of the model's CUDA devices) are as before.
+    Afterwards, whatever happens, every module's own mode and attributes, all buffers, all `.grad` fields and the global random
+    state of torch (that of the CPU and of the model's CUDA devices) are as before, and so are the attributes of those of
+    `others`, such as a loss, that are modules. Yields what can be restored in between.
     """
     root = bare(model)
     modes = [(module, module.training) for module in root.modules()]
-    buffers = [(m, k, b, b.detach().clone()) for m in root.modules() for k, b in m._buffers.items() if b is not None]
+    kept = Kept(root, others)
     grads = [(p, p.grad) for p in root.parameters()]
     devices = {p.device.index for p in root.parameters() if p.device.type == "cuda"}
     already = root in set_aside
@@ -41,24 +192,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             root.eval()
             for p, _ in grads:
                 p.grad = None
-            yield
+            yield kept
         finally:
             if not already:
                 set_aside.discard(root)
-            _restore(modes, buffers, grads)
-
-
-@torch.no_grad()
-def _restore(
-    modes: list[tuple[nn.Module, bool]],
-    buffers: list[tuple[nn.Module, str, Tensor, Tensor]],
-    grads: list[tuple[nn.Parameter, Tensor | None]],
-) -> None:
-    for module, training in modes:
-        module.training = training
-    for module, name, tensor, value in buffers:
-        module._buffers[name] = tensor
-        if not torch.equal(tensor, value):  # a write, even of the same, would invalidate graphs that the user holds
-            tensor.copy_(value)
-    for p, grad in grads:
-        p.grad = grad
+            kept.restore(surely=True)
+            for module, training in modes:
+                module.training = training
+            for p, grad in grads:
+                p.grad = grad

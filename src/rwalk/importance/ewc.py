@@ -24,8 +24,9 @@ class EWC(Stateless):
     A sum of quadratics is one quadratic, so one anchor per task needs no more memory than one anchor.
 
     Args:
-        labels: "exact" weights every class by its probability, "sample" draws one label from the model, "true" takes the data's
-            labels (the empirical Fisher information); "exact" costs one backward pass per class.
+        labels: "exact" weights every class by its probability, "sample" draws labels from the model, one for each row of logits
+            (the only choice for tokens), "true" takes the data's labels (the empirical Fisher information); "exact" costs one
+            backward pass per class.
         samples: use only the first so many examples of the data; all of them when None.
     """
 

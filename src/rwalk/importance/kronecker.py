@@ -38,8 +38,9 @@ class Kronecker(Importance[Scaled]):
     anchor holds weight by weight stays so.
 
     Args:
-        labels: "sample" draws one label from the model for one backward pass, "exact" weights every class by its probability
-            with one pass for each, "true" takes the data's labels, which makes G small where the model is sure of them.
+        labels: "sample" draws a label for each row of logits for one backward pass, "exact" weights every class by its
+            probability with one pass for each, "true" takes the data's labels, which makes G small where the model is sure of
+            them.
         samples: use only the first so many examples of the data; all of them when None.
         every: after how many steps a layer is pulled, with the sum of their step sizes.
     """

@@ -34,7 +34,7 @@ def protect(
     Args:
         model: the pretrained model, with its adapters if there are to be any.
         dataset: examples of what it does well, as Trainer takes them, or a loader; None for rules that measure nothing.
-        rule: one that measures on data, such as `EWC()`; for a language model `EWC(labels="true")`.
+        rule: one that measures on data, such as `EWC()`; for a language model `EWC(labels="sample")`.
         strength: as in `Consolidator`.
         data_collator: as in Trainer.
         batch_size: how many examples are read at a time, which changes nothing in the result.

@@ -31,7 +31,8 @@ class ConsolidationCallback(Guest, TrainerCallback):
         rule: how importance is measured; None for the recommended recipe; or a `Consolidator`, such as `protect` returns.
         strength: factor of the penalty; see `Consolidator`.
         loss, logits: for rules that measure on data, as in `Consolidator.consolidate`. Without `loss`, rules that take the
-            data's labels, such as `EWC(labels="true")`, take the model's own: of a language model, the mean over tokens.
+            data's labels, such as `EWC(labels="true")`, take the model's own: of a language model, the mean over tokens. For
+            language models `labels="sample"` draws the labels of all tokens that count.
         options: further arguments of `Consolidator`.
     """
 

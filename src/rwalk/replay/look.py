@@ -1,6 +1,6 @@
 """What a model says about examples: the features before its last linear layer, that layer's weights, and its output."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -27,19 +27,41 @@ def look(
     features: Callable[[Tensor], Tensor] | None,
     logits: Callable[[Any], Tensor] | None,
 ) -> Look:
-    """Go through batches of inputs in evaluation mode; the model is left as it was."""
+    """Go through batches of inputs in evaluation mode; the model is left as it was.
+
+    Raises:
+        ValueError: if what comes out for an example depends on the others of its batch.
+    """
     if model is None:
-        return Look(_whole([features(x) for x in inputs] if features else [], inputs, "features"))
+        found = Look(_whole([features(x) for x in inputs] if features else [], inputs, "features"))
+        if features:
+            _compare(features, inputs, [])
+        return found
     root = bare(model)
     phi, out = [], []
     device = next((p.device for p in root.parameters()), torch.device("cpu"))
-    with gradients.undisturbed(model), torch.no_grad(), _last_linear(root) as last:
+    with gradients.undisturbed(model, features, logits) as kept, torch.no_grad(), _last_linear(root) as last:
+
+        def output(x: Tensor) -> Tensor:
+            return gradients.read_output(kept.call(gradients.forward, root, (x,)), logits)
+
         for x in inputs:
-            out.append(gradients.read_output(gradients.forward(root, (x,)), logits))
+            out.append(output(x))
             if features or last:
                 phi.append(features(x.to(device)) if features else last[1])
-    weight = last[0].weight.cpu().double() if last else None
-    return Look(_whole(phi, inputs, "features" if features else ""), _whole(out, inputs, "logits" if logits else ""), weight)
+        columns = _whole(phi, inputs, "features" if features else ""), _whole(out, inputs, "logits" if logits else "")
+        found = Look(*columns, last[0].weight.cpu().double() if last else None)
+        _compare(output, inputs, root.parameters())
+        if features:
+            _compare(lambda x: features(x.to(device)), inputs, root.parameters())
+    return found
+
+
+def _compare(run: Callable[[Tensor], Tensor], inputs: Sequence[Tensor], parameters: Iterable[Tensor]) -> None:
+    """Refuse what reads a row of an example from the others, too, on the first batch of several."""
+    x = next((x for x in inputs if len(x) > 1), None)
+    if x is not None:
+        gradients.refuse_dependence(run, x, [*parameters, x])
 
 
 @contextmanager

@@ -59,8 +59,17 @@ def plane(candidates: Candidates, count: int, generator: Generator) -> Tensor:  
 
 
 def entropy(candidates: Candidates, count: int, generator: Generator) -> Tensor:  # noqa: ARG001
-    """Where the model is least sure: the highest entropy of the softmax of its output."""
-    probabilities = _needed(candidates.logits, "a model's output").softmax(1)
+    """Where the model is least sure: the highest entropy of the softmax of its output; of one logit, that of a chance of 1."""
+    logits = _needed(candidates.logits, "a model's output")
+    if logits.shape[1] == 1:
+        if int(candidates.y.max()) > 1 or int(candidates.y.min()) < 0:
+            came, expected = (
+                f"one logit for the label {int(candidates.y.max())}",
+                "a logit for each class, or the labels 0 and 1",
+            )
+            raise ValueError(explain(came, expected, "Pass `logits=`, or choose another selection."))
+        logits = F.pad(logits, (1, 0))
+    probabilities = logits.softmax(1)
     surprise: Tensor = torch.special.entr(probabilities)  # 0 log 0 = 0, for classes that a mask has shut
     return -surprise.sum(1)
 

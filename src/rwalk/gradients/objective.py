@@ -1,0 +1,143 @@
+"""What is differentiated at examples: read from a model's output, in a way that is found out on the first of them."""
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from rwalk._errors import explain
+from rwalk.gradients.batches import Batch, tensors
+from rwalk.gradients.independence import looked_at, precision
+from rwalk.gradients.likelihood import Likelihood, named, own_loss, read_output, refuse_chances, settled
+from rwalk.gradients.undisturbed import Kept
+from rwalk.importance.base import Objective
+
+
+class Scores:
+    """What is differentiated at examples.
+
+    Args:
+        objective: one of those of `rwalk.gradients.over`.
+        loss: as there.
+        logits: as there.
+
+    Raises:
+        ValueError: if the objective is unknown or does not go with the loss.
+    """
+
+    def __init__(self, objective: Objective, loss: Callable[[Any, Any], Tensor] | None, logits: Callable[[Any], Tensor] | None):
+        self.objective: Objective = objective
+        self.given = None if objective == "norm" else named(loss)
+        self.loss = loss if objective == "true" else None
+        self.logits = logits
+        self.likelihood: Likelihood | None = None
+        self.ignored = 0
+        self._looked = self._compared = False  # whether there was any batch, and one of several examples
+        self._refuse(loss)
+
+    def _refuse(self, loss: Any) -> None:
+        if self.objective not in get_args(Objective):
+            known = ", ".join(f'"{name}"' for name in get_args(Objective))
+            raise ValueError(explain(f'objective "{self.objective}"', f"one of {known}", "Pass one of these."))
+        if loss is not None and self.given is None and self.objective in ("sample", "exact"):
+            came = f'a `loss` that names no distribution, with the labels "{self.objective}"'
+            expected = "cross_entropy, binary_cross_entropy_with_logits or mse_loss of torch.nn.functional, or their modules"
+            remedy = 'Pass one of these without weights or smoothing, or use `labels="true"` with a loss of your own.'
+            raise ValueError(explain(came, expected, remedy))
+
+    @property
+    def likely(self) -> bool:
+        """Whether a log-likelihood is differentiated, and not a loss of the user's or a norm."""
+        return self.objective != "norm" and self.loss is None
+
+    def ready(self, root: nn.Module, batch: Batch, kept: Kept) -> Batch:
+        """Return the examples of a batch that count, and find out with the first ones how to read the model's output.
+
+        Raises:
+            ValueError: if the model, the targets and the objective do not fit together.
+        """
+        if self.objective == "true" and batch.target is None:
+            raise ValueError(untargeted())
+        counted = self._counted(batch, self.likelihood or self.given or Likelihood("categorical"))
+        if counted.size > self._looked and not self._compared:  # a first batch of one example cannot be compared
+            self._look(root, counted, kept)
+        if counted.size and self.likelihood is not None:
+            self.likelihood.refuse(self.objective, counted.target)
+            counted = self._counted(counted, self.likelihood)
+        self.ignored += batch.size - counted.size
+        return counted
+
+    def _counted(self, batch: Batch, likelihood: Likelihood) -> Batch:
+        """Leave out examples without any target that counts, where that is how labels are read."""
+        if self.objective == "norm" or (self.loss is not None and self.given is None and not batch.given):
+            return batch
+        rows = likelihood.counted(batch.target, batch.size)
+        return batch if rows is None else batch.keep(rows)
+
+    def _look(self, root: nn.Module, batch: Batch, kept: Kept) -> None:
+        """Look at a few examples: whether they depend on each other, and what the output means."""
+
+        def run(part: Batch) -> Any:
+            return kept.call(root, *part.args, **part.kwargs)
+
+        exact = precision([*root.parameters(), *tensors((batch.args, batch.kwargs))])
+        few, output = looked_at(run, self._read, batch, exact)
+        self._looked, self._compared = True, batch.size > 1
+        if self.likely and self.likelihood is None:
+            z = read_output(output, self.logits).detach()
+            self.likelihood = settled(z, few.size, few.target, batch.target, own_loss(output), self.given)
+            if self.logits is None and self.given is None and self.likelihood.family == "categorical":
+                refuse_chances(z.movedim(self.likelihood.dim, -1))
+            self.likelihood.refuse(self.objective, batch.target)
+            self.likelihood.scores(self.objective, z, few.target, few.size)  # raises what does not fit, outside of any mapping
+
+    def _read(self, output: Any) -> Tensor | None:
+        """Find the tensor that is looked at; with a loss of the user's, any that the output has."""
+        if self.loss is None:
+            return self._values(output)
+        try:
+            return read_output(output, self.logits)
+        except TypeError:
+            return next((t for t in tensors(output) if t.dim() and t.is_floating_point()), None)
+
+    def _values(self, output: Any) -> Tensor:
+        z = read_output(output, self.logits)
+        if z.is_complex():
+            raise ValueError(explain("a complex output", "real numbers", "Pass `logits=` that returns such."))
+        return z
+
+    def __call__(self, output: Any, target: Any, size: int = 1) -> tuple[Tensor, Tensor]:
+        """Return scores to differentiate one by one and the weights of their gradients, both of shape (size, scores).
+
+        Raises:
+            TypeError: if there are no logits in the output.
+            ValueError: if they do not fit the targets.
+        """
+        if self.likelihood is not None:
+            return self.likelihood.scores(self.objective, self._values(output), target, size)
+        if self.loss is not None:
+            score = scalar(self.loss(output, target))
+        else:
+            values = self._values(output)
+            score = values.masked_fill(values == -torch.inf, 0).square().sum()  # a shut class is no output
+        return score.reshape(1, 1), torch.ones_like(score).reshape(1, 1)
+
+
+def untargeted() -> str:
+    """Say that a batch has no target."""
+    return explain(
+        "a batch without a target",
+        "labels, which the true log-likelihood and a `loss` are about",
+        'Yield pairs `(inputs, target)` or mappings with "labels", or use labels drawn from the model.',
+    )
+
+
+def scalar(value: Any) -> Tensor:
+    """Return what `loss` gave as a scalar, or raise a ValueError."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a `{type(value).__name__}`"
+        raise ValueError(
+            explain(f"{came} from `loss`", "a scalar tensor for one example", "Let `loss` average or sum over its output.")
+        )
+    return value.reshape(())

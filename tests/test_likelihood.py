@@ -1,0 +1,625 @@
+"""Which distribution outputs mean, against brute force: all labelings enumerated, one backward pass for each row and class."""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dense import close
+from rwalk import EWC, MAS, Consolidator, Kronecker, OnlineEWC
+from rwalk.gradients import layered, loader, moments, over, undisturbed
+from rwalk.gradients.batches import examples
+from rwalk.gradients.objective import Scores
+from rwalk.parameters import named
+
+
+class Transformer(nn.Module):
+    """Embedding, one block of causal attention, head: logits of shape (examples, places, classes)."""
+
+    def __init__(self, classes=3, places=4, width=4):
+        super().__init__()
+        self.words, self.places = nn.Embedding(5, width), nn.Embedding(places, width)
+        self.first, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.head = nn.Linear(width, classes)
+        self.double()
+
+    def forward(self, x):
+        h = self.words(x) + self.places(torch.arange(x.shape[1]))
+        q, k, v = self.qkv(self.first(h)).chunk(3, -1)
+        shut = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
+        weights = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(shut, -math.inf).softmax(-1)
+        return self.head(h + self.out(weights @ v))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, classes=3, last=False, batch_first=True):
+        super().__init__()
+        self.lstm, self.head, self.last = nn.LSTM(2, 3, batch_first=batch_first), nn.Linear(3, classes), last
+        self.double()
+
+    def forward(self, x):
+        h = self.lstm(x)[0]
+        return self.head(h[:, -1] if self.last else h)
+
+
+class Maps(nn.Module):
+    """A convolution whose classes are in the second dimension."""
+
+    def __init__(self, classes=3):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 2, 2), nn.Conv2d(2, classes, 1)
+        self.double()
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x)))
+
+
+class Head(nn.Module):
+    """A small network with a change of its output."""
+
+    def __init__(self, outputs, change=lambda z: z):
+        super().__init__()
+        self.net, self.change = nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, outputs)).double(), change
+
+    def forward(self, x):
+        return self.change(self.net(x))
+
+
+def words(n, places=4):
+    return torch.randint(5, (n, places))
+
+
+def series(n):
+    return torch.randn(n, 4, 2, dtype=torch.float64)
+
+
+def vectors(n):
+    return torch.randn(n, 5, dtype=torch.float64)
+
+
+def images(n):
+    return torch.randn(n, 1, 3, 4, dtype=torch.float64)
+
+
+def as_rows(z):
+    """Logits of one example as rows of classes."""
+    return z.movedim(1, -1).reshape(-1, 3) if z.dim() == 4 else z.reshape(-1, z.shape[-1])
+
+
+CASES = {
+    "transformer": (Transformer, words, (4,)),
+    "lstm": (Recurrent, series, (4,)),
+    "last step": (lambda: Recurrent(last=True), series, ()),
+    "segmentation": (Maps, images, (2, 3)),
+    "rows": (lambda: Head(6, lambda z: z.reshape(-1, 3)), vectors, (2,)),
+}
+"""Models of three classes, their inputs, and the shape of an example's labels."""
+
+ENGINES = ["layers", "mapped", "alone"]
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request, monkeypatch):
+    """Have all parameters go layer by layer where they can, or by `vmap`, or example by example."""
+    if request.param != "layers":
+        monkeypatch.setattr(layered, "ROOTS", {})
+    if request.param == "alone":
+
+        def refuse(*_):
+            raise RuntimeError("not today")
+
+        monkeypatch.setattr(loader, "mapped", refuse)
+    return request.param
+
+
+def gradients(model, theta, score):
+    found = torch.autograd.grad(score, list(theta.values()), retain_graph=True, allow_unused=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(found, theta.values(), strict=True)])
+
+
+def table(model, theta, x):
+    """Log-probabilities of one example's rows and classes, and the gradient of each: (rows, classes) and (rows, classes, P)."""
+    score = as_rows(model.eval()(x)).log_softmax(-1)
+    return score.detach(), torch.stack([torch.stack([gradients(model, theta, s) for s in row]) for row in score])
+
+
+def enumerated(model, theta, x, y):
+    """The Fisher information at one example, the mean over all labelings of rows that count, and a draw's fourth moment."""
+    score, grads = table(model, theta, x)
+    rows = (y.flatten() != -100).nonzero().flatten().tolist()
+    second = fourth = torch.zeros(grads.shape[-1], dtype=torch.float64)
+    for labels in itertools.product(range(score.shape[1]), repeat=len(rows)):
+        chance = math.exp(sum(score[r, c].item() for r, c in zip(rows, labels, strict=True)))
+        g = sum(grads[r, c] for r, c in zip(rows, labels, strict=True))
+        second, fourth = second + chance * g**2, fourth + chance * g**4
+    return second, fourth
+
+
+def flat(tensors):
+    return torch.cat([t.flatten() for t in tensors])
+
+
+def labelled(make, shape, n, ignore=()):
+    model = CASES[make][0]()
+    x, y = CASES[make][1](n), torch.randint(3, (n, *shape))
+    if shape:
+        y.flatten(1)[:, list(ignore)] = -100
+    return model, x, y
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_labels_drawn_from_the_model_give_the_fisher_information(name, engine):
+    """Two examples, each many times: within five standard errors, which the enumeration knows."""
+    count = 1500 if engine == "layers" and name not in ("lstm", "last step") else 100
+    model, x, y = labelled(name, CASES[name][2], 2, ignore=[1] * (math.prod(CASES[name][2]) > 2))
+    theta = named(model)
+    want = [enumerated(model, theta, x[i : i + 1], y[i]) for i in range(2)]
+    mean = sum(second for second, _ in want) / 2
+    error = (sum(fourth - second**2 for second, fourth in want) / 4 / count).clamp(min=0).sqrt()
+    data = [tuple(t.repeat(50, *[1] * (t.dim() - 1)) for t in (x, y))] * (count // 50)
+    got = flat(over(model, theta, data)("sample", torch.square))
+    assert ((got - mean).abs() <= 5 * error + 1e-12).all()
+    assert count < 1000 or abs(got.sum() / mean.sum() - 1) < 0.15
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_datas_labels_are_summed_over_rows_that_count(name, engine):
+    model, x, y = labelled(name, CASES[name][2], 5)
+    theta = named(model)
+    if CASES[name][2]:
+        y[0], y.flatten(1)[1, 0], y.flatten(1)[2, 1:] = -100, -100, -100  # all of one example, which then does not count
+    totals, count = 0, 0
+    for i in range(5):
+        _, grads = table(model, theta, x[i : i + 1])
+        rows = [(r, c) for r, c in enumerate(y[i].flatten().tolist()) if c != -100]
+        totals, count = totals + sum((grads[r, c] for r, c in rows), torch.zeros(())) ** 2, count + bool(rows)
+    got = over(model, theta, [(x[:3], y[:3]), (x[3:], y[3:])])("true", torch.square)
+    close(flat(got), totals / count)
+
+
+def test_every_row_of_an_example_counts_however_it_is_read():
+    """`reshape(-1, 3)` at the model's end, a function that reads the output, and three dimensions are one model."""
+    x, y = vectors(6), torch.randint(3, (6, 2))
+    plain, end = Head(6, lambda z: z.reshape(-1, 2, 3)), Head(6, lambda z: z.reshape(-1, 3))
+    end.load_state_dict(plain.state_dict())
+    want = over(plain, named(plain), [(x, y)])("true", torch.square)
+    close(over(plain, named(plain), [(x, y)], logits=lambda z: z.flatten(0, 1))("true", torch.square), want)
+    close(over(end, named(end), [(x, y)])("true", torch.square), want)
+    close(over(end, named(end), [(x, y.flatten())])("true", torch.square), want)  # all labels, one after the other
+
+
+def test_a_model_of_one_row_is_as_before_by_exact_labels(engine):
+    model, x, y = labelled("last step", (), 4)
+    theta = named(model)
+    want = sum(enumerated(model, theta, x[i : i + 1], y[i])[0] for i in range(4)) / 4
+    close(flat(over(model, theta, [(x, y)])("exact", torch.square)), want)
+    close(flat(over(model, theta, [x])("exact", torch.square)), want)
+
+
+def test_an_ignored_example_counts_in_no_mean_and_an_ignored_batch_is_passed_over(engine):
+    model, x, y = labelled("last step", (), 6)
+    theta, rows = named(model), torch.tensor([False, True, True, False, False, True])
+    ignoring = torch.where(rows, y, -100)
+    for objective in ("true", "exact"):
+        want = over(model, theta, [(x[rows], y[rows])])(objective, torch.square)
+        close(over(model, theta, [(x, ignoring)])(objective, torch.square), want)
+        parts = [(x[i : i + 1], ignoring[i : i + 1]) for i in range(6)]
+        close(over(model, theta, parts)(objective, torch.square), want)
+    with pytest.raises(ValueError, match="6 examples whose targets are all ignored"):
+        over(model, theta, [(x, torch.full_like(y, -100))])("exact", torch.square)
+    other = F.cross_entropy if engine == "layers" else nn.CrossEntropyLoss(ignore_index=1)
+    ignoring = ignoring if engine == "layers" else torch.where(rows, 0, 1)
+    got = over(model, theta, [(x, ignoring)], loss=other)("exact", torch.square)
+    close(got, over(model, theta, [x[rows]])("exact", torch.square))
+    got = over(model, theta, [(x, ignoring)], loss=other)("true", torch.square)
+    close(got, over(model, theta, [(x[rows], ignoring[rows])])("true", torch.square))
+
+
+# --- outputs that each have a distribution of their own -----------------------------------------------------------------------
+
+
+SINGLE = {
+    "column": (lambda: Head(1), ()),
+    "column and targets like it": (lambda: Head(1), (1,)),
+    "flat": (lambda: Head(1, lambda z: z.squeeze(-1)), ()),
+    "squeezed": (lambda: Head(1, lambda z: z.squeeze()), ()),
+    "places": (lambda: Head(3, lambda z: z.unsqueeze(-1)), (3,)),
+    "maps": (lambda: Head(4, lambda z: z.reshape(-1, 1, 2, 2)), (2, 2)),
+    "maps and targets like them": (lambda: Head(4, lambda z: z.reshape(-1, 1, 2, 2)), (1, 2, 2)),
+}
+
+
+def singly(model, theta, x, weight):
+    """Mean over examples of the sum over outputs of weight(z) times the square of z's gradient."""
+    total = 0
+    for one in x.split(1):
+        z = model(one).flatten()
+        total = total + sum(weight(s.detach()) * gradients(model, theta, s) ** 2 for s in z)
+    return total / len(x)
+
+
+FAMILIES = {
+    "bernoulli": (lambda *shape: torch.randint(2, shape), lambda z: z.sigmoid() * (1 - z.sigmoid())),
+    "bernoulli, as numbers": (lambda *shape: torch.randint(2, shape).double(), lambda z: z.sigmoid() * (1 - z.sigmoid())),
+    "gaussian": (lambda *shape: torch.randn(shape).double(), lambda z: torch.ones_like(z)),
+    "gaussian, in whole numbers": (lambda *shape: torch.randint(5, shape), lambda z: torch.ones_like(z)),
+}
+
+
+def loglikelihood(family, z, y):
+    z, y = z.flatten(), y.flatten().to(z.dtype)
+    return (y * F.logsigmoid(z) + (1 - y) * F.logsigmoid(-z)).sum() if "bernoulli" in family else -((z - y) ** 2).sum() / 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", SINGLE)
+def test_one_logit_is_a_chance_or_a_mean(name, family, engine):
+    (make, shape), (targets, weight) = SINGLE[name], FAMILIES[family]
+    model, x, y = make(), vectors(5), targets(5, *shape)
+    theta = named(model)
+    close(flat(over(model, theta, [(x, y)])("exact", torch.square)), singly(model, theta, x, weight))
+    want = sum(gradients(model, theta, loglikelihood(family, model(x[i : i + 1]), y[i])) ** 2 for i in range(5)) / 5
+    close(flat(over(model, theta, [(x[:2], y[:2]), (x[2:], y[2:])])("true", torch.square)), want)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_logits_drawn_targets_come_near_the_exact_ones(family):
+    model, x = Head(1), vectors(1).expand(6000, 5)
+    y = FAMILIES[family][0](6000)
+    exact, drawn = (flat(over(model, named(model), [(x, y)])(how, torch.square)) for how in ("exact", "sample"))
+    p = model(x[:1]).sigmoid().item()
+    fourth = 1 / (p * (1 - p)) - 3 if "bernoulli" in family else 3  # that of a standardised target
+    assert ((drawn - exact).abs() <= 5 * exact * math.sqrt(max(fourth - 1, 0) / 6000) + 1e-9).all()
+    assert exact.sum() > 0
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize(
+    ("loss", "family"),
+    [
+        (F.binary_cross_entropy_with_logits, "bernoulli"),
+        (nn.BCEWithLogitsLoss(), "bernoulli"),
+        (F.mse_loss, "gaussian"),
+        (nn.MSELoss(reduction="sum"), "gaussian"),
+    ],
+)
+def test_a_loss_names_the_distribution_of_several_outputs(loss, family, outputs, engine):
+    model, x = Head(outputs), vectors(4)
+    theta, weight = named(model), FAMILIES[family][1]
+    for data in ([x], [(x, torch.rand(4, outputs).double())], [(x, torch.ones(4, outputs).long())], [(x, ["a"] * 4)]):
+        close(flat(over(model, theta, data, loss=loss)("exact", torch.square)), singly(model, theta, x, weight))
+    many = [x.repeat(500 if engine == "layers" else 25, 1)]
+    got = flat(over(model, theta, many, loss=loss)("sample", torch.square)).sum()
+    assert abs(got / singly(model, theta, x, weight).sum() - 1) < (0.2 if engine == "layers" else 0.6)
+
+
+@pytest.mark.parametrize("rule", [EWC(), OnlineEWC(), Kronecker(labels="exact"), EWC(labels="sample"), EWC(labels="true")])
+def test_rules_hold_a_model_with_one_output(rule):
+    model = nn.Linear(6, 1).double()
+    x, y = torch.randn(8, 6).double(), torch.randn(8, 1).double()
+    memory = Consolidator(model, rule)
+    memory.estimate([(x, y)])
+    assert all((omega > 0).all() for omega in memory.anchor.omega.values())
+    if rule.labels == "exact" and not isinstance(rule, Kronecker):
+        close(memory.anchor.omega["weight"], x.square().mean(0, keepdim=True))
+        close(memory.anchor.omega["bias"], torch.ones(1).double())
+
+
+@pytest.mark.parametrize("name", ["transformer", "segmentation"])
+def test_a_named_softmax_is_over_the_dimension_that_the_targets_leave(name):
+    """The second, as for `cross_entropy`, or the last where only that one fits; without targets nobody knows."""
+    model, x, y = labelled(name, CASES[name][2], 4, ignore=[1])
+    theta, draws = named(model), []
+    for loss in (None, F.cross_entropy, nn.CrossEntropyLoss()):
+        torch.manual_seed(0)
+        draws.append(flat(over(model, theta, [(x, y)], loss=loss)("sample", torch.square)))
+    assert torch.equal(draws[0], draws[1])
+    assert torch.equal(draws[0], draws[2])
+    with pytest.raises(ValueError, match="in neither the second nor the last"):
+        over(model, theta, [x], loss=F.cross_entropy)("sample", torch.square)
+
+
+# --- labels that a model shifts itself ---------------------------------------------------------------------------------------
+
+
+class Language(nn.Module):
+    """A model in the manner of Hugging Face, with a loss of its own."""
+
+    def __init__(self, shifts, form="mapping", more=0.0):
+        super().__init__()
+        self.net, self.shifts, self.form, self.more = Transformer(), shifts, form, more
+
+    def forward(self, x, labels=None):
+        z, loss = self.net(x), None
+        if labels is not None:
+            rows, y = (z[:, :-1], labels[:, 1:]) if self.shifts else (z, labels)
+            loss = F.cross_entropy(rows.float().flatten(0, 1), y.flatten()) + self.more
+        if self.form == "tuple":
+            return (loss, z)
+        return {"loss": loss, "logits": z} if self.form == "mapping" else SimpleNamespace(loss=loss, logits=z)
+
+
+@pytest.mark.parametrize("form", ["mapping", "object", "tuple"])
+@pytest.mark.parametrize("shifts", [True, False])
+def test_labels_are_aligned_as_the_model_aligns_them(shifts, form, engine):
+    model, x, y = Language(shifts, form), words(5), torch.randint(3, (5, 4))
+    theta = named(model)
+    y[0, :3], y[1, 1:], y[2] = -100, -100, -100  # where labels are shifted, the second example has none that counts
+    read = (lambda output: output[1]) if form == "tuple" else None
+    got = over(model, theta, [{"x": x, "labels": y}], logits=read)("true", torch.square)
+    ahead = torch.cat([y[:, 1:], torch.full((5, 1), -100)], 1) if shifts else y
+    close(got, over(model.net, {n[4:]: p for n, p in theta.items()}, [(x, ahead)])("true", torch.square))
+
+
+def test_drawn_labels_leave_out_what_a_shifted_label_ignores():
+    model, x = Language(True), words(1)
+    theta, y = {n[4:]: p for n, p in named(model).items()}, torch.tensor([[2, -100, 1, -100]])
+    second, fourth = enumerated(model.net, theta, x, torch.tensor([-100, 1, -100, -100]))
+    batch = {"x": x.expand(2000, 4), "labels": y.expand(2000, 4)}
+    for loss in (None, F.cross_entropy):
+        got = flat(over(model, named(model), [batch], loss=loss)("sample", torch.square))
+        assert ((got - second).abs() <= 5 * ((fourth - second**2).clamp(min=0) / 2000).sqrt() + 1e-12).all()
+
+
+def test_a_loss_that_no_alignment_explains_is_refused():
+    model, x, y = Language(True, more=0.1), words(4), torch.randint(3, (4, 4))
+    with pytest.raises(ValueError, match=r"whose labels cannot be found out.*Pass pairs"):
+        over(model, named(model), [{"x": x, "labels": y}])("sample", torch.square)
+    over(model, named(model), [({"x": x}, y)])("sample", torch.square)
+
+
+def test_a_models_own_loss_says_that_zeros_and_ones_are_numbers():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Head(1)
+
+        def forward(self, x, labels=None):
+            z = self.net(x)
+            return {"loss": F.mse_loss(z.squeeze(), labels.squeeze()), "logits": z}
+
+    model, x, y = Own(), vectors(4), torch.tensor([0.0, 1.0, 1.0, 0.0]).double()
+    got = flat(over(model, named(model), [{"x": x, "labels": y}])("exact", torch.square))
+    close(got, singly(model.net, named(model), x, lambda z: torch.ones_like(z)))
+
+
+# --- moments -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["transformer", "lstm", "last step", "rows"])
+def test_moments_leave_out_what_is_ignored(name):
+    """A over all rows of the examples that count; G summed over places, averaged over these examples: the head by hand."""
+    model, x, y = labelled(name, CASES[name][2], 4, ignore=[1])
+    y[2] = -100
+    head = model.net[2] if name == "rows" else model.head
+    weight = next(n for n, p in named(model).items() if p is head.weight)
+    kept, inputs = torch.tensor([True, True, False, True]), []
+    handle = head.register_forward_hook(lambda m, args, out: inputs.append(args[0]))
+    z = as_rows(model.eval()(x[kept]))
+    handle.remove()
+    h = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
+    h = torch.cat([torch.ones(len(h), 1), h], 1)
+    d = z.softmax(-1).detach() - F.one_hot(y[kept].flatten().clamp(min=0), 3)
+    d = d * (y[kept].flatten() != -100).unsqueeze(1)
+    d = d.reshape(len(h), -1)  # for "rows" the head makes both rows of an example at once
+    found = moments(model, named(model), [(x, y)])("true")[weight]
+    close(found.inputs, h.T @ h / len(h))
+    close(found.outputs, d.T @ d / 3)
+
+
+@pytest.mark.parametrize(("targets", "weight"), [FAMILIES["bernoulli"], FAMILIES["gaussian"]])
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_moments_of_single_outputs(targets, weight, outputs):
+    model, x, y = Head(outputs), vectors(6), targets(6, outputs)
+    loss = None if outputs == 1 else F.mse_loss if y.is_floating_point() else F.binary_cross_entropy_with_logits
+    found = moments(model, named(model), [(x, y)], loss=loss)("exact")["net.2.weight"]
+    z = model(x).detach()
+    close(found.outputs, torch.diag(weight(z).mean(0)))
+
+
+def test_moments_of_drawn_labels_come_near_those_of_every_label_at_every_place():
+    model, x = Transformer(), words(2).repeat(1500, 1)
+    y = torch.tensor([0, 0, -100, 0]).expand(3000, 4)
+    found = moments(model, named(model), [(x, y)])("sample")["head.weight"].outputs
+    p = model(x[:2])[:, [0, 1, 3]].softmax(-1).detach()
+    want = sum(torch.diag(q) - torch.outer(q, q) for q in p.flatten(0, 1)) / 2
+    assert torch.allclose(found, want, atol=0.06 * float(want.max()))
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------------------
+
+
+class Coupled(Head):
+    """Each example's output depends on those before it."""
+
+    def forward(self, x):
+        return super().forward(x).cumsum(0)
+
+
+class Ahead(Head):
+    """Each example's output depends on those after it."""
+
+    def forward(self, x):
+        return super().forward(x.flip(0).cumsum(0).flip(0))
+
+
+REFUSED = {
+    "time first": (lambda: Recurrent(batch_first=False), series, (4,), {}, "depends on the other examples.*`batch_first=True`"),
+    "time first, last step": (
+        lambda: nn.Sequential(Recurrent(batch_first=False), Last()), series, (), {}, "of shape .4, 3. for 3 examples",
+    ),
+    "examples before": (lambda: Coupled(3), vectors, (), {}, "depends on the other examples"),
+    "examples after": (lambda: Ahead(3), vectors, (), {}, "depends on the other examples"),
+    "statistics": (lambda: Head(3, lambda z: z / z.norm()), vectors, (), {}, "depends on the other"),
+    "mean": (lambda: Head(3, lambda z: z.mean(0, keepdim=True)), vectors, (), {}, "the same number of them, in order"),
+    "places first": (lambda: Head(6, lambda z: z.reshape(-1, 2, 3).transpose(0, 1)), vectors, (2,), {}, "in order"),
+    "rows in another order": (
+        lambda: Head(6, lambda z: z.reshape(-1, 2, 3).transpose(0, 1).flatten(0, 1)), vectors, (2,), {}, "depends on the other",
+    ),
+    "complex": (lambda: Head(3, lambda z: z + 0j), vectors, (), {}, "complex output"),
+}  # fmt: skip
+
+
+class Last(nn.Module):
+    def forward(self, x):
+        return x[-1]
+
+
+@pytest.mark.parametrize("rule", [EWC(), EWC(labels="sample"), OnlineEWC(labels="true"), MAS(), Kronecker()], ids=str)
+@pytest.mark.parametrize("name", REFUSED)
+def test_examples_must_lie_along_the_first_dimension_and_be_independent(name, rule):
+    make, inputs, shape, options, match = REFUSED[name]
+    model, x = make(), inputs(4)
+    memory = Consolidator(model, rule)
+    with pytest.raises(ValueError, match=match):
+        memory.estimate([(x, torch.randint(3, (4, *shape)))], **options)
+    assert not len(memory.anchor)
+
+
+UNFIT = [
+    (F.cross_entropy, torch.zeros(5, 2).long()),
+    (F.cross_entropy, torch.zeros(5).double()),
+    (F.mse_loss, torch.zeros(5).double()),
+    (F.mse_loss, torch.zeros(5, 2).long()),
+    (F.binary_cross_entropy_with_logits, torch.zeros(5).double()),
+]
+
+
+@pytest.mark.parametrize("rule", [EWC(), EWC(labels="sample"), Kronecker()], ids=str)
+@pytest.mark.parametrize(("loss", "y"), UNFIT)
+def test_targets_of_another_shape_than_a_named_distribution_has_are_refused(loss, y, rule):
+    memory = Consolidator(Head(3), rule)
+    with pytest.raises(ValueError, match="Pass inputs alone"):
+        memory.estimate([(vectors(5), y)], loss=loss)
+    memory.estimate([vectors(5)], loss=loss)
+
+
+@pytest.mark.parametrize("labels", ["exact", "sample", "true"])
+@pytest.mark.parametrize("rule", [EWC, OnlineEWC, Kronecker, MAS])
+def test_inputs_and_targets_are_as_many(rule, labels):
+    rule = rule() if rule is MAS else rule(labels=labels)
+    for x, y in ((vectors(10), torch.randint(3, (7,))), (vectors(3), torch.tensor(1)), (vectors(4), {"a": torch.zeros(3)})):
+        with pytest.raises(ValueError, match=r"a target of shape .* for \d+ examples"):
+            Consolidator(Head(3), rule).estimate([(x, y)])
+    if rule != MAS():
+        with pytest.raises(ValueError, match="for 3 examples of one row"):
+            Consolidator(Head(3), rule).estimate([(vectors(6), torch.randint(3, (12,)))])
+    with pytest.raises(ValueError, match=r"shape \(14,\) for 7 examples"):
+        Consolidator(Head(3), MAS()).estimate([(vectors(7), torch.randint(3, (14,)))])
+
+
+TARGETS = {
+    "regression": (lambda: Head(3), lambda n: torch.randn(n, 3).double(), "`mse_loss`"),
+    "several labels": (lambda: Head(3), lambda n: torch.randint(2, (n, 3)).double(), "`binary_cross_entropy_with_logits`"),
+    "chances": (lambda: Head(3), lambda n: torch.rand(n, 3).double().softmax(1), "`loss="),
+    "mean and variance": (lambda: Head(2), lambda n: torch.randn(n).double(), "`loss="),
+    "one hot": (lambda: Head(3), lambda n: F.one_hot(torch.randint(3, (n,)), 3), "one class index for each row"),
+    "regression of places": (lambda: Head(6, lambda z: z.reshape(-1, 2, 3)), lambda n: torch.randn(n, 2, 3).double(), "`loss="),
+    "a negative label": (lambda: Head(3), lambda n: torch.full((n,), -1), "the class index -1"),
+    "too few rows": (lambda: Head(6, lambda z: z.reshape(-1, 2, 3)), lambda n: torch.randint(3, (n,)), "row of class logits"),
+    "ambiguous": (lambda: Head(9, lambda z: z.reshape(-1, 3, 3)), lambda n: torch.randint(3, (n, 3)), "Pass `logits=`"),
+}
+
+
+@pytest.mark.parametrize("labels", ["exact", "sample", "true"])
+@pytest.mark.parametrize("name", TARGETS)
+def test_targets_that_do_not_fit_are_refused_with_the_remedy(name, labels):
+    make, targets, match = TARGETS[name]
+    for rule in (EWC(labels=labels), Kronecker(labels=labels)):
+        with pytest.raises(ValueError, match=match):
+            Consolidator(make(), rule).estimate([(vectors(5), targets(5))])
+
+
+@pytest.mark.parametrize("labels", ["exact", "sample"])
+def test_what_outputs_mean_must_be_known(labels):
+    for rule in (EWC(labels=labels), Kronecker(labels=labels)):
+        memory = Consolidator(Head(1), rule)
+        with pytest.raises(ValueError, match=r"one logit for each row.*`mse_loss`"):
+            memory.estimate([vectors(4)])
+        with pytest.raises(ValueError, match=r"targets that are neither 0 nor 1.*mse_loss"):
+            memory.estimate([(vectors(4), torch.ones(4)), (vectors(2), torch.tensor([1.0, 0.5]))])
+        with pytest.raises(ValueError, match="two classes or more"):
+            memory.estimate([(vectors(4), torch.zeros(4).long())], loss=F.cross_entropy)
+        with pytest.raises(ValueError, match=r"names no distribution.*cross_entropy"):
+            memory.estimate([(vectors(4), torch.ones(4))], loss=F.l1_loss)
+        with pytest.raises(ValueError, match="names no distribution"):
+            memory.estimate([vectors(4)], loss=nn.BCEWithLogitsLoss(pos_weight=torch.ones(1)))
+        memory.estimate([vectors(4)], loss=F.mse_loss)
+    soft = Head(3, lambda z: z.softmax(-1))
+    with pytest.raises(ValueError, match="outputs that are probabilities"):
+        Consolidator(soft, EWC(labels=labels)).estimate([(vectors(4), torch.zeros(4).long())])
+    hard, y = Head(3), torch.zeros(4).long()
+    hard.load_state_dict(soft.state_dict())
+    if labels == "exact":
+        x = vectors(4)
+        got = over(soft, named(soft), [(x, y)], logits=torch.log)("exact", torch.square)
+        close(got, over(hard, named(hard), [(x, y)])("exact", torch.square))
+    with pytest.raises(ValueError, match=r'"exact" with 4 rows.*Use `labels="sample"`'):
+        Consolidator(Transformer(), EWC()).estimate([(words(3), torch.randint(3, (3, 4)))])
+    with pytest.raises(ValueError, match=r"the class index 3\. .*0 to 2, or -100"):
+        Consolidator(Head(3), EWC(labels="true")).estimate([(vectors(3), torch.tensor([0, 3, 1]))])
+
+
+def test_ranks_agree_on_what_one_logit_means():
+    class Two:
+        def sum_(self, figures):
+            return figures + torch.tensor([4, 0, 1, 0])  # the other rank had only targets of 0 and 1
+
+    scores, model = Scores("true", None, None), Head(1)
+    with undisturbed(model) as kept:
+        for batch in examples([(vectors(4), torch.randn(4))], None, torch.device("cpu")):
+            scores.ready(model, batch, kept)
+    with pytest.raises(ValueError, match="neither 0 nor 1"):
+        loader.checked([], 4, [], Two(), torch.device("cpu"), scores)
+
+
+def test_examples_that_come_one_by_one_and_random_models_are_measured():
+    """What cannot be compared is taken as it is: a single example, a model of one example, and chance in evaluation mode."""
+
+    class OnlyOne(Head):
+        def forward(self, x):
+            if len(x) > 1:
+                raise AssertionError("one at a time")
+            return super().forward(x)
+
+    noisy = Head(3, lambda z: z + torch.randn_like(z))
+    coupled, lonely = Coupled(3), OnlyOne(3)
+    for model in (noisy, lonely):
+        assert flat(over(model, named(model), [(vectors(4), torch.zeros(4).long())])("exact", torch.square)).sum() > 0
+    ones = [(vectors(1), torch.zeros(1).long()) for _ in range(3)]
+    assert flat(over(coupled, named(coupled), ones)("exact", torch.square)).sum() > 0
+    with pytest.raises(ValueError, match="depends on the other"):
+        over(coupled, named(coupled), [*ones, (vectors(2), torch.zeros(2).long())])("exact", torch.square)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_is_no_dependence(dtype):
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 5)).to(dtype)
+    model.append(nn.Identity())
+    model[-1].forward = lambda z: z.float()
+    over(model, named(model), [(torch.randn(8, 64, dtype=dtype), torch.randint(5, (8,)))])("true", torch.square)
+
+
+def test_complex_parameters_are_refused():
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(5, 3, dtype=torch.complex64))
+
+        def forward(self, x):
+            return (x.to(self.w.dtype) @ self.w).abs()
+
+    data = [(torch.randn(4, 5), torch.randint(3, (4,)))]
+    for rule in (EWC(), OnlineEWC(), MAS(), Kronecker()):
+        with pytest.raises(ValueError, match="complex parameters `w`"):
+            Consolidator(Turned(), rule).estimate(data)
+        with pytest.raises(ValueError, match="complex parameters `w`"):
+            Consolidator(Turned(), rule).consolidate(data)
+    model = Turned()
+    for prepared in (over, moments):
+        with pytest.raises(ValueError, match="complex parameters `w`"):
+            prepared(model, named(model), data)("true", *[torch.square] * (prepared is over))
