@@ -3,4 +3,9 @@
 
 def explain(came: str, expected: str, remedy: str) -> str:
     """Join the three parts that every error message of the library has."""
-    return f"Got {came}. Expected {expected}. {remedy}"
+    return printable(f"Got {came}. Expected {expected}. {remedy}")
+
+
+def printable(text: str, keep: str = "\n") -> str:
+    """Put a question mark for each character that steers a terminal or cannot be printed, except those to keep."""
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else "?" for c in text)

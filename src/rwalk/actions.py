@@ -18,6 +18,7 @@ from rwalk.bench.grid import Failure
 from rwalk.bench.record import Record
 from rwalk.bench.runner import LEARNERS, configuration
 from rwalk.bench.trackers import tracker
+from rwalk.bench.tuned import Tuned
 from rwalk.commands import RULES, List, Plan, Run, Tune, parsed
 from rwalk.consolidator import resolve
 from rwalk.progress import Display
@@ -169,7 +170,7 @@ def _trials(
         yield places[place], outcome
 
 
-def _command(command: Tune, words: list[str], chosen: tuning.Tuned) -> str:
+def _command(command: Tune, words: list[str], chosen: Tuned) -> str:
     """Return the command that runs what was chosen on the tasks that are left."""
     ours = {"--method", "--methods", "--strength", "--lr", "--learning-rates", "--tune-tasks", "--validation", "--refine",
             "--seeds", "--first-seed", "--workers", "--backend", "--address"}  # fmt: skip
