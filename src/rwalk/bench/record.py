@@ -118,8 +118,8 @@ class Record:
             content = files.unseal(path)
         except ValueError as error:
             raise ValueError(_unreadable(path, str(error))) from None
-        if problem := _problem(content):
-            raise ValueError(_unreadable(path, problem))
+        if wrong := problem(content):
+            raise ValueError(_unreadable(path, wrong))
         record = cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})
         name, right = Path(path).name, record.name
         if NAMED.fullmatch(name) and name != right and (exact or name.rpartition("-")[0] != right.rpartition("-")[0]):
@@ -141,7 +141,7 @@ def _unreadable(path: str | Path, problem: str) -> str:
     return explain(f"`{path}`: {problem}", "a record of `rwalk run`", "Move the file away and run again.")
 
 
-def _problem(content: dict[str, Any]) -> str:
+def problem(content: dict[str, Any]) -> str:
     """Say why a JSON object is no record, or return nothing."""
     missing = {"method", "stream", "seed", "accuracy"} - content.keys()
     if missing:
