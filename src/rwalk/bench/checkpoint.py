@@ -107,14 +107,17 @@ def _recordable(parts: dict[str, Any]) -> bool:
 
 def _check_learner(learner: FineTune, state: Mapping[str, Any], outputs: int) -> None:
     """Raise a ValueError unless a state has what the learners' common loop counts and remembers, as it does."""
-    seconds, loss = state["step_seconds"], state["loss"]
-    groups = [optimizer["param_groups"] for optimizer in (state["optimizer"], learner.optimizer.state_dict())]
+    fresh, seconds, loss = learner.state_dict(), state["step_seconds"], state["loss"]
+    forms = [{name: (t.shape, t.dtype) for name, t in one["model"].items()} for one in (state, fresh)]
+    memories = state["optimizer"]["state"].values()
     holds = {
         "step_seconds": isinstance(seconds, Tensor) and seconds.dim() == 1 and seconds.is_floating_point(),
         "passed": type(state["passed"]) is int,
         "seen": set(state["seen"]) <= set(range(outputs)),
         "loss": isinstance(loss, Tensor) and loss.dim() == 0 and loss.is_floating_point(),
-        "optimizer": groups[0] == groups[1],
+        "model": forms[0] == forms[1],
+        "optimizer": state["optimizer"]["param_groups"] == fresh["optimizer"]["param_groups"]
+        and all(value is None or value.is_floating_point() for memory in memories for value in memory.values()),
         "diagnostics": _recordable({"diagnostics": state["diagnostics"]}),
         "old": all(old.dtype == torch.bool and old.shape == (outputs,) for old in state.get("old", [])),
     }
@@ -125,7 +128,6 @@ def _check_learner(learner: FineTune, state: Mapping[str, Any], outputs: int) ->
 def _check_optimizer(optimizer: Optimizer) -> None:
     """Raise a ValueError unless an optimiser remembers the same of each parameter: tensors of its shape, and numbers."""
     kept = optimizer.state.items()
-    if len({tuple(sorted(entry)) for _, entry in kept}) > 1 or not all(
-        value is None or value.shape in (p.shape, ()) for p, entry in kept for value in entry.values()
-    ):
+    sizes = [(value.shape, p.shape) for p, memory in kept for value in memory.values() if value is not None]
+    if len({frozenset(memory) for _, memory in kept}) > 1 or not all(size in (whole, ()) for size, whole in sizes):
         raise ValueError("its optimiser remembers something else than this one")

@@ -88,13 +88,11 @@ def _known(value: Any) -> bool:
 
 
 def _is_trial(trial: Any) -> bool:
-    return (
-        isinstance(trial, dict)
-        and all(_known(trial.get(key)) for key in ("strength", "lr"))
-        and is_number(trial.get("accuracy"))
-        and isinstance(trial.get("seeds"), dict)
-        and all(map(is_number, trial["seeds"].values()))
-    )
+    if not isinstance(trial, dict) or not {"strength", "lr", "accuracy", "seeds"} <= trial.keys():
+        return False
+    seeds = trial["seeds"]
+    measured = isinstance(seeds, dict) and all(map(is_number, [trial["accuracy"], *seeds.values()]))
+    return measured and _known(trial["strength"]) and _known(trial["lr"])
 
 
 PARTS: dict[str, Callable[[Any], bool]] = {

@@ -10,9 +10,8 @@ from rwalk.report.plain import plain, say, shown
 
 def show(chosen: Tuned, command: str, console: Console) -> None:
     """Print all trials, the chosen one, and the command that runs it."""
-    about = (
-        f" on {plain(chosen.stream, 200)}, first {chosen.tasks} tasks, accuracy in % on training examples that were held out"
-    )
+    tasks = f"{plain(chosen.stream, 200)}, first {chosen.tasks} tasks"
+    about = f" on {tasks}, accuracy in % on training examples that were held out"
     console.print()
     console.print(shown(console, plain(chosen.method, 200), "bold").append_text(shown(console, about, "not bold")))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
