@@ -1,4 +1,6 @@
-"""Contents of files of which one value at a random place was replaced by another kind, dropped, or joined by one more."""
+"""Damaged files, and contents in which one value was replaced by another kind, dropped, or joined by one more."""
+
+import random
 
 import torch
 from hypothesis import strategies as st
@@ -42,3 +44,16 @@ def spoilt(draw, value, tensors=False):
             entries[key if how == "replace" else "more" if isinstance(key, str) else len(entries)] = other
 
     return changed(value, draw(st.sampled_from(list(places(value)))), change)
+
+
+def mutations(raw, count):
+    """Yield damaged copies of a file: bits flipped, cut off, filled with zeros, with parts lost, doubled or exchanged."""
+    chance = random.Random(0)
+    for _ in range(count):
+        a, b = sorted(chance.sample(range(len(raw) + 1), 2))
+        at, noise = chance.randrange(len(raw)), chance.randbytes(chance.randrange(1, 9))
+        yield raw[:at] + bytes([raw[at] ^ 1 << chance.randrange(8)]) + raw[at + 1 :]
+        yield chance.choice([
+            raw[:a], raw[b:], raw[:a] + raw[b:], raw[:a] + bytes(b - a) + raw[b:], raw[:b] + raw[a:], raw + noise,
+            raw[:a] + noise + raw[a:], raw[b:] + raw[:b], noise + raw, raw.upper(), raw + raw,
+        ])  # fmt: skip

@@ -2,7 +2,6 @@
 
 import io
 import json
-import random
 import warnings
 from contextlib import suppress
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from rwalk.bench.underway import measured
 from rwalk.replay import Buffer
 from rwalk.report import compared, drawing, page, tuned
 from rwalk.report.markdown import markdown
-from spoilt import spoilt
+from spoilt import mutations, spoilt
 from test_durability import interrupted, measurement
 from test_states import same
 
@@ -250,19 +249,6 @@ def kinds(folder):
     trials = [{"strength": 0.5, "lr": 1e-5, "accuracy": 0.5, "seeds": {"0": 0.5}, "failures": []}]
     chosen = Tuned("rwalk", "split-x", 0.5, 1e-5, 0.5, 2, trials, recorded().config).save(folder)
     yield chosen, lambda: Tuned.load(chosen)
-
-
-def mutations(raw, count):
-    """Yield damaged copies of a file: bits flipped, cut off, filled with zeros, with parts lost, doubled or exchanged."""
-    chance = random.Random(0)
-    for _ in range(count):
-        a, b = sorted(chance.sample(range(len(raw) + 1), 2))
-        at, noise = chance.randrange(len(raw)), chance.randbytes(chance.randrange(1, 9))
-        yield raw[:at] + bytes([raw[at] ^ 1 << chance.randrange(8)]) + raw[at + 1 :]
-        yield chance.choice([
-            raw[:a], raw[b:], raw[:a] + raw[b:], raw[:a] + bytes(b - a) + raw[b:], raw[:b] + raw[a:], raw + noise,
-            raw[:a] + noise + raw[a:], raw[b:] + raw[:b], noise + raw, raw.upper(), raw + raw,
-        ])  # fmt: skip
 
 
 def test_no_damaged_file_of_any_kind_is_believed(tmp_path):

@@ -214,6 +214,11 @@ def test_a_large_state_is_read_without_a_second_copy_of_it(tmp_path):
             largest = max(largest, size)
             return self.file.read(size)
 
+        def readinto(self, data):
+            nonlocal largest
+            largest = max(largest, len(data))
+            return self.file.readinto(data)
+
     real = files.opened
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "opened", lambda path: Watched(real(path)))

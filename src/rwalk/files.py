@@ -9,6 +9,7 @@ import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +20,7 @@ STALE = 600
 """Seconds after which an unfinished file belongs to no living process: each is there for the time of one write."""
 LARGEST = 2**32
 """Bytes of the largest JSON file that is read. A stream has at most 10,000 tasks, whose accuracies, each on every task, take at
-most 2.5 GB; records of a hundred tasks take less than 1 MB."""
+most 2.5 GB; the record of a hundred tasks takes about 1 MB."""
 
 LONGEST = 100_000_000
 """Bytes of a header beyond which safetensors reads no file."""
@@ -171,7 +172,7 @@ def held(path: str | Path) -> bool:
     return False
 
 
-def opened(path: str | Path) -> BinaryIO:
+def opened(path: str | Path) -> BufferedReader:
     """Open a file to read it.
 
     Raises:

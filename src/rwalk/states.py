@@ -70,7 +70,7 @@ def load(path: str | Path, kind: str) -> dict[str, Any]:
         raise ValueError(foreign(path, kind, f"which is {error}")) from None
 
 
-def _read(file: BinaryIO, kind: str) -> dict[str, Any]:
+def _read(file: io.BufferedReader, kind: str) -> dict[str, Any]:
     """Read an open file, after a look at its kind, its sizes and its checksum, in this order."""
     head = files.header(file)
     entries = _entries(head)
@@ -86,10 +86,20 @@ def _read(file: BinaryIO, kind: str) -> dict[str, Any]:
     def tensor(name: str) -> Tensor:
         begin, end = spans[name]
         file.seek(8 + len(head) + begin)
-        alone = json.dumps({name: entries[name] | {"data_offsets": [0, end - begin]}}).encode()
-        return deserialise(len(alone).to_bytes(8, "little") + alone + file.read(end - begin))[name]
+        data = bytearray(end - begin)
+        file.readinto(data)
+        return _tensor(data, entries[name])
 
     return _unpacked(content, tensor)
+
+
+def _tensor(data: bytearray, about: dict[str, Any]) -> Tensor:
+    """Return the tensor that lies in some memory, as a safetensors header has it; the library knows the kind of numbers."""
+    empty = json.dumps({"_": {"dtype": about["dtype"], "shape": [0], "data_offsets": [0, 0]}}).encode()
+    dtype, shape = deserialise(len(empty).to_bytes(8, "little") + empty)["_"].dtype, torch.Size(about["shape"])
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(data):
+        raise ValueError("a tensor is larger or smaller than its place")
+    return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
 
 
 def _span(about: Any) -> tuple[int, int]:
