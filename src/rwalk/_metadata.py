@@ -36,11 +36,13 @@ class Stored(NamedTuple):
 class _StandIn:
     """In the place of an object: it takes whatever that one is made from, and keeps its attributes."""
 
+    state: Any
+
     def __new__(cls, *_: Any) -> "_StandIn":
         return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
-        self.__dict__["state"] = state
+        self.state = state
 
 
 class _Reader(pickle.Unpickler):

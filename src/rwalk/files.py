@@ -82,7 +82,8 @@ def _permit(part: Path, before: os.stat_result) -> None:
     """Give a new file the owner and the permissions of the one that it is going to replace."""
     with suppress(OSError, AttributeError):  # others' files stay theirs if we may give files away; Windows has no owners
         os.chown(part, before.st_uid, before.st_gid)
-    os.chmod(part, stat.S_IMODE(before.st_mode))
+    with suppress(OSError):  # some network disks have no permissions
+        os.chmod(part, stat.S_IMODE(before.st_mode))
 
 
 def _settle(folder: Path) -> None:

@@ -123,7 +123,7 @@ class Record:
         record = cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})
         name, right = Path(path).name, record.name
         if NAMED.fullmatch(name) and name != right and (exact or name.rpartition("-")[0] != right.rpartition("-")[0]):
-            raise ValueError(_unreadable(path, f"named like another run: what it holds belongs into `{right}`"))
+            raise ValueError(_unreadable(path, f"named like another run: its content is that of `{right}`"))
         return record
 
 

@@ -64,7 +64,7 @@ class Tuned:
                 raise ValueError(f"its `{wrong[0]}` is missing or of another kind")
             found = cls(**{f.name: content[f.name] for f in fields(cls)})
             if NAMED.fullmatch(Path(path).name) and Path(path).name != found.name:
-                raise ValueError(f"it is named like another one: what it holds belongs into `{found.name}`")
+                raise ValueError(f"it is named like another one: its content is that of `{found.name}`")
         except ValueError as error:
             came = f"`{path}`, which holds no tuned strength ({error})"
             raise ValueError(explain(came, "a file of `rwalk tune`", "Tune again.")) from None

@@ -101,8 +101,8 @@ class Comparison:
 def read(folder: str | Path) -> tuple[list[Record], list[str]]:
     """Read all records below a folder; return them and a message for each file that is left out.
 
-    That is what holds no record, or no result of tuning where its name ends like one, and what holds the same run to the last
-    digit of its times as another file: a copy, which would count twice.
+    Left out are JSON files that hold no record, results of tuning that cannot be read, and copies of records, which would count
+    twice: they are equal to the last digit of their times.
 
     Raises:
         FileNotFoundError: if the folder does not exist or holds no JSON file.
