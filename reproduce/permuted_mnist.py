@@ -136,11 +136,19 @@ def early(data: DataSet) -> list[Experience]:
     return permuted(replace(data, name="mnist-validation", **columns, **held), *TUNING)
 
 
-def one(tasks: Callable[[], list[Experience]], name: str, method: Method, seed: int, out: Path, device: str = "cpu") -> Record:
-    """Return the record of one run: from disk if it is there, else by running it."""
+def one(
+    tasks: Callable[[], list[Experience]],
+    name: str,
+    method: Method,
+    seed: int,
+    out: Path,
+    device: str = "cpu",
+    about: str = "permuted-mnist",
+) -> Record:
+    """Return the record of one run on the tasks of a stream of this name: from disk if it is there, else by running it."""
     training = Training(lr=method.lr)
     settings = {"lr": method.lr, "about": method.about, "strength": method.strength}
-    place = out / file_name("permuted-mnist", name, seed, settings)
+    place = out / file_name(about, name, seed, settings)
     there = place.exists()
     added: dict[str, Any] = {"about": method.about, "model": "784-256-256-10, as released"}
     added |= {"strength": method.strength} if method.strength else {}
@@ -193,7 +201,7 @@ def main() -> None:
     if options.tune:
         for name in names:
             for method in scanned(METHODS[name]):
-                one(partial(early, data), name, method, TUNING[1], options.out, options.device)
+                one(partial(early, data), name, method, TUNING[1], options.out, options.device, "permuted-mnist-validation")
         return
     seeds = chosen_seeds(options)
     runs = {

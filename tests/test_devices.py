@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from rwalk import EWC, MAS, SI, Kronecker, RWalk, bench
+from rwalk import EWC, MAS, SI, Kronecker, RWalk, bench, files
 from rwalk.bench import Record, Training, tuning
 from rwalk.cli import main
 from rwalk.commands import parsed
@@ -52,7 +52,7 @@ def test_a_record_names_its_device_and_the_command_that_does_it_again(tmp_path):
 def test_a_record_without_a_device_is_of_the_time_when_there_was_only_one(tmp_path):
     path = a_run("finetune", "cpu").save(tmp_path)
     content = json.loads(path.read_text())
-    path.write_text(json.dumps({key: value for key, value in content.items() if key not in ("device", "sha256")}))
+    files.seal(path, {key: value for key, value in content.items() if key not in ("device", "sha256")})
     assert Record.load(path).device == "cpu"
 
 

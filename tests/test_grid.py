@@ -1,5 +1,6 @@
 """Runs side by side, in processes and on a Dask cluster: nothing is lost or done twice, and failures stop no others."""
 
+import dataclasses
 import json
 import os
 import re
@@ -253,15 +254,8 @@ def test_two_threads_that_want_one_run_do_it_once(tmp_path, monkeypatch):
     stream, training = bench.split("digits", tasks=2), bench.Training(hidden=(4,), batch_size=100)
     with counted(grid, "run", monkeypatch) as calls, ThreadPoolExecutor(4) as pool:
         futures = [pool.submit(grid.once, tmp_path / "r.json", stream, "finetune", None, 0, training) for _ in range(4)]
-        monkeypatch.setattr(grid.Record, "save", lambda record, folder: files.write(tmp_path / "r.json", saved(record)))
+        monkeypatch.setattr(grid.Record, "save", lambda record, _: files.seal(tmp_path / "r.json", dataclasses.asdict(record)))
         results = [f.result(timeout=60) for f in futures]
     assert len(calls) == 1
     assert sorted(there for _, there in results) == [False, True, True, True]
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
-
-
-def saved(record):
-    import dataclasses
-
-    content = json.loads(json.dumps(dataclasses.asdict(record)))
-    return json.dumps(content).encode()

@@ -31,6 +31,63 @@ def test_the_core_imports_none_of_the_extras():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+ELSEWHERE = r"""
+import os, signal, sys
+import joblib, numba, optuna, rich, sklearn.datasets, torch, torch.distributed.checkpoint, tyro, vl_convert  # others come first
+POSIX = ("chown chroot confstr ctermid fchmod fchown fork forkpty getegid geteuid getgid getgroups getloadavg getpgid getpgrp"
+         " getpriority getuid killpg lchown mkfifo mknod nice pipe2 posix_spawn pread pwrite register_at_fork sched_getaffinity"
+         " sched_yield setsid setuid statvfs sync sysconf tcgetpgrp uname wait wait3 O_CLOEXEC O_DIRECTORY O_DSYNC O_NOCTTY"
+         " O_NOFOLLOW O_NONBLOCK O_SYNC").split()
+for name in POSIX:
+    if hasattr(os, name):
+        delattr(os, name)
+for name in ("SIGALRM", "SIGHUP", "SIGKILL", "SIGQUIT", "SIGUSR1", "alarm", "pthread_kill", "setitimer", "sigwait"):
+    delattr(signal, name)
+for name in ("fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"):
+    sys.modules[name] = None
+real_open = os.open
+def opened(path, *rest, **more):
+    if os.path.isdir(path):
+        raise PermissionError(13, "Permission denied")  # Windows opens no folders
+    return real_open(path, *rest, **more)
+os.open = opened
+
+from rwalk import Anchor, Consolidator, RWalk, bench, cli, files, kernels, replay
+kernels.use(sys.argv[1])
+model = torch.nn.Linear(2, 2)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+memory = Consolidator(model, RWalk()).attach(optimizer)
+for _ in range(3):
+    optimizer.zero_grad()
+    model(torch.randn(4, 2)).square().mean().backward()
+    optimizer.step()
+memory.consolidate()
+for _ in range(2):  # the second time over the first file
+    memory.save("state")
+    memory.anchor.save("anchor")
+memory.load("state")
+memory.adopt(Anchor.load("anchor"), lambda name: name)
+buffer = replay.Buffer(2)
+buffer.save("buffer")
+buffer.load("buffer")
+quick = ["split-digits", "--seeds", "1", "--tasks", "2", "--hidden", "4", "--out", "runs"]
+assert cli.main(["run", *quick, "--methods", "finetune,recipe"]) == 0
+assert cli.main(["run", *quick, "--methods", "finetune,recipe"]) == 0
+assert cli.main(["tune", *quick, "--methods", "rwalk", "--strength", "0.1,1", "--tune-tasks", "1"]) == 0
+assert cli.main(["report", "runs"]) == cli.main(["compare", "runs", "runs"]) == 0
+assert not files.held("runs/x.lock")
+"""
+
+
+@pytest.mark.filterwarnings("ignore:Got")
+@pytest.mark.parametrize("backend", ["blocked", "numba"])
+def test_the_package_works_without_what_windows_lacks(tmp_path, backend):
+    command = [sys.executable, "-W", "ignore", "-c", ELSEWHERE, backend]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("(on disk)") == 2
+
+
 def test_every_rule_says_where_it_comes_from():
     for name, rule in rules().items():
         assert rule.__doc__, name

@@ -1,6 +1,7 @@
 """State files: what is saved comes back as it was, and nothing else is ever taken for it."""
 
 import copy
+import hashlib
 import io
 import json
 import math
@@ -201,9 +202,9 @@ def test_other_safetensors_files_are_foreign(tmp_path, metadata):
 ], ids=lambda c: c[:40])  # fmt: skip
 def test_crafted_content_under_a_right_checksum_is_refused(tmp_path, content):
     raw = serialise({"w": torch.zeros(2)}, {"format": "rwalk-consolidator-1", "content": content, "sha256": "0" * 64})
-    digest = states._digest(raw, *states._place(states._header(raw)))
+    digest = hashlib.sha256(raw).hexdigest().encode()  # of the file with zeros where the digest stands
     victim = Victim(tmp_path)
-    victim.refuses(raw.replace(b"0" * 64, digest), THREE)
+    victim.refuses(raw.replace(b"0" * 64, digest), "which is (of content that cannot be read|no dictionary)")
 
 
 def leaves(value, path=()):

@@ -241,9 +241,9 @@ def refuse_state(
         damaged = [key for key in ("shapes", "state", "anchor", "tail") if not isinstance(state_dict[key], Mapping)]
         if not damaged:
             _refuse_model(state_dict["shapes"], parameters)
-            damaged = _damage(state_dict, state)
+            damaged = _damage(state_dict, rule, state)
             check_strength(state_dict["strength"])
-    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+    except (ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         damaged = [f"{type(error).__name__} {error}"]
     if damaged:
         raise ValueError(
@@ -288,19 +288,21 @@ def _refuse_model(shapes: Mapping[str, Any], parameters: Mapping[str, Tensor]) -
         )
 
 
-def _damage(state_dict: Mapping[str, Any], state: Any) -> list[str]:
+def _damage(state_dict: Mapping[str, Any], rule: Importance[Any], state: Any) -> list[str]:
     """List the parts of a state that are missing, left over, or of another kind or shape than they should be."""
     shapes = {name: torch.Size(shape) for name, shape in state_dict["shapes"].items()}
-    kept, fresh = state_dict["state"], state._asdict()
-    wrong = sorted(set(fresh) ^ set(kept))
+    kept, fresh, one = state_dict["state"], state._asdict(), rule.init([torch.zeros(1)])._asdict()
+    wrong = sorted(map(str, set(fresh) ^ set(kept)))
     for key in set(fresh) & set(kept):
-        fits = _fits(kept[key], shapes) if isinstance(fresh[key], list) else _alike(kept[key], fresh[key])
+        empty = "None" in str(type(state).__annotations__.get(key))  # where an entry may be missing, its type says so
+        fits = _fits(kept[key], shapes, one[key][0], empty) if isinstance(fresh[key], list) else _alike(kept[key], fresh[key])
         wrong += [] if fits else [key]
     point, omega = state_dict["anchor"]["point"], state_dict["anchor"]["omega"]
     wrong += [
         n for n, t in (*point.items(), *omega.items()) if n not in point or n not in omega or not _tensor(t, shapes.get(n))
     ]
     wrong += damaged_layers(state_dict["anchor"])
+    wrong += ["layers"] if "layers" in state_dict["anchor"] and not rule.layered else []
     average, count = state_dict["tail"]["average"], state_dict["tail"]["count"]
     wrong += [key for key in ("average", "count") if not isinstance(state_dict["tail"][key], Mapping)]
     wrong += [n for n in {*average, *count} if not (_tensor(average.get(n), shapes.get(n)) and _whole(count.get(n)))]
@@ -310,11 +312,13 @@ def _damage(state_dict: Mapping[str, Any], state: Any) -> list[str]:
     return wrong
 
 
-def _fits(column: Any, shapes: Mapping[str, torch.Size]) -> bool:
-    """Tell whether a column of a state has one entry for each parameter: a tensor of its shape, a number or None."""
+def _fits(column: Any, shapes: Mapping[str, torch.Size], fresh: Any, empty: bool) -> bool:
+    """Tell whether a column has for each parameter a number, if a fresh one has, or else a tensor of its shape or nothing."""
     if not isinstance(column, list) or len(column) != len(shapes):
         return False
-    return all(v is None or isinstance(v, Real) or _tensor(v, shape) for v, shape in zip(column, shapes.values(), strict=True))
+    if isinstance(fresh, Real):
+        return all(isinstance(value, Real) for value in column)
+    return all((empty and value is None) or _tensor(value, shape) for value, shape in zip(column, shapes.values(), strict=True))
 
 
 def _alike(value: Any, fresh: Any) -> bool:

@@ -1,7 +1,6 @@
 """Does what a command says, and prints it: runs, tuning, lists and plans."""
 
 import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rwalk import files, plan, reading
+from rwalk import files, plan, reading, report
 from rwalk._errors import explain
 from rwalk.bench import devices, models, ranks, tuning
 from rwalk.bench.data import HUB
@@ -18,10 +17,12 @@ from rwalk.bench.grid import Failure
 from rwalk.bench.record import Record
 from rwalk.bench.runner import LEARNERS, configuration
 from rwalk.bench.trackers import tracker
+from rwalk.bench.tuned import Tuned
 from rwalk.commands import RULES, List, Plan, Run, Tune, parsed
 from rwalk.consolidator import resolve
 from rwalk.progress import Display
-from rwalk.report import costs, show, summarise, tuned
+from rwalk.report import costs, tuned
+from rwalk.report.plain import complain, say, shown
 from rwalk.runs import Job, Runs
 
 LIMITS = {"seeds": range(1, 10_001), "threads": range(1, 1025), "workers": range(1, 1025), "first_seed": range(2**62)}
@@ -64,7 +65,7 @@ def _check(command: Run) -> None:
 def _folder(command: Run) -> None:
     if command.out.exists() and not command.out.is_dir():
         raise ValueError(explain(f"`--out {command.out}`, which is a file", "a folder", "Name another folder."))
-    command.out.mkdir(parents=True, exist_ok=True)
+    files.folder(command.out)
     files.sweep(command.out)
 
 
@@ -84,12 +85,17 @@ def _run(command: Run, words: list[str], console: Console) -> int:
     with Display(console) as display:
         ended = dict(runs.outcomes(jobs, display))
     done = [record for place in jobs if isinstance(record := ended[place], Record)]
-    if done:
-        show(summarise(done), console)
-        console.print(f"Records: {command.out}", highlight=False)
-    status = _failures({jobs[place].label(jobs): why for place, why in ended.items() if isinstance(why, Failure)})
-    if done and ranks.number() == 0:
-        reading.page(command.out, None, command.open, console)
+    place = None
+    try:
+        if done and ranks.number() == 0:
+            place = report.write(command.out)
+    finally:
+        if done:
+            report.show(report.summarise(done), console)
+            say(console, f"Records: {command.out}")
+        status = _failures({jobs[key].label(jobs): why for key, why in ended.items() if isinstance(why, Failure)})
+    if place is not None:
+        reading.show_page(place, command.open, console)
     return status
 
 
@@ -125,7 +131,7 @@ def _failures(failures: Mapping[str, Failure]) -> int:
     for label, failure in failures.items():
         runs.setdefault(failure, []).append(label)
     for failure, labels in runs.items():
-        print(f"rwalk: {failure.cause}\n  failed: {', '.join(labels)}", file=sys.stderr)
+        complain(f"{failure.cause}\n  failed: {', '.join(labels)}")
     return 0 if not runs else 2 if all(failure.known for failure in runs) else 1
 
 
@@ -169,7 +175,7 @@ def _trials(
         yield places[place], outcome
 
 
-def _command(command: Tune, words: list[str], chosen: tuning.Tuned) -> str:
+def _command(command: Tune, words: list[str], chosen: Tuned) -> str:
     """Return the command that runs what was chosen on the tasks that are left."""
     ours = {"--method", "--methods", "--strength", "--lr", "--learning-rates", "--tune-tasks", "--validation", "--refine",
             "--seeds", "--first-seed", "--workers", "--backend", "--address"}  # fmt: skip
@@ -201,7 +207,8 @@ def _list(console: Console) -> None:
 
 def _entries(console: Console, entries: dict[str, str | None]) -> None:
     for name, text in entries.items():
-        console.print(f"  [bold]{name}[/bold]  {(text or '').strip().splitlines()[0]}", highlight=False)
+        about = (text or "").strip().splitlines()[0]
+        console.print(shown(console, f"  {name}  ", "bold").append_text(shown(console, about, "not bold")))
 
 
 def _plan(command: Plan, console: Console) -> None:

@@ -299,13 +299,15 @@ def _pace(row: After) -> float:
 
 def damaged_layers(content: Mapping[str, Any]) -> list[str]:
     """Name the layers in an anchor's content that do not fit its points."""
-    wrong = []
-    for weight, entry in content.get("layers", {}).items():
+    layers, wrong = content.get("layers", {}), []
+    if not isinstance(layers, Mapping):
+        return ["layers"]
+    for weight, entry in layers.items():
         try:
             Layer.read(entry, weight, content["point"])
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError):
-            wrong.append(weight)
-    every = content.get("every", 1)
+            wrong.append(str(weight))
+    every = content.get("every") if "layers" in content else 1
     return wrong if type(every) is int and every >= 1 else [*wrong, "every"]
 
 
@@ -342,7 +344,9 @@ class Match:
 
 
 def _shapes(tensors: Any) -> dict[str, torch.Size] | None:
-    """Return the shapes of tensors by name, or None for anything else."""
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+    """Return the shapes of tensors of floating point by name, or None for anything else."""
+    if not isinstance(tensors, dict):
+        return None
+    if not all(isinstance(n, str) and isinstance(t, Tensor) and t.is_floating_point() for n, t in tensors.items()):
         return None
     return {name: tensor.shape for name, tensor in tensors.items()}

@@ -10,28 +10,30 @@ except ImportError as error:
     raise SystemExit(f"rwalk: the command line needs the extra `bench` ({error}). Run: pip install 'rwalk[bench]'") from None
 
 from rwalk import __version__, reading
+from rwalk.report.plain import complain, tolerant
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, 1 for a mistake of ours, 2 for a user's, 130 after Ctrl-C."""
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)
     words = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        return _do(words, console)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"rwalk: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        if not console.quiet:  # of several ranks the first one speaks
-            again = " The same command continues after the last finished task." if words[:1] in (["run"], ["tune"]) else ""
-            print(f"rwalk: interrupted.{again}", file=sys.stderr)
-        return 130
+    with tolerant():
+        try:
+            return _do(words, console)
+        except (ValueError, OSError, ImportError) as error:
+            complain(error)
+            return 2
+        except KeyboardInterrupt:
+            if not console.quiet:  # of several ranks the first one speaks
+                again = " The same command continues after the last finished task." if words[:1] in (["run"], ["tune"]) else ""
+                complain(f"interrupted.{again}")
+            return 130
 
 
 def _do(words: list[str], console: Console) -> int:
     """Do a command; those that read records start at once, as they load neither torch nor the rules."""
     if words == ["--version"]:
-        console.print(f"rwalk {__version__}", highlight=False)
+        console.print(f"rwalk {__version__}")
         return 0
     if words and words[0] in reading.NAMES:
         return reading.do(reading.parsed(words), console)

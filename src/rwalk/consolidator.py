@@ -479,8 +479,14 @@ class Consolidator:
         given. So pass `{KEY: memory.blank_state_dict(FOLDER, KEY)}` to it, and what it has filled to `load_state_dict`.
 
         Args:
-            folder: the checkpoint, as `torch.distributed.checkpoint.save` wrote it.
+            folder: the checkpoint, as `torch.distributed.checkpoint.save` wrote it. Its metadata are a pickle, of which nothing
+                is run here; but `torch.distributed.checkpoint.load` unpickles the same file, so pass only checkpoints that you
+                trust.
             key: under which key of what was saved the `state_dict` was.
+
+        Raises:
+            FileNotFoundError: if there is no checkpoint.
+            ValueError: if its metadata cannot be read, or hold no such state.
         """
         return parallel.blank(folder, key, named(self.model), refusals.GROUPS)  # type: ignore[no-any-return]
 

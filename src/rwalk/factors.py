@@ -5,6 +5,7 @@ outputs, it is tr(D^T G D A): all pairs of a layer's weights count, where a diag
 2015, arXiv 1503.05671; for continual learning Ritter, Botev and Barber 2018, arXiv 1805.07810.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -154,10 +155,13 @@ class Layer:
         sides = {key: Spectrum(*content[key]) for key in ("inputs", "outputs")}
         rows, columns = point[weight].shape
         for key, size in (("inputs", columns + (bias is not None)), ("outputs", rows)):
-            if [t.shape for t in sides[key]] != [(size, size), (size,)] or not (sides[key].values >= 0).all():
+            fits = [t.shape for t in sides[key]] == [(size, size), (size,)] and all(t.is_floating_point() for t in sides[key])
+            if not fits or not (sides[key].values >= 0).all():
                 raise ValueError(key)
         if (bias is not None and point[bias].shape != (rows,)) or [type(v) for v in (tasks, *owed)] != [int, float, int]:
             raise ValueError("bias, tasks or owed")
+        if tasks < 1 or not 0 <= owed[0] < math.inf or owed[1] < 0:
+            raise ValueError("tasks or owed")
         return cls(bias, sides["inputs"], sides["outputs"], tasks, list(owed))
 
     def tensors(self) -> list[Tensor]:

@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, distributed, nn
 
+from rwalk import _metadata
 from rwalk._errors import explain
 
 Group = Any
@@ -184,31 +185,47 @@ def blank(folder: Any, key: str, parameters: Mapping[str, Tensor], groups: Seque
         key: where in what was saved the state is.
         parameters: the model's parameters by name.
         groups: where in the state there are dictionaries, also if nothing is in them: checkpoints drop empty ones.
-    """
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    metadata = FileSystemReader(folder).read_metadata()
-    places = {name: path[1:] for name, path in (metadata.planner_data or {}).items() if path[0] == key}
-    names = list(dict.fromkeys(path[1] for path in places.values() if path[0] == "shapes"))
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if its metadata cannot be read, or hold no such state.
+    """
+    found = _metadata.read(folder)
+    places = {path[1:]: stored for path, stored in found.items() if path[0] == key}
+    if not places:
+        keys = ", ".join({f"`{path[0]}`": None for path in found})
+        came = f"`{folder}`, which holds nothing under `{key}`, but under {keys}"
+        raise ValueError(explain(came, "the key that the state was saved under", "Pass that key."))
+    try:
+        return _blank(places, parameters, groups)
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        came = f"`{folder}`, which holds no state of a consolidator under `{key}` ({type(error).__name__} {error})"
+        raise ValueError(explain(came, "what `Consolidator.state_dict` returned", "Copy it again, or pass its key.")) from None
+
+
+def _blank(
+    places: Mapping[tuple[Any, ...], _metadata.Stored | None],
+    parameters: Mapping[str, Tensor],
+    groups: Sequence[Sequence[str]],
+) -> Any:
+    names: list[Any] = list(dict.fromkeys(path[1] for path in places if path[0] == "shapes"))
     tree: Any = {}
-    for path in groups:
-        _plant(tree, path, {})
-    for entry, path in places.items():
-        stored = metadata.state_dict_metadata[entry]
+    for group in groups:
+        _plant(tree, group, {})
+    for path, stored in places.items():
         leaf: Any = None
-        if isinstance(stored, TensorStorageMetadata):
-            like = parameters.get(names[path[2]] if path[0] == "state" and len(path) == 3 else path[-1])
-            leaf = _empty(stored, like)
+        if stored is not None:
+            name = names[path[2]] if path[0] == "state" and len(path) == 3 else path[-1]
+            leaf = _empty(stored, parameters.get(name))
         _plant(tree, path, leaf)
     return _listed(tree)
 
 
-def _empty(stored: Any, like: Tensor | None) -> Tensor:
+def _empty(stored: _metadata.Stored, like: Tensor | None) -> Tensor:
     """Make an empty tensor for one that is stored, in parts like those of a parameter."""
     if like is None or not sharded(like) or like.shape != stored.size:
-        return torch.empty(stored.size, dtype=stored.properties.dtype)
-    return as_whole(torch.empty_like(local(like), dtype=stored.properties.dtype), like)
+        return torch.empty(stored.size, dtype=stored.dtype)
+    return as_whole(torch.empty_like(local(like), dtype=stored.dtype), like)
 
 
 def _plant(tree: dict[Any, Any], path: Sequence[Any], leaf: Any) -> None:

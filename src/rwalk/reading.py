@@ -1,6 +1,5 @@
 """Commands about records that are there: `rwalk report`, `rwalk watch` and `rwalk compare`, typed and done."""
 
-import sys
 import time
 import webbrowser
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from rwalk import report
 from rwalk._errors import explain
 from rwalk.bench.record import Record
 from rwalk.report import compared, watch
-from rwalk.report.plain import plain, say
+from rwalk.report.plain import complain, say
 
 
 @dataclass(frozen=True)
@@ -90,21 +89,17 @@ def _report(command: Report, console: Console) -> None:
     records, problems = report.read(command.folder)
     _complain(problems)
     if records:
-        report.show(report.summarise(records), console)
-        page(command.folder, command.out, command.open, console, (records, problems))
+        try:
+            place = report.write(command.folder, command.out, found=(records, problems))
+        finally:
+            report.show(report.summarise(records), console)
+        show_page(place, command.open, console)
 
 
-def page(
-    folder: Path,
-    out: Path | None,
-    open_it: bool,
-    console: Console,
-    found: tuple[Sequence[Record], Sequence[str]] | None = None,
-) -> None:
-    """Write the page of a folder, say where it is, and show it in a browser if asked to; `found` is as for `report.write`."""
-    place = report.write(folder, out, found=found)
+def show_page(place: Path, in_browser: bool, console: Console) -> None:
+    """Say where a page is, and show it in a browser if asked to."""
     say(console, f"Report: {place}")
-    if open_it:
+    if in_browser:
         webbrowser.open(place.resolve().as_uri())
 
 
@@ -119,7 +114,7 @@ def _records(place: Path) -> list[Record]:
 
 def _complain(problems: Sequence[str]) -> None:
     for problem in problems:
-        print(f"rwalk: {plain(problem, 1000)}", file=sys.stderr)
+        complain(problem)
 
 
 def _watch(command: Watch, console: Console) -> None:

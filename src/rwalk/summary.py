@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rwalk._errors import printable
 from rwalk.anchor import Anchor
 from rwalk.parallel import ALONE, Spread
 
@@ -44,7 +45,10 @@ class Summary:
         lines = [f"{key}: {value}" for key, value in self.settings.items()]
         lines += [f"{key}: {value:.4g}" for key, value in self.figures.items()]
         width = max((len(layer.name) for layer in self.layers), default=0)
-        lines += [f"{layer.name:<{width}}  holds {layer.share:6.1%}  drift {layer.drift:.3g}" for layer in self.layers]
+        lines += [
+            f"{printable(layer.name, keep=''):<{width}}  holds {layer.share:6.1%}  drift {layer.drift:.3g}"
+            for layer in self.layers
+        ]
         return "\n".join(lines)
 
     def scalars(self, prefix: str = "memory/") -> dict[str, float]:
@@ -57,12 +61,14 @@ class Summary:
     def __rich__(self) -> Any:
         """Lay the summary out as a table for rich."""
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=str(self.settings["rule"]), caption=", ".join(f"{k} {v:.4g}" for k, v in self.figures.items()))
+        caption = Text(", ".join(f"{k} {v:.4g}" for k, v in self.figures.items()), "table.caption")
+        table = Table(title=Text(str(self.settings["rule"]), "table.title"), caption=caption)
         for heading in ("layer", "importance", "drift"):
             table.add_column(heading, justify="left" if heading == "layer" else "right")
         for layer in self.layers:
-            table.add_row(layer.name, f"{layer.share:.1%}", f"{layer.drift:.3g}")
+            table.add_row(Text(printable(layer.name, keep="")), f"{layer.share:.1%}", f"{layer.drift:.3g}")
         return table
 
 

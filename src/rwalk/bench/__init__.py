@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from rwalk.bench.learners import Cumulative, FineTune, Joint, Learner, Protected, Training
     from rwalk.bench.record import Record
     from rwalk.bench.runner import run
-    from rwalk.bench.tuning import Tuned, early, later, tune
+    from rwalk.bench.tuned import Tuned
+    from rwalk.bench.tuning import early, later, tune
 
 __all__ = [
     "AGEM",
@@ -44,6 +45,7 @@ _HOMES = {
     "rwalk.bench.learners": ["Cumulative", "FineTune", "Joint", "Learner", "Protected", "Training"],
     "rwalk.bench.record": ["Record"],
     "rwalk.bench.runner": ["run"],
-    "rwalk.bench.tuning": ["Tuned", "early", "later", "tune"],
+    "rwalk.bench.tuned": ["Tuned"],
+    "rwalk.bench.tuning": ["early", "later", "tune"],
 }
 __getattr__ = lazily(__name__, {name: home for home, names in _HOMES.items() for name in names})

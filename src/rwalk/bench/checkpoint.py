@@ -1,18 +1,21 @@
 """A checkpoint is where a run stood after a finished task, as a file from which the same run goes on."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
-from rwalk import states
+from rwalk import files, states
 from rwalk._errors import explain
 from rwalk.bench import devices, ranks
 from rwalk.bench.experience import Experience
-from rwalk.bench.learners import Learner, Resumable
+from rwalk.bench.learners import FineTune, Learner, Resumable
+from rwalk.bench.record import problem
 
 
 @dataclass
@@ -68,8 +71,13 @@ class Checkpoint:
             content = states.load(self.path, "checkpoint")
             if content["run"] != self.run:
                 raise ValueError(f"it is of another run, version, device or number of threads: {content['run']}")
-            measured = Measured(**content["measured"])
-            learner.resume(content["learner"], stream[: len(measured.accuracy)])
+            measured, state = Measured(**content["measured"]), content["learner"]
+            _check_measured(measured, len(stream))
+            if isinstance(learner, FineTune):
+                _check_learner(learner, state, stream[0].outputs)
+            learner.resume(state, stream[: len(measured.accuracy)])
+            if isinstance(learner, FineTune):
+                _check_optimizer(learner.optimizer)
             devices.set_chance(self.device, content["random"])
         except FileNotFoundError:
             return None
@@ -82,3 +90,44 @@ class Checkpoint:
         came = f"a checkpoint `{self.path}` that cannot be used ({error})"
         remedy = "The run starts from its beginning and replaces it."
         warnings.warn(explain(came, "one that this run has written", remedy), stacklevel=4)
+
+
+def _check_measured(measured: Measured, tasks: int) -> None:
+    """Raise a ValueError unless a record of so many tasks may hold what was measured."""
+    rows: list[Any] = [*measured.accuracy, *measured.bits]
+    figures = asdict(measured) | {"timings": {"train_seconds": measured.seconds}}
+    if not _recordable(figures) or measured.seconds is None or {len(row) for row in rows} != {tasks}:
+        raise ValueError("what it has measured is of another kind")
+
+
+def _recordable(parts: dict[str, Any]) -> bool:
+    """Tell whether a record may hold some parts."""
+    return not problem({"method": "", "stream": "", "seed": 0, "accuracy": []} | files.as_json(parts))
+
+
+def _check_learner(learner: FineTune, state: Mapping[str, Any], outputs: int) -> None:
+    """Raise a ValueError unless a state has what the learners' common loop counts and remembers, as it does."""
+    fresh, seconds, loss = learner.state_dict(), state["step_seconds"], state["loss"]
+    forms = [{name: (t.shape, t.dtype) for name, t in one["model"].items()} for one in (state, fresh)]
+    memories = state["optimizer"]["state"].values()
+    holds = {
+        "step_seconds": isinstance(seconds, Tensor) and seconds.dim() == 1 and seconds.is_floating_point(),
+        "passed": type(state["passed"]) is int,
+        "seen": set(state["seen"]) <= set(range(outputs)),
+        "loss": isinstance(loss, Tensor) and loss.dim() == 0 and loss.is_floating_point(),
+        "model": forms[0] == forms[1],
+        "optimizer": state["optimizer"]["param_groups"] == fresh["optimizer"]["param_groups"]
+        and all(value is None or value.is_floating_point() for memory in memories for value in memory.values()),
+        "diagnostics": _recordable({"diagnostics": state["diagnostics"]}),
+        "old": all(old.dtype == torch.bool and old.shape == (outputs,) for old in state.get("old", [])),
+    }
+    if wrong := [key for key, right in holds.items() if not right]:
+        raise ValueError(f"its `{wrong[0]}` is of another kind")
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
+    """Raise a ValueError unless an optimiser remembers the same of each parameter: tensors of its shape, and numbers."""
+    kept = optimizer.state.items()
+    sizes = [(value.shape, p.shape) for p, memory in kept for value in memory.values() if value is not None]
+    if len({frozenset(memory) for _, memory in kept}) > 1 or not all(size in (whole, ()) for size, whole in sizes):
+        raise ValueError("its optimiser remembers something else than this one")

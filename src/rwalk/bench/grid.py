@@ -55,7 +55,7 @@ def once(place: Path, *arguments: Any, **options: Any) -> tuple[Record, bool]:
 def _once(place: Path, *arguments: Any, **options: Any) -> tuple[Record, bool]:
     checkpoint = place.with_suffix(".checkpoint")
     there = ranks.agreed(place.exists())
-    record = Record.load(place) if there else run(*arguments, checkpoint=checkpoint, **options)
+    record = Record.load(place, exact=True) if there else run(*arguments, checkpoint=checkpoint, **options)
     if ranks.number() == 0:
         if not there:
             record.save(place.parent)

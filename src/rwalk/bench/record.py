@@ -1,8 +1,5 @@
 """A record is what one run measured, as a JSON file that can be read without the library."""
 
-import hashlib
-import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -103,80 +100,76 @@ class Record:
     def save(self, folder: str | Path) -> Path:
         """Write the record into a folder, whole or not at all, and return the file's path."""
         path = Path(folder) / self.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = json.loads(json.dumps(_finite(asdict(self))))
-        files.write(path, json.dumps(content | {"sha256": _digest(content)}, indent=1, allow_nan=False).encode())
+        files.folder(path.parent)
+        files.seal(path, asdict(self))
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> "Record":
+    def load(cls, path: str | Path, *, exact: bool = False) -> "Record":
         """Read a record.
+
+        Args:
+            path: the file. If its name is one of those that `save` gives, it has to name this record's stream, method and seed.
+            exact: whether it has to name the configuration, too.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is not a record of this format.
+            ValueError: if the file is not a record of this format, or is named like another one.
         """
         try:
-            content = files.parse(files.read(path))
-            problem = _problem(content)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(_unreadable(path, f"not JSON ({error})")) from None
-        if problem:
-            raise ValueError(_unreadable(path, problem))
-        return cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})
+            content = files.unseal(path)
+        except ValueError as error:
+            raise ValueError(_unreadable(path, str(error))) from None
+        if wrong := problem(content):
+            raise ValueError(_unreadable(path, wrong))
+        record = cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})
+        name, right = Path(path).name, record.name
+        if NAMED.fullmatch(name) and name != right and (exact or name.rpartition("-")[0] != right.rpartition("-")[0]):
+            raise ValueError(_unreadable(path, f"named like another run: its content is that of `{right}`"))
+        return record
+
+
+NAMED = re.compile(r".*-seed-?[0-9]+-[0-9a-f]{10}\.json", re.DOTALL)
+"""Names that `file_name` gives."""
 
 
 def file_name(stream: str, method: str, seed: int, config: dict[str, Any]) -> str:
     """Name the file of a run; equal configurations give equal names, and no name leaves its folder or is too long for it."""
     words = re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{stream}-{method}")[:150]
-    return f"{words}-seed{int(seed)}-{_digest([stream, method, seed, config])[:10]}.json"
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _finite(value: Any) -> Any:
-    """Replace numbers that JSON lacks by null: a penalty may overflow where a run diverges."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return {k: _finite(v) for k, v in value.items()} if isinstance(value, dict) else value
+    return f"{words}-seed{int(seed)}-{files.digest(files.as_json([stream, method, seed, config]))[:10]}.json"
 
 
 def _unreadable(path: str | Path, problem: str) -> str:
     return explain(f"`{path}`: {problem}", "a record of `rwalk run`", "Move the file away and run again.")
 
 
-def _problem(content: Any) -> str:
-    """Say why JSON content is no record, or return nothing."""
-    if not isinstance(content, dict):
-        return "not a JSON object"
+def problem(content: dict[str, Any]) -> str:
+    """Say why a JSON object is no record, or return nothing."""
     missing = {"method", "stream", "seed", "accuracy"} - content.keys()
     if missing:
         return f"without {', '.join(sorted(missing))}"
     if content.get("format", FORMAT) != FORMAT:
         return f"of format {content['format']}"
-    if "sha256" in content and content["sha256"] != _digest({k: v for k, v in content.items() if k != "sha256"}):
-        return "damaged or edited since it was written (its checksum is wrong)"
-    kinds = {"method": str, "stream": str, "seed": int, "accuracy": list, "untrained": list, "bits": list, "labels": list,
-             "config": dict, "timings": dict, "memory": dict, "diagnostics": list, "versions": dict, "threads": int,
-             "ranks": int, "device": str}  # fmt: skip
-    wrong = [key for key, kind in kinds.items() if key in content and not isinstance(content[key], kind)]
+    wrong = [key for key, kind in KINDS.items() if key in content and type(content[key]) is not kind]
     if wrong:
-        return f"whose `{wrong[0]}` is not of type {kinds[wrong[0]].__name__}"
+        return f"whose `{wrong[0]}` is not of type {KINDS[wrong[0]].__name__}"
     return next((f"whose `{key}` is not {what}" for key, (what, holds) in PARTS.items() if not holds(content)), "")
 
 
-def _number(value: Any) -> bool:
-    """Whether this is a number, or the null that is written in place of one that JSON lacks."""
+KINDS = {"method": str, "stream": str, "seed": int, "accuracy": list, "untrained": list, "bits": list, "labels": list,
+         "config": dict, "timings": dict, "memory": dict, "diagnostics": list, "versions": dict, "threads": int, "ranks": int,
+         "device": str}  # fmt: skip
+"""Of which type the parts of a record are."""
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether JSON content is a number, or the null that is written in place of one that JSON lacks."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return value is None or (number and abs(value) < 1e300)
 
 
 def _fraction(value: Any) -> bool:
-    return _number(value) and (value is None or 0 <= value <= 1)
+    return is_number(value) and (value is None or 0 <= value <= 1)
 
 
 def is_matrix(rows: Any) -> bool:
@@ -192,7 +185,7 @@ def _are_counts(task: Any) -> bool:
 
 def _is_config(config: dict[str, Any]) -> bool:
     parts = all(isinstance(config.get(key, {}), dict) for key in ("stream", "training", "rule", "replay"))
-    return parts and _number(config.get("strength"))
+    return parts and is_number(config.get("strength"))
 
 
 def _diagnostic(task: Any) -> bool:
@@ -201,8 +194,8 @@ def _diagnostic(task: Any) -> bool:
         return False
     figures, layers = task.get("figures", {}), task.get("layers", [])
     named = isinstance(layers, list) and all(isinstance(layer, dict) and isinstance(layer.get("name"), str) for layer in layers)
-    measured = named and all(_number(layer.get(key)) for layer in layers for key in ("share", "drift"))
-    return measured and isinstance(figures, dict) and all(map(_number, figures.values()))
+    measured = named and all(is_number(layer.get(key)) for layer in layers for key in ("share", "drift"))
+    return measured and isinstance(figures, dict) and all(map(is_number, figures.values()))
 
 
 PARTS: dict[str, tuple[str, Callable[[dict[str, Any]], bool]]] = {
@@ -213,12 +206,13 @@ PARTS: dict[str, tuple[str, Callable[[dict[str, Any]], bool]]] = {
     ),
     "bits": (
         "a matrix of numbers",
-        lambda c: all(isinstance(row, list) and all(map(_number, row)) for row in c.get("bits", [])),
+        lambda c: all(isinstance(row, list) and all(map(is_number, row)) for row in c.get("bits", [])),
     ),
     "labels": ("whole numbers `occur` and `compete` for each task", lambda c: all(map(_are_counts, c.get("labels", [])))),
     "config": ("settings by name, and `strength` a number", lambda c: _is_config(c.get("config", {}))),
-    "timings": ("numbers by name", lambda c: all(map(_number, c.get("timings", {}).values()))),
-    "memory": ("numbers by name", lambda c: all(map(_number, c.get("memory", {}).values()))),
+    "timings": ("numbers by name", lambda c: all(map(is_number, c.get("timings", {}).values()))),
+    "memory": ("numbers by name", lambda c: all(map(is_number, c.get("memory", {}).values()))),
+    "versions": ("text by name", lambda c: all(isinstance(value, str) for value in c.get("versions", {}).values())),
     "diagnostics": ("figures and layers for each task", lambda c: all(map(_diagnostic, c.get("diagnostics", [])))),
 }
 """What the parts of a record have to be, beyond their types, so that whoever reads one may rely on it."""

@@ -4,10 +4,9 @@ No test example is read, and the other tasks are for the runs that count: `later
 "Efficient Lifelong Learning with A-GEM" (ICLR 2019).
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -15,13 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rwalk import files
 from rwalk._errors import explain
 from rwalk.bench.experience import Experience, Part, check, label_counts
 from rwalk.bench.grid import Failure, once, outcomes
 from rwalk.bench.learners import Training
-from rwalk.bench.record import Record, file_name
+from rwalk.bench.record import Record
 from rwalk.bench.runner import Method, called, configuration, record_name, run
+from rwalk.bench.tuned import Tuned, tuned_name
 
 SPREAD = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 """Strengths tried when none are given, over the default one."""
@@ -29,7 +28,6 @@ ROUND = 4
 """Trials that are proposed together, so that the search is the same with any number of workers."""
 VALIDATION = "-validation"
 """What the name of a stream ends in whose test examples are held out from training."""
-SUFFIX = ".tuned"
 
 
 class Candidate(NamedTuple):
@@ -38,57 +36,6 @@ class Candidate(NamedTuple):
     strength: float
     lr: float
     seed: int
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """What tuning has chosen, and all that it has seen.
-
-    Args:
-        method: name of the method.
-        stream: name of the stream.
-        strength, lr: the values whose accuracy on held-out examples is highest.
-        accuracy: that accuracy, averaged over tasks and seeds, a fraction.
-        tasks: how many of the stream's tasks were tried on; `later(stream, tasks)` are the others.
-        trials: for each pair of values its accuracy (None if a run failed), the accuracies by seed, and causes of failures.
-        config: every setting of the trials but the two values.
-        edge: the values that lie at an end of what was tried, so that better ones may lie beyond.
-    """
-
-    method: str
-    stream: str
-    strength: float
-    lr: float
-    accuracy: float
-    tasks: int
-    trials: list[dict[str, Any]] = field(default_factory=list)
-    config: dict[str, Any] = field(default_factory=dict)
-    edge: list[str] = field(default_factory=list)
-
-    def save(self, folder: str | Path) -> Path:
-        """Write a JSON file that `rwalk run --strength tuned` finds by the settings, and return its path."""
-        path = Path(folder) / _file(self.stream, self.method, self.config)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write(path, json.dumps(asdict(self), indent=1, allow_nan=False).encode())
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Tuned":
-        """Read a file of `save`.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it is none of ours.
-        """
-        try:
-            content = files.parse(files.read(path))
-            found = cls(**{f.name: content[f.name] for f in fields(cls)})
-            if not all(isinstance(v, float | int) and math.isfinite(v) for v in (found.strength, found.lr)):
-                raise ValueError("its values are no numbers")
-        except (ValueError, TypeError, KeyError) as error:
-            came = f"`{path}`, which holds no tuned strength ({type(error).__name__}: {error})"
-            raise ValueError(explain(came, "a file of `rwalk tune`", "Tune again.")) from None
-        return found
 
 
 def tune(
@@ -299,7 +246,7 @@ def find(folder: Path, stream: Sequence[Experience], method: Method, training: T
         ValueError: if it was not, or with another learning rate.
     """
     name = stream[0].stream["name"]
-    path = folder / _file(name, called(method), configuration(stream, method, None, training, **options))
+    path = folder / tuned_name(name, called(method), configuration(stream, method, None, training, **options))
     if not path.exists():
         came = f"`tuned` strength for `{called(method)}` on {name} with these settings, which `{folder}` does not have"
         raise ValueError(explain(came, "a run of `rwalk tune` with them", "Tune first, or pass a number."))
@@ -308,11 +255,3 @@ def find(folder: Path, stream: Sequence[Experience], method: Method, training: T
         came = f"learning rate {training.lr:g} for a strength that was tuned with {tuned.lr:g}"
         raise ValueError(explain(came, f"--lr {tuned.lr:g}", "Pass it, or tune with the other one."))
     return tuned
-
-
-def _file(stream: str, method: str, config: dict[str, Any]) -> str:
-    """Name the file for settings, whatever the seed and the number of tasks; values that were tuned are no part of them."""
-    about = {k: v for k, v in config["stream"].items() if k not in ("name", "seed", "tasks", "skipped", "validation")}
-    training = {k: v for k, v in config["training"].items() if k != "lr"}
-    fixed = {k: v for k, v in config.items() if k != "strength"} | {"stream": about, "training": training}
-    return file_name(stream, method, 0, fixed).replace("-seed0-", "-").removesuffix(".json") + SUFFIX

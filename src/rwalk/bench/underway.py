@@ -7,9 +7,6 @@ from pathlib import Path
 from rwalk import files
 from rwalk.bench.record import is_matrix
 
-LONGEST = 100_000_000
-"""Bytes of a header beyond which safetensors reads no file."""
-
 
 @dataclass(frozen=True)
 class Underway:
@@ -45,9 +42,9 @@ def measured(checkpoint: str | Path) -> list[list[float | None]]:
     Its checksum is not looked at: whoever goes on from it does so.
     """
     try:
-        with Path(checkpoint).open("rb") as file:
-            header = file.read(min(int.from_bytes(file.read(8), "little"), LONGEST))
-        content = files.parse(files.parse(header)["__metadata__"]["content"])
+        with files.opened(checkpoint) as file:
+            header = files.parse(files.header(file))
+        content = files.parse(header["__metadata__"]["content"])
         rows = content["measured"]["accuracy"]
     except (OSError, ValueError, LookupError, TypeError):
         return []

@@ -172,18 +172,17 @@ class Buffer:
         """
         mine = self.state_dict()
         for name in ("format", "size", "per", "select"):
-            if state_dict.get(name) != mine[name]:
-                came, expected = f"a buffer's state of {name} {state_dict.get(name)!r}", f"{name} {mine[name]!r}"
+            theirs = state_dict.get(name)
+            if type(theirs) is not type(mine[name]) or theirs != mine[name]:
+                came, expected = f"a buffer's state of {name} {theirs!r}", f"{name} {mine[name]!r}"
                 raise ValueError(explain(came, expected, "Make the buffer as it was when the state was saved."))
         try:
-            held = dict(state_dict["held"])
-            keys = held.pop("key", self._keys[:0])
-            sample = Sample(**held) if held else None
-            generator = torch.Generator()
+            held, generator = state_dict["held"], torch.Generator()
             generator.set_state(state_dict["generator"])
-            sizes = {len(column) for column in (*(sample or ()), keys)}
-            sound = len(sizes) == 1 and (sample is None or sample.task.dtype == torch.int64) and keys.dtype == torch.float64
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            sample = Sample(*(held[name] for name in Sample._fields)) if held else None
+            keys = held["key"] if held else self._keys[:0]
+            sound = isinstance(held, Mapping) and (sample is None or (len(held) == 4 and self._sound(sample, keys)))
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(_damaged(str(error))) from None
         if not sound:
             raise ValueError(_damaged("columns that do not belong together"))
@@ -233,9 +232,22 @@ class Buffer:
             keys[rows] = found.cpu().double()
         return keys
 
+    def _sound(self, held: Sample, keys: Tensor) -> bool:
+        """Tell whether columns are such as `add` makes them."""
+        columns = (*held, keys)
+        if not all(isinstance(column, Tensor) and column.dim() and len(column) == len(keys) > 0 for column in columns):
+            return False
+        one = held.task.dim() == keys.dim() == 1 and (held.task.dtype, keys.dtype) == (torch.int64, torch.float64)
+        return one and self._takes(held.y) and bool((held.task >= 0).all()) and not keys.isnan().any()
+
+    def _takes(self, y: Tensor) -> bool:
+        """Tell whether labels are of a form that examples can be kept by: whole numbers, unless classes do not matter."""
+        whole = y.dim() == 1 and not y.is_floating_point() and not y.is_complex()
+        return whole or (self._stream and self.per == "total")
+
     def _refuse(self, came: Sample) -> None:
         """Raise an error for what cannot stand beside what is kept."""
-        if (self.per == "class" or not self._stream) and (came.y.dim() != 1 or came.y.is_floating_point()):
+        if not self._takes(came.y):
             kind = f"labels of shape {tuple(came.y.shape)} and type {came.y.dtype}"
             raise ValueError(
                 explain(kind, "whole numbers, one for each example", 'Use a `"reservoir"` in total for other ones.')

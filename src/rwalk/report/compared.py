@@ -7,10 +7,9 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from rwalk.report.contrast import Contrast, Effect, Match
-from rwalk.report.plain import plain, say
+from rwalk.report.plain import plain, say, shown
 
 WIDE = 76
 """Characters that the table of figures needs."""
@@ -29,16 +28,17 @@ def show(contrast: Contrast, a: str, b: str, console: Console) -> None:
         _match(match, console)
     for side, names in (("A", contrast.only_a), ("B", contrast.only_b)):
         if names:
-            say(console, f"\nOnly in {side}, with no partner: {', '.join(plain(name, 100) for name in names)}")
+            say(console, "")
+            say(console, f"Only in {side}, with no partner: {', '.join(plain(name, 100) for name in names)}")
     if any(match.effects for match in contrast.matches):
-        console.print(Text(f"\n{NOTE}", style="dim"))
+        console.print(shown(console, f"\n{NOTE}", "dim"))
 
 
 def _match(match: Match, console: Console) -> None:
     names = dict.fromkeys(plain(name, 100) for name in (match.a, match.b))
-    console.print(Text("\n" + " against ".join(names), style="bold"))
+    console.print(shown(console, "\n" + " against ".join(names), "bold"))
     if match.differences:
-        console.print(_settings(match))
+        console.print(_settings(match, console))
     else:
         say(console, "No setting differs.")
     if not match.comparable:
@@ -52,10 +52,10 @@ def _match(match: Match, console: Console) -> None:
         say(console, "No figure that both have.")
 
 
-def _settings(match: Match) -> Table:
+def _settings(match: Match, console: Console) -> Table:
     table = _grid("setting", "A", "B")
     for one in match.differences:
-        table.add_row(*(Text(text) for text in (plain(one.setting), _values(one.a), _values(one.b))))
+        table.add_row(*(shown(console, text) for text in (plain(one.setting), _values(one.a), _values(one.b))))
     return table
 
 
@@ -71,11 +71,11 @@ def _figures(effects: Sequence[Effect], console: Console) -> None:
         for column in table.columns[1:]:
             column.justify = "right"
         for one, row in zip(effects, rows, strict=True):
-            table.add_row(one.figure, *row.values())
+            table.add_row(one.figure, *(shown(console, cell) for cell in row.values()))
         console.print(table)
         return
     for one, row in zip(effects, rows, strict=True):
-        console.print(Text(f"{one.figure}: " + ", ".join(f"{name} {value}" for name, value in row.items())))
+        console.print(shown(console, f"{one.figure}: " + ", ".join(f"{name} {value}" for name, value in row.items())))
 
 
 def _row(one: Effect) -> dict[str, str]:

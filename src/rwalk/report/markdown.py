@@ -8,7 +8,8 @@ from rwalk.report.names import clean, names
 from rwalk.report.story import remarks, sentence
 from rwalk.report.summary import Comparison, Line
 
-SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~])")
+SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~&$])|^([-+=]|[0-9]+(?=[.)]))")
+"""What means something in GitHub's Markdown, anywhere or at the start of a line."""
 
 
 def markdown(comparisons: Sequence[Comparison]) -> str:
@@ -48,4 +49,8 @@ def _legend(columns: Sequence[Column]) -> str:
 
 def _plain(text: str) -> str:
     """Keep text from being read as Markdown or HTML."""
-    return SPECIAL.sub(r"\\\1", clean(text))
+
+    def escaped(found: re.Match[str]) -> str:
+        return f"{found[0]}\\" if found[0].isdigit() else f"\\{found[0]}"
+
+    return SPECIAL.sub(escaped, clean(text).strip())

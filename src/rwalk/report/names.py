@@ -24,8 +24,8 @@ NAMES = {
 }
 REPLAY = "+replay"
 """What is behind the names of methods that replay examples, too."""
-UNPRINTABLE = re.compile("[^\x20-\u2029\u2030-\u2065\u2070-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""Control characters, halves of characters, and marks that turn the direction of what follows."""
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff\ufff9-\uffff]")
+"""Control characters, halves of characters, and marks that end a line or turn the direction of what follows."""
 
 
 def clean(text: Any) -> str:

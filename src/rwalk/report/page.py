@@ -74,7 +74,7 @@ def render(
     text: str = environment.get_template("page.html").render(
         sections=[_section(i, *both) for i, both in enumerate(zip(comparisons, ways, strict=True))],
         runs=sum(len(line.records) for comparison in comparisons for line in comparison.lines),
-        problems=[clean(problem) for problem in problems],
+        problems=problems,
         refresh=refresh,
         style=markup(style),
         script=markup(script),
@@ -93,6 +93,7 @@ def _templates() -> tuple[Any, Any]:
     except ImportError as error:
         raise drawing.missing("write pages", error) from None
     rules: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    rules["finalize"] = lambda value: clean(value) if type(value) is str else value  # not what is markup already
     return Environment(loader=FileSystemLoader(TEMPLATES), **rules), Markup
 
 
@@ -101,9 +102,9 @@ def _section(number: int, comparison: Comparison, how: Sequence[str]) -> dict[st
     columns = shown(comparison.lines)
     return {
         "id": f"part{number}",
-        "stream": clean(comparison.stream),
-        "facts": {name: clean(value) for name, value in comparison.facts().items()},
-        "about": clean(comparison.describe()),
+        "stream": comparison.stream,
+        "facts": comparison.facts(),
+        "about": comparison.describe(),
         "sentence": story.sentence(comparison),
         "remarks": story.remarks(comparison),
         "columns": columns,
@@ -115,7 +116,7 @@ def _section(number: int, comparison: Comparison, how: Sequence[str]) -> dict[st
         "accuracies": maps.accuracies(comparison),
         "layers": maps.layers(comparison),
         "commands": reproduce.commands(comparison),
-        "versions": [clean(way) for way in reproduce.versions(comparison)],
+        "versions": reproduce.versions(comparison),
     }
 
 

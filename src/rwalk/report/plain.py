@@ -1,17 +1,71 @@
-"""What records hold as text for a terminal: in one line, of bounded length, and without characters that steer it."""
+"""Text for a terminal: without markup and without characters that steer it, in what its encoding has."""
 
+import codecs
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
+
+from rwalk._errors import printable
+
+LOOK_ALIKES = {
+    "±": "+-", "×": "x", "−": "-", "‐": "-", "‑": "-", "–": "-", "—": "-", "━": "-", "─": "-", "╺": "-", "╸": "-", "│": "|",
+    "…": ".", "→": "->", "←": "<-", "↑": "^", "↓": "v", "·": ".", "•": "*", "“": '"', "”": '"', "‘": "'", "’": "'",
+    "\u00a0": " ", "\u202f": " ", "≤": "<=", "≥": ">=", "µ": "u", "²": "2",
+}  # fmt: skip
+"""What is written where an encoding lacks a character; a question mark for all others."""
+
+
+def _look_alike(error: UnicodeError) -> tuple[str, int]:
+    """Replace what cannot be encoded; Python calls this for streams whose handler of errors is "rwalk"."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(LOOK_ALIKES.get(c, "?") for c in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("rwalk", _look_alike)
+
+
+@contextmanager
+def tolerant() -> Iterator[None]:
+    """Let the standard streams write look-alikes of what their encoding lacks, and not fail."""
+    streams = [(stream, stream.errors) for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+    for stream, _ in streams:
+        _handle(stream, "rwalk")
+    try:
+        yield
+    finally:
+        for stream, errors in streams:
+            _handle(stream, errors)
+
+
+def _handle(stream: io.TextIOWrapper, errors: str | None) -> None:
+    with suppress(ValueError, OSError):  # closed, or led elsewhere since it was opened
+        stream.reconfigure(errors=errors)
 
 
 def plain(value: Any, room: int = 60) -> str:
-    """Write a value of a record; what cannot be printed becomes a question mark, and what is too long ends in dots."""
+    """Write a value in one line; what cannot be printed becomes a question mark, and what is too long ends in dots."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    text = "".join(c if c.isprintable() else "?" for c in text[: room + 1])
+    text = printable(text[: room + 1], keep="")
     return text if len(text) <= room else text[: room - 3] + "..."
 
 
-def say(console: Console, text: str) -> None:
-    """Print text as it is: nothing in it is markup, and lines are broken by the terminal alone."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+def shown(console: Console, text: str, style: str = "") -> Text:
+    """Return text as a console can show it: nothing in it is markup; lines stay lines."""
+    known = printable(text).encode(console.encoding, "rwalk").decode(console.encoding)
+    return Text(known, style=style)
+
+
+def say(console: Console, text: str, style: str = "") -> None:
+    """Print a line as it is, broken by the terminal alone."""
+    console.print(shown(console, plain(text, 100_000), style), soft_wrap=True)
+
+
+def complain(problem: Any) -> None:
+    """Print what is wrong to the other stream."""
+    print(f"rwalk: {printable(str(problem))}", file=sys.stderr)

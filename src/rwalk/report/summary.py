@@ -3,13 +3,14 @@
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from rwalk._errors import explain
 from rwalk.bench.record import Record
+from rwalk.bench.tuned import SUFFIX, Tuned
 
 REFERENCES = ("cumulative", "joint")
 """Methods that train on the data of all tasks at once: what is within reach, and not what is compared."""
@@ -98,23 +99,37 @@ class Comparison:
 
 
 def read(folder: str | Path) -> tuple[list[Record], list[str]]:
-    """Read all records below a folder; return them and a message for each file that is none.
+    """Read all records below a folder; return them and a message for each file that is left out.
+
+    Left out are JSON files that hold no record, results of tuning that cannot be read, and copies of records, which would count
+    twice: they are equal to the last digit of their times.
 
     Raises:
         FileNotFoundError: if the folder does not exist or holds no JSON file.
     """
-    files = sorted(Path(folder).rglob("*.json")) if Path(folder).is_dir() else []
+    below = sorted(Path(folder).rglob("*")) if Path(folder).is_dir() else []
+    files = [file for file in below if file.suffix == ".json"]
     if not files:
         raise FileNotFoundError(
             explain(f"`{folder}`, in which there are no records", "a folder written by `rwalk run --out`", "Correct the path.")
         )
-    records, problems = [], []
+    records: dict[str, tuple[Path, Record]] = {}
+    problems = []
     for file in files:
         try:
-            records.append(Record.load(file))
+            record = Record.load(file)
+            first, _ = records.setdefault(canonical(asdict(record)), (file, record))
+            if first != file:
+                raise ValueError(explain(f"`{file}`, a copy of `{first}`", "each run once", "Move one of them away."))
         except (ValueError, OSError) as error:  # of one file that is gone, or may not be read, as of one that is broken
             problems.append(str(error))
-    return records, problems
+    for file in below:
+        try:
+            if file.suffix == SUFFIX:
+                Tuned.load(file)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    return [record for _, record in records.values()], problems
 
 
 def summarise(records: Iterable[Record]) -> list[Comparison]:

@@ -7,42 +7,46 @@ from rich.console import Console
 from rich.table import Table
 
 from rwalk.report.columns import COLUMNS
+from rwalk.report.plain import plain, shown
 from rwalk.report.story import single_labels
 from rwalk.report.summary import Comparison, Line
 
 WIDE = 120
 """Characters from which all columns are shown; narrower terminals leave out transfer and stored examples."""
+NAME = 200
+"""Characters of a name that are shown."""
+NOTE = (
+    "Mean ± standard deviation over seeds; accuracies in %. Lower is better for forgetting, intransigence and time. "
+    "step: CPU time of a step over that of finetune. state: bytes held over those of the model."
+)
 
 
 def show(comparisons: list[Comparison], console: Console) -> None:
     """Print one table for each comparison, with the settings that its numbers depend on."""
     for comparison in comparisons:
-        console.print(f"\n[bold]{comparison.stream}[/bold]: {comparison.describe()}", highlight=False)
-        console.print(_table(comparison, console.width >= WIDE))
+        console.print()
+        settings = plain(f": {comparison.describe()}", 10 * NAME)
+        console.print(shown(console, plain(comparison.stream, NAME), "bold").append_text(shown(console, settings, "not bold")))
+        console.print(_table(comparison, console))
         for remark in single_labels(comparison):
-            console.print(remark, highlight=False)
-    console.print(
-        "Mean ± standard deviation over seeds; accuracies in %. Lower is better for forgetting, intransigence and time. "
-        "step: CPU time of a step over that of finetune. state: bytes held over those of the model.",
-        style="dim",
-        highlight=False,
-    )
+            console.print(shown(console, remark))
+    console.print(shown(console, NOTE, "dim"))
 
 
-def _table(comparison: Comparison, wide: bool) -> Table:
+def _table(comparison: Comparison, console: Console) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    rows = [_cells(line, comparison.varying(line), wide) for line in comparison.lines]
+    rows = [_cells(line, comparison.varying(line), console.width >= WIDE) for line in comparison.lines]
     for i, column in enumerate(rows[0]):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
     for line, row in zip(comparison.lines, rows, strict=True):
-        table.add_row(*row.values(), style=None if line.strength is None else "bold")
+        table.add_row(*(shown(console, cell) for cell in row.values()), style=None if line.strength is None else "bold")
     return table
 
 
 def _cells(line: Line, fields: dict[str, Any], wide: bool) -> dict[str, str]:
     """Return the cells of a line under their headings."""
     about = {
-        "method": line.method + "".join(f"\n  {key}={value}" for key, value in fields.items()),
+        "method": "\n  ".join([plain(line.method, NAME), *(plain(f"{key}={value}", NAME) for key, value in fields.items())]),
         "strength": "" if line.strength is None else f"{line.strength:g}",
         "seeds": str(len(line.seeds)),
     }

@@ -1,16 +1,19 @@
 """What tuning has tried and chosen, as a table in a terminal."""
 
-from typing import Any
-
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from rwalk.bench.tuned import Tuned
+from rwalk.report.plain import plain, say, shown
 
-def show(chosen: Any, command: str, console: Console) -> None:
-    """Print all trials, the chosen one, and the command that runs it; `chosen` is a `rwalk.bench.Tuned`."""
-    about = f"{chosen.stream}, first {chosen.tasks} tasks, accuracy in % on training examples that were held out"
-    console.print(f"\n[bold]{chosen.method}[/bold] on {about}", highlight=False)
+
+def show(chosen: Tuned, command: str, console: Console) -> None:
+    """Print all trials, the chosen one, and the command that runs it."""
+    tasks = f"{plain(chosen.stream, 200)}, first {chosen.tasks} tasks"
+    about = f" on {tasks}, accuracy in % on training examples that were held out"
+    console.print()
+    console.print(shown(console, plain(chosen.method, 200), "bold").append_text(shown(console, about, "not bold")))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for heading in ("strength", "lr", "accuracy", "by seed"):
         table.add_column(heading, justify="right")
@@ -20,10 +23,10 @@ def show(chosen: Any, command: str, console: Console) -> None:
         cells = f"{trial['strength']:.6g}", f"{trial['lr']:.6g}", _percent(trial["accuracy"]), by_seed
         table.add_row(*cells, style="bold" if best else None)
     console.print(table)
-    console.print(f"Chosen: strength {chosen.strength:.6g}, learning rate {chosen.lr:.6g}.", highlight=False)
+    say(console, f"Chosen: strength {chosen.strength:.6g}, learning rate {chosen.lr:.6g}.")
     for name in chosen.edge:
-        console.print(f"This {name} lies at an end of what was tried: try further ones.", highlight=False)
-    console.print(f"Run: {command}", highlight=False, soft_wrap=True)
+        say(console, f"This {name} lies at an end of what was tried: try further ones.")
+    say(console, f"Run: {command}")
 
 
 def _percent(accuracy: float | None) -> str:
