@@ -189,7 +189,7 @@ def undrawn():
         yield
 
 
-@settings(QUICK, max_examples=100)
+@settings(QUICK, max_examples=40)
 @given(st.data())
 @pytest.mark.usefixtures("undrawn")
 def test_a_sealed_record_of_a_wrong_kind_is_left_out_or_reported(tmp_path_factory, data):
@@ -213,7 +213,7 @@ def shown(records):
     compared.show(report.compare(records, records[:2]), "a", "b", console)
 
 
-@settings(QUICK, max_examples=100)
+@settings(QUICK, max_examples=40)
 @given(st.data())
 @pytest.mark.usefixtures("undrawn")
 def test_a_sealed_file_of_tuning_of_a_wrong_kind_is_named_or_works(tmp_path_factory, data):
@@ -255,7 +255,7 @@ def test_no_damaged_file_of_any_kind_is_believed(tmp_path):
     """JSON may be written in several ways: what reads as the same content is not damaged."""
     for path, load in kinds(tmp_path):
         raw, truth = path.read_bytes(), load()
-        for spoiled in mutations(raw, 400):
+        for spoiled in mutations(raw, 250):
             path.write_bytes(spoiled)
             if spoiled == raw:
                 continue
