@@ -33,7 +33,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels of attention cannot be mapped over examples
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # cuDNN has no backward for RNNs in evaluation mode
+        stack.enter_context(_without_cudnn())  # it has no backward for RNNs in evaluation mode
         if any(hasattr(module, "_orig_mod") for module in root.modules()):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
@@ -46,6 +46,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             if not already:
                 set_aside.discard(root)
             _restore(modes, buffers, grads)
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """Switch cuDNN off; `torch.backends.cudnn.flags` would also set the flag of TF32, and fail where operators differ in theirs."""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 @torch.no_grad()
