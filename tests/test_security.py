@@ -115,7 +115,8 @@ def watch(event, arguments):
         seen.append((event, str(arguments)))
     if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
         path = Path(arguments[0])
-        if not (path.resolve().parent == inside and path.match(".rwalk-*.part")) and path != Path("/dev/null") and path.name != TEMPLATE:
+        ours = path.resolve().parent == inside and path.match(".rwalk-*.part")
+        if not ours and path != Path("/dev/null") and path.name != TEMPLATE:
             seen.append((event, str(arguments)))
 import socket
 sys.dont_write_bytecode = True

@@ -275,7 +275,7 @@ def _study(grid: list[dict[str, float]]) -> Any:
         raise ValueError(explain(f"a search without its package ({error})", "the package `optuna`", remedy)) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # `constant_liar` is experimental before Optuna 5
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # `constant_liar`, before Optuna 5
         sampler = optuna.samplers.TPESampler(seed=0, n_startup_trials=len(grid), constant_liar=True)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for point in grid:

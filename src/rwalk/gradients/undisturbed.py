@@ -50,7 +50,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_cudnn() -> Iterator[None]:
-    """Switch cuDNN off; `torch.backends.cudnn.flags` would also set the flag of TF32, and fail where operators differ in theirs."""
+    """Switch cuDNN off; `torch.backends.cudnn.flags` would also set TF32, and fail where a user has set it for one operator."""
     before = torch.backends.cudnn.enabled
     torch.backends.cudnn.enabled = False
     try:
