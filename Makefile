@@ -1,6 +1,7 @@
 # make demo: train on digits with and without RWalk, and print what was kept.
 # make test: everything that must hold before a change lands.
 # make test-integrations: train inside Avalanche, Lightning, Hugging Face and scikit-learn, in an environment of its own.
+# make test-oldest: the tests with the lowest versions that pyproject.toml allows, in an environment of its own.
 # make bench: what a training step costs with each method; make bench-quick for two minutes of it.
 # make peers: install Avalanche, so that the benchmark shows it too.
 PYTHON ?= python3
@@ -9,8 +10,9 @@ BIN := $(VENV)/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PIP := $(BIN)/python $(INSTALL)
 HOSTS ?= .venv-integrations
+OLDEST ?= .venv-oldest
 
-.PHONY: demo test test-integrations check format bench bench-quick peers clean
+.PHONY: demo test test-integrations test-oldest check format bench bench-quick peers clean
 
 demo: $(VENV)/.bench
 	$(BIN)/rwalk run permuted-digits --methods finetune,rwalk,joint --seeds 3 --strength 1 --epochs 5 --lr 0.1 --out runs/demo
@@ -20,6 +22,9 @@ test: check
 
 test-integrations: $(HOSTS)/.all
 	$(HOSTS)/bin/python -m pytest -n 2 tests/integrations
+
+test-oldest: $(OLDEST)/.test
+	$(OLDEST)/bin/python -m pytest -n 2 --ignore tests/integrations
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check
@@ -68,5 +73,14 @@ $(HOSTS)/.all: pyproject.toml constraints.txt
 	$(HOSTS)/bin/python $(INSTALL) --no-deps --upgrade --target $(HOSTS)/avalanche avalanche-lib torchvision
 	@touch $@
 
+# The bounds are read from pyproject.toml; what they ask for in turn is the newest that goes with them.
+$(OLDEST)/.test: pyproject.toml tests/oldest.py
+	@echo "Installing the lowest versions that pyproject.toml allows into $(OLDEST) (several GB, about ten minutes)"
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check packaging
+	$(OLDEST)/bin/python tests/oldest.py test > $(OLDEST)/bounds.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/bounds.txt -e '.[test]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(HOSTS) runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(HOSTS) $(OLDEST) runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -13,7 +13,7 @@ from rwalk import EWC, L2, SI, Consolidator, EWCpp, RWalk
 SIZE = 600
 
 
-def setup(rule=RWalk(delta_t=4)):  # noqa: B008
+def attached(rule=RWalk(delta_t=4)):  # noqa: B008
     model = torch.nn.Linear(SIZE, SIZE, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     return model, optimizer, Consolidator(model, rule, 0.001).attach(optimizer)
@@ -53,7 +53,7 @@ def test_one_forward_one_backward_and_a_hook_before_and_after_each_step():
 def test_the_walk_holds_five_tensors_and_eight_once_there_is_an_anchor():
     """Five in the first task. Later point, omega and S join; S is read at a task's end only, so a step visits seven."""
     before = large()
-    model, optimizer, memory = setup()
+    model, optimizer, memory = attached()
     size = model.weight.numel() * model.weight.element_size()
     for _ in range(9):
         step(model, optimizer)
@@ -101,7 +101,7 @@ def hooks(model, optimizer, memory):
 
 @pytest.mark.parametrize("rule", [RWalk(delta_t=4), EWCpp(), SI(), L2(), EWC(), None], ids=repr)
 def test_a_step_makes_no_tensor_of_the_size_of_the_model(rule):
-    model, optimizer, memory = setup(rule)
+    model, optimizer, memory = attached(rule)
     data = [(torch.randn(2, SIZE), torch.randint(SIZE, (2,)))]
     for _ in range(3):
         step(model, optimizer)
@@ -117,7 +117,7 @@ def test_a_step_makes_no_tensor_of_the_size_of_the_model(rule):
 )
 def test_a_step_touches_each_of_its_tensors_and_no_others(rule, first, later):
     """Gradient and parameters included. RWalk: F, path, mark, previous gradient; later point and omega; not the scores."""
-    model, optimizer, memory = setup(rule)
+    model, optimizer, memory = attached(rule)
     for expected in (first, later, later):
         for _ in range(3):
             hooks(model, optimizer, memory)

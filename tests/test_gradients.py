@@ -279,6 +279,21 @@ def test_undisturbed_evaluates_with_gradients():
     assert model[3].training
 
 
+def test_undisturbed_leaves_the_precision_of_single_operators_alone():
+    """Where a user has set one, PyTorch refuses every use of the older flag for all of them."""
+    cudnn = torch.backends.cudnn
+    if not hasattr(cudnn, "conv"):
+        pytest.skip("this PyTorch has one flag for all operators")
+    enabled, before = cudnn.enabled, cudnn.conv.fp32_precision
+    cudnn.conv.fp32_precision = "ieee"
+    try:
+        with undisturbed(cnn()):
+            assert not cudnn.enabled
+        assert (cudnn.enabled, cudnn.conv.fp32_precision) == (enabled, "ieee")
+    finally:
+        cudnn.conv.fp32_precision = before
+
+
 @pytest.mark.parametrize(
     ("batch", "objective", "options", "error", "match"),
     [

@@ -63,8 +63,8 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_of_the_bench_has_two_operations_more_than_a_plain_one_and_data_is_read_once_a_task():
-    """Views both: a rank's share of the rows, and the loss kept for figures. Reading, which may permute, comes once a task."""
+def test_a_step_of_the_bench_is_a_plain_one_with_two_views_and_data_is_read_once_a_task():
+    """The views: a rank's share of the rows, and the loss kept for figures. Reading, which may permute, comes once a task."""
     read = []
     x, y = torch.rand(60, 6), torch.arange(60) % 3
     part = bench.Part(x, y, transform=lambda x: read.append(len(x)) or x)
@@ -79,13 +79,16 @@ def test_a_step_of_the_bench_has_two_operations_more_than_a_plain_one_and_data_i
         with Calls() as plain:
             for rows in torch.randperm(60).split(batch_size):
                 optimizer.zero_grad()
-                F.cross_entropy(model(x[rows]), y[rows]).backward()
+                mine = rows[0::1]
+                loss = F.cross_entropy(model(x[mine]), y[mine])
+                loss.backward()
                 optimizer.step()
+                loss.detach()
         return ours.count - plain.count
 
     few, many = operations(30), operations(2)
     assert read == [60, 60]
-    assert many - few <= 2 * (30 - 2)
+    assert many == few
 
 
 @pytest.mark.parametrize("method", ["finetune", "joint", RWalk()], ids=str)

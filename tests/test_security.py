@@ -106,12 +106,14 @@ import warnings
 from pathlib import Path
 from rwalk.cli import main
 inside, seen = Path(sys.argv[1]).resolve(), []
+TEMPLATE = "_remote_module_non_scriptable.py"  # PyTorch 2.8 writes it to a temporary folder
 def watch(event, arguments):
     if event.startswith("socket.") or event in ("pickle.find_class", "os.system", "subprocess.Popen", "urllib.Request"):
         seen.append((event, str(arguments)))
     if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
         path = Path(arguments[0])
-        if not (path.resolve().parent == inside and path.match(".rwalk-*.part")) and path != Path("/dev/null"):
+        ours = path.resolve().parent == inside and path.match(".rwalk-*.part")
+        if not ours and path != Path("/dev/null") and path.name != TEMPLATE:
             seen.append((event, str(arguments)))
 import socket
 sys.dont_write_bytecode = True

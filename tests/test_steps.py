@@ -34,7 +34,7 @@ def closing(model, optimizer, stream):
 def run(rule, loop=train, make=torch.optim.SGD, wrap=lambda optimizer: optimizer, **options):
     """Three tasks; return model and memory."""
     model = mlp()
-    optimizer = make(model.parameters(), lr=0.05)
+    optimizer = make(model.parameters(), lr=1 / 16)  # a power of two: a product with it is exact, so one step has one rounding
     outer = wrap(optimizer)
     memory = Consolidator(model, rule, **options).attach(outer)
     for task in range(3):
@@ -239,7 +239,7 @@ class OverridingSGD(torch.optim.SGD):
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("rule", RULES[:3] + RULES[4:], ids=repr)
 def test_a_compiled_step_runs_our_part_outside_of_its_graph(rule, backend, make):
-    """Under SGD, which computes the same bits either way."""
+    """Under SGD, which computes the same bits either way: where a graph multiplies before it adds, that product is exact."""
     torch.optim.SGD(mlp().parameters())  # from now on its own method calls hooks
     torch._dynamo.reset()
 

@@ -5,6 +5,7 @@ No test example is read, and the other tasks are for the runs that count: `later
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import product
@@ -224,7 +225,9 @@ def _study(grid: list[dict[str, float]]) -> Any:
         remedy = "Run: pip install 'rwalk[tune]'"
         raise ValueError(explain(f"a search without its package ({error})", "the package `optuna`", remedy)) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = optuna.samplers.TPESampler(seed=0, n_startup_trials=len(grid), constant_liar=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # `constant_liar`, before Optuna 5
+        sampler = optuna.samplers.TPESampler(seed=0, n_startup_trials=len(grid), constant_liar=True)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for point in grid:
         study.enqueue_trial(point)

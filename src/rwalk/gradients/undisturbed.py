@@ -184,7 +184,7 @@ def undisturbed(model: nn.Module, *others: Any) -> Iterator[Kept]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels of attention cannot be mapped over examples
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # cuDNN has no backward for RNNs in evaluation mode
+        stack.enter_context(_without_cudnn())  # it has no backward for RNNs in evaluation mode
         if any(hasattr(module, "_orig_mod") for module in root.modules()):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
@@ -201,3 +201,14 @@ def undisturbed(model: nn.Module, *others: Any) -> Iterator[Kept]:
                 module.training = training
             for p, grad in grads:
                 p.grad = grad
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """Switch cuDNN off; `torch.backends.cudnn.flags` would also set TF32, and fail where a user has set it for one operator."""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
