@@ -318,6 +318,20 @@ def test_a_buffer_that_was_saved_goes_on_as_if_nothing_had_happened(tmp_path, se
         Consolidator(model).load(tmp_path / "b")
 
 
+@pytest.mark.parametrize("select", SELECTIONS)
+def test_examples_kept_in_inference_mode_can_be_trained_on(tmp_path, select):
+    model = Known([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    with torch.inference_mode():
+        buffer, again = Buffer(6, select=select), Buffer(6, select=select)
+        buffer.add(model, [task()])
+        buffer.save(tmp_path / "buffer")
+        again.load(tmp_path / "buffer")
+        mixed = again.mix(*(column.clone() for column in task(4, seed=1)), 3)
+    for x, y, _ in (buffer.sample(6), again.sample(6), mixed):
+        assert not x.is_inference()
+        F.cross_entropy(model(x), y).backward()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("select", SELECTIONS)
 def test_a_gpu_keeps_what_the_cpu_keeps(tmp_path, select):

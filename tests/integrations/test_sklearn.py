@@ -227,6 +227,19 @@ def test_own_networks_train_with_dropout_and_predict_without():
     assert not torch.equal(ours.network_[1].running_mean, mean), "in training mode again"
 
 
+def test_a_last_batch_of_one_example_joins_the_one_before():
+    (x, y) = batches(0, 1, size=41)[0]
+    sizes = []
+
+    class Counting(torch.nn.Sequential):
+        def forward(self, x):
+            sizes.extend([len(x)] if self.training else [])
+            return super().forward(x)
+
+    RWalkClassifier(module=lambda *shape: Counting(*noisy(*shape)), batch_size=20, epochs=2, random_state=0).fit(x, y)
+    assert sizes == [20, 21, 20, 21]
+
+
 def test_grid_search_over_rules_in_a_pipeline_with_named_columns():
     pandas = pytest.importorskip("pandas")
     X, y = load_digits(return_X_y=True, as_frame=True)

@@ -36,10 +36,16 @@ def numbered(labels: Any, classes: Any) -> Tensor:
 
 
 def train(network: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, epochs: int, batch_size: int) -> None:
-    """Train a classifier in passes over inputs `x` and their classes' numbers `y`, shuffled anew for each."""
+    """Train a classifier in passes over inputs `x` and their classes' numbers `y`, shuffled anew for each.
+
+    A last batch of a single example joins the one before: BatchNorm refuses it.
+    """
     network.train()
     for _ in range(epochs):
-        for rows in torch.randperm(len(y)).split(batch_size):
+        batches = torch.randperm(len(y)).split(batch_size)
+        if len(batches) > 1 and len(batches[-1]) == 1:
+            batches = (*batches[:-2], torch.cat(batches[-2:]))
+        for rows in batches:
             optimizer.zero_grad()
             F.cross_entropy(network(x[rows]), y[rows]).backward()
             optimizer.step()

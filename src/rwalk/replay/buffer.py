@@ -88,6 +88,7 @@ class Buffer:
         """How many tasks there were: one more than the highest task of which examples are kept."""
         return 0 if self._held is None else int(self._held.task.max()) + 1
 
+    @torch.inference_mode(False)
     def add(
         self,
         model: nn.Module | None,
@@ -128,6 +129,7 @@ class Buffer:
         self._held, self._keys = Sample(*(column[rows.to(column.device)] for column in held)), keys[rows]
         self._generator = generator
 
+    @torch.inference_mode(False)
     def sample(self, count: int) -> Sample:
         """Draw examples, all different: `count` of them, or as many as there are.
 
@@ -139,6 +141,7 @@ class Buffer:
         rows = torch.randperm(len(self), generator=self._generator, device="cpu")[:count]
         return Sample(*(column[rows.to(column.device)] for column in self._held))
 
+    @torch.inference_mode(False)
     def mix(self, x: Tensor, y: Tensor, count: int | None = None, *, task: int | None = None) -> Sample:
         """Append examples to a batch, on its device: `count` of them, or as many as the batch has.
 
@@ -192,6 +195,7 @@ class Buffer:
         """Write `state_dict` to a safetensors file, whole or not at all, with a checksum and without pickle."""
         states.save(path, "buffer", self.state_dict())
 
+    @torch.inference_mode(False)
     def load(self, path: str | Path) -> None:
         """Continue from a file that `save` wrote; on an error nothing changes.
 
