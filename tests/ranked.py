@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import torch
 from torch import distributed
@@ -154,6 +155,23 @@ def gone_on(model, memory):
     loop(model, moved, load(2, 3))
     memory.consolidate(load(51, 2))
     return measures(memory, model)
+
+
+def repeated(name, how, folder):
+    """Ask for a task's end with the same data again, after going on from a file, and then with other data."""
+    _model, _, memory = started(name, how)
+    if Path(folder).exists():
+        memory.load(folder)
+    else:
+        memory.consolidate(load(50, 2))
+        memory.save(folder)
+    tasks = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in (50, 50, 51):
+            memory.consolidate(load(seed, 2))
+            tasks.append(memory.tasks)
+    return tasks, sum("again without any training" in str(warning.message) for warning in caught)
 
 
 class Calls(TorchDispatchMode):

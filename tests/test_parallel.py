@@ -66,6 +66,8 @@ def alike(a, b, place="", rtol=1e-9, atol=1e-12):
         assert len(a) == len(b), place
         for i, pair in enumerate(zip(a, b, strict=True)):
             alike(*pair, f"{place}/{i}", rtol, atol)
+    elif isinstance(a, str) and a.startswith("{"):
+        alike(json.loads(a), json.loads(b), place, rtol, atol)
     elif isinstance(a, float):
         assert a == b or math.isclose(a, b, rel_tol=rtol * 10, abs_tol=atol), (place, a, b)
     else:
@@ -122,20 +124,27 @@ def test_under_fully_shard_each_rank_holds_its_part_alone(on):
         assert sum(rank[name]["bytes"] for rank in ranks) == truth(name)["bytes"]
 
 
+@pytest.mark.parametrize(("how", "name"), [("ddp", "ewc"), ("ddp", "kronecker"), ("fsdp", "mas")])
+def test_all_ranks_know_a_repeated_end_from_another(on, how, name, tmp_path):
+    """Also those that go on from a file that another number of ranks has written."""
+    for world in (2, 3):
+        assert on(world, "repeated", name=name, how=how, folder=str(tmp_path / "file")) == [([1, 1, 2], 2)] * world
+
+
 def test_what_is_communicated(on):
     """Nothing under DDP but for what is measured on each rank's own examples; under fully_shard a few figures."""
     names = ["rwalk", "recipe", "si", "ewc", "rwalk example"]
     ddp, fsdp = (on(2, "all_counted", names=names, how=how)[0] for how in ("ddp", "fsdp"))
     whole = {"allreduce": 1}
     assert [ddp[name] for name in ("rwalk", "recipe", "si")] == [[{}, {}]] * 3
-    assert ddp["ewc"] == [{}, {"allreduce": 1 + 4}], "how many examples, and each tensor"
+    assert ddp["ewc"] == [{}, {"allreduce": 1 + 4 + 1}], "how many examples, each tensor, and which data it was"
     assert ddp["rwalk example"] == [whole, {}]
     assert fsdp["rwalk"] == [whole, {"allreduce": 2}], "whether all is finite; the largest F and the largest S"
     assert fsdp["recipe"] == [whole, {"allreduce": 2}], "the mean over all elements, and three figures of each tensor"
     assert fsdp["si"] == [whole, {}]
     step, end = fsdp["ewc"]
     assert step == whole
-    assert end == {"allgather": 4, "allreduce": 1, "reduce_scatter": 4}
+    assert end == {"allgather": 4, "allreduce": 1 + 2, "reduce_scatter": 4}, "how many examples; which data, and which weights"
     step, end = fsdp["rwalk example"]
     assert step == {"allreduce": 2, "reduce_scatter": 4, "allgather": 1}
     assert end == {"allreduce": 2}

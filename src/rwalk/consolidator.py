@@ -264,8 +264,9 @@ class Consolidator:
         theta = self._theta()
         if data is not None and self.rule.measures == "data" and not isinstance(data, Iterator):
             data = Watched(data)
-        ended = Ended.of(theta, None, self._steps > 0, self._watch.spread)
-        if self._refuse_repeat(ended):
+        last = self._repeated(theta)
+        if last and last.observed:
+            self._refuse_repeat()
             return
         self._take_as_they_are(theta)
         undo = self._anchor.settle(theta)
@@ -274,12 +275,14 @@ class Consolidator:
                 if any(self._tail.count.values()):
                     renew_statistics(self.model, data, gradients.forward)
                 kept = self._concluded(self._finish(raw, data, loss, logits))
-                ended = Ended.of(theta, data, self._steps > 0, self._watch.spread)
+                sums = self._sums(data)
+                ended = Ended.of(theta, self._watch.spread, sums, self._steps > 0) if self.rule.measures == "data" else None
         except BaseException:
             undo()
             self._moves.note(theta)
             raise
-        if self._refuse_repeat(ended):
+        if last and last.same_data(sums):
+            self._refuse_repeat()
             return
         (self._anchor, self._state), self._ended = kept, ended
         self.tasks, self._steps, self._renewed = self.tasks + 1, 0, False
@@ -300,12 +303,19 @@ class Consolidator:
             self.rule.renew(self._state)
             self._renewed = True
 
-    def _refuse_repeat(self, now: Ended) -> bool:
-        """Warn, and return True, where a task would count a second time."""
+    def _repeated(self, theta: Mapping[str, Tensor]) -> Ended | None:
+        """Return how the last task ended, if a rule that measures on data would measure on the same weights again."""
         last = self._ended
-        unmoved = last is not None and not self._steps and self.rule.measures == "data" and last.same_weights(now)
-        if last is None or not unmoved or not (last.observed or last.same_data(now)):
-            return False
+        return last if last and not self._steps and last.unmoved(theta, self._watch.spread) else None
+
+    def _sums(self, data: Any) -> list[float]:
+        """Tell data of all ranks from others, as far as it was looked at."""
+        if not isinstance(data, Watched):
+            return []
+        return parallel.Ranks.of(self.model, warn=False).sums(data.sums, next(iter(self._watch.theta.values())).device)
+
+    def _refuse_repeat(self) -> None:
+        """Warn that a task would count a second time."""
         warnings.warn(
             explain(
                 "`consolidate()` again without any training since the last time",
@@ -314,7 +324,6 @@ class Consolidator:
             ),
             stacklevel=4,
         )
-        return True
 
     def _take_as_they_are(self, theta: Mapping[str, Tensor]) -> None:
         """Drop the average, and pulls that were put off, where somebody has changed the weights after the last step."""

@@ -284,8 +284,11 @@ class Ranks:
     groups: tuple[Group, ...] = ()
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Ranks":
-        """Find the ranks: those of DistributedDataParallel, else those of the mesh that parameters are spread over."""
+    def of(cls, model: nn.Module, warn: bool = True) -> "Ranks":
+        """Find the ranks: those of DistributedDataParallel, else those of the mesh that parameters are spread over.
+
+        With neither, but several processes, each measures on its own data alone; a warning says so, unless it was said before.
+        """
         outer: nn.Module | None = model
         while outer is not None:
             if isinstance(outer, nn.parallel.DistributedDataParallel):
@@ -294,9 +297,14 @@ class Ranks:
         settle(model)
         mesh = next((p.device_mesh for p in model.parameters() if sharded(p)), None)
         if mesh is None:
-            _warn_of_plain_model()
+            if warn:
+                _warn_of_plain_model()
             return cls()
         return cls(tuple(mesh.get_group(i) for i in range(mesh.ndim)))
+
+    def sums(self, values: Sequence[float], device: torch.device) -> list[float]:
+        """Add up numbers over all ranks."""
+        return self.sum_(torch.tensor(values, dtype=torch.float64, device=device)).tolist() if self.groups else list(values)
 
     @property
     def size(self) -> int:

@@ -1,4 +1,7 @@
-"""Whether a task's end is asked for twice: no training in between, and the same data."""
+"""Whether a task's end is asked for twice: no training in between, and the same data.
+
+Rules that measure during training need none of this: without a step there is nothing to count.
+"""
 
 import json
 import math
@@ -23,7 +26,7 @@ class Ended:
 
     Args:
         theta: of each parameter, the sum of its elements and of their squares.
-        data: the same of the data that was measured on, with the number of batches; empty for none.
+        data: the same of the data measured on, over all ranks, and the number of elements; empty if it was not looked at.
         observed: whether steps of that task had been observed.
     """
 
@@ -32,11 +35,9 @@ class Ended:
     observed: bool = False
 
     @classmethod
-    def of(cls, theta: Mapping[str, Tensor], data: Any, observed: bool, spread: Spread) -> "Ended":
-        """Look at parameters, and at data that was gone through as `Watched`."""
-        sums = spread.sums([number for t in theta.values() for number in _sums(t)])
-        pairs = {name: sums[2 * i : 2 * i + 2] for i, name in enumerate(theta)}
-        return cls(pairs, data.sums if isinstance(data, Watched) else [], observed)
+    def of(cls, theta: Mapping[str, Tensor], spread: Spread, data: Sums, observed: bool) -> "Ended":
+        """Look at parameters."""
+        return cls(_weights(theta, spread), data, observed)
 
     def text(self) -> str:
         """Write it down for state files."""
@@ -58,14 +59,15 @@ class Ended:
             return False
         return lengths and all(isinstance(n, float) for n in numbers) and isinstance(found.observed, bool)
 
-    def same_weights(self, other: "Ended") -> bool:
-        """Tell whether the parameters that both know have not changed."""
-        both = self.theta.keys() & other.theta.keys()
-        return bool(both) and all(_close(self.theta[name], other.theta[name]) for name in both)
+    def unmoved(self, theta: Mapping[str, Tensor], spread: Spread) -> bool:
+        """Tell whether the parameters are as they were, as far as both are known."""
+        now = _weights(theta, spread)
+        both = self.theta.keys() & now.keys()
+        return bool(both) and all(_close(self.theta[name], now[name]) for name in both)
 
-    def same_data(self, other: "Ended") -> bool:
-        """Tell whether both went through the same data, in any order."""
-        return bool(self.data) and len(self.data) == len(other.data) and _close(self.data, other.data)
+    def same_data(self, data: Sums) -> bool:
+        """Tell whether these are the sums of the same data, in any order."""
+        return bool(self.data) and len(self.data) == len(data) and _close(self.data, data)
 
 
 class Watched:
@@ -79,10 +81,16 @@ class Watched:
         """Go through the data."""
         sums = [0.0, 0.0, 0.0]
         for batch in self._data:
-            leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
-            sums = [a + b for a, b in zip(sums, [*map(sum, zip(*map(_sums, leaves), strict=True)), 1.0], strict=True)]
+            for leaf in tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch):
+                count = leaf.numel() if isinstance(leaf, Tensor) else 1
+                sums = [a + b for a, b in zip(sums, [*_sums(leaf), count], strict=True)]
             yield batch
         self.sums = self.sums or sums
+
+
+def _weights(theta: Mapping[str, Tensor], spread: Spread) -> dict[str, Sums]:
+    sums = spread.sums([number for t in theta.values() for number in _sums(t)])
+    return {name: sums[2 * i : 2 * i + 2] for i, name in enumerate(theta)}
 
 
 def _sums(value: Any) -> Sums:
