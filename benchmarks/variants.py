@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from benchmarks.models import Case
-from rwalk import EWC, L2, MAS, SI, Consolidator, EWCpp, OnlineEWC, RWalk, kernels, moves
+from rwalk import EWC, L2, MAS, SI, Consolidator, EWCpp, OnlineEWC, RWalk, kernels
 from rwalk.importance.base import Importance
 
 POOL = 20
@@ -58,7 +58,7 @@ class Loop:
 
 
 class Watched(Loop):
-    """Training with a consolidator of ours, after the first steps of a task; `wary` steps count as the first ones."""
+    """Training with a consolidator of ours."""
 
     def __init__(
         self,
@@ -67,10 +67,9 @@ class Watched(Loop):
         seed: int,
         rule: Importance[Any] | None = None,
         backend: str = "auto",
-        wary: int = 0,
     ) -> None:
         super().__init__(case, optimizer, seed)
-        self.backend, self.wary = backend, wary
+        self.backend = backend
         self.prepare()
         self.memory = Consolidator(self.model, rule, STRENGTH).attach(self.optimizer)
 
@@ -81,7 +80,6 @@ class Watched(Loop):
 
     def prepare(self) -> None:
         kernels.use(self.backend)
-        moves.WARY = self.wary
 
     @property
     def state_bytes(self) -> int:
@@ -121,11 +119,11 @@ class Variant:
         return loop
 
 
-def watched(about: str, rule: Importance[Any] | None, wary: int = 0, **options: Any) -> Variant:
+def watched(about: str, rule: Importance[Any] | None, **options: Any) -> Variant:
     backend = options.get("backend") or "auto"
 
     def make(case: Case, optimizer: str, seed: int) -> Loop:
-        return Watched(case, optimizer, seed, rule, backend, wary)
+        return Watched(case, optimizer, seed, rule, backend)
 
     return Variant(about, make, **options)
 
@@ -135,7 +133,6 @@ def ours() -> dict[str, Variant]:
     return {
         "plain": Variant("plain", Loop),
         **{f"rwalk-{name}": watched(f"RWalk, {name}", RWalk(), backend=name) for name in kernels.available()},
-        "rwalk-start": watched("RWalk, first 100 steps", RWalk(), wary=10**9),
         "rwalk-50-tasks": watched("RWalk, 50 tasks", RWalk(), tasks=50, cases=("mlp-b10", "mlp-b128")),
         "rwalk-example": watched("RWalk, per example", RWalk(fisher="example")),
         "recipe": watched("recipe", None),

@@ -9,13 +9,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks import epoch, memory, predict
 from benchmarks.__main__ import main
 from benchmarks.variants import ours
-from rwalk import moves
-
-
-@pytest.fixture(autouse=True)
-def _wary(monkeypatch):
-    """Let what a benchmark sets not reach other tests."""
-    monkeypatch.setattr(moves, "WARY", moves.WARY)
 
 
 def test_the_quick_form_writes_a_record_of_every_figure(tmp_path, capfd):

@@ -149,7 +149,12 @@ def test_without_an_optimiser_too_and_other_data_or_other_weights_count(rule):
     with torch.no_grad():
         model[0].weight[0, 0] += 1e-3
     memory.consolidate(loader(1))
-    memory.estimate(loader(1))
+    assert memory.tasks == 3
+    before = tensors(memory)
+    with pytest.warns(UserWarning, match="each task once"):
+        memory.estimate(loader(1))
+    equal(tensors(memory), before)
+    memory.estimate(loader(2))
     assert memory.tasks == 4
 
 

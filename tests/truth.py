@@ -78,7 +78,7 @@ class Truth:
         self.lengths = []
         self.far = np.zeros(2)
         self.first = {"fisher": None, "score": None}
-        self.written = self.disturbed = False
+        self.written, self.disturbed = set(), False
 
     def look(self, theta, newcomers):
         """Take up parameters that grew, were moved by hand or are new."""
@@ -94,11 +94,13 @@ class Truth:
 
     def foreign(self, theta, seen):
         """Take note that somebody else has moved the parameters, which counts for nothing; `seen` if that can be told."""
-        self.written, self.disturbed = self.written or seen, True
+        self.disturbed = True
         for name, now in theta.items():
             held = self.held.get(name)
             if held is None or held.theta.shape != now.shape or np.array_equal(held.theta, now):
                 continue
+            if seen or (self.kind in ("RWalk", "SI") and self.steps):
+                self.written.add(name)
             if self.kind == "RWalk" and self.steps and not held.ended:
                 self.settle([held])
             held.start, held.mark, held.theta, held.ended = held.start + now - held.theta, now.copy(), now.copy(), True
@@ -123,7 +125,7 @@ class Truth:
         self.steps += 1
 
     def after(self, grads, theta):
-        self.written = False
+        self.written -= grads.keys()
         for held in self.held.values():
             held.ended = False
         for name, g in grads.items():
@@ -163,6 +165,11 @@ class Truth:
         w, way = 2 * metric * self.strength * held["omega"], held["point"] - theta
         return theta + way * w / (1 + w), abs(way) * np.minimum(1, 2 * metric * self.strength * held["slack"])
 
+    @property
+    def dropped(self):
+        """Whether the average is, as weights that went into it were changed later."""
+        return any(self.held[name].count for name in self.written if name in self.held)
+
     def penalty(self):
         """The penalty, and how far it may be off."""
         squares = [(h, (h.theta - h["point"]) ** 2) for h in self.held.values() if h["omega"] is not None]
@@ -173,16 +180,16 @@ class Truth:
 
     def conclude(self):
         """Return False where a scale is no more than what rounding left, and nothing can be said."""
+        self.tasks += bool(self.steps or not self.tasks)
         sure = getattr(self, "_" + self.kind.lower())()
         for held in self.held.values():
             if held["omega"] is not None:
                 held["slack"] = held["slack"] + self.coarse * held["omega"]
-            if self.average == "tail" and held.count and not self.written:
+            if self.average == "tail" and held.count and not self.dropped:
                 held.theta = held.average.copy()
             held["point"] = held.theta.copy()
             held.seen, held.count, held.ended = 0, 0, False
-        self.tasks += 1
-        self.steps = 0
+        self.steps, self.written = 0, set()
         return sure
 
     def _rwalk(self):

@@ -307,7 +307,7 @@ def _damage(state_dict: Mapping[str, Any], rule: Importance[Any], state: Any) ->
     wrong += [key for key in ("average", "count") if not isinstance(state_dict["tail"][key], Mapping)]
     wrong += [n for n in {*average, *count} if not (_tensor(average.get(n), shapes.get(n)) and _whole(count.get(n)))]
     wrong += [key for key in ("tasks", "steps") if not _whole(state_dict[key])]
-    wrong += [] if type(state_dict["disturbed"]) is bool else ["disturbed"]
+    wrong += [] if type(state_dict["written"]) is str else ["written"]
     wrong += [] if state_dict["ended"] == "" or Ended.readable(state_dict["ended"]) else ["ended"]
     return wrong
 

@@ -33,11 +33,13 @@ class Tail:
         self.average: dict[str, Tensor] = {}
         self.count: dict[str, int] = {}
 
-    def follow(self, theta: Mapping[str, Tensor], lost: Collection[str] = ()) -> None:
-        """Keep what is known of these parameters, by leading block where they grew; drop all others, and those of `lost`."""
+    def followed(self, theta: Mapping[str, Tensor], lost: Collection[str] = ()) -> "Tail":
+        """Return what is known of these parameters, by leading block where they grew, without that of those in `lost`."""
         known = {name: average for name, average in self.average.items() if name not in lost}
-        self.average = {name: carry(known.get(name), now, copy) for name, now in theta.items()}
-        self.count = {name: self.count[name] if name in known else 0 for name in theta}
+        tail = Tail()
+        tail.average = {name: carry(known.get(name), now, copy) for name, now in theta.items()}
+        tail.count = {name: self.count[name] if name in known else 0 for name in theta}
+        return tail
 
     def averaged(self, rows: Mapping[str, After]) -> dict[str, After]:
         """Count an optimiser step for some parameters, and have their visits take them into the average."""
@@ -56,21 +58,16 @@ class Tail:
     @contextmanager
     def swapped(self, theta: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         """Put averages in the place of parameters, for good unless an error comes; yield where the parameters were."""
-        done: list[str] = []
+        raw: dict[str, Tensor] = {}
         try:
             for name in [name for name in theta if self.count.get(name)]:
-                self._exchange(name, theta[name])
-                done.append(name)
-            yield {name: self.average[name] if name in done else p for name, p in theta.items()}
+                raw[name] = theta[name].detach().clone()
+                theta[name].detach().copy_(self.average[name])
+            yield {**theta, **raw}
         except BaseException:
-            for name in done:
-                self._exchange(name, theta[name])
+            for name, value in raw.items():
+                theta[name].detach().copy_(value)
             raise
-
-    def _exchange(self, name: str, parameter: Tensor) -> None:
-        raw = parameter.detach().clone()  # all that may fail
-        parameter.detach().copy_(self.average[name])
-        self.average[name].copy_(raw)
 
     def restart(self) -> None:
         """Begin a new task."""

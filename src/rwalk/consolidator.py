@@ -18,6 +18,7 @@ from rwalk.anchor import Anchor, Match
 from rwalk.averaging import Tail, renew_statistics, statistics_kept
 from rwalk.importance.base import Factors, Finish, Gradients, Importance, Step, Usual, no_data, no_layers
 from rwalk.importance.ewcpp import EWCpp
+from rwalk.importance.path import relocated
 from rwalk.kernels import After
 from rwalk.moves import Moves
 from rwalk.overshoot import Overshoot
@@ -139,7 +140,7 @@ class Consolidator:
                 )
             )
         self._resolve()
-        self._moves.remember(self._watch.theta)
+        self._moves.remember(self._changed())
         return {**vars(self), "_watcher": None, "_squares": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -227,7 +228,7 @@ class Consolidator:
         """
         if self._watcher is not None:
             self._watcher.close()
-            self._state = self._moves.pause(self.rule, self._state, self._watch, self._steps, self._flag())
+            self._moves.pause()
         if self._squares is not None:
             self._squares.close()
         self._optimizer, self._watcher, self._squares = None, None, None
@@ -268,7 +269,7 @@ class Consolidator:
         if last and last.observed:
             self._refuse_repeat()
             return
-        self._take_as_they_are(theta)
+        self._take_as_they_are()
         undo = self._anchor.settle(theta)
         try:
             with self._tail.swapped(theta) as raw, statistics_kept(self.model):
@@ -277,18 +278,18 @@ class Consolidator:
                 kept = self._concluded(self._finish(raw, data, loss, logits))
                 sums = self._sums(data)
                 ended = Ended.of(theta, self._watch.spread, sums, self._steps > 0) if self.rule.measures == "data" else None
+                moves = Moves.noted(theta)
         except BaseException:
             undo()
-            self._moves.note(theta)
+            self._moves.renote(theta)
             raise
         if last and last.same_data(sums):
             self._refuse_repeat()
             return
-        (self._anchor, self._state), self._ended = kept, ended
-        self.tasks, self._steps, self._renewed = self.tasks + 1, 0, False
+        (self._anchor, self._state), self._ended, self._moves = kept, ended, moves
+        counts = self._steps or not self.tasks or self.rule.measures == "data"
+        self.tasks, self._steps, self._renewed = self.tasks + bool(counts), 0, False
         self._tail.restart()
-        self._moves.disturbed = False
-        self._moves.note(theta)
         self._renew()
 
     def _concluded(self, finish: Finish) -> tuple[Anchor, Any]:
@@ -325,14 +326,16 @@ class Consolidator:
             stacklevel=4,
         )
 
-    def _take_as_they_are(self, theta: Mapping[str, Tensor]) -> None:
+    def _take_as_they_are(self) -> None:
         """Drop the average, and pulls that were put off, where somebody has changed the weights after the last step."""
-        self._state = self._moves.at_end(self.rule, self._state, self._watch, self._steps)
-        written = self._moves.written(theta)
+        written = self._changed()
+        self._moves.remember(written)
+        if self.rule.walks and not self._state.resting:
+            self._state = self._moves.notice(self.rule, self._state, self._watch, self._steps)
         if not written:
             return
         self._anchor.waive()
-        if any(self._tail.count.values()):
+        if any(self._tail.count.get(name) for name in written):
             self._tail.restart()
             warnings.warn(
                 explain(
@@ -374,7 +377,8 @@ class Consolidator:
         refusals.refuse_estimate(self.rule, self._steps)
         refusals.refuse_consolidation(self.rule, data, early=False)
         self._widen(trainable(self.model))
-        self._ended = None  # other data of an untrained model counts too
+        if self._ended is not None:
+            self._ended = replace(self._ended, observed=False)  # other data of an untrained model counts too
         self.consolidate(data, loss=loss, logits=logits)
 
     @torch.inference_mode(False)
@@ -445,7 +449,7 @@ class Consolidator:
 
     def _changed(self) -> list[str]:
         """Name the parameters that somebody has changed since the last observed step, or `consolidate`."""
-        return self._moves.written(self._watch.theta)
+        return self._moves.written(self.rule, self._state, self._watch, self._steps)
 
     @property
     def state_bytes(self) -> int:
@@ -462,7 +466,8 @@ class Consolidator:
         Under `fully_shard` the tensors are DTensors, as `torch.distributed.checkpoint` takes them, and all ranks have to call.
         """
         self._resolve()
-        self._theta()  # what grew is saved as it is now, so that it can be loaded into the model as it is now
+        self._theta()  # what grew or was replaced is saved as it is now, so that it can be loaded into the model as it is now
+        self._take_up_replaced()
         parameters = self._watch.parameters
         state = {key: parallel.placed(_copied(value), parameters) for key, value in self._state._asdict().items()}
         state |= {key: self._watch.spread.total(state[key]) for key in self.rule.counters}
@@ -473,7 +478,7 @@ class Consolidator:
             "average": self.average,
             "tasks": self.tasks,
             "steps": self._steps,
-            "disturbed": self._moves.disturbed,
+            "written": "\n".join(self._changed()),
             "ended": "" if self._ended is None else self._ended.text(),
             "shapes": {name: list(p.shape) for name, p in parameters.items()},
             "state": state,
@@ -519,9 +524,9 @@ class Consolidator:
         tail.average, tail.count = _copied(mine(state_dict["tail"]["average"])), dict(state_dict["tail"]["count"])
         self.strength, self.tasks, self._steps = (state_dict[key] for key in ("strength", "tasks", "steps"))
         self._tail, self._watch, self._doubt = tail, watch, None
-        self._moves, self._renewed = Moves(state_dict["disturbed"]), True
+        self._moves, self._renewed = Moves(state_dict["written"].splitlines()), True
         self._ended = Ended.read(state_dict["ended"]) if state_dict["ended"] else None
-        self._hold(anchor, state)
+        self._anchor, self._state = self._storage.keep_anchor(anchor), self._storage.keep(self.rule, state)
         if self._optimizer is not None:
             self._follow(look(self.model, self._optimizer, watch.theta))
 
@@ -618,12 +623,12 @@ class Consolidator:
     def _after_step(self, optimizer: Optimizer) -> None:
         """Draw the parameters that the optimiser has just moved towards the anchor, average them, and see where they are."""
         moved, self._moved = self._moved, []
-        if not self._works_after:
+        if not moved or not self._works_after:
             return
         skip = self._flag()
         if not (self.rule.layered and self._doubt is not None and self._doubt.fails()):
             self._draw_and_average(moved, optimizer, skip)  # layers do not read the flag
-        self._state = self._moves.after_step(self.rule, self._state, self._watch, self._steps, skip)
+        self._state = self._moves.after_step(self.rule, self._state, self._watch, moved, skip)
 
     def _check_metric(self, optimizer: Optimizer) -> None:
         """Warn, once for an optimiser, where the pull does not know its steps."""
@@ -662,10 +667,10 @@ class Consolidator:
             self._follow(watch)
 
     def _take_up_replaced(self) -> None:
-        """Take up parameters that have come under a known name since the last look."""
+        """Take up parameters that have come under a known name since the last look, and let go of those that went away."""
         known = self._watch.parameters
-        now = {**known, **named(self.model, known)}
-        if any(p is not known[name] for name, p in now.items()):
+        now = named(self.model, known)
+        if now.keys() != known.keys() or any(p is not known[name] for name, p in now.items()):
             self._follow(Watch.of(now))  # which is stale, so that the next step looks at the optimiser
 
     def _theta(self) -> Mapping[str, Tensor]:
@@ -675,22 +680,24 @@ class Consolidator:
         return self._watch.theta
 
     def _follow(self, watch: Watch) -> None:
-        """Carry state, anchor and average over to the parameters of a new look."""
+        """Carry state, anchor and average over to the parameters of a new look; if that fails, all is as it was."""
         refuse_odd(watch.theta)
         refusals.refuse_change_of_spread(self._watch, watch)
         lost = self._lost(watch)
-        rested = self._steps > 0 and self.rule.at_rest(self._state)
+        state, moves = self._state, self._moves
         if not watch.same(self._watch):
-            self._state = self._moves.before_step(self.rule, self._state, self._watch, self._steps)
-            self._moves.follow(self._watch, watch)
+            state = moves.notice(self.rule, state, self._watch, self._steps)
+            moves = moves.followed(self._changed(), watch.theta)
         known = {name: shape for name, shape in self._watch.shapes.items() if name not in lost}
+        state = regraft(state, list(self._watch.shapes), known, watch.theta, self.rule.init)
+        if self.rule.walks and moves is not self._moves:
+            state = relocated(state, list(watch.theta.values()))
+        anchor = self._anchor.align({name: p for name, p in watch.theta.items() if name not in lost})
+        tail = self._tail.followed(watch.theta, lost) if self.average == "tail" else self._tail
+        anchor, state = self._storage.keep_anchor(anchor), self._storage.keep(self.rule, state)
         self._watch_examples(watch)
-        state = regraft(self._state, list(self._watch.shapes), known, watch.theta, self.rule.init)
-        state = self.rule.rest(state, list(watch.theta.values())) if rested else state
-        self._hold(self._anchor.align({name: p for name, p in watch.theta.items() if name not in lost}), state)
-        if self.average == "tail":
-            self._tail.follow(watch.theta, lost)
-        self._watch = watch
+        self._anchor, self._state, self._tail, self._moves, self._watch = anchor, state, tail, moves, watch
+        self._followed = bare(self.model)
 
     def _watch_examples(self, watch: Watch) -> None:
         """Gather per-example gradients in the user's backward passes, where the rule asks for them."""
@@ -702,7 +709,6 @@ class Consolidator:
         """List the parameters whose history is dropped, after a warning that says why."""
         lost, model = self._watch.lost(watch), bare(self.model)
         replaced = self._watch.replaced(watch) if model is self._followed else []  # another model keeps the names alone
-        self._followed = model
         for names, came, expected in (
             (lost, "went away or became smaller", "parameters that stay or grow"),
             (replaced, "gave way to new parameters with other values", "the same parameters, or copies of their values"),
@@ -711,10 +717,6 @@ class Consolidator:
                 remedy = "Nothing of the old ones is held any more; the new ones join with their first task."
                 warnings.warn(explain(f"a model in which {listed(names)} {came}", expected, remedy), stacklevel=5)
         return [*lost, *replaced]
-
-    def _hold(self, anchor: Anchor, state: Any) -> None:
-        """Keep a new anchor and state, where and as exactly as was asked for."""
-        self._anchor, self._state = self._storage.keep_anchor(anchor), self._storage.keep(self.rule, state)
 
     def _refuse_optimizer(self, optimizer: Optimizer) -> None:
         steps.refuse_unwatchable(optimizer)

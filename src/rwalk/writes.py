@@ -4,7 +4,7 @@ A write in place raises a tensor's version, unless it goes past autograd, as thr
 largest tensors are looked at too, which finds whatever changes a whole model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -14,29 +14,30 @@ TENSORS, ELEMENTS = 3, 32
 
 
 class Writes:
-    """What the parameters were like when the last observed step had ended."""
+    """What parameters were like when they were noted: at first all of `theta`, later those that a step has moved."""
 
-    def __init__(self) -> None:
-        self._versions: dict[str, int] = {}
-        self._probes: dict[str, Tensor] = {}
-
-    @property
-    def known(self) -> bool:
-        """Whether anything has been noted."""
-        return bool(self._versions)
-
-    def note(self, theta: Mapping[str, Tensor]) -> None:
-        """Note what the parameters are like now."""
-        if self._versions.keys() == theta.keys():
-            largest = list(self._probes)
-        else:
-            largest = sorted((n for n, t in theta.items() if t.numel()), key=lambda n: theta[n].numel())[-TENSORS:]
+    def __init__(self, theta: Mapping[str, Tensor]) -> None:
+        largest = sorted((name for name, t in theta.items() if t.numel()), key=lambda name: theta[name].numel())[-TENSORS:]
         self._versions = {name: t._version for name, t in theta.items()}
         self._probes = {name: _some(theta[name]).clone() for name in largest}
 
+    @property
+    def known(self) -> bool:
+        """Whether anything was noted."""
+        return bool(self._versions)
+
+    def note(self, theta: Mapping[str, Tensor], names: Iterable[str]) -> None:
+        """Note what parameters of these names are like now."""
+        for name in names:
+            self._versions[name] = theta[name]._version
+            if name in self._probes:
+                self._probes[name] = _some(theta[name]).clone()
+
     def found(self, theta: Mapping[str, Tensor]) -> list[str]:
-        """Name the parameters that have been written to since; comparing elements waits for a device."""
-        return self.seen(theta) or [n for n, old in self._probes.items() if n in theta and _unlike(theta[n], old)]
+        """Name the parameters that have been written to since, all if elements alone tell; comparing waits for a device."""
+        seen = self.seen(theta)
+        unseen = any(name not in seen and name in theta and _unlike(theta[name], old) for name, old in self._probes.items())
+        return list(theta) if unseen else seen
 
     def seen(self, theta: Mapping[str, Tensor]) -> list[str]:
         """Name those that have been written to in sight of autograd, which waits for nothing."""

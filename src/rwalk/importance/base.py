@@ -164,8 +164,8 @@ class Importance(ABC, Generic[State]):
     """A rule: its fields are its hyperparameters, its state is an explicit named tuple, and it knows no model.
 
     The fields of a state are lists parallel to the protected parameters (of tensors, numbers or None) or plain values.
-    `conclude` writes into no tensor, so that a task's end that fails can be repeated; the other methods may write into those of
-    the state they are given, and touch no others.
+    Only `observe` and `renew` write into tensors of the state that they are given, and into no others. So a task's end that
+    fails can be repeated.
 
     Attributes:
         measures: what the rule needs: "steps" of training, "data" at a task's end, or "nothing".
@@ -198,26 +198,12 @@ class Importance(ABC, Generic[State]):
     def renew(self, state: State) -> None:
         """Empty what a new task starts without: called with the state that `conclude` has returned, perhaps more than once."""
 
-    def rest(self, state: State, theta: Sequence[Tensor], skip: Tensor | None = None) -> State:  # noqa: ARG002
-        """Take in the optimiser's last move, unless `skip` is set, and remember where it ended."""
+    def resume(self, state: State, theta: Sequence[Any], places: Sequence[int]) -> State:  # noqa: ARG002
+        """Return a state at rest that starts anew at parameters, those at `places`, that not the optimiser has moved."""
         return state
 
-    def at_rest(self, state: State) -> bool:  # noqa: ARG002
-        """Tell whether `rest` has been called since the last step, or need not be."""
-        return True
-
-    def resume(
-        self,
-        state: State,
-        theta: Sequence[Any],  # noqa: ARG002
-        places: Sequence[int],  # noqa: ARG002
-        skip: Tensor | None = None,  # noqa: ARG002
-    ) -> tuple[State, bool]:
-        """End the rest, unless `skip` is set; start anew where parameters at `places` have moved; return whether any has."""
-        return state, False
-
-    def forget(self, state: State, theta: Sequence[Tensor], places: Sequence[int]) -> State:  # noqa: ARG002
-        """Drop the unfinished stretch of parameters that were written to without a `rest`, and start anew where they are."""
+    def abandon(self, state: State, theta: Sequence[Any], places: Sequence[int]) -> State:  # noqa: ARG002
+        """Return a state at rest without the last step, which has failed; parameters at `places` have moved since."""
         return state
 
     @property

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from rwalk import kernels
 from rwalk.anchor import Anchor
-from rwalk.importance._path import moved, own, rested, wake
 from rwalk.importance._scale import WAYS, Normalize, divisors
 from rwalk.importance.base import Finish, Fisher, Importance, Step, check, check_alpha, check_damping, check_finite
+from rwalk.importance.path import own
 from rwalk.parallel import ALONE, Spread
 from rwalk.parameters import copies, zeros
 
@@ -136,29 +136,25 @@ class RWalk(Importance[Walk]):
         if old:
             torch._foreach_zero_(old)
 
-    def rest(self, state: Walk, theta: Sequence[Tensor], skip: Tensor | None = None) -> Walk:
-        """Take in the optimiser's last move."""
-        return rested(state, theta, skip)
-
-    def at_rest(self, state: Walk) -> bool:
-        """Tell whether the path holds the optimiser's last move."""
-        return state.resting
-
-    def resume(self, state: Walk, theta: Sequence[Any], places: Sequence[int], skip: Tensor | None = None) -> tuple[Walk, bool]:
+    def resume(self, state: Walk, theta: Sequence[Any], places: Sequence[int]) -> Walk:
         """End the window, where the optimiser left it, of parameters that have moved since; start a new one where they are."""
-        gone = moved(state, theta, places)
-        state = state if skip is None or not gone else own(state, ("path", "score", "mark"), gone)
-        for i in gone:
+        state = own(state, ("path", "score", "mark", "previous"), places)
+        for i in places:
             ends = state.previous[i], state.fisher[i], state.path[i], state.score[i], state.mark[i]
             state = self._count(state, [theta[i]], kernels.settle_(*ends, self.eps))
-            state.mark[i].copy_(theta[i])
-        return wake(state, skip), bool(gone)
-
-    def forget(self, state: Walk, theta: Sequence[Tensor], places: Sequence[int]) -> Walk:
-        """Drop the window of some parameters."""
-        for i in places:
-            state.path[i].zero_(), state.previous[i].zero_(), state.mark[i].copy_(theta[i])
+            state.mark[i].copy_(theta[i]), state.previous[i].copy_(theta[i])
         return state
+
+    def abandon(self, state: Walk, theta: Sequence[Any], places: Sequence[int]) -> Walk:
+        """Take the last step out of the path; drop the window of parameters that have moved since it began."""
+        known = [i for i, t in enumerate(theta) if t is not None]
+        state = own(state, ("path", "mark", "previous"), known)
+        for i in known:
+            if i in places:
+                state.path[i].zero_(), state.mark[i].copy_(theta[i])
+                state.previous[i].zero_()
+            kernels.rest_([theta[i]], [state.path[i]], [state.mark[i]], [state.previous[i]])
+        return state._replace(resting=True)
 
     def _settled(self, state: Walk, theta: list[Tensor]) -> tuple[list[Tensor], Walk]:
         """Return the score of the task, and the state with what has been counted."""

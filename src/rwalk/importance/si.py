@@ -12,13 +12,9 @@ from torch import Tensor
 
 from rwalk import kernels
 from rwalk.anchor import Anchor
-from rwalk.importance._path import moved, own, rested, wake
 from rwalk.importance.base import Finish, Importance, Step, check_damping, check_finite
+from rwalk.importance.path import own
 from rwalk.parameters import copies, zeros
-
-STRETCH = 64
-"""Steps after which the telescoped path is closed and marked anew. Its rounding error grows with the distance from the mark, so
-marking often keeps it as exact as storing the parameters of every step."""
 
 
 class Path(NamedTuple):
@@ -27,8 +23,8 @@ class Path(NamedTuple):
     Args:
         path: the path integral of the current task.
         start: the parameters at the start of the task.
-        mark: the parameters at the start of the stretch.
-        previous: the gradient of the step before, zero at the start of a stretch; at rest, where that step has ended.
+        mark: the parameters at the start of the last step.
+        previous: the gradient of the last step; at rest, where that step has ended.
         steps: optimiser steps in this task.
         resting: whether the path holds the optimiser's last move already.
     """
@@ -69,8 +65,7 @@ class SI(Importance[Path]):
         """Extend the path integral."""
         if state.steps == 0:
             torch._foreach_copy_(state.start, step.theta)
-        close = state.steps % STRETCH == 0  # before the first step too: an empty path only moves its mark
-        step.visit(path=state.path, mark=state.mark, previous=state.previous, close=close)
+        step.visit(path=state.path, mark=state.mark, previous=state.previous, close=True)
         return state._replace(steps=state.steps + 1)
 
     def conclude(self, state: Path, finish: Finish) -> tuple[Anchor, Path]:
@@ -88,26 +83,19 @@ class SI(Importance[Path]):
         if state.path:
             torch._foreach_zero_([*state.path, *state.previous])
 
-    def rest(self, state: Path, theta: Sequence[Tensor], skip: Tensor | None = None) -> Path:
-        """Take in the optimiser's last move."""
-        return rested(state, theta, skip)
-
-    def at_rest(self, state: Path) -> bool:
-        """Tell whether the path holds the optimiser's last move."""
-        return state.resting
-
-    def resume(self, state: Path, theta: Sequence[Any], places: Sequence[int], skip: Tensor | None = None) -> tuple[Path, bool]:
-        """Start a new stretch where parameters have moved; that move is no part of the task's move."""
-        gone = moved(state, theta, places)
-        state = state if skip is None or not gone else own(state, ("start", "mark"), gone)
-        for i in gone:
-            state.start[i].add_(theta[i] - state.previous[i])
-            state.mark[i].copy_(theta[i])
-        return wake(state, skip), bool(gone)
-
-    def forget(self, state: Path, theta: Sequence[Tensor], places: Sequence[int]) -> Path:
-        """Leave out what some parameters have moved since the last mark."""
+    def resume(self, state: Path, theta: Sequence[Any], places: Sequence[int]) -> Path:
+        """Leave out what parameters have moved since the rest: it is no part of the task's move."""
+        state = own(state, ("start", "previous"), places)
         for i in places:
-            state.start[i].add_(theta[i] - state.mark[i])
-            state.mark[i].copy_(theta[i]), state.previous[i].zero_()
+            state.start[i].add_(theta[i] - state.previous[i])
+            state.previous[i].copy_(theta[i])
         return state
+
+    def abandon(self, state: Path, theta: Sequence[Any], places: Sequence[int]) -> Path:  # noqa: ARG002
+        """Leave out what parameters have moved since the last step began, which is where the mark is."""
+        known = [i for i, t in enumerate(theta) if t is not None]
+        state = own(state, ("start", "previous"), known)
+        for i in known:
+            state.start[i].add_(theta[i] - state.mark[i])
+            state.previous[i].copy_(theta[i])
+        return state._replace(resting=True)
