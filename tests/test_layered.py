@@ -402,6 +402,53 @@ def test_compiled_models_go_by_layers(whole, summed):
     assert len(summed) == 4
 
 
+class Methodical(Net):
+    """Calls a method of its own that may be replaced."""
+
+    def more(self):
+        self.inner = self.first
+
+    def first(self, x):
+        return torch.tanh(self.a(x))
+
+    def forward(self, x):
+        return self.b(self.inner(x))
+
+
+def compiled_method(model):
+    model.inner = torch.compile(model.first, backend="aot_eager")
+
+
+COMPILED = {
+    "model": lambda model: model.compile(backend="aot_eager"),
+    "layer": lambda model: model.a.compile(backend="aot_eager"),
+    "method": compiled_method,
+}
+
+
+@pytest.mark.parametrize(("rule", "objective", "of"), [(EWC(), "exact", torch.square), (MAS(), "norm", torch.abs)])
+@pytest.mark.parametrize("part", COMPILED)
+def test_what_is_compiled_in_its_place_is_measured(part, rule, objective, of, summed):
+    model, data = Methodical(), drawn((5,))
+    want = truth(model, named(model), data, SCORES[objective], of)
+    COMPILED[part](model)
+    model(data[0][0]).sum().backward()
+    memory = Consolidator(model, rule)
+    memory.estimate(data)
+    close([memory.anchor.omega[name] for name in named(model)], want)
+    assert len(summed) == 4
+
+
+def test_a_layer_whose_call_is_not_noted_is_left_to_others(monkeypatch, summed):
+    model, data = Net(), drawn((5,))
+    want = truth(model, named(model), data, exact, torch.square)
+    monkeypatch.setattr(layered._Note, "apply", staticmethod(lambda _mark, _x, output, _tap: output))
+    memory = Consolidator(model, EWC())
+    memory.estimate(data)
+    close([memory.anchor.omega[name] for name in named(model)], want)
+    assert not summed
+
+
 def test_low_precision_is_summed_in_float32(summed):
     model, data = Net(), drawn((5,))
     want = truth(model, named(model), data, exact, torch.square)

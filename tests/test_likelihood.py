@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from dense import close
 from rwalk import EWC, MAS, Consolidator, Kronecker, OnlineEWC
@@ -562,6 +563,68 @@ def test_what_outputs_mean_must_be_known(labels):
         Consolidator(Transformer(), EWC()).estimate([(words(3), torch.randint(3, (3, 4)))])
     with pytest.raises(ValueError, match=r"the class index 3\. .*0 to 2, or -100"):
         Consolidator(Head(3), EWC(labels="true")).estimate([(vectors(3), torch.tensor([0, 3, 1]))])
+
+
+def without_graph(z):
+    with torch.no_grad():
+        return z.square()
+
+
+CONSTANT = {
+    "no_grad": lambda: Head(3, without_graph),
+    "detach": lambda: Head(3, lambda z: z.detach()),
+    "numpy": lambda: Head(3, lambda z: torch.from_numpy(z.detach().numpy())),
+    "of the inputs alone": lambda: Head(3, lambda z: z.detach().requires_grad_()),
+}
+
+
+@pytest.mark.parametrize("rule", [EWC(), EWC(labels="true"), MAS(), Kronecker()], ids=str)
+@pytest.mark.parametrize("name", CONSTANT)
+def test_outputs_without_a_graph_are_refused(name, rule):
+    memory, data = Consolidator(CONSTANT[name](), rule), [(vectors(4), torch.zeros(4).long())]
+    with pytest.raises(ValueError, match=r"without a graph.*`torch.no_grad`, `detach` and NumPy"):
+        memory.estimate(data)
+    assert not len(memory.anchor)
+    memory = Consolidator(Head(3), rule)
+    memory.estimate(data)
+    memory.model.requires_grad_(False)
+    memory.estimate(data)  # what is frozen by now is measured all the same
+    assert not any(p.requires_grad for p in memory.model.parameters())
+
+
+@pytest.mark.parametrize("rule", [EWC(labels="true"), Kronecker(labels="true")], ids=str)
+def test_a_loss_without_a_graph_is_refused(rule):
+    data = [(vectors(4), torch.zeros(4).long())]
+    with pytest.raises(ValueError, match="a loss without a graph"):
+        Consolidator(Head(3), rule).estimate(data, loss=lambda z, y: F.cross_entropy(z, y).detach())
+
+
+class Checkpointed(Head):
+    """Keeps no activations of its first layer."""
+
+    def __init__(self, reentrant, before):
+        super().__init__(3)
+        self.reentrant = reentrant
+        self.before = nn.Linear(5, 5).double() if before else lambda x: x.clone().requires_grad_()
+
+    def forward(self, x):
+        h = checkpoint(self.net[0], self.before(x), use_reentrant=self.reentrant)
+        return self.net[2](torch.tanh(h))
+
+
+@pytest.mark.parametrize("rule", [EWC(), EWC(labels="true"), MAS(), Kronecker()], ids=str)
+@pytest.mark.parametrize("before", [False, True])
+def test_reentrant_checkpoints_are_refused_and_others_are_not(before, rule):
+    data = [(vectors(4), torch.zeros(4).long())]
+    with pytest.raises(ValueError, match=r"reentrant checkpoint.*`use_reentrant=False`"):
+        Consolidator(Checkpointed(True, before), rule).estimate(data)
+    model = Checkpointed(False, before)
+    memory = Consolidator(model, rule)
+    memory.estimate(data)
+    if rule == EWC(labels="true"):
+        score = [F.log_softmax(model(x), 1)[0, 0] for x in data[0][0].split(1)]
+        want = sum(gradients(model, named(model), s) ** 2 for s in score) / 4
+        close(flat(memory.anchor.omega.values()), want)
 
 
 def test_ranks_agree_on_what_one_logit_means():

@@ -82,12 +82,18 @@ class _Tap:
         module._parameters.update(own)  # type: ignore[arg-type]
         if not own or not torch.is_grad_enabled():
             return output
-        x = args[0] if args else kwargs["input"]
-        return _Note.apply(mark[0], x, output, self)  # type: ignore[no-untyped-call, no-any-return]
+        x, before = args[0] if args else kwargs["input"], len(self.calls)
+        noted: Tensor = _Note.apply(mark[0], x, output, self)  # type: ignore[no-untyped-call]
+        if len(self.calls) == before:
+            raise RuntimeError("a layer whose call was not noted")
+        return noted
 
     def fits(self) -> bool:
-        """Tell whether the layer's rule holds for its calls: one at most, as contributions add up before they are squared."""
-        return len(self.calls) < 2 and all(self._rules(call) for call in self.calls)
+        """Tell whether the layer's rule holds for its calls: one at most, as contributions add up before they are squared.
+
+        A call that was begun and not noted has gradients that nobody would find.
+        """
+        return not self.whole and len(self.calls) < 2 and all(self._rules(call) for call in self.calls)
 
     def _rules(self, call: _Call) -> bool:
         if isinstance(self.module, nn.modules.batchnorm._BatchNorm) and (
@@ -257,3 +263,4 @@ def _watched(taps: Sequence[_Tap], leaves: Mapping[str, Tensor]) -> Iterator[lis
             handle.remove()
         for tap in taps:
             tap.calls.clear()
+            tap.whole = {}

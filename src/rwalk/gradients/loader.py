@@ -1,7 +1,6 @@
 """Per-example gradients over data, for rules that measure importance at a task's end."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -14,7 +13,7 @@ from rwalk.gradients.batches import Batch, examples
 from rwalk.gradients.layered import UNMAPPED, Layers, mapped, reaches
 from rwalk.gradients.likelihood import IGNORED, not_binary
 from rwalk.gradients.objective import Scores
-from rwalk.gradients.undisturbed import Kept, undisturbed
+from rwalk.gradients.undisturbed import Kept, differentiable, undisturbed
 from rwalk.importance.base import Objective
 from rwalk.parallel import Ranks, gathered
 from rwalk.parameters import bare, named, refuse_odd, state_dtype
@@ -169,7 +168,7 @@ class _Engine:
         """Add the examples of a batch."""
         start = 0
         self._refuse_function()
-        with _differentiable(self.theta.values()):
+        with differentiable(self.theta.values()):
             while start < batch.size:
                 chunk = batch.cut(start, start + self._size())
                 start += chunk.size
@@ -251,19 +250,6 @@ class _Engine:
         for name, total in self._layers.take().items():
             self._totals[name].add_(total)
         return list(self._totals.values())
-
-
-@contextmanager
-def _differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Have gradients of frozen parameters, too."""
-    frozen = [p for p in parameters if not p.requires_grad]
-    try:
-        for p in frozen:
-            p.requires_grad_(True)
-        yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
 
 
 def _fitting(nbytes: int) -> int:

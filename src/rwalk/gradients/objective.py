@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from rwalk._errors import explain
 from rwalk.gradients.batches import Batch, tensors
-from rwalk.gradients.independence import looked_at, precision
+from rwalk.gradients.independence import looked_at, precision, refuse_constant
 from rwalk.gradients.likelihood import Likelihood, named, own_loss, read_output, refuse_chances, settled
-from rwalk.gradients.undisturbed import Kept
+from rwalk.gradients.undisturbed import Kept, differentiable
 from rwalk.importance.base import Objective
 
 
@@ -79,10 +79,12 @@ class Scores:
         """Look at a few examples: whether they depend on each other, and what the output means."""
 
         def run(part: Batch) -> Any:
-            return kept.call(root, *part.args, **part.kwargs)
+            with differentiable(root.parameters()):
+                return kept.call(root, *part.args, **part.kwargs)
 
         exact = precision([*root.parameters(), *tensors((batch.args, batch.kwargs))])
-        few, output = looked_at(run, self._read, batch, exact)
+        few, output, alone = looked_at(run, self._read, batch, exact)
+        refuse_constant(self._differentiated(alone, batch), root.parameters())
         self._looked, self._compared = True, batch.size > 1
         if self.likely and self.likelihood is None:
             z = read_output(output, self.logits).detach()
@@ -91,6 +93,10 @@ class Scores:
                 refuse_chances(z.movedim(self.likelihood.dim, -1))
             self.likelihood.refuse(self.objective, batch.target)
             self.likelihood.scores(self.objective, z, few.target, few.size)  # raises what does not fit, outside of any mapping
+
+    def _differentiated(self, alone: Any, batch: Batch) -> Tensor:
+        """Return what is differentiated of the output for the first example."""
+        return self._values(alone) if self.loss is None else scalar(self.loss(alone, batch.cut(0, 1).target))
 
     def _read(self, output: Any) -> Tensor | None:
         """Find the tensor that is looked at; with a loss of the user's, any that the output has."""

@@ -1,7 +1,8 @@
 """A pass over a model that leaves no trace: modes, attributes, statistics, gradients and random state are as before."""
 
+import sys
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from operator import is_
 from typing import Any
@@ -185,7 +186,7 @@ def undisturbed(model: nn.Module, *others: Any) -> Iterator[Kept]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels of attention cannot be mapped over examples
         stack.enter_context(_without_cudnn())  # it has no backward for RNNs in evaluation mode
-        if any(hasattr(module, "_orig_mod") for module in root.modules()):
+        if "torch._dynamo" in sys.modules:  # anything may be compiled: a module in its place, a method, a function it calls
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             set_aside.add(root)
@@ -201,6 +202,19 @@ def undisturbed(model: nn.Module, *others: Any) -> Iterator[Kept]:
                 module.training = training
             for p, grad in grads:
                 p.grad = grad
+
+
+@contextmanager
+def differentiable(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Have gradients of frozen parameters, too."""
+    frozen = [p for p in parameters if not p.requires_grad and p.is_floating_point() and not p.is_inference()]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 @contextmanager
