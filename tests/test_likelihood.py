@@ -267,6 +267,72 @@ def test_one_logit_is_a_chance_or_a_mean(name, family, engine):
     close(flat(over(model, theta, [(x[:2], y[:2]), (x[2:], y[2:])])("true", torch.square)), want)
 
 
+@pytest.mark.parametrize("labels", ["exact", "true"])
+def test_a_regression_ignores_no_number(labels, engine):
+    model, x, y = Head(1), vectors(6), torch.tensor([-100, 30, -100, 20, 5, -100])
+    found = []
+    for batches in ([(x, y)], [(x, y.double())], [(x[1:3], y[1:3]), (x[3:], y[3:]), (x[:1], y[:1])]):
+        memory = Consolidator(model, EWC(labels=labels))
+        memory.estimate(batches)
+        found.append(flat(memory.anchor.omega.values()))
+    scores = [loglikelihood("gaussian", model(x[i : i + 1]), y[i]) for i in range(6)]
+    weights = [1 if labels == "true" else 1 / (model(x[i]) - y[i]).square().item() for i in range(6)]
+    want = sum(w * gradients(model, named(model), s) ** 2 for w, s in zip(weights, scores, strict=True)) / 6
+    for got in found:
+        close(got, want)
+    with pytest.raises(ValueError, match=r"a regression whose first 1 targets are all -100.*floating-point"):
+        Consolidator(model, EWC(labels=labels)).estimate([(x[:1], y[:1]), (x[1:], y[1:])])
+
+
+@pytest.mark.parametrize("squeezed", [False, True])
+def test_chances_at_places_that_do_not_count(squeezed, engine):
+    """Without a name for one output a place, and named for any."""
+    model, x = Head(3, lambda z: z if squeezed else z.unsqueeze(-1)), vectors(5)
+    y = torch.tensor([[0, 1, 0], [1, -100, -100], [-100] * 3, [0, 0, -100], [1, 1, 1]])
+    theta, want = named(model), 0
+    for i in (0, 1, 3, 4):
+        z = model(x[i : i + 1]).flatten()
+        want = want + sum(
+            FAMILIES["bernoulli"][1](z[j].detach()) * gradients(model, theta, z[j]) ** 2 for j in range(3) if y[i, j] >= 0
+        )
+    for loss in (
+        (F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss()) if squeezed else (None, F.binary_cross_entropy_with_logits)
+    ):
+        memory = Consolidator(model, EWC())
+        memory.estimate([(x, y)], loss=loss)
+        close(flat(memory.anchor.omega.values()), want / 4)
+    with pytest.raises(ValueError, match="targets of -100 under binary_cross_entropy_with_logits"):
+        Consolidator(model, EWC(labels="true")).estimate([(x, y)], loss=F.binary_cross_entropy_with_logits)
+
+
+CHANCES = {
+    "column": lambda z: z[:, :1].sigmoid(),
+    "flat": lambda z: z[:, 0].sigmoid(),
+    "squeezed": lambda z: torch.sigmoid(z[:, :1]).squeeze(-1),
+    "one of two": lambda z: z.softmax(-1)[:, 1],
+    "single precision": lambda z: z[:, 0].sigmoid().float(),
+}
+
+
+@pytest.mark.parametrize("name", CHANCES)
+def test_outputs_of_a_sigmoid_are_refused_as_those_of_a_softmax_are(name):
+    model, x, y = Head(2, CHANCES[name]), vectors(5), torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0]).double()
+    for rule in (EWC(), EWC(labels="true"), Kronecker()):
+        memory = Consolidator(model, rule)
+        with pytest.raises(ValueError, match=r"probabilities, as a sigmoid or a softmax makes them.*output.logit"):
+            memory.estimate([(x, y)])
+        assert not len(memory.anchor)
+    Consolidator(model, MAS()).estimate([(x, y)])
+    Consolidator(model, EWC()).estimate([(x, torch.rand(5).double())])  # a regression
+    Consolidator(Head(1, lambda z: z * 0), EWC()).estimate([(x, y)])  # logits between 0 and 1
+    memory, theta, want = Consolidator(model, EWC()), named(model), 0
+    memory.estimate([(x, y)], logits=torch.logit)
+    for one in x.split(1):
+        p = model(one).reshape(())
+        want = want + sum(q.item() * gradients(model, theta, q.log()) ** 2 for q in (p, 1 - p)) / 5
+    torch.testing.assert_close(flat(memory.anchor.omega.values()), want, rtol=1e-4 if "single" in name else 1e-9, atol=1e-6)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_logits_drawn_targets_come_near_the_exact_ones(family):
     model, x = Head(1), vectors(1).expand(6000, 5)
@@ -324,6 +390,33 @@ def test_a_named_softmax_is_over_the_dimension_that_the_targets_leave(name):
         over(model, theta, [x], loss=F.cross_entropy)("sample", torch.square)
 
 
+@pytest.mark.parametrize("last", [True, False])
+def test_without_targets_rows_are_found_by_tokens_or_named(last):
+    """Places that are those of the tokens; other models say with `logits=` where their classes are, first or last."""
+
+    class Turned(Transformer):
+        def forward(self, x):
+            return super().forward(x) if last else super().forward(x).mT
+
+    x, y = words(4), torch.zeros(4, 4).long()
+    model, draws = Turned(), []
+    read = (lambda z: z.flatten(0, 1)) if last else (lambda z: z.movedim(1, -1).flatten(0, -2))
+    for data, options in (([(x, y)], {}), ([x], {}), ([x], {"logits": read})):
+        torch.manual_seed(0)
+        memory = Consolidator(model, EWC(labels="sample"))
+        memory.estimate(data, **options)
+        draws.append(flat(memory.anchor.omega.values()))
+    close(draws[1], draws[0])
+    close(draws[2], draws[0])
+    square = Head(6, lambda z: z.reshape(-1, 2, 3) if last else z.reshape(-1, 3, 2))
+    for rule in (EWC(labels="sample"), Kronecker()):
+        for model, inputs in ((square, vectors(4)), (Transformer(classes=4), words(4))):
+            with pytest.raises(
+                ValueError, match=r"no targets.*the second dimension as well as in the last.*`lambda o: o.movedim"
+            ):
+                Consolidator(model, rule).estimate([inputs])
+
+
 # --- labels that a model shifts itself ---------------------------------------------------------------------------------------
 
 
@@ -354,6 +447,23 @@ def test_labels_are_aligned_as_the_model_aligns_them(shifts, form, engine):
     got = over(model, theta, [{"x": x, "labels": y}], logits=read)("true", torch.square)
     ahead = torch.cat([y[:, 1:], torch.full((5, 1), -100)], 1) if shifts else y
     close(got, over(model.net, {n[4:]: p for n, p in theta.items()}, [(x, ahead)])("true", torch.square))
+
+
+@pytest.mark.parametrize("shifts", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_labels_are_aligned_under_a_head_of_zeros(shifts, dtype):
+    """Every label costs the same there: the gradient of the model's own loss tells them apart."""
+    for classes in (5, 7, 8, 11):
+        model, x, y = Language(shifts), words(5), torch.randint(3, (5, 4))
+        model.net = Transformer(classes).to(dtype)
+        nn.init.zeros_(model.net.head.weight)
+        nn.init.zeros_(model.net.head.bias)
+        y[0, :2] = -100
+        memory = Consolidator(model, EWC(labels="true"))
+        memory.estimate([{"x": x, "labels": y}])
+        ahead = torch.cat([y[:, 1:], torch.full((5, 1), -100)], 1) if shifts else y
+        want = over(model.net, named(model.net), [(x, ahead)])("true", torch.square)
+        torch.testing.assert_close(list(memory.anchor.omega.values()), want)
 
 
 def test_drawn_labels_leave_out_what_a_shifted_label_ignores():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rwalk._errors import explain
 from rwalk.gradients.batches import Batch, tensors
 from rwalk.gradients.independence import looked_at, precision, refuse_constant
-from rwalk.gradients.likelihood import Likelihood, named, own_loss, read_output, refuse_chances, settled
+from rwalk.gradients.likelihood import IGNORED, Likelihood, named, own_loss, read_output, refuse_chances, settled
 from rwalk.gradients.undisturbed import Kept, differentiable
 from rwalk.importance.base import Objective
 
@@ -60,13 +60,25 @@ class Scores:
         if self.objective == "true" and batch.target is None:
             raise ValueError(untargeted())
         counted = self._counted(batch, self.likelihood or self.given or Likelihood("categorical"))
+        self._refuse_ignored(counted.target)
         if counted.size > self._looked and not self._compared:  # a first batch of one example cannot be compared
             self._look(root, counted, kept)
         if counted.size and self.likelihood is not None:
+            counted = self._counted(batch, self.likelihood)  # of a regression nothing is ignored
             self.likelihood.refuse(self.objective, counted.target)
-            counted = self._counted(counted, self.likelihood)
         self.ignored += batch.size - counted.size
+        if self.ignored and self.likelihood is not None and self.likelihood.family == "gaussian":
+            came = f"a regression whose first {self.ignored} targets are all {IGNORED}"
+            raise ValueError(explain(came, "targets that tell what they are", "Pass targets as floating-point numbers."))
         return counted
+
+    def _refuse_ignored(self, target: Any) -> None:
+        """Raise a ValueError where the loss would take targets that do not count for numbers."""
+        binary = self.loss is not None and self.given is not None and self.given.family == "bernoulli"
+        if binary and isinstance(target, Tensor) and not target.is_floating_point() and (target == IGNORED).any():
+            came = f"targets of {IGNORED} under binary_cross_entropy_with_logits, which takes them for numbers"
+            remedy = 'Pass a `loss` that leaves them out, or use `labels="sample"` or "exact".'
+            raise ValueError(explain(came, "targets of 0 and 1", remedy))
 
     def _counted(self, batch: Batch, likelihood: Likelihood) -> Batch:
         """Leave out examples without any target that counts, where that is how labels are read."""
@@ -87,10 +99,10 @@ class Scores:
         refuse_constant(self._differentiated(alone, batch), root.parameters())
         self._looked, self._compared = True, batch.size > 1
         if self.likely and self.likelihood is None:
-            z = read_output(output, self.logits).detach()
-            self.likelihood = settled(z, few.size, few.target, batch.target, own_loss(output), self.given)
-            if self.logits is None and self.given is None and self.likelihood.family == "categorical":
-                refuse_chances(z.movedim(self.likelihood.dim, -1))
+            z, inputs = read_output(output, self.logits), (few.args, few.kwargs)
+            self.likelihood = settled(z, few.size, few.target, batch.target, own_loss(output), self.given, inputs)
+            if self.logits is None and self.given is None:
+                refuse_chances(self.likelihood, z)
             self.likelihood.refuse(self.objective, batch.target)
             self.likelihood.scores(self.objective, z, few.target, few.size)  # raises what does not fit, outside of any mapping
 
