@@ -4,6 +4,7 @@ import itertools
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -218,6 +219,29 @@ def test_an_ignored_example_counts_in_no_mean_and_an_ignored_batch_is_passed_ove
     close(got, over(model, theta, [x[rows]])("exact", torch.square))
     got = over(model, theta, [(x, ignoring)], loss=other)("true", torch.square)
     close(got, over(model, theta, [(x[rows], ignoring[rows])])("true", torch.square))
+
+
+@pytest.mark.parametrize("rule", [EWC(), EWC(labels="true"), Kronecker(labels="exact")], ids=str)
+def test_targets_are_read_from_whatever_holds_numbers(rule):
+    model, x, y = Head(3), vectors(6), torch.tensor([0, -100, 2, -100, 1, 1])
+    found = []
+    for target in (y, y.tolist(), y.numpy(), tuple(y.tolist()), list(y), (y,), {"a": y}, [y.numpy()], {"a": y.tolist()}):
+        memory = Consolidator(model, rule)
+        memory.estimate([(x, target)])
+        found.append(flat(memory.anchor.omega.values()))
+    if not isinstance(rule, Kronecker):
+        counts = y != -100
+        close(found[0], flat(over(model, named(model), [(x[counts], y[counts])])(rule.labels, torch.square)))
+    for other in found[1:]:
+        close(other, found[0])
+    memory = Consolidator(model, rule)
+    for target in ([0] * 7, np.zeros(7, int), (y, torch.zeros(7)), {"a": y, "b": [1.0] * 7}):
+        with pytest.raises(ValueError, match=r"a target of shape \(7,\) for 6 examples"):
+            memory.estimate([(x, target)])
+    memory = Consolidator(model, EWC(labels="true"))
+    memory.estimate([(x, (y.clamp(min=0), [2.0] * 6))], loss=lambda z, t: F.cross_entropy(z, t[0]) * t[1].sum())
+    score = [2 * F.cross_entropy(model(x[i : i + 1]), y[i : i + 1].clamp(min=0)) for i in range(6)]
+    close(flat(memory.anchor.omega.values()), sum(gradients(model, named(model), s) ** 2 for s in score) / 6)
 
 
 # --- outputs that each have a distribution of their own -----------------------------------------------------------------------

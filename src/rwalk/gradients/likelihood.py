@@ -304,7 +304,7 @@ def refuse_chances(reading: Likelihood, z: Tensor) -> None:
     """Raise a ValueError for outputs that are probabilities already: what is made of these is another distribution."""
     if reading.family == "categorical":
         rows = z.detach().movedim(reading.dim, -1)
-        found = (rows >= 0).all() and ((rows.sum(-1) - 1).abs() < 1e-3).all()
+        found = bool((rows >= 0).all() and ((rows.sum(-1) - 1).abs() < 1e-3).all())
         why, last, inverse = "they add up to 1 in each row", "softmax", "log"
     else:
         found = reading.family == "bernoulli" and _maker(z).startswith(("Sigmoid", "Hardsigmoid", "Softmax"))
