@@ -761,6 +761,81 @@ def test_reentrant_checkpoints_are_refused_and_others_are_not(before, rule):
         close(flat(memory.anchor.omega.values()), want)
 
 
+@pytest.mark.parametrize("labels", ["exact", "true"])
+def test_rare_rows_of_an_embedding_are_measured(labels):
+    class Sparse(nn.Module):
+        def __init__(self, sparse):
+            super().__init__()
+            self.words, self.head = nn.Embedding(5, 4, sparse=sparse), nn.Linear(4, 3)
+            self.double()
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.words(x)).mean(1))
+
+    model, plain, data = Sparse(True), Sparse(False), [(words(5), torch.randint(3, (5,)))]
+    plain.load_state_dict(model.state_dict())
+    memory = Consolidator(model, EWC(labels=labels))
+    memory.estimate(data)
+    close(list(memory.anchor.omega.values()), over(plain, named(plain), data)(labels, torch.square))
+
+
+@pytest.mark.parametrize("rule", [EWC(), MAS(), Kronecker()], ids=str)
+def test_layers_without_a_shape_are_refused(rule):
+    model = nn.Sequential(nn.LazyLinear(3)).double()
+    data = [(vectors(4), torch.zeros(4).long())]
+    memory = Consolidator(model, rule)
+    for call in (memory.estimate, memory.consolidate):
+        with pytest.raises(ValueError, match=r"`0.weight`, `0.bias` that have no shape yet.*Call the model once"):
+            call(data)
+    model(data[0][0])
+    memory.estimate(data)
+
+
+@pytest.mark.parametrize("rule", [EWC(labels="true"), Kronecker(labels="true")], ids=str)
+@pytest.mark.parametrize(
+    ("loss", "shape"),
+    [(F.cross_entropy, ()), (nn.CrossEntropyLoss(), ()), (F.binary_cross_entropy_with_logits, (3,)), (nn.MSELoss(), (3,))],
+)
+def test_a_loss_of_logits_is_given_the_logits(loss, shape, rule):
+    model, x = Head(3, lambda z: SimpleNamespace(logits=z, hidden=None)), vectors(4)
+    y, found = torch.randint(2, (4, *shape)), []
+    for options in ({"loss": loss}, {"loss": loss, "logits": lambda o: o.logits}):
+        memory = Consolidator(model, rule)
+        memory.estimate([(x, y)], **options)
+        found.append(flat(memory.anchor.omega.values()))
+    close(*found)
+    if isinstance(rule, EWC):
+        targets = y if y.dim() == 1 else y.double()
+        scores = [loss(model(x[i : i + 1]).logits, targets[i : i + 1]) for i in range(4)]
+        close(found[0], sum(gradients(model, named(model), s) ** 2 for s in scores) / 4)
+
+
+def test_data_that_is_there_once_is_named():
+    class Once(torch.utils.data.IterableDataset):
+        def __init__(self):
+            self.rows = iter([(x, torch.tensor(0)) for x in vectors(6)])
+
+        def __iter__(self):
+            return self.rows
+
+    class Normed(Head):
+        def __init__(self):
+            super().__init__(3)
+            self.norm = nn.LayerNorm(5).double()
+
+        def forward(self, x):
+            return super().forward(self.norm(x))
+
+    for rule in (EWC(), MAS()):
+        Consolidator(Normed(), rule).estimate(torch.utils.data.DataLoader(Once(), batch_size=2))
+    for rule in (Kronecker(), Kronecker(samples=3)):
+        memory = Consolidator(Normed(), rule)
+        once = torch.utils.data.DataLoader(Once(), batch_size=2 if rule.samples is None else 6)
+        with pytest.raises(ValueError, match=r"`DataLoader`\) that is used up after the first time"):
+            memory.estimate(once)
+        assert not len(memory.anchor)
+
+
 def test_ranks_agree_on_what_one_logit_means():
     class Two:
         def sum_(self, figures):

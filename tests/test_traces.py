@@ -135,6 +135,43 @@ def test_a_loss_that_stores_is_as_it_was(engine):
         assert not hasattr(loss, "last")
 
 
+class Tracking(nn.Module):
+    """Tracks the mean loss in a buffer, and counts in an attribute."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()).double())
+        self.in_place, self.calls = in_place, 0
+
+    def forward(self, z, y):
+        loss = F.cross_entropy(z, y)
+        self.calls += 1
+        if self.in_place:
+            self.mean.add_(loss.detach())
+        else:
+            self.mean = 0.9 * self.mean + 0.1 * loss.detach()
+        return loss + self.mean  # each example from the buffer as it was
+
+    def method(self, z, y):
+        return self(z, y)
+
+
+@pytest.mark.parametrize("method", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_losss_buffers_are_as_they_were(in_place, method, engine):
+    model, loss = nn.Linear(5, 3).double(), Tracking(in_place)
+    for rule in (EWC(labels="true"), Kronecker(labels="true")):
+        mean, batches = loss.mean, data()
+        memory = Consolidator(model, rule)
+        memory.estimate(batches, loss=loss.method if method else loss)
+        assert loss.mean is mean
+        assert (loss.mean, loss.calls) == (0, 0)
+        copy.deepcopy(loss)
+        plain = Consolidator(model, rule)
+        plain.estimate(batches, loss=lambda z, y: F.cross_entropy(z, y))
+        close(list(memory.anchor.omega.values()), list(plain.anchor.omega.values()))
+
+
 def old_weight_norm(layer):
     with pytest.warns(FutureWarning):
         return nn.utils.weight_norm(layer)

@@ -222,7 +222,7 @@ class _Engine:
         return score, terms
 
     def _weighted(self, g: Tensor, weight: Tensor) -> Tensor:
-        value = self._of(g.to(state_dtype(g)))
+        value = self._of((g.to_dense() if g.is_sparse else g).to(state_dtype(g)))
         if not self._by_class:
             return value
         return torch.where(weight == 0, 0, value * weight)  # a shut class must not bring in 0 * inf

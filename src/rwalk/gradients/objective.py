@@ -139,7 +139,16 @@ class Scores:
 
     def _differentiated(self, alone: Any, batch: Batch) -> Tensor:
         """Return what is differentiated of the output for the first example."""
-        return self._values(alone) if self.loss is None else scalar(self.loss(alone, batch.cut(0, 1).target))
+        return self._values(alone) if self.loss is None else self._lost(alone, batch.cut(0, 1).target)
+
+    def _lost(self, output: Any, target: Any) -> Tensor:
+        """Return the user's loss; one that names a distribution is given the logits alone, and numbers in their precision."""
+        assert self.loss is not None
+        if self.given is not None:
+            output = read_output(output, self.logits)
+            if self.given.family != "categorical" and isinstance(target, Tensor):
+                target = target.to(output.dtype)
+        return scalar(self.loss(output, target))
 
     def _read(self, output: Any) -> Tensor | None:
         """Find the tensor that is looked at; with a loss of the user's, any that the output has."""
@@ -166,7 +175,7 @@ class Scores:
         if self.likelihood is not None:
             return self.likelihood.scores(self.objective, self._values(output), target, size)
         if self.loss is not None:
-            score = scalar(self.loss(output, target))
+            score = self._lost(output, target)
         else:
             values = self._values(output)
             score = values.masked_fill(values == -torch.inf, 0).square().sum()  # a shut class is no output

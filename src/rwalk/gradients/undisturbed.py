@@ -94,10 +94,11 @@ def _same(now: Any, kept: Any) -> bool:
 
 
 class Buffers:
-    """The buffers of a model's modules, except of those in `others`, and their values."""
+    """The buffers of modules and of those in them, except of those in `others`, and their values."""
 
-    def __init__(self, root: nn.Module, others: Collection[nn.Module]) -> None:
-        self._tables = [(m._buffers, dict(m._buffers.items())) for m in root.modules() if m not in others]
+    def __init__(self, roots: Iterable[nn.Module], others: Collection[nn.Module]) -> None:
+        modules = {m: None for root in roots for m in root.modules() if m not in others}
+        self._tables = [(m._buffers, dict(m._buffers.items())) for m in modules]
         tensors = [b for _, kept in self._tables for b in kept.values() if b is not None]
         self._values = [(b, b.detach().clone()) for b in tensors]
         self._versions = [_version(b) for b in tensors]
@@ -130,12 +131,14 @@ class Kept:
 
     Args:
         root: the model.
-        others: what is called with it, such as a loss, whose attributes are kept if it is a module.
+        others: what is called with it, such as a loss: a module, or a method of one, is kept as the model is.
         changing: modules of the model whose buffers may change.
     """
 
     def __init__(self, root: nn.Module, others: Sequence[Any] = (), changing: Collection[nn.Module] = ()) -> None:
-        self._attributes, self._buffers = Attributes([root, *others]), Buffers(root, changing)
+        roots = [root, *(getattr(other, "__self__", other) for other in others)]
+        modules = [value for value in roots if isinstance(value, nn.Module)]
+        self._attributes, self._buffers = Attributes(roots), Buffers(modules, changing)
 
     def restore(self, surely: bool = False) -> None:
         """Put back attributes and buffers, so that no call of the model sees what an earlier one left in it."""
@@ -171,8 +174,8 @@ def undisturbed(model: nn.Module, *others: Any) -> Iterator[Kept]:
 
     Inside, the whole model is in evaluation mode and gradients are enabled, also for callers under `torch.no_grad()`.
     Afterwards, whatever happens, every module's own mode and attributes, all buffers, all `.grad` fields and the global random
-    state of torch (that of the CPU and of the model's CUDA devices) are as before, and so are the attributes of those of
-    `others`, such as a loss, that are modules. Yields what can be restored in between.
+    state of torch (that of the CPU and of the model's CUDA devices) are as before, and so are attributes and buffers of a loss
+    and of other `others` that are modules or methods of such. Yields what can be restored in between.
     """
     root = bare(model)
     modes = [(module, module.training) for module in root.modules()]
