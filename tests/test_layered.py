@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules import module as modules
 
 from dense import LAYERS, SCORES, close, exact, readout, scrambled, true, truth
 from rwalk import EWC, MAS, Consolidator
@@ -447,6 +448,43 @@ def test_a_layer_whose_call_is_not_noted_is_left_to_others(monkeypatch, summed):
     memory.estimate(data)
     close([memory.anchor.omega[name] for name in named(model)], want)
     assert not summed
+
+
+class Shouting(Net):
+    """Has its layers' outputs times 3."""
+
+    def forward(self, x):
+        return 3 * self.b(torch.tanh(3 * self.a(x)))
+
+
+@pytest.mark.parametrize(("rule", "objective", "of"), [(EWC(), "exact", torch.square), (MAS(), "norm", torch.abs)])
+def test_hooks_of_all_modules_are_part_of_the_model(rule, objective, of):
+    model, data = Net(), drawn((5,))
+    same = Shouting()
+    same.load_state_dict(model.state_dict())
+    memory = Consolidator(model, rule)
+    handle = modules.register_module_forward_hook(lambda m, args, out: 3 * out if isinstance(m, nn.Linear) else None)
+    try:
+        memory.estimate(data)
+    finally:
+        handle.remove()
+    close([memory.anchor.omega[name] for name in named(model)], truth(same, named(same), data, SCORES[objective], of))
+
+
+@pytest.mark.parametrize("make", [Net, Looking])
+def test_hooks_of_gradients_are_about_training(make):
+    model, data, calls = make(), drawn((5,)), []
+    want = truth(model, named(model), data, exact, torch.square)
+    handle = model.a.weight.register_hook(lambda g: calls.append(1) or g * 0)
+    memory = Consolidator(model, EWC())
+    memory.estimate(data)
+    close([memory.anchor.omega[name] for name in named(model)], want)
+    assert not calls
+    model(data[0][0].abs()).sum().backward()
+    assert calls == [1]
+    assert not model.a.weight.grad.any()
+    handle.remove()
+    assert not model.a.weight._backward_hooks
 
 
 def test_low_precision_is_summed_in_float32(summed):

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
 
 from rwalk.gradients.layers import RULES, Gather, Of, Sum, survey
@@ -177,7 +178,7 @@ class Layers:
         names = {id(p): name for name, p in theta.items()}
         self._of = of
         self._taps: list[_Tap] = []
-        for _, module, mine, why in survey(root, theta) if of in ROOTS else ():
+        for _, module, mine, why in survey(root, theta) if of in ROOTS and not _everywhere() else ():
             if not why and "forward" not in vars(module):
                 self._taps.append(_Tap(module, {key: Sum(names[id(p)], p, of) for key, p in mine.items()}))
         self._sums = [s for tap in self._taps for s in tap.sums.values()]
@@ -240,6 +241,11 @@ class Layers:
     def take(self) -> dict[str, Tensor]:
         """Return the sums of all passes, by name; there is none where no gradient came."""
         return {s.name: s.take(1) for s in self._sums if s.examples}
+
+
+def _everywhere() -> bool:
+    """Tell whether there are hooks of all modules' calls, which change outputs before `_Tap.leave` sees them."""
+    return any((modules._global_forward_hooks, modules._global_forward_pre_hooks))
 
 
 def _marked(scores: Callable[..., Any], leaves: Mapping[str, Tensor], here: list[Tensor], mark: Tensor, example: Any) -> Any:

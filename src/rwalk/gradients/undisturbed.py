@@ -181,6 +181,7 @@ def undisturbed(model: nn.Module, *others: Any) -> Iterator[Kept]:
     modes = [(module, module.training) for module in root.modules()]
     kept = Kept(root, others)
     grads = [(p, p.grad) for p in root.parameters()]
+    hooks = [(p, p._backward_hooks) for p in root.parameters() if p._backward_hooks]
     devices = {p.device.index for p in root.parameters() if p.device.type == "cuda"}
     already = root in set_aside
     with ExitStack() as stack:
@@ -196,6 +197,8 @@ def undisturbed(model: nn.Module, *others: Any) -> Iterator[Kept]:
             root.eval()
             for p, _ in grads:
                 p.grad = None
+            for p, _ in hooks:  # they are about training, and nobody would call them under `vmap`
+                p._backward_hooks = None
             yield kept
         finally:
             if not already:
@@ -205,6 +208,8 @@ def undisturbed(model: nn.Module, *others: Any) -> Iterator[Kept]:
                 module.training = training
             for p, grad in grads:
                 p.grad = grad
+            for p, own in hooks:
+                p._backward_hooks = own
 
 
 @contextmanager
