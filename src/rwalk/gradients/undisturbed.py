@@ -5,12 +5,14 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from operator import is_
+from types import ModuleType
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import Dataset
 
 from rwalk._errors import explain
 from rwalk.parameters import bare
@@ -25,23 +27,63 @@ MADE = ("_parameters", "_modules", "_non_persistent_buffers_set")
 """Those of them to which a call of the module may add what it makes; buffers are kept apart."""
 
 
+HOLDERS = (nn.Module, tuple, list, dict, set, deque)
+"""What is looked into."""
+
+VALUES = Tensor | torch.dtype | torch.device | torch.Size
+"""What of torch an object may hold."""
+
+MOST = 100
+"""Objects that one plain object may hold, all of them together."""
+
+
+def _plain(value: Any) -> bool:
+    """Tell whether an object has attributes, and holds values alone: no modules, data or other machinery of training."""
+    known: dict[int, Any] = {}
+    waiting = [value] if _followed(value) else []
+    while waiting and len(known) <= MOST:
+        held = waiting.pop()
+        foreign = type(held).__module__.partition(".")[0] == "torch" and not isinstance(held, VALUES)
+        if foreign or isinstance(held, nn.Module | Dataset):
+            return False
+        if id(held) not in known and (_followed(held) or isinstance(held, HOLDERS)):
+            known[id(held)] = held
+            waiting += held.values() if isinstance(held, dict) else vars(held).values() if _followed(held) else held
+    return 0 < len(known) <= MOST
+
+
+def _followed(value: Any) -> bool:
+    """Tell whether an object's attributes are looked at: one of a class of the user's, or a mere holder of names."""
+    origin = type(value).__module__.partition(".")[0]
+    known = origin in sys.stdlib_module_names and origin not in ("types", "collections", "__main__")
+    odd = isinstance(value, (*HOLDERS, Tensor, type, ModuleType)) or callable(value)
+    return hasattr(value, "__dict__") and not known and not odd
+
+
 class Attributes:
     """The attributes of modules and of those in them, and what lists, dicts, sets and deques there hold, as they are now.
 
-    Tensors are not copied: what a model writes into one stays written.
+    Objects that hold nothing else are looked into as well. `tensors` are those found.
     """
 
     def __init__(self, roots: Sequence[Any]) -> None:
         self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._contents: list[tuple[Any, Any]] = []
-        known: set[int] = set()
+        self.tensors: list[Tensor] = []
+        known: dict[int, Any] = {}
         waiting = [*roots]
         while waiting:
             value = waiting.pop()
-            if id(value) in known or not isinstance(value, nn.Module | tuple | list | dict | set | deque):
+            if id(value) in known:
                 continue
-            known.add(id(value))
-            if isinstance(value, nn.Module):
+            known[id(value)] = value
+            if type(value) is Tensor:
+                self.tensors += [value] if value.layout == torch.strided else []
+            elif not isinstance(value, HOLDERS):
+                if _plain(value):
+                    self._tables.append((vars(value), dict(vars(value))))
+                    waiting += vars(value).values()
+            elif isinstance(value, nn.Module):
                 kept = {key: v for key, v in vars(value).items() if key not in INTERNAL}
                 self._tables.append((vars(value), kept))
                 made = [vars(value).get(key) for key in MADE]
@@ -94,12 +136,13 @@ def _same(now: Any, kept: Any) -> bool:
 
 
 class Buffers:
-    """The buffers of modules and of those in them, except of those in `others`, and their values."""
+    """The buffers of modules and of those in them, except of those in `others`, their values, and those of other `tensors`."""
 
-    def __init__(self, roots: Iterable[nn.Module], others: Collection[nn.Module]) -> None:
+    def __init__(self, roots: Iterable[nn.Module], others: Collection[nn.Module], tensors: Sequence[Tensor]) -> None:
         modules = {m: None for root in roots for m in root.modules() if m not in others}
         self._tables = [(m._buffers, dict(m._buffers.items())) for m in modules]
-        tensors = [b for _, kept in self._tables for b in kept.values() if b is not None]
+        buffers = [b for _, kept in self._tables for b in kept.values() if b is not None]
+        self._surely, tensors = len(buffers), [*buffers, *tensors]
         self._values = [(b, b.detach().clone()) for b in tensors]
         self._versions = [_version(b) for b in tensors]
 
@@ -113,7 +156,7 @@ class Buffers:
                 if key not in table or table[key] is not buffer:
                     table[key] = buffer
         for i, (buffer, value) in enumerate(self._values):
-            written = surely or self._versions[i] != _version(buffer) or self._versions[i] < 0
+            written = (surely and i < self._surely) or self._versions[i] != _version(buffer) or self._versions[i] < 0
             if written and not torch.equal(
                 buffer, value
             ):  # a write, even of the same, would invalidate graphs that the user holds
@@ -138,7 +181,8 @@ class Kept:
     def __init__(self, root: nn.Module, others: Sequence[Any] = (), changing: Collection[nn.Module] = ()) -> None:
         roots = [root, *(getattr(other, "__self__", other) for other in others)]
         modules = [value for value in roots if isinstance(value, nn.Module)]
-        self._attributes, self._buffers = Attributes(roots), Buffers(modules, changing)
+        self._attributes = Attributes(roots)
+        self._buffers = Buffers(modules, changing, self._attributes.tensors)
 
     def restore(self, surely: bool = False) -> None:
         """Put back attributes and buffers, so that no call of the model sees what an earlier one left in it."""
