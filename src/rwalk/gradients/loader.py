@@ -53,8 +53,8 @@ def over(
     Without `loss`, p(y|x) follows from logits and targets of the first batch. One logit a row is a chance if all targets are 0
     or 1, else the mean of a normal distribution of variance 1. Several are a softmax, of one row for each example or of more,
     whose log-likelihoods add up: (batch * rows, classes), (batch, rows, classes) or, as `cross_entropy` takes them,
-    (batch, classes, ...); targets are class indices, and where there are none, tokens of shape (batch, rows) tell three dimensions
-    apart. Targets of -100 do not count but in a regression, nor do examples without any other. If the
+    (batch, classes, ...); targets are class indices, and where there are none, tokens of shape (batch, rows) tell three
+    dimensions apart. Targets of -100 do not count but in a regression, nor do examples without any other. If the
     output holds a loss of the model's own, labels stand where that loss has them: at their logits or, in causal language
     models, one place later. Otherwise they stand at their logits.
 
