@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dense import LAYERS, SCORES, close, exact, readout, scrambled, true, truth
+from dense import LAYERS, SCORES, close, exact, norm, readout, scrambled, true, truth
+from rwalk import EWC, MAS, Consolidator, Kronecker
 from rwalk.gradients import Squares, layers, loader, over, undisturbed
 from rwalk.parameters import named
 
@@ -191,6 +192,82 @@ def test_mappings_with_shared_tensors(monkeypatch):
     close(over(model, named(model), [[(x, scale)] for x, _ in data])("norm", torch.abs), over_norm(model, batches))
 
 
+class Placed(nn.Module):
+    """Adds what belongs to places, which all examples share, to a sequence; also takes one number for each example."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3).double()
+
+    def forward(self, x, places, lengths=None):
+        h = torch.tanh(x + places).sum(1)
+        return self.head(h if lengths is None else h * lengths.unsqueeze(1))
+
+
+def estimated(model, rule, batches):
+    memory = Consolidator(model, rule)
+    memory.estimate(batches)
+    return [memory.anchor.omega[name] for name in named(model)]
+
+
+@pytest.mark.parametrize(("rule", "scores", "of"), [(EWC(), exact, torch.square), (MAS(), norm, torch.abs)])
+@pytest.mark.parametrize("sizes", [(6,), (5,), (3,), (2, 5), (5, 2), (5, 1), (5, 5)])
+@pytest.mark.parametrize("given", ["first", "last", "lengths"])
+def test_what_examples_share_is_shared_however_many_there_are(given, sizes, rule, scores, of):
+    model, places = Placed(), torch.randn(5, 4).double()
+    if sizes == (3,):
+        places = places[:3]
+    data = [(torch.randn(n, len(places), 4).double(), torch.randint(3, (n,))) for n in sizes]
+    if given == "lengths":
+        batches = [((x, places, torch.ones(len(x)).double()), y) for x, y in data]
+    else:
+        batches = [({"places": places, "x": x} if given == "first" else {"x": x, "places": places}, y) for x, y in data]
+    whole = nn.Module()
+    whole.forward = lambda x: model(x, places)
+    want = truth(whole, named(model), data, scores, of)
+    close(estimated(model, rule, batches), want)
+
+
+@pytest.mark.parametrize("rule", [EWC(labels="sample"), MAS(), Kronecker()])
+def test_a_row_for_all_may_come_before_the_examples(rule):
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.places, self.head = nn.Embedding(7, 4), nn.Embedding(5, 4), nn.Linear(4, 3)
+
+        def forward(self, input_ids, position_ids):
+            return self.head(torch.tanh(self.words(input_ids) + self.places(position_ids)).mean(1))
+
+    model, found = Words(), []
+    batch = {"input_ids": torch.randint(7, (6, 5)), "position_ids": torch.arange(5)[None]}
+    for keys in (list(batch), reversed(batch)):
+        torch.manual_seed(0)
+        found.append(estimated(model, rule, [{key: batch[key] for key in keys}]))
+    close(*found)
+
+
+@pytest.mark.parametrize("rule", [EWC(), MAS(), Kronecker()])
+def test_inputs_of_which_nobody_knows_what_they_belong_to_are_refused(rule):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, a, b):
+            return self.head(a + b.mean(0))
+
+    y = torch.randint(3, (6,))
+    with pytest.raises(ValueError, match="inputs of 6 and of 7 rows"):
+        estimated(Both(), rule, [((torch.randn(6, 4), torch.randn(7, 4)), y)])
+    model = Placed().float()
+    model.forward = lambda x, places: model.head(
+        (x.mean(1) + places.mean(-1, keepdim=True)) if len(x) == len(places) else x.mean(1)
+    )
+    square, other = ((torch.randn(5, 5, 4), torch.randn(5, 4)), y[:5]), ((torch.randn(6, 5, 4), torch.randn(5, 4)), y)
+    with pytest.raises(ValueError, match=r"another dimension of the data.*a first dimension of 1"):
+        estimated(model, rule, [square, other])
+
+
 class Times(nn.Module):
     def __init__(self, factor):
         super().__init__()
@@ -305,7 +382,8 @@ def test_undisturbed_leaves_the_precision_of_single_operators_alone():
         (torch.ones(2, 5), "exact", {"loss": F.l1_loss}, ValueError, 'use `labels="true"`'),
         (torch.ones(2, 5), "sample", {"loss": nn.CrossEntropyLoss(torch.ones(3))}, ValueError, 'use `labels="true"`'),
         (torch.ones(2, 5), "fisher", {}, ValueError, "one of"),
-        (torch.ones(2, 4, 5), "exact", {}, ValueError, 'Use `labels="sample"`'),
+        (torch.ones(2, 4, 5), "exact", {}, ValueError, "in the second dimension as well as in the last"),
+        (torch.ones(2, 4, 5), "exact", {"logits": lambda z: z.flatten(0, 1)}, ValueError, 'Use `labels="sample"`'),
         ((torch.ones(2, 5), torch.ones(2, 3)), "true", {}, ValueError, "Pass `loss="),
         ((torch.ones(2, 5), ["a", "b"]), "true", {}, ValueError, "`list`"),
         ((torch.ones(2, 5), torch.ones(2)), "true", {"loss": lambda z, y: z}, ValueError, "a scalar tensor"),

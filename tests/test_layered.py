@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules import module as modules
 
 from dense import LAYERS, SCORES, close, exact, readout, scrambled, true, truth
 from rwalk import EWC, MAS, Consolidator
@@ -400,6 +401,90 @@ def test_compiled_models_go_by_layers(whole, summed):
     model = torch.compile(model, backend="eager") if whole else model
     close(over(model, named(model), data)("exact", torch.square), want)
     assert len(summed) == 4
+
+
+class Methodical(Net):
+    """Calls a method of its own that may be replaced."""
+
+    def more(self):
+        self.inner = self.first
+
+    def first(self, x):
+        return torch.tanh(self.a(x))
+
+    def forward(self, x):
+        return self.b(self.inner(x))
+
+
+def compiled_method(model):
+    model.inner = torch.compile(model.first, backend="aot_eager")
+
+
+COMPILED = {
+    "model": lambda model: model.compile(backend="aot_eager"),
+    "layer": lambda model: model.a.compile(backend="aot_eager"),
+    "method": compiled_method,
+}
+
+
+@pytest.mark.parametrize(("rule", "objective", "of"), [(EWC(), "exact", torch.square), (MAS(), "norm", torch.abs)])
+@pytest.mark.parametrize("part", COMPILED)
+def test_what_is_compiled_in_its_place_is_measured(part, rule, objective, of, summed):
+    model, data = Methodical(), drawn((5,))
+    want = truth(model, named(model), data, SCORES[objective], of)
+    COMPILED[part](model)
+    model(data[0][0]).sum().backward()
+    memory = Consolidator(model, rule)
+    memory.estimate(data)
+    close([memory.anchor.omega[name] for name in named(model)], want)
+    assert len(summed) == 4
+
+
+def test_a_layer_whose_call_is_not_noted_is_left_to_others(monkeypatch, summed):
+    model, data = Net(), drawn((5,))
+    want = truth(model, named(model), data, exact, torch.square)
+    monkeypatch.setattr(layered._Note, "apply", staticmethod(lambda _mark, _x, output, _tap: output))
+    memory = Consolidator(model, EWC())
+    memory.estimate(data)
+    close([memory.anchor.omega[name] for name in named(model)], want)
+    assert not summed
+
+
+class Shouting(Net):
+    """Has its layers' outputs times 3."""
+
+    def forward(self, x):
+        return 3 * self.b(torch.tanh(3 * self.a(x)))
+
+
+@pytest.mark.parametrize(("rule", "objective", "of"), [(EWC(), "exact", torch.square), (MAS(), "norm", torch.abs)])
+def test_hooks_of_all_modules_are_part_of_the_model(rule, objective, of):
+    model, data = Net(), drawn((5,))
+    same = Shouting()
+    same.load_state_dict(model.state_dict())
+    memory = Consolidator(model, rule)
+    handle = modules.register_module_forward_hook(lambda m, args, out: 3 * out if isinstance(m, nn.Linear) else None)
+    try:
+        memory.estimate(data)
+    finally:
+        handle.remove()
+    close([memory.anchor.omega[name] for name in named(model)], truth(same, named(same), data, SCORES[objective], of))
+
+
+@pytest.mark.parametrize("make", [Net, Looking])
+def test_hooks_of_gradients_are_about_training(make):
+    model, data, calls = make(), drawn((5,)), []
+    want = truth(model, named(model), data, exact, torch.square)
+    handle = model.a.weight.register_hook(lambda g: calls.append(1) or g * 0)
+    memory = Consolidator(model, EWC())
+    memory.estimate(data)
+    close([memory.anchor.omega[name] for name in named(model)], want)
+    assert not calls
+    model(data[0][0].abs()).sum().backward()
+    assert calls == [1]
+    assert not model.a.weight.grad.any()
+    handle.remove()
+    assert not model.a.weight._backward_hooks
 
 
 def test_low_precision_is_summed_in_float32(summed):

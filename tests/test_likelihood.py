@@ -4,10 +4,12 @@ import itertools
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from dense import close
 from rwalk import EWC, MAS, Consolidator, Kronecker, OnlineEWC
@@ -219,6 +221,29 @@ def test_an_ignored_example_counts_in_no_mean_and_an_ignored_batch_is_passed_ove
     close(got, over(model, theta, [(x[rows], ignoring[rows])])("true", torch.square))
 
 
+@pytest.mark.parametrize("rule", [EWC(), EWC(labels="true"), Kronecker(labels="exact")], ids=str)
+def test_targets_are_read_from_whatever_holds_numbers(rule):
+    model, x, y = Head(3), vectors(6), torch.tensor([0, -100, 2, -100, 1, 1])
+    found = []
+    for target in (y, y.tolist(), y.numpy(), tuple(y.tolist()), list(y), (y,), {"a": y}, [y.numpy()], {"a": y.tolist()}):
+        memory = Consolidator(model, rule)
+        memory.estimate([(x, target)])
+        found.append(flat(memory.anchor.omega.values()))
+    if not isinstance(rule, Kronecker):
+        counts = y != -100
+        close(found[0], flat(over(model, named(model), [(x[counts], y[counts])])(rule.labels, torch.square)))
+    for other in found[1:]:
+        close(other, found[0])
+    memory = Consolidator(model, rule)
+    for target in ([0] * 7, np.zeros(7, int), (y, torch.zeros(7)), {"a": y, "b": [1.0] * 7}):
+        with pytest.raises(ValueError, match=r"a target of shape \(7,\) for 6 examples"):
+            memory.estimate([(x, target)])
+    memory = Consolidator(model, EWC(labels="true"))
+    memory.estimate([(x, (y.clamp(min=0), [2.0] * 6))], loss=lambda z, t: F.cross_entropy(z, t[0]) * t[1].sum())
+    score = [2 * F.cross_entropy(model(x[i : i + 1]), y[i : i + 1].clamp(min=0)) for i in range(6)]
+    close(flat(memory.anchor.omega.values()), sum(gradients(model, named(model), s) ** 2 for s in score) / 6)
+
+
 # --- outputs that each have a distribution of their own -----------------------------------------------------------------------
 
 
@@ -264,6 +289,72 @@ def test_one_logit_is_a_chance_or_a_mean(name, family, engine):
     close(flat(over(model, theta, [(x, y)])("exact", torch.square)), singly(model, theta, x, weight))
     want = sum(gradients(model, theta, loglikelihood(family, model(x[i : i + 1]), y[i])) ** 2 for i in range(5)) / 5
     close(flat(over(model, theta, [(x[:2], y[:2]), (x[2:], y[2:])])("true", torch.square)), want)
+
+
+@pytest.mark.parametrize("labels", ["exact", "true"])
+def test_a_regression_ignores_no_number(labels, engine):
+    model, x, y = Head(1), vectors(6), torch.tensor([-100, 30, -100, 20, 5, -100])
+    found = []
+    for batches in ([(x, y)], [(x, y.double())], [(x[1:3], y[1:3]), (x[3:], y[3:]), (x[:1], y[:1])]):
+        memory = Consolidator(model, EWC(labels=labels))
+        memory.estimate(batches)
+        found.append(flat(memory.anchor.omega.values()))
+    scores = [loglikelihood("gaussian", model(x[i : i + 1]), y[i]) for i in range(6)]
+    weights = [1 if labels == "true" else 1 / (model(x[i]) - y[i]).square().item() for i in range(6)]
+    want = sum(w * gradients(model, named(model), s) ** 2 for w, s in zip(weights, scores, strict=True)) / 6
+    for got in found:
+        close(got, want)
+    with pytest.raises(ValueError, match=r"a regression whose first 1 targets are all -100.*floating-point"):
+        Consolidator(model, EWC(labels=labels)).estimate([(x[:1], y[:1]), (x[1:], y[1:])])
+
+
+@pytest.mark.parametrize("squeezed", [False, True])
+def test_chances_at_places_that_do_not_count(squeezed, engine):
+    """Without a name for one output a place, and named for any."""
+    model, x = Head(3, lambda z: z if squeezed else z.unsqueeze(-1)), vectors(5)
+    y = torch.tensor([[0, 1, 0], [1, -100, -100], [-100] * 3, [0, 0, -100], [1, 1, 1]])
+    theta, want = named(model), 0
+    for i in (0, 1, 3, 4):
+        z = model(x[i : i + 1]).flatten()
+        want = want + sum(
+            FAMILIES["bernoulli"][1](z[j].detach()) * gradients(model, theta, z[j]) ** 2 for j in range(3) if y[i, j] >= 0
+        )
+    for loss in (
+        (F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss()) if squeezed else (None, F.binary_cross_entropy_with_logits)
+    ):
+        memory = Consolidator(model, EWC())
+        memory.estimate([(x, y)], loss=loss)
+        close(flat(memory.anchor.omega.values()), want / 4)
+    with pytest.raises(ValueError, match="targets of -100 under binary_cross_entropy_with_logits"):
+        Consolidator(model, EWC(labels="true")).estimate([(x, y)], loss=F.binary_cross_entropy_with_logits)
+
+
+CHANCES = {
+    "column": lambda z: z[:, :1].sigmoid(),
+    "flat": lambda z: z[:, 0].sigmoid(),
+    "squeezed": lambda z: torch.sigmoid(z[:, :1]).squeeze(-1),
+    "one of two": lambda z: z.softmax(-1)[:, 1],
+    "single precision": lambda z: z[:, 0].sigmoid().float(),
+}
+
+
+@pytest.mark.parametrize("name", CHANCES)
+def test_outputs_of_a_sigmoid_are_refused_as_those_of_a_softmax_are(name):
+    model, x, y = Head(2, CHANCES[name]), vectors(5), torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0]).double()
+    for rule in (EWC(), EWC(labels="true"), Kronecker()):
+        memory = Consolidator(model, rule)
+        with pytest.raises(ValueError, match=r"probabilities, as a sigmoid or a softmax makes them.*output.logit"):
+            memory.estimate([(x, y)])
+        assert not len(memory.anchor)
+    Consolidator(model, MAS()).estimate([(x, y)])
+    Consolidator(model, EWC()).estimate([(x, torch.rand(5).double())])  # a regression
+    Consolidator(Head(1, lambda z: z * 0), EWC()).estimate([(x, y)])  # logits between 0 and 1
+    memory, theta, want = Consolidator(model, EWC()), named(model), 0
+    memory.estimate([(x, y)], logits=torch.logit)
+    for one in x.split(1):
+        p = model(one).reshape(())
+        want = want + sum(q.item() * gradients(model, theta, q.log()) ** 2 for q in (p, 1 - p)) / 5
+    torch.testing.assert_close(flat(memory.anchor.omega.values()), want, rtol=1e-4 if "single" in name else 1e-9, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -323,6 +414,33 @@ def test_a_named_softmax_is_over_the_dimension_that_the_targets_leave(name):
         over(model, theta, [x], loss=F.cross_entropy)("sample", torch.square)
 
 
+@pytest.mark.parametrize("last", [True, False])
+def test_without_targets_rows_are_found_by_tokens_or_named(last):
+    """Places that are those of the tokens; other models say with `logits=` where their classes are, first or last."""
+
+    class Turned(Transformer):
+        def forward(self, x):
+            return super().forward(x) if last else super().forward(x).mT
+
+    x, y = words(4), torch.zeros(4, 4).long()
+    model, draws = Turned(), []
+    read = (lambda z: z.flatten(0, 1)) if last else (lambda z: z.movedim(1, -1).flatten(0, -2))
+    for data, options in (([(x, y)], {}), ([x], {}), ([x], {"logits": read})):
+        torch.manual_seed(0)
+        memory = Consolidator(model, EWC(labels="sample"))
+        memory.estimate(data, **options)
+        draws.append(flat(memory.anchor.omega.values()))
+    close(draws[1], draws[0])
+    close(draws[2], draws[0])
+    square = Head(6, lambda z: z.reshape(-1, 2, 3) if last else z.reshape(-1, 3, 2))
+    for rule in (EWC(labels="sample"), Kronecker()):
+        for model, inputs in ((square, vectors(4)), (Transformer(classes=4), words(4))):
+            with pytest.raises(
+                ValueError, match=r"no targets.*the second dimension as well as in the last.*`lambda o: o.movedim"
+            ):
+                Consolidator(model, rule).estimate([inputs])
+
+
 # --- labels that a model shifts itself ---------------------------------------------------------------------------------------
 
 
@@ -353,6 +471,23 @@ def test_labels_are_aligned_as_the_model_aligns_them(shifts, form, engine):
     got = over(model, theta, [{"x": x, "labels": y}], logits=read)("true", torch.square)
     ahead = torch.cat([y[:, 1:], torch.full((5, 1), -100)], 1) if shifts else y
     close(got, over(model.net, {n[4:]: p for n, p in theta.items()}, [(x, ahead)])("true", torch.square))
+
+
+@pytest.mark.parametrize("shifts", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_labels_are_aligned_under_a_head_of_zeros(shifts, dtype):
+    """Every label costs the same there: the gradient of the model's own loss tells them apart."""
+    for classes in (5, 7, 8, 11):
+        model, x, y = Language(shifts), words(5), torch.randint(3, (5, 4))
+        model.net = Transformer(classes).to(dtype)
+        nn.init.zeros_(model.net.head.weight)
+        nn.init.zeros_(model.net.head.bias)
+        y[0, :2] = -100
+        memory = Consolidator(model, EWC(labels="true"))
+        memory.estimate([{"x": x, "labels": y}])
+        ahead = torch.cat([y[:, 1:], torch.full((5, 1), -100)], 1) if shifts else y
+        want = over(model.net, named(model.net), [(x, ahead)])("true", torch.square)
+        torch.testing.assert_close(list(memory.anchor.omega.values()), want)
 
 
 def test_drawn_labels_leave_out_what_a_shifted_label_ignores():
@@ -562,6 +697,143 @@ def test_what_outputs_mean_must_be_known(labels):
         Consolidator(Transformer(), EWC()).estimate([(words(3), torch.randint(3, (3, 4)))])
     with pytest.raises(ValueError, match=r"the class index 3\. .*0 to 2, or -100"):
         Consolidator(Head(3), EWC(labels="true")).estimate([(vectors(3), torch.tensor([0, 3, 1]))])
+
+
+def without_graph(z):
+    with torch.no_grad():
+        return z.square()
+
+
+CONSTANT = {
+    "no_grad": lambda: Head(3, without_graph),
+    "detach": lambda: Head(3, lambda z: z.detach()),
+    "numpy": lambda: Head(3, lambda z: torch.from_numpy(z.detach().numpy())),
+    "of the inputs alone": lambda: Head(3, lambda z: z.detach().requires_grad_()),
+}
+
+
+@pytest.mark.parametrize("rule", [EWC(), EWC(labels="true"), MAS(), Kronecker()], ids=str)
+@pytest.mark.parametrize("name", CONSTANT)
+def test_outputs_without_a_graph_are_refused(name, rule):
+    memory, data = Consolidator(CONSTANT[name](), rule), [(vectors(4), torch.zeros(4).long())]
+    with pytest.raises(ValueError, match=r"without a graph.*`torch.no_grad`, `detach` and NumPy"):
+        memory.estimate(data)
+    assert not len(memory.anchor)
+    memory = Consolidator(Head(3), rule)
+    memory.estimate(data)
+    memory.model.requires_grad_(False)
+    memory.estimate(data)  # what is frozen by now is measured all the same
+    assert not any(p.requires_grad for p in memory.model.parameters())
+
+
+@pytest.mark.parametrize("rule", [EWC(labels="true"), Kronecker(labels="true")], ids=str)
+def test_a_loss_without_a_graph_is_refused(rule):
+    data = [(vectors(4), torch.zeros(4).long())]
+    with pytest.raises(ValueError, match="a loss without a graph"):
+        Consolidator(Head(3), rule).estimate(data, loss=lambda z, y: F.cross_entropy(z, y).detach())
+
+
+class Checkpointed(Head):
+    """Keeps no activations of its first layer."""
+
+    def __init__(self, reentrant, before):
+        super().__init__(3)
+        self.reentrant = reentrant
+        self.before = nn.Linear(5, 5).double() if before else lambda x: x.clone().requires_grad_()
+
+    def forward(self, x):
+        h = checkpoint(self.net[0], self.before(x), use_reentrant=self.reentrant)
+        return self.net[2](torch.tanh(h))
+
+
+@pytest.mark.parametrize("rule", [EWC(), EWC(labels="true"), MAS(), Kronecker()], ids=str)
+@pytest.mark.parametrize("before", [False, True])
+def test_reentrant_checkpoints_are_refused_and_others_are_not(before, rule):
+    data = [(vectors(4), torch.zeros(4).long())]
+    with pytest.raises(ValueError, match=r"reentrant checkpoint.*`use_reentrant=False`"):
+        Consolidator(Checkpointed(True, before), rule).estimate(data)
+    model = Checkpointed(False, before)
+    memory = Consolidator(model, rule)
+    memory.estimate(data)
+    if rule == EWC(labels="true"):
+        score = [F.log_softmax(model(x), 1)[0, 0] for x in data[0][0].split(1)]
+        want = sum(gradients(model, named(model), s) ** 2 for s in score) / 4
+        close(flat(memory.anchor.omega.values()), want)
+
+
+@pytest.mark.parametrize("labels", ["exact", "true"])
+def test_rare_rows_of_an_embedding_are_measured(labels):
+    class Sparse(nn.Module):
+        def __init__(self, sparse):
+            super().__init__()
+            self.words, self.head = nn.Embedding(5, 4, sparse=sparse), nn.Linear(4, 3)
+            self.double()
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.words(x)).mean(1))
+
+    model, plain, data = Sparse(True), Sparse(False), [(words(5), torch.randint(3, (5,)))]
+    plain.load_state_dict(model.state_dict())
+    memory = Consolidator(model, EWC(labels=labels))
+    memory.estimate(data)
+    close(list(memory.anchor.omega.values()), over(plain, named(plain), data)(labels, torch.square))
+
+
+@pytest.mark.parametrize("rule", [EWC(), MAS(), Kronecker()], ids=str)
+def test_layers_without_a_shape_are_refused(rule):
+    model = nn.Sequential(nn.LazyLinear(3)).double()
+    data = [(vectors(4), torch.zeros(4).long())]
+    memory = Consolidator(model, rule)
+    for call in (memory.estimate, memory.consolidate):
+        with pytest.raises(ValueError, match=r"`0.weight`, `0.bias` that have no shape yet.*Call the model once"):
+            call(data)
+    model(data[0][0])
+    memory.estimate(data)
+
+
+@pytest.mark.parametrize("rule", [EWC(labels="true"), Kronecker(labels="true")], ids=str)
+@pytest.mark.parametrize(
+    ("loss", "shape"),
+    [(F.cross_entropy, ()), (nn.CrossEntropyLoss(), ()), (F.binary_cross_entropy_with_logits, (3,)), (nn.MSELoss(), (3,))],
+)
+def test_a_loss_of_logits_is_given_the_logits(loss, shape, rule):
+    model, x = Head(3, lambda z: SimpleNamespace(logits=z, hidden=None)), vectors(4)
+    y, found = torch.randint(2, (4, *shape)), []
+    for options in ({"loss": loss}, {"loss": loss, "logits": lambda o: o.logits}):
+        memory = Consolidator(model, rule)
+        memory.estimate([(x, y)], **options)
+        found.append(flat(memory.anchor.omega.values()))
+    close(*found)
+    if isinstance(rule, EWC):
+        targets = y if y.dim() == 1 else y.double()
+        scores = [loss(model(x[i : i + 1]).logits, targets[i : i + 1]) for i in range(4)]
+        close(found[0], sum(gradients(model, named(model), s) ** 2 for s in scores) / 4)
+
+
+def test_data_that_is_there_once_is_named():
+    class Once(torch.utils.data.IterableDataset):
+        def __init__(self):
+            self.rows = iter([(x, torch.tensor(0)) for x in vectors(6)])
+
+        def __iter__(self):
+            return self.rows
+
+    class Normed(Head):
+        def __init__(self):
+            super().__init__(3)
+            self.norm = nn.LayerNorm(5).double()
+
+        def forward(self, x):
+            return super().forward(self.norm(x))
+
+    for rule in (EWC(), MAS()):
+        Consolidator(Normed(), rule).estimate(torch.utils.data.DataLoader(Once(), batch_size=2))
+    for rule in (Kronecker(), Kronecker(samples=3)):
+        memory = Consolidator(Normed(), rule)
+        once = torch.utils.data.DataLoader(Once(), batch_size=2 if rule.samples is None else 6)
+        with pytest.raises(ValueError, match=r"`DataLoader`\) that is used up after the first time"):
+            memory.estimate(once)
+        assert not len(memory.anchor)
 
 
 def test_ranks_agree_on_what_one_logit_means():

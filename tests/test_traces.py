@@ -1,8 +1,10 @@
 """Measuring leaves nothing in a model: what its calls store, keep or carry along is as it was."""
 
 import copy
+import dataclasses
 import io
-from collections import deque
+from collections import UserDict, deque
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,6 +124,91 @@ def test_selections_and_renewed_statistics_leave_nothing(select):
     assert torch.equal(model[1].count, count)
 
 
+@dataclasses.dataclass
+class Record:
+    h: object = None
+    calls: int = 0
+
+
+class Bag:
+    h = None
+    calls = 0
+
+
+KEEPERS = {
+    "namespace": lambda: SimpleNamespace(h=None, calls=0),
+    "dataclass": Record,
+    "class": Bag,
+    "nested": lambda: SimpleNamespace(h=None, calls=0, deep=[Record()]),
+    "dict of a class": lambda: UserDict(h=None, calls=0),
+}
+
+
+class Keeping(nn.Module):
+    """Adds to each output what the call before has kept, in an object or in a plain tensor."""
+
+    def __init__(self, keeper):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.double()
+        self.keeper = torch.zeros(4).double() if keeper is None else keeper
+
+    def forward(self, x):
+        h, kept = torch.tanh(self.a(x)), self.keeper
+        if isinstance(kept, torch.Tensor):
+            h = h + kept
+            kept.copy_(h.detach().mean(0))
+            return self.b(h)
+        kept = getattr(kept, "deep", [kept])[0]
+        table = kept.data if isinstance(kept, UserDict) else kept.__dict__
+        if table.get("h") is not None:
+            h = h + table["h"].mean(0)
+        table["h"], table["calls"] = h.detach(), table.get("calls", 0) + 1
+        return self.b(h)
+
+
+@pytest.mark.parametrize("rule", [EWC(), MAS(), Kronecker()], ids=str)
+@pytest.mark.parametrize("name", [*KEEPERS, "tensor"])
+def test_what_objects_and_tensors_keep_is_as_it_was(name, rule, engine):
+    make = KEEPERS.get(name, lambda: None)
+    model, batches = Keeping(make()), data(3)
+    before = repr(model.keeper), copy.deepcopy(vars(model.keeper)) if name != "tensor" else None
+    torch.manual_seed(0)
+    memory = Consolidator(model, rule)
+    memory.estimate(batches)
+    assert name == "class" or repr(model.keeper) == before[0]
+    assert name == "tensor" or repr(vars(model.keeper)) == repr(before[1])
+    copy.deepcopy(model)
+    if isinstance(rule, EWC):
+        total = 0
+        for x in torch.cat([x for x, _ in batches]).split(1):
+            fresh = Keeping(make())
+            fresh.load_state_dict(model.state_dict())
+            score = F.log_softmax(fresh(x), 1)[0]
+            for s in score:
+                grads = torch.autograd.grad(s, list(fresh.parameters()), retain_graph=True)
+                total = total + s.exp().item() * torch.cat([g.flatten() for g in grads]) ** 2 / 6
+        close(torch.cat([omega.flatten() for omega in memory.anchor.omega.values()]), total)
+
+
+def test_machinery_that_a_model_refers_to_is_let_alone():
+    """A trainer counts what it reads while its model is measured."""
+
+    class Trainer:
+        def __init__(self):
+            self.read, self.model = 0, None
+
+        def batches(self):
+            for batch in data():
+                self.read += 1
+                yield batch
+
+    model, trainer = Keeping(Bag()), Trainer()
+    model.trainer, trainer.model = trainer, model
+    Consolidator(model, EWC()).estimate(trainer.batches())
+    assert trainer.read == 2
+
+
 class StoringLoss(nn.Module):
     def forward(self, z, y):
         self.last = F.cross_entropy(z, y)
@@ -133,6 +220,43 @@ def test_a_loss_that_stores_is_as_it_was(engine):
     for rule in (EWC(labels="true"), Kronecker(labels="true")):
         Consolidator(model, rule).estimate(data(), loss=loss)
         assert not hasattr(loss, "last")
+
+
+class Tracking(nn.Module):
+    """Tracks the mean loss in a buffer, and counts in an attribute."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()).double())
+        self.in_place, self.calls = in_place, 0
+
+    def forward(self, z, y):
+        loss = F.cross_entropy(z, y)
+        self.calls += 1
+        if self.in_place:
+            self.mean.add_(loss.detach())
+        else:
+            self.mean = 0.9 * self.mean + 0.1 * loss.detach()
+        return loss + self.mean  # each example from the buffer as it was
+
+    def method(self, z, y):
+        return self(z, y)
+
+
+@pytest.mark.parametrize("method", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_losss_buffers_are_as_they_were(in_place, method, engine):
+    model, loss = nn.Linear(5, 3).double(), Tracking(in_place)
+    for rule in (EWC(labels="true"), Kronecker(labels="true")):
+        mean, batches = loss.mean, data()
+        memory = Consolidator(model, rule)
+        memory.estimate(batches, loss=loss.method if method else loss)
+        assert loss.mean is mean
+        assert (loss.mean, loss.calls) == (0, 0)
+        copy.deepcopy(loss)
+        plain = Consolidator(model, rule)
+        plain.estimate(batches, loss=lambda z, y: F.cross_entropy(z, y))
+        close(list(memory.anchor.omega.values()), list(plain.anchor.omega.values()))
 
 
 def old_weight_norm(layer):

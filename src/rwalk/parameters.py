@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from rwalk._errors import explain
@@ -121,7 +122,11 @@ class Watch:
 
     @classmethod
     def of(cls, parameters: dict[str, nn.Parameter], **more: Any) -> "Watch":
-        """Watch parameters by name."""
+        """Watch parameters by name, or raise a ValueError for those of a lazy layer that was never run."""
+        lazy = [name for name, p in parameters.items() if is_lazy(p)]
+        if lazy:
+            came = f"parameters {listed(lazy)} that have no shape yet"
+            raise ValueError(explain(came, "a model that has been run", "Call the model once on an example before."))
         theta = {name: local(p) for name, p in parameters.items()}
         shapes = {name: p.shape for name, p in theta.items()}
         return cls(parameters, theta, Spread.of(parameters.values()), shapes=shapes, **more)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from rwalk import files
+from rwalk._errors import explain
 from rwalk.parallel import Spread
 
 Sums = list[float]
@@ -75,16 +76,22 @@ class Watched:
 
     def __init__(self, data: Iterable[Any]) -> None:
         self._data = data
+        self._held = False  # whether any batch has come
         self.sums: Sums = []
 
     def __iter__(self) -> Iterator[Any]:
-        """Go through the data."""
-        sums = [0.0, 0.0, 0.0]
+        """Go through the data, or raise a ValueError where it is there for one time only."""
+        sums, held, batch = [0.0, 0.0, 0.0], self._held, None
         for batch in self._data:
+            self._held = True
             for leaf in tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch):
                 count = leaf.numel() if isinstance(leaf, Tensor) else 1
                 sums = [a + b for a, b in zip(sums, [*_sums(leaf), count], strict=True)]
             yield batch
+        if held and batch is None:
+            came = f"data (`{type(self._data).__name__}`) that is used up after the first time"
+            remedy = "Let its data set begin anew with each `iter`, or pass a list of batches."
+            raise ValueError(explain(came, "data that can be gone through again", remedy))
         self.sums = self.sums or sums
 
 

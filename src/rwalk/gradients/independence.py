@@ -15,7 +15,7 @@ FEW = 3
 
 def looked_at(
     run: Callable[[Batch], Any], read: Callable[[Any], Tensor | None], batch: Batch, exact: float
-) -> tuple[Batch, Any]:
+) -> tuple[Batch, Any, Any]:
     """Run a model on a few examples together and on one of them alone, and compare.
 
     Args:
@@ -25,7 +25,8 @@ def looked_at(
         exact: the relative precision of the model's arithmetic; its square root is what outputs may differ by.
 
     Returns:
-        The examples that were run together, or one of them where the model takes no more, and the model's output for them.
+        The examples that were run together, or one of them where the model takes no more, the model's output for them, and that
+        for the first example alone.
 
     Raises:
         ValueError: if the output for an example depends on the others.
@@ -35,12 +36,12 @@ def looked_at(
     alone = run(single)
     read(alone)
     if size == 1:
-        return single, alone
+        return single, alone, alone
     few = batch.cut(0, size)
     try:
         together = run(few)
     except Exception:  # a model that takes one example at a time
-        return single, alone
+        return single, alone, alone
     whole = read(together)
     for place in (0, 1) if size == 2 else (1,):  # with neighbours on both sides, one example is enough
         mine = read(run(batch.cut(place, place + 1)))
@@ -50,7 +51,7 @@ def looked_at(
         if _differ(part, mine, whole, exact) and not _differ(cast(Tensor, read(run(few))), whole, whole, exact):
             came = "a model whose output for an example depends on the other examples of the batch"
             raise ValueError(explain(came, "examples along the first dimension, each by itself", EXAMPLES_FIRST))
-    return few, together
+    return few, together, alone
 
 
 def _part(whole: Tensor, mine: Tensor, size: int, place: int) -> Tensor:
@@ -71,6 +72,27 @@ def _differ(a: Tensor, b: Tensor, scale: Tensor, exact: float) -> bool:
     largest = scale[scale.isfinite()].abs()
     limit = max(exact, 2.0**-23) ** 0.5 * (largest.max() if largest.numel() else 0)
     return bool(((a - b)[both].abs() > limit).any())
+
+
+def refuse_constant(score: Tensor, parameters: Iterable[Tensor]) -> None:
+    """Raise a ValueError if no gradient of a score comes to any parameter by `torch.autograd.grad`."""
+    left, known, ids = [score.grad_fn], set[Any](), {id(p) for p in parameters}
+    reached = False
+    while left:
+        node = left.pop()
+        if node is None or node in known:
+            continue
+        known.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            came = "a model with a reentrant checkpoint, through which gradients reach parameters in `backward()` alone"
+            remedy = "Pass `use_reentrant=False` to `torch.utils.checkpoint.checkpoint`."
+            raise ValueError(explain(came, "a model that `torch.autograd.grad` can go through", remedy))
+        reached = reached or id(getattr(node, "variable", None)) in ids
+        left += [following for following, _ in node.next_functions]
+    if ids and not reached:
+        came = "outputs or a loss without a graph that leads to the parameters"
+        remedy = "Look for `torch.no_grad`, `detach` and NumPy in the model's `forward`, in `logits` and in `loss`."
+        raise ValueError(explain(came, "outputs and a loss that can be differentiated", remedy))
 
 
 def refuse_dependence(run: Callable[[Tensor], Tensor], x: Tensor, tensors: Iterable[Tensor]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
 
 from rwalk.gradients.layers import RULES, Gather, Of, Sum, survey
@@ -82,12 +83,18 @@ class _Tap:
         module._parameters.update(own)  # type: ignore[arg-type]
         if not own or not torch.is_grad_enabled():
             return output
-        x = args[0] if args else kwargs["input"]
-        return _Note.apply(mark[0], x, output, self)  # type: ignore[no-untyped-call, no-any-return]
+        x, before = args[0] if args else kwargs["input"], len(self.calls)
+        noted: Tensor = _Note.apply(mark[0], x, output, self)  # type: ignore[no-untyped-call]
+        if len(self.calls) == before:
+            raise RuntimeError("a layer whose call was not noted")
+        return noted
 
     def fits(self) -> bool:
-        """Tell whether the layer's rule holds for its calls: one at most, as contributions add up before they are squared."""
-        return len(self.calls) < 2 and all(self._rules(call) for call in self.calls)
+        """Tell whether the layer's rule holds for its calls: one at most, as contributions add up before they are squared.
+
+        A call that was begun and not noted has gradients that nobody would find.
+        """
+        return not self.whole and len(self.calls) < 2 and all(self._rules(call) for call in self.calls)
 
     def _rules(self, call: _Call) -> bool:
         if isinstance(self.module, nn.modules.batchnorm._BatchNorm) and (
@@ -171,7 +178,7 @@ class Layers:
         names = {id(p): name for name, p in theta.items()}
         self._of = of
         self._taps: list[_Tap] = []
-        for _, module, mine, why in survey(root, theta) if of in ROOTS else ():
+        for _, module, mine, why in survey(root, theta) if of in ROOTS and not _everywhere() else ():
             if not why and "forward" not in vars(module):
                 self._taps.append(_Tap(module, {key: Sum(names[id(p)], p, of) for key, p in mine.items()}))
         self._sums = [s for tap in self._taps for s in tap.sums.values()]
@@ -236,6 +243,11 @@ class Layers:
         return {s.name: s.take(1) for s in self._sums if s.examples}
 
 
+def _everywhere() -> bool:
+    """Tell whether there are hooks of all modules' calls, which change outputs before `_Tap.leave` sees them."""
+    return any((modules._global_forward_hooks, modules._global_forward_pre_hooks))
+
+
 def _marked(scores: Callable[..., Any], leaves: Mapping[str, Tensor], here: list[Tensor], mark: Tensor, example: Any) -> Any:
     """Leave a tensor of the mapping where `_Note` finds it."""
     here[:] = [mark]
@@ -257,3 +269,4 @@ def _watched(taps: Sequence[_Tap], leaves: Mapping[str, Tensor]) -> Iterator[lis
             handle.remove()
         for tap in taps:
             tap.calls.clear()
+            tap.whole = {}

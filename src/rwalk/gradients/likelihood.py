@@ -10,11 +10,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rwalk._errors import explain
+from rwalk.gradients.batches import tensors
 from rwalk.importance.base import Objective
 from rwalk.parameters import state_dtype
 
 IGNORED = -100
 """The class index that does not count, as in `torch.nn.functional.cross_entropy`."""
+
+SHAPING = frozenset(
+    f"{name}Backward{variant}"
+    for variant in range(3)
+    for name in (
+        *("View", "UnsafeView", "ReshapeAlias", "Alias", "Clone", "ToCopy", "Transpose", "Permute", "T"),
+        *("Squeeze", "Unsqueeze", "Select", "Slice", "Split", "Unbind"),
+    )
+)
+"""Operations that change no value, as autograd calls them."""
 
 Family = Literal["categorical", "bernoulli", "gaussian"]
 
@@ -47,7 +58,7 @@ class Likelihood:
         classes: how many there are; 1 for the other families.
         shifted: whether a row is about the target after its own, as in causal language models.
         ignored: the class index that does not count.
-        named: whether the user has named the family; of targets only class indices then matter, as some may be ignored.
+        named: whether the user has named the family; of targets only whole numbers then matter, as some may be ignored.
     """
 
     family: Family
@@ -121,10 +132,10 @@ class Likelihood:
         if not isinstance(target, Tensor) and objective != "true":
             return None, every
         self._refuse_shape(target, *like.shape)
-        if self.named and not (_whole(target) and self.family == "categorical"):
+        if self.named and not self._ignores(target):
             return None, every
         y = target.reshape(like.shape)
-        if not _whole(y):
+        if not self._ignores(y):
             return y, every
         y = y.long()
         if self.shifted:
@@ -142,11 +153,15 @@ class Likelihood:
             raise ValueError(explain(came, f"one {'class index' if categorical else 'number'} for each row", remedy))
 
     def counted(self, target: Any, size: int) -> Tensor | None:
-        """Return which examples have a target that counts, of shape (size,); None if targets are no class indices."""
-        if not _whole(target) or (self.named and self.family != "categorical"):
+        """Return which examples have a target that counts, of shape (size,); None if all of them do, whatever they are."""
+        if not self._ignores(target):
             return None
         counts: Tensor = (target.long().reshape(size, -1)[:, int(self.shifted) :] != self.ignored).any(1)
         return counts
+
+    def _ignores(self, target: Any) -> bool:
+        """Tell whether some targets may not count: class indices, and zeros and ones in whole numbers, but no regression's."""
+        return _whole(target) and self.family != "gaussian"
 
     def refuse(self, objective: Objective, target: Any) -> None:
         """Raise a ValueError for targets that the family does not have."""
@@ -178,7 +193,9 @@ def named(loss: Any) -> Likelihood | None:
     return Likelihood(family, 1, ignored=options.get("ignore_index", IGNORED), named=True)
 
 
-def settled(z: Tensor, size: int, target: Any, every: Any, own: Tensor | None, given: Likelihood | None) -> Likelihood:
+def settled(
+    z: Tensor, size: int, target: Any, every: Any, own: Tensor | None, given: Likelihood | None, inputs: Any = ()
+) -> Likelihood:
     """Find out which distribution the outputs of a model mean.
 
     Args:
@@ -188,6 +205,7 @@ def settled(z: Tensor, size: int, target: Any, every: Any, own: Tensor | None, g
         every: the targets of these and more examples.
         own: the loss that the model has computed itself from these few examples' targets.
         given: what the user has named.
+        inputs: what the model was given for these few examples; tokens tell where the places are.
 
     Raises:
         ValueError: if outputs and targets can be read in no way, or in several.
@@ -195,14 +213,17 @@ def settled(z: Tensor, size: int, target: Any, every: Any, own: Tensor | None, g
     if not z.is_floating_point():
         raise ValueError(explain(f"logits of type {z.dtype}", "floating-point numbers", "Pass `logits=`."))
     if given is not None:
-        found = _classes(z, size, every, given) if given.family == "categorical" else [given]
+        found = _classes(z, size, every, given, inputs) if given.family == "categorical" else [given]
     else:
-        found = _single(z, size, every) or _classes(z, size, every, Likelihood("categorical"))
+        found = _single(z, size, every) or _classes(z, size, every, Likelihood("categorical"), inputs)
     if own is None or len(found) == 1:
         return found[0]
-    far = [abs(_mean_loss(one, z, size, target) - float(own)) for one in found]
-    best = min(range(len(found)), key=lambda i: (math.isnan(far[i]), far[i]))
-    if not far[best] <= max(1e-4, 4 * torch.finfo(z.dtype).eps) * max(1.0, abs(float(own))):
+    value = own.item()
+    limit = max(1e-4, 4 * torch.finfo(z.dtype).eps) * max(1.0, abs(value))
+    fitting = [one for one in found if abs(_mean_loss(one, z.detach(), size, target).item() - value) <= limit]
+    if len(fitting) > 1:  # such as under a head of zeros, where every label costs the same
+        fitting = _alike(fitting, z, size, target, own)
+    if len(fitting) != 1:
         if found[0].family != "categorical":
             return found[0]
         expected = "the mean cross-entropy of its logits at the labels, or at the labels after them"
@@ -210,8 +231,8 @@ def settled(z: Tensor, size: int, target: Any, every: Any, own: Tensor | None, g
             "Pass pairs of inputs and labels, which then count at the logits of their own place, or "
             '`loss=lambda output, target: output.loss` with `labels="true"`.'
         )
-        raise ValueError(explain(f"a model's own loss of {float(own):.4g}, whose labels cannot be found out", expected, remedy))
-    return found[best]
+        raise ValueError(explain(f"a model's own loss of {value:.4g}, whose labels cannot be found out", expected, remedy))
+    return fitting[0]
 
 
 def _single(z: Tensor, size: int, target: Any) -> list[Likelihood]:
@@ -230,7 +251,7 @@ def _single(z: Tensor, size: int, target: Any) -> list[Likelihood]:
     return [Likelihood("bernoulli"), Likelihood("gaussian")] if binary else [Likelihood("gaussian")]
 
 
-def _classes(z: Tensor, size: int, target: Any, like: Likelihood) -> list[Likelihood]:
+def _classes(z: Tensor, size: int, target: Any, like: Likelihood, inputs: Any) -> list[Likelihood]:
     """Return readings of outputs as class logits: where the classes are, and which target a row is about."""
     if isinstance(target, Tensor) and not _whole(target) and not like.named:
         came = f"targets of type {target.dtype} for outputs of shape {tuple(z.shape)}"
@@ -241,46 +262,89 @@ def _classes(z: Tensor, size: int, target: Any, like: Likelihood) -> list[Likeli
         raise ValueError(explain(came, "two classes or more in the second dimension", remedy))
     if z.dim() == 2 and not z.shape[0] % size and isinstance(target, Tensor):
         replace(like, classes=z.shape[1])._refuse_shape(target[:size], size, z.shape[0] // size)
-    dims = _class_dims(z, size, target if _whole(target) else None, like.named)
+    dims = _class_dims(z, size, target, like.named) if _whole(target) else _free_dims(z, size, like.named, inputs)
     if len(dims) != 1:
-        came = f"logits of shape {tuple(z.shape)} with {_described(target)} for {_counted(size, 'example')}"
+        came = f"logits of shape {tuple(z.shape)} and {_described(target)} for {_counted(size, 'example')}"
         what = "in the second dimension as well as in the last" if dims else "in neither the second nor the last dimension"
         expected = f"classes in one dimension and an index for each row; here they fit {what}"
-        remedy = "Pass `logits=`, which returns a row of class logits for each target, such as `lambda o: o.flatten(0, 1)`."
+        remedy = (
+            "Pass `logits=`, which returns a row of class logits for each target: `lambda o: o.flatten(0, 1)` if classes come "
+            "last, `lambda o: o.movedim(1, -1).flatten(0, -2)` if they are in the second dimension."
+        )
         raise ValueError(explain(came, expected, remedy))
     plain = replace(like, dim=dims[0], classes=z.shape[dims[0]])
     several = z.numel() // size > plain.classes and _whole(target) and dims[0] == -1
     return [plain, replace(plain, shifted=True)] if several else [plain]
 
 
-def _class_dims(z: Tensor, size: int, target: Tensor | None, named: bool) -> list[int]:
+def _free_dims(z: Tensor, size: int, named: bool, inputs: Any) -> list[int]:
+    """Return in which dimensions the classes may be where no targets tell: with tokens, where these leave them."""
+    if z.dim() < 2 or z.shape[0] % size or z.dim() > 3 or (z.dim() == 3 and named):
+        return []
+    if z.dim() == 2:
+        return [-1]
+    dims = [d for d in (-1, 1) if z.shape[d] > 1]
+    tokens = {t.shape for t in tensors(inputs) if _whole(t)}
+    return [d for d in dims if z.movedim(d, -1).shape[:-1] in tokens] or dims
+
+
+def _class_dims(z: Tensor, size: int, target: Tensor, named: bool) -> list[int]:
     """Return in which dimensions of logits the classes may be; named as for `cross_entropy`, in the second if they can."""
     if z.dim() < 2 or z.shape[0] % size:
         return []
     if z.dim() == 2:
         return [-1]
-    if target is None:
-        return [-1] if z.dim() == 3 and not named else []
     each, dims = target.shape[1:], [d for d in (-1, 1) if z.shape[d] > 1]
     alike = [d for d in dims if z.movedim(d, -1).shape[1:-1] == each]
     found = alike or [d for d in dims if math.prod(each) * size * z.shape[d] == z.numel()]
     return [1] if named and 1 in found else found
 
 
-def refuse_chances(z: Tensor) -> None:
-    """Raise a ValueError for rows that are probabilities already: a softmax of these is another distribution."""
-    if (z >= 0).all() and ((z.sum(-1) - 1).abs() < 1e-3).all():
-        came = "outputs that are probabilities, as they add up to 1 in each row"
-        remedy = "Pass `logits=lambda output: output.log()`, or `logits=lambda output: output` if they are logits nevertheless."
-        raise ValueError(explain(came, "logits, before the softmax", remedy))
+def refuse_chances(reading: Likelihood, z: Tensor) -> None:
+    """Raise a ValueError for outputs that are probabilities already: what is made of these is another distribution."""
+    if reading.family == "categorical":
+        rows = z.detach().movedim(reading.dim, -1)
+        found = bool((rows >= 0).all() and ((rows.sum(-1) - 1).abs() < 1e-3).all())
+        why, last, inverse = "they add up to 1 in each row", "softmax", "log"
+    else:
+        found = reading.family == "bernoulli" and _maker(z).startswith(("Sigmoid", "Hardsigmoid", "Softmax"))
+        why, last, inverse = "a sigmoid or a softmax makes them", "sigmoid", "logit"
+    if found:
+        same = "`logits=lambda output: output` if they are logits nevertheless"
+        remedy = f"Pass `logits=lambda output: output.{inverse}()`, or {same}."
+        raise ValueError(explain(f"outputs that are probabilities, as {why}", f"logits, before the {last}", remedy))
 
 
-def _mean_loss(reading: Likelihood, z: Tensor, size: int, target: Tensor) -> float:
+def _maker(z: Tensor) -> str:
+    """Return the name of the operation that has made the values of a tensor, whatever was done to its shape or type later."""
+    node = z.grad_fn
+    while node is not None and node.name() in SHAPING and node.next_functions:
+        node = node.next_functions[0][0]
+    return "" if node is None else node.name()
+
+
+def _alike(readings: list[Likelihood], z: Tensor, size: int, target: Tensor, own: Tensor) -> list[Likelihood]:
+    """Return which of several readings has the gradient of the model's own loss at its logits; all where there is none."""
+    found = (
+        torch.autograd.grad(own, z, retain_graph=True, allow_unused=True) if own.requires_grad and z.requires_grad else [None]
+    )
+    if (pull := found[0]) is None:
+        return readings
+
+    def apart(reading: Likelihood) -> float:
+        leaf = z.detach().requires_grad_()
+        return float((torch.autograd.grad(_mean_loss(reading, leaf, size, target), leaf)[0] - pull).abs().max())
+
+    return [min(readings, key=apart)]
+
+
+def _mean_loss(reading: Likelihood, z: Tensor, size: int, target: Tensor) -> Tensor:
     """Return the loss that a model of Hugging Face computes under a reading: a mean over rows."""
     score, _ = reading.scores("true", z.float(), target, size)
     y = target.reshape(size, -1)[:, int(reading.shifted) :]
-    count = int((y.long() != reading.ignored).sum()) if _whole(y) else y.numel()
-    return -float(score.sum()) * (2 if reading.family == "gaussian" else 1) / count if count else math.nan
+    counted = reading.family != "gaussian" and _whole(y)
+    count = int((y.long() != reading.ignored).sum()) if counted else y.numel()
+    return -score.sum() * (2 if reading.family == "gaussian" else 1) / (count or math.nan)
 
 
 def read_output(output: Any, logits: Callable[[Any], Tensor] | None) -> Tensor:
@@ -308,7 +372,7 @@ def own_loss(output: Any) -> Tensor | None:
     found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if found is None and isinstance(output, tuple) and output:
         found = output[0]
-    return found.detach() if isinstance(found, Tensor) and found.dim() == 0 else None
+    return found if isinstance(found, Tensor) and found.dim() == 0 else None
 
 
 def not_binary() -> str:
@@ -329,6 +393,8 @@ def _whole(target: Any) -> bool:
 
 
 def _described(target: Any) -> str:
+    if target is None:
+        return "no targets"
     return f"shape {tuple(target.shape)}, {target.dtype}" if isinstance(target, Tensor) else f"type `{type(target).__name__}`"
 
 

@@ -1,7 +1,6 @@
 """Per-example gradients over data, for rules that measure importance at a task's end."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -14,7 +13,7 @@ from rwalk.gradients.batches import Batch, examples
 from rwalk.gradients.layered import UNMAPPED, Layers, mapped, reaches
 from rwalk.gradients.likelihood import IGNORED, not_binary
 from rwalk.gradients.objective import Scores
-from rwalk.gradients.undisturbed import Kept, undisturbed
+from rwalk.gradients.undisturbed import Kept, differentiable, undisturbed
 from rwalk.importance.base import Objective
 from rwalk.parallel import Ranks, gathered
 from rwalk.parameters import bare, named, refuse_odd, state_dtype
@@ -54,7 +53,8 @@ def over(
     Without `loss`, p(y|x) follows from logits and targets of the first batch. One logit a row is a chance if all targets are 0
     or 1, else the mean of a normal distribution of variance 1. Several are a softmax, of one row for each example or of more,
     whose log-likelihoods add up: (batch * rows, classes), (batch, rows, classes) or, as `cross_entropy` takes them,
-    (batch, classes, ...); targets are class indices. Those of -100 do not count, nor do examples without any other. If the
+    (batch, classes, ...); targets are class indices, and where there are none, tokens of shape (batch, rows) tell three
+    dimensions apart. Targets of -100 do not count but in a regression, nor do examples without any other. If the
     output holds a loss of the model's own, labels stand where that loss has them: at their logits or, in causal language
     models, one place later. Otherwise they stand at their logits.
 
@@ -169,7 +169,7 @@ class _Engine:
         """Add the examples of a batch."""
         start = 0
         self._refuse_function()
-        with _differentiable(self.theta.values()):
+        with differentiable(self.theta.values()):
             while start < batch.size:
                 chunk = batch.cut(start, start + self._size())
                 start += chunk.size
@@ -223,7 +223,7 @@ class _Engine:
         return score, terms
 
     def _weighted(self, g: Tensor, weight: Tensor) -> Tensor:
-        value = self._of(g.to(state_dtype(g)))
+        value = self._of((g.to_dense() if g.is_sparse else g).to(state_dtype(g)))
         if not self._by_class:
             return value
         return torch.where(weight == 0, 0, value * weight)  # a shut class must not bring in 0 * inf
@@ -251,19 +251,6 @@ class _Engine:
         for name, total in self._layers.take().items():
             self._totals[name].add_(total)
         return list(self._totals.values())
-
-
-@contextmanager
-def _differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Have gradients of frozen parameters, too."""
-    frozen = [p for p in parameters if not p.requires_grad]
-    try:
-        for p in frozen:
-            p.requires_grad_(True)
-        yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
 
 
 def _fitting(nbytes: int) -> int:
