@@ -290,6 +290,8 @@ class Consolidator:
         self._moves.disturbed = False
         self._moves.note(theta)
         self._renew()
+        if self._squares is not None:
+            self._squares.look_again()
 
     def _concluded(self, finish: Finish) -> tuple[Anchor, Any]:
         """Return the anchor and the state after a task, where and as exactly as was asked for."""
