@@ -1,5 +1,6 @@
 """Whether the contributions of examples sum to a gradient, up to a factor."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -46,5 +47,5 @@ class Comparison(NamedTuple):
 
     def fits(self, factor: float, slack: float) -> bool:
         """Tell whether the gradient is the sum times a factor; `slack` is the share of contributions that it may miss."""
-        missed = max(self.grad - 2 * factor * self.both + factor**2 * self.total, 0.0) ** 0.5
-        return missed <= TOLERANCE * self.grad**0.5 + slack * abs(factor) * self.apart**0.5
+        missed = self.grad - 2 * factor * self.both + factor**2 * self.total
+        return math.sqrt(max(missed, 0.0)) <= TOLERANCE * math.sqrt(self.grad) + slack * abs(factor) * math.sqrt(self.apart)

@@ -27,7 +27,9 @@ class Gathered(NamedTuple):
     spoiled: bool = False
 
 
-def pooled(mine: Gathered, examples: int, parameters: Mapping[str, Tensor], compared: Collection[str], ranks: Ranks) -> Gathered:
+def pooled(
+    mine: Gathered, examples: int, parameters: Mapping[str, Tensor], compared: Collection[str], ranks: Ranks
+) -> Gathered:
     """Join what the ranks have gathered, in one reduction; under `fully_shard` one of figures and one of each tensor.
 
     The gradient in use is the mean over ranks of their gradients, so each example's contribution to it is its contribution

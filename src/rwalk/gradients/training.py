@@ -231,7 +231,7 @@ class Squares:
         if telling and odd.issuperset(telling):
             self._say(DIFFERENT)
             return 0.0
-        if len(compared) != 1 or not telling.keys() == compared.keys():
+        if len(compared) != 1 or telling.keys() != compared.keys():
             self._settle(found, compared, odd)
         return 1.0 if abs(factor - 1) <= TOLERANCE else factor * factor  # which may be infinite
 
