@@ -78,7 +78,7 @@ class Sum:
 
     def _add_whole(self, c: Tensor) -> None:
         """Add contributions of examples that are summed already to their plain sum."""
-        c = c.view(self.buffer.shape)
+        c = c.reshape(self.buffer.shape)
         self.total = c if self.total is None else self.total + c
 
     def add(self, c: Tensor) -> None:

@@ -24,8 +24,8 @@ from rwalk.parameters import bare
 DIFFERENT = explain(
     "per-example gradients that do not sum to the gradient in use",
     "one backward pass of a mean loss for each gradient that the optimiser uses",
-    "The square of the batch's gradient is used for such steps; passes that are dropped, further gradients through the model "
-    "and clipping by value cause this.",
+    "The square of the batch's gradient is used for such steps; passes that are dropped, further gradients through the model, "
+    "clipping by value and terms of the loss about weights cause this.",
 )
 
 ODD = "what its layer contributes does not sum to its gradient: it is used elsewhere too, or the gradient is changed"
@@ -210,7 +210,7 @@ class Squares:
         for tap in self._open():
             if any(s.name in found.shut for s in tap.sums.values()):
                 self._refuse(tap, "it could not be gathered on another rank")
-        return found if found.shut == mine.shut else found._replace(squares={})
+        return found
 
     def _scale(self, found: Gathered) -> float:
         """Compare what was gathered with the gradient in use: return the factor between their squares, 0 where they differ.
@@ -221,8 +221,11 @@ class Squares:
         if found.spoiled:
             self._say(HOOKED if self._passes.hooked else DIFFERENT)
             return 0.0
-        grads = {name: whole(self._layout[name].grad) for name in found.totals}
-        compared = {n: Comparison.of(found.totals[n], g, found.bounds[n]) for n, g in grads.items() if g is not None}
+        compared: dict[str, Comparison] = {}
+        for name, total in found.totals.items():
+            grad = whole(self._layout[name].grad)
+            if grad is not None:
+                compared[name] = Comparison.of(total, grad, found.bounds[name])
         if not all(math.isfinite(c.grad) for c in compared.values()):
             return 0.0  # no step to measure
         telling = {n: c for n, c in compared.items() if c.telling} or compared
