@@ -279,6 +279,20 @@ def all_uneven(names, how):
     return {name: uneven(name, how) for name in names}
 
 
+def doubled(how):
+    """Importance, and what is said, where one parameter's gradient is made twice as large."""
+    model, moved, memory = started("ewcpp example", how)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for x, y in load(0):
+            moved.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            dict(model.named_parameters())[f"{'module.' if how == 'ddp' else ''}2.weight"].grad.mul_(2)
+            moved.step()
+        memory.consolidate()
+    return {"said": [str(w.message)[:99] for w in caught if "sum" in str(w.message)], **full(memory.state_dict()["anchor"])}
+
+
 def capped(how):
     """A cap on examples, each rank passing every so many one."""
     model, _, memory = started("ewc", how)

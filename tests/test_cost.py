@@ -50,6 +50,35 @@ def test_one_forward_one_backward_and_a_hook_before_and_after_each_step():
     assert len(optimizer._optimizer_step_pre_hooks) == len(optimizer._optimizer_step_post_hooks) == 1
 
 
+def test_per_example_squares_cost_a_small_forward_pass_at_the_first_step_of_a_task():
+    model = mlp(torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    memory = Consolidator(model, RWalk(fisher="example")).attach(optimizer)
+    sizes = []
+    model.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    for _ in range(2):
+        counts = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            with Operations() as operations:
+                model(torch.randn(6, 5)).square().mean().backward()
+                optimizer.step()
+            counts.append(operations.count)
+        memory.consolidate()
+        assert counts[0] > counts[1] == counts[2] == counts[3]
+    assert sizes == 2 * [2, 6, 6, 6, 6]
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
 def test_the_walk_holds_five_tensors_and_eight_once_there_is_an_anchor():
     """Five in the first task. Later point, omega and S join; S is read at a task's end only, so a step visits seven."""
     before = large()

@@ -459,6 +459,7 @@ def test_embedding_sums_repeated_tokens(shape, padding):
     want = by_example(layer, x, readout)
     squares = Squares(layer, named(layer), strict=True)
     for _ in range(2):
+        layer.zero_grad()
         readout(layer(x)).backward()
         close(squares.take(), want)
 

@@ -389,3 +389,86 @@ def test_the_runner_takes_it_by_name_and_settings():
     record = bench.run(stream, Kronecker(labels="exact", samples=100), training=bench.Training(hidden=(16,), batch_size=50))
     assert (record.method, record.config["pull"], record.config["average"]) == ("kronecker", "proximal", "tail")
     assert record.config["strength"] == Kronecker.usual.strength
+
+
+class Shared(torch.nn.Module):
+    """An autoencoder whose second half is the first one's weight, a norm, and a layer that takes its input by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.norm, self.last = torch.nn.Linear(5, 4), torch.nn.LayerNorm(5), torch.nn.Linear(5, 3)
+        self.double()
+
+    def forward(self, x):
+        return self.last(input=self.norm(F.linear(torch.tanh(self.first(x)), self.first.weight.T)))
+
+
+def doubled():
+    model = mlp()
+    layer = model[0]
+    layer.forward = lambda x: F.linear(x, 2 * layer.weight, layer.bias)
+    return model
+
+
+@pytest.mark.parametrize(("make", "odd", "fine"), [(Shared, "first", "last"), (doubled, "0", "2")])
+def test_a_layer_whose_weight_has_another_gradient_is_held_as_under_ewc(make, odd, fine):
+    model = make()
+    memory = Consolidator(model, Kronecker(labels="exact"))
+    with pytest.warns(UserWarning, match=rf"make \(`{odd}.weight`\)") as caught:
+        memory.estimate(data(0))
+    assert len(caught) == 1
+    assert set(memory.anchor.layers) == {f"{fine}.weight"}
+    ours, theta = memory.anchor.omega, dict(model.named_parameters())
+    x = torch.cat([x for x, _ in data(0)])
+    truth = {name: sum(p * d[name] ** 2 for p, d in dense_fisher(model, x)) for name in theta}
+    ratio = truth[f"{fine}.bias"] / ours[f"{fine}.bias"]
+    for key in ("weight", "bias"):
+        assert torch.allclose(ours[f"{odd}.{key}"] * ratio[0], truth[f"{odd}.{key}"], rtol=1e-9)
+
+
+class Times(torch.nn.Module):
+    def forward(self, x):
+        return 3 * x
+
+
+def test_a_hook_that_changes_an_output_is_no_part_of_the_layer():
+    model, plain = mlp(), mlp()
+    model[0].register_forward_hook(lambda module, args, output: 3 * output)
+    plain = torch.nn.Sequential(plain[0], Times(), plain[1], plain[2])
+    ours, truth = (Consolidator(m, Kronecker(labels="exact")) for m in (model, plain))
+    for memory in (ours, truth):
+        memory.estimate(data(0))
+    for name, other in {"0": "0", "2": "3"}.items():
+        assert torch.allclose(ours.anchor.omega[f"{name}.weight"], truth.anchor.omega[f"{other}.weight"], rtol=1e-9)
+
+
+def test_under_a_hook_on_all_modules_that_changes_outputs_layers_are_left_out():
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda m, args, out: 3 * out if m is model[0] else None)
+    model = mlp()
+    memory = Consolidator(model, Kronecker(labels="exact"))
+    with hook, pytest.warns(UserWarning, match=r"make \(`0.weight`\)"):
+        memory.estimate(data(0))
+    assert set(memory.anchor.layers) == {"2.weight"}
+
+
+class Twice(torch.nn.Module):
+    """Calls a layer once more, without gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x):
+        with torch.no_grad():
+            fixed = self.net[0](10 * x)
+        return self.net[2](torch.tanh(self.net[0](x)) + fixed)
+
+
+def test_a_call_without_gradients_does_not_count():
+    memory = Consolidator(Twice(), Kronecker(labels="exact"))
+    memory.estimate(data(0))
+    x = torch.cat([x for x, _ in data(0)])
+    extended = torch.cat([torch.ones(len(x), 1).double(), x], 1)
+    inputs = memory.anchor.layers["net.0.weight"].inputs.matrix()
+    assert torch.allclose(inputs, extended.T @ extended / len(x), rtol=1e-9)

@@ -181,6 +181,14 @@ def test_parts_of_different_sizes_count_by_their_examples(on, how):
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_all_ranks_find_the_same_parameter_odd(on, how):
+    alone = ranked.doubled("alone")
+    assert len(alone["said"]) == 1
+    for rank in on(2, "doubled", how=how):
+        alike(rank, alone)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_a_cap_on_examples_is_one_on_those_of_all_ranks(on, how):
     for rank in on(3, "capped", how=how):
         alike(rank, ranked.capped("alone"))

@@ -1,10 +1,12 @@
 """Each rule against its paper's equation, computed in float64 NumPy or by hand."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from cases import Heads, batches, mlp, train
 from oracle import softmax_gradient, softmax_squares
@@ -455,6 +457,216 @@ def test_passes_that_the_gradient_does_not_hold_fall_back_to_the_batch_with_a_wa
         close(o, expected.numpy())
     with pytest.raises(RuntimeError, match="do not sum"):
         example_fisher(prepare, strict=True)
+
+
+class Sequence(torch.nn.Module):
+    """Rows of five numbers, which its layers see with time first."""
+
+    def __init__(self, encoder=False):
+        super().__init__()
+        self.encoder = torch.nn.TransformerEncoderLayer(5, 1, 4, 0.0) if encoder else torch.nn.Linear(5, 5)
+        self.norm, self.head = torch.nn.LayerNorm(5), torch.nn.Linear(5, 3)
+        self.double()
+
+    def forward(self, x):
+        return self.head(self.norm(torch.tanh(self.encoder(x.transpose(0, 1)))).mean(0))
+
+
+class Shared(torch.nn.Module):
+    """An autoencoder whose second half is the first one's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(5, 4), torch.nn.Linear(5, 3)
+        self.double()
+
+    def forward(self, x):
+        return self.last(F.linear(torch.tanh(self.first(x)), self.first.weight.T))
+
+
+class Unbiased(torch.nn.Module):
+    """Convolution, table and layer, without a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(9, 6, padding_idx=0)
+        self.conv = torch.nn.Conv1d(1, 2, 2, bias=False)
+        self.last = torch.nn.Linear(14, 3, bias=False)
+        self.double()
+
+    def forward(self, x):
+        tokens = (x * 4).long().abs().clamp(max=8)
+        return self.last(torch.cat([self.conv(x.unsqueeze(1)).flatten(1), self.table(tokens).mean(1)], 1).tanh())
+
+
+def unbiased():
+    return torch.nn.Sequential(torch.nn.Linear(5, 7, False), torch.nn.Tanh(), torch.nn.Linear(7, 3, False)).double()
+
+
+def overridden():
+    model = mlp()
+    model[0].forward = lambda x: F.linear(x, 2 * model[0].weight, model[0].bias)
+    return model
+
+
+def frozen_rows():
+    model = mlp()
+    model[2].weight.register_hook(lambda g: g * torch.tensor([[0.0], [1.0], [1.0]]))
+    return model
+
+
+def objective(model, x, y):
+    return F.cross_entropy(model(x), y)
+
+
+def decayed(model, x, y):
+    return objective(model, x, y) + model[0].weight.square().sum()
+
+
+def data_of(steps=3, shape=(5,), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(6, *shape, generator=generator).double(), torch.randint(3, (6,), generator=generator))
+        for _ in range(steps)
+    ]
+
+
+def example_truth(model, stream, loss=objective):
+    """Means over steps of the squared gradients of examples, each alone, and of the batch, in the order of the parameters."""
+    theta = list(model.parameters())
+    each, whole = ([torch.zeros_like(p) for p in theta] for _ in range(2))
+    for x, y in stream:
+        for i in range(len(x)):
+            for total, g in zip(each, torch.autograd.grad(loss(model, x[i : i + 1], y[i : i + 1]), theta), strict=True):
+                total += g.square() / len(x) / len(stream)
+        for total, g in zip(whole, torch.autograd.grad(loss(model, x, y), theta), strict=True):
+            total += g.square() / len(stream)
+    names = [name for name, _ in model.named_parameters()]
+    return dict(zip(names, each, strict=True)), dict(zip(names, whole, strict=True))
+
+
+def example_steps(model, stream, loss=objective, change=lambda model: None):
+    """Importance of EWC++ over steps that move nothing; and its consolidator."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    memory = Consolidator(model, EWCpp(alpha="mean", fisher="example")).attach(optimizer)
+    for x, y in stream:
+        optimizer.zero_grad()
+        loss(model, x, y).backward()
+        change(model)
+        optimizer.step()
+    memory.consolidate()
+    return memory.anchor.omega
+
+
+@pytest.mark.parametrize(
+    ("make", "loss", "odd"),
+    [
+        (Shared, objective, {"first.weight"}),
+        (overridden, objective, {"0.weight"}),
+        (mlp, decayed, {"0.weight"}),
+        (frozen_rows, objective, {"2.weight"}),
+    ],
+)
+def test_a_parameter_whose_gradient_is_more_than_its_layers_is_told_from_all_others(make, loss, odd):
+    model = make()
+    each, whole = example_truth(model, data_of(), loss)
+    with pytest.warns(UserWarning, match="does not sum to its gradient") as caught:
+        ours = example_steps(model, data_of(), loss)
+    (said,) = (str(w.message) for w in caught)
+    assert {name for name in ours if f"`{name}`" in said} == odd
+    for name, omega in ours.items():
+        close(omega, (whole if name in odd else each)[name].numpy())
+
+
+@pytest.mark.filterwarnings("ignore:Got modules.*MultiheadAttention")
+@pytest.mark.parametrize("encoder", [False, True])
+def test_layers_with_time_first_are_told_where_it_is_as_long_as_the_batch(encoder):
+    model, stream = Sequence(encoder), data_of(shape=(6, 5))
+    each, whole = example_truth(model, stream)
+    with pytest.warns(UserWarning, match="is 6 where the model is given 2 examples"):
+        ours = example_steps(model, stream)
+    for name, omega in ours.items():
+        close(omega, (each if name.startswith("head") else whole)[name].numpy())
+
+
+@pytest.mark.parametrize("make", [unbiased, Unbiased])
+def test_without_a_bias_scale_and_clipping_are_followed(make):
+    model = make()
+    each, _ = example_truth(model, data_of())
+    for ours, truth in zip(example_steps(model, data_of()).values(), each.values(), strict=True):
+        close(ours, truth.numpy())
+
+    def quarter(model):
+        for p in model.parameters():
+            p.grad.mul_(0.25)
+
+    for ours, truth in zip(example_steps(model, data_of(), change=quarter).values(), each.values(), strict=True):
+        close(ours, truth.numpy() / 16)
+
+
+@pytest.mark.parametrize("make", [unbiased, Unbiased])
+def test_without_a_bias_a_dropped_pass_is_noticed_at_a_later_step(make):
+    model, stream = make(), data_of()
+    each, whole = (example_truth(model, part) for part in (stream[:2], stream[2:]))
+
+    def late(model, x, y):
+        if x is stream[2][0]:
+            objective(model, 3 * x.flip(0), y).backward()
+            model.zero_grad(set_to_none=False)
+        return objective(model, x, y)
+
+    with pytest.warns(UserWarning, match="do not sum to the gradient in use"):
+        ours = example_steps(model, stream, late)
+    for name, omega in ours.items():
+        close(omega, (each[0][name] * 2 / 3 + whole[1][name] / 3).numpy())
+
+
+def test_each_task_begins_with_a_look_at_all_parameters():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    memory = Consolidator(model, EWCpp(alpha="mean", fisher="example"), 0.0).attach(optimizer)
+    for loss, warned in ((objective, 0), (decayed, 1)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for x, y in data_of():
+                optimizer.zero_grad()
+                loss(model, x, y).backward()
+                optimizer.step()
+            memory.consolidate()
+        assert len(caught) == warned
+
+
+def test_a_hook_on_all_modules_leaves_the_square_of_the_batch():
+    model = mlp()
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda m, args, out: out.sin() if m is model[0] else None)
+    with hook:
+        _, whole = example_truth(model, data_of())
+        with pytest.warns(UserWarning, match="a forward hook on all modules") as caught:
+            ours = example_steps(model, data_of())
+    assert len(caught) == 1
+    for omega, truth in zip(ours.values(), whole.values(), strict=True):
+        close(omega, truth.numpy())
+
+
+def test_gradients_are_checked_beside_training_and_a_script_is_refused_in_plain_words():
+    model, x = mlp(), torch.randn(4, 5).double().requires_grad_()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    memory = Consolidator(model, EWCpp(alpha="mean", fisher="example")).attach(optimizer)
+    assert torch.autograd.gradcheck(model, (x,))
+    assert torch.autograd.gradgradcheck(model, (x,))
+    each, _ = example_truth(model, data_of(1))
+    optimizer.zero_grad()
+    objective(model, *data_of(1)[0]).backward()
+    optimizer.step()
+    memory.consolidate()
+    for omega, truth in zip(memory.anchor.omega.values(), each.values(), strict=True):
+        close(omega, truth.numpy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with pytest.raises(AttributeError, match=r"`torch.jit.script`.*Call `detach\(\)` before"):
+            torch.jit.script(model)
+        memory.detach()
+        assert torch.equal(torch.jit.script(model)(x), model(x))
 
 
 @pytest.mark.parametrize("alpha", [0.5, "mean"])

@@ -291,6 +291,8 @@ class Consolidator:
         self.tasks, self._steps, self._renewed = self.tasks + bool(counts), 0, False
         self._tail.restart()
         self._renew()
+        if self._squares is not None:
+            self._squares.look_again()
 
     def _concluded(self, finish: Finish) -> tuple[Anchor, Any]:
         """Return the anchor and the state after a task, where and as exactly as was asked for."""

@@ -28,7 +28,7 @@ class Sum:
     """The sum of squared contributions to one parameter, times the number of examples.
 
     The factor N is folded into every write, and a buffer is overwritten rather than cleared, so that a step touches the
-    buffer once.
+    buffer once. If `compared` is set when a step begins, `total` becomes the plain sum of the step's contributions.
 
     Args:
         name: the parameter's.
@@ -40,13 +40,15 @@ class Sum:
         self.name, self.parameter = name, parameter
         self._of = of
         self.examples = 0
-        self.witness = False
+        self.compared = False
         self.total: Tensor | None = None
+        self._totals = False
         self._buffer: Tensor | None = None
         self._keep = 0.0
 
     def open(self, examples: int) -> None:
         """Expect the contributions of one backward pass; `examples` have been seen in all, these included."""
+        self._totals = self._totals if self.examples else self.compared
         self._keep = examples / self.examples if self.examples else 0.0
         self.examples = examples
 
@@ -74,19 +76,26 @@ class Sum:
     def _kept(self, part: Tensor) -> Tensor:
         return part.mul_(self._keep) if self._keep else part.zero_()
 
+    def _add_whole(self, c: Tensor) -> None:
+        """Add contributions of examples that are summed already to their plain sum."""
+        c = c.reshape(self.buffer.shape)
+        self.total = c if self.total is None else self.total + c
+
     def add(self, c: Tensor) -> None:
         """Add per-example contributions of shape (examples, *parameter)."""
         c = c.to(self.buffer.dtype)
-        if self.witness:
-            whole = c.sum(0)
-            self.total = whole if self.total is None else self.total + whole
+        if self._totals:
+            self._add_whole(c.sum(0))
         self._kept(self.buffer).add_(self._of(c).sum(0), alpha=self.examples)
         self._keep = 1.0
 
     def add_outer(self, g: Tensor, x: Tensor) -> None:
         """Add contributions g_i x_i^T for g of shape (examples, rows) and x of shape (examples, columns)."""
         buffer = self.buffer
-        g, x = (self._of(t.to(buffer.dtype)) for t in (g, x))  # that of a product is the product of those of its factors
+        g, x = g.to(buffer.dtype), x.to(buffer.dtype)
+        if self._totals:
+            self._add_whole(g.t() @ x)
+        g, x = self._of(g), self._of(x)  # that of a product is the product of those of its factors
         rows = max(BLOCK // max(x.shape[1], 1), 1) if g.device.type == "cpu" else len(buffer)  # one product of all is slower
         for part, some in zip(buffer.split(rows), g.t().split(rows), strict=True):
             part.addmm_(some, x, beta=self._keep, alpha=self.examples)
@@ -95,6 +104,8 @@ class Sum:
     def add_products(self, g: Tensor, x: Tensor) -> None:
         """Add contributions g_i x_i for g, (examples, groups, rows, n), and x, (examples, groups, n, columns)."""
         g, x = g.to(self.buffer.dtype), x.to(self.buffer.dtype)
+        if self._totals:
+            self._add_whole(torch.einsum("egrn,egnc->grc", g, x))
         if g.shape[1] == 1 and g.device.type == "cpu":
             self._add_blocks(g[:, 0], x[:, 0])
         else:
@@ -130,6 +141,8 @@ class Sum:
         keys = keys % rows
         if padding is not None:
             summed[keys == padding] = 0
+        if self._totals:
+            self._add_whole(torch.zeros_like(self.buffer).index_add_(0, keys, summed))
         self._kept(self.buffer).index_add_(0, keys, self._of(summed, out=summed), alpha=self.examples)
         self._keep = 1.0
 

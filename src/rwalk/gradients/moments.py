@@ -1,21 +1,25 @@
 """Second moments of linear layers over data: of their inputs, and of the gradients at their outputs."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rwalk._errors import explain
 from rwalk.factors import Moments
 from rwalk.gradients import loader
 from rwalk.gradients.batches import Batch, examples
+from rwalk.gradients.comparison import CANCELLED, Comparison
 from rwalk.gradients.objective import Scores
 from rwalk.gradients.undisturbed import Kept, undisturbed
 from rwalk.importance.base import Objective
 from rwalk.parallel import Ranks, gathered, kind
-from rwalk.parameters import bare, named, refuse_odd, state_dtype
+from rwalk.parameters import bare, listed, named, refuse_odd, state_dtype
 
 
 def moments(
@@ -29,9 +33,10 @@ def moments(
     """Prepare passes over data that measure second moments: for each batch one forward pass and few backward passes.
 
     A layer is measured if it is exactly a `torch.nn.Linear`, its weight is protected and used by no other module, and the data
-    reaches it. Where it is applied several times to an example, as along a sequence, A is the mean over all times and G the
-    sum, averaged over the examples that count: different times are taken as independent (Eschenhagen et al. 2023, arXiv
-    2311.00636).
+    reaches it. The first examples that do must have the gradient of the weight that follows from the layer's inputs and the
+    gradients at its outputs; else the layer is left out, with a warning. Where a layer is applied several times to an
+    example, as along a sequence, A is the mean over all times and G the sum, averaged over the examples that count: different
+    times are taken as independent (Eschenhagen et al. 2023, arXiv 2311.00636).
 
     Args:
         model: as for `rwalk.gradients.over`.
@@ -63,7 +68,9 @@ def moments(
                 count += batch.size
         sums = [t for tap in taps for t in (tap.inputs, tap.outputs)]
         whole = loader.checked(sums, count, data, ranks, device, scores)
-        return {tap.weight: tap.moments(whole) for tap in taps if tap.joined(ranks)}
+        measured = [tap for tap in taps if tap.joined(ranks)]
+        _warn_of([tap.weight for tap in measured if tap.odd])
+        return {tap.weight: tap.moments(whole) for tap in measured if not tap.odd}
 
     return factors
 
@@ -79,11 +86,17 @@ class _Tap:
             for n in (columns + (bias is not None), rows)
         )
         self.rows = 0
+        self.compared = self.odd = False
         self.reached: list[Tensor] = []
+        self.seen: list[Tensor] = []
 
-    def see(self, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def see(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Add inputs, and keep the output for its gradient; what follows may write into a copy."""
-        x = args[0].detach().reshape(-1, self.module.in_features).to(self.inputs.dtype)
+        if not torch.is_grad_enabled():
+            return output
+        x = (args[0] if args else kwargs["input"]).detach().reshape(-1, self.module.in_features).to(self.inputs.dtype)
+        if not self.compared:
+            self.seen.append(x)
         if self.bias is not None:
             x = F.pad(x, (1, 0), value=1.0)
         self.inputs.addmm_(x.T, x)
@@ -93,17 +106,32 @@ class _Tap:
         self.reached.append(output)
         return output.clone()
 
+    def rows_of(self, gradient: Tensor) -> Tensor:
+        """Return gradients at the output, one row for each place."""
+        return gradient.detach().reshape(-1, self.module.out_features).to(self.outputs.dtype)
+
     def add(self, gradient: Tensor | None) -> None:
         """Add gradients at the output."""
         if gradient is not None:
-            g = gradient.detach().reshape(-1, self.module.out_features).to(self.outputs.dtype)
+            g = self.rows_of(gradient)
             self.outputs.addmm_(g.T, g)
+
+    def compare(self, gradients: Sequence[Tensor | None], whole: Tensor | None) -> None:
+        """Note whether the weight has another gradient than its inputs and the gradients at its outputs make."""
+        pairs = [(self.rows_of(g), x) for g, x in zip(gradients, self.seen, strict=True) if g is not None]
+        total = sum((g.T @ x for g, x in pairs), torch.zeros_like(self.module.weight, dtype=self.outputs.dtype))
+        apart = sum((g.square().sum() * x.square().sum() for g, x in pairs), total.new_zeros(()))
+        self.compared = True
+        self.odd |= not Comparison.of(total, total.new_zeros(total.shape) if whole is None else whole, apart).fits(
+            1.0, CANCELLED
+        )
 
     def joined(self, ranks: Ranks) -> bool:
         """Add up the sums over ranks; return whether any data has reached the layer."""
         for total in (self.inputs, self.outputs):
             ranks.sum_(total)
-        self.rows = int(ranks.sum_(torch.tensor(self.rows, device=self.inputs.device)))
+        self.rows, odd = ranks.sum_(torch.tensor([self.rows, self.odd], device=self.inputs.device)).tolist()
+        self.odd = odd > 0
         return self.rows > 0
 
     def moments(self, count: int) -> Moments:
@@ -122,7 +150,7 @@ def _taps(root: nn.Module, whole: Mapping[str, nn.Parameter], theta: Mapping[str
 
 @contextmanager
 def _watched(taps: list[_Tap]) -> Iterator[None]:
-    handles = [tap.module.register_forward_hook(tap.see) for tap in taps]
+    handles = [tap.module.register_forward_hook(tap.see, with_kwargs=True, prepend=True) for tap in taps]
     try:
         yield
     finally:
@@ -133,13 +161,28 @@ def _watched(taps: list[_Tap]) -> Iterator[None]:
 def _add(root: nn.Module, batch: Batch, taps: list[_Tap], scores: Scores, kept: Kept) -> None:
     """Add the examples of a batch."""
     for tap in taps:
-        tap.reached = []
+        tap.reached, tap.seen = [], []
     output = kept.call(root, *batch.args, **batch.kwargs)
-    reached = [(tap, tensor) for tap in taps for tensor in tap.reached]
-    for score in _sums(*scores(output, batch.target, batch.size)) if reached else ():
-        gradients = torch.autograd.grad(score, [t for _, t in reached], retain_graph=True, allow_unused=True)
-        for (tap, _), gradient in zip(reached, gradients, strict=True):
-            tap.add(gradient)
+    outputs = [tensor for tap in taps for tensor in tap.reached]
+    fresh = [tap for tap in taps if tap.seen and tap.module.weight.requires_grad]
+    inputs = [*outputs, *(tap.module.weight for tap in fresh)]
+    for score in _sums(*scores(output, batch.target, batch.size)) if outputs else ():
+        gradients = iter(torch.autograd.grad(score, inputs, retain_graph=True, allow_unused=True))
+        own = {tap: list(islice(gradients, len(tap.reached))) for tap in taps}
+        for tap, found in own.items():
+            for gradient in found:
+                tap.add(gradient)
+        for tap, whole in zip(fresh, gradients, strict=True):
+            tap.compare(own[tap], whole)
+
+
+def _warn_of(odd: list[str]) -> None:
+    """Name the layers that are left out."""
+    if odd:
+        came = f"layers whose weights have other gradients than their inputs and outputs make ({listed(odd)})"
+        expected = "weights that only their layer's own forward uses, as it is, and outputs that no hook on all modules changes"
+        remedy = "Such weights are held one by one, as under `EWC`; what earlier tasks have measured of them stays as it is."
+        warnings.warn(explain(came, expected, remedy), stacklevel=9)
 
 
 def _sums(score: Tensor, weight: Tensor) -> Iterator[Tensor]:
