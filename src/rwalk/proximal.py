@@ -154,9 +154,9 @@ def unknown(optimizer: Optimizer) -> bool:
 
 
 def _of_pytorch(optimizer: Optimizer) -> bool:
-    """Tell whether an optimiser makes its steps as one of PyTorch does."""
+    """Tell whether an optimiser makes its steps as one of PyTorch does; SGD's momentum is known whatever is done beside it."""
     own = next(kind for kind in type(optimizer).__mro__ if "step" in vars(kind))
-    return own.__module__.startswith("torch.optim")
+    return isinstance(optimizer, SGD) or own.__module__.startswith("torch.optim")
 
 
 def _recognised(optimizer: Optimizer) -> list[bool]:
