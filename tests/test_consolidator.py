@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -378,3 +379,55 @@ def test_a_state_of_tensors_that_grew_in_place_loads_into_the_model_as_it_is():
     other.load_state_dict(memory.state_dict())
     assert_same_state(memory, other)
     assert other.anchor.omega["weight"].shape == (5, 5)
+
+
+# Copies
+
+
+class Holder(torch.nn.Module):
+    """A model that holds its own memory, in itself or in one of its modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = mlp(), torch.nn.Linear(3, 3).double()
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x)))
+
+
+def saved_and_loaded(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("place", ["", "head", "body.2"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded], ids=["deepcopy", "pickle", "save"]
+)
+def test_a_model_that_holds_its_memory_is_copied_with_it_and_both_go_on_alike(copied, place):
+    model, _, memory = attached(Holder(), fisher="example", delta_t=3)
+    model.get_submodule(place).memory = memory
+    train(model, memory._optimizer, batches(0, 5))
+    other = copied(model.get_submodule(place)).memory
+    assert other is not memory
+    assert other.model.get_submodule(place).memory is other
+    for mine in (memory, other):
+        train(mine.model, mine._optimizer, batches(1, 4))
+        mine.consolidate()
+    assert_same_state(memory, other)
+    again = copied(other.model.get_submodule(place)).memory
+    train(again.model, again._optimizer, batches(2, 4))
+    train(model, memory._optimizer, batches(2, 4))
+    assert_same_state(memory, again)
+
+
+def test_a_copy_made_in_inference_mode_is_refused_as_it_could_not_be_trained():
+    model, optimizer, memory = attached()
+    train(model, optimizer, batches(0, 5))
+    match = r"parameters `0.weight`.*made in `torch.inference_mode\(\)`.*Build the model outside"
+    with torch.inference_mode(), pytest.raises(ValueError, match=match):
+        copy.deepcopy((model, optimizer, memory))
+    train(model, optimizer, batches(1, 5))
+    memory.consolidate()

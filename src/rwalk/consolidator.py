@@ -21,7 +21,7 @@ from rwalk.importance.ewcpp import EWCpp
 from rwalk.kernels import After
 from rwalk.moves import Moves
 from rwalk.overshoot import Overshoot
-from rwalk.parameters import Watch, bare, listed, look, named, refuse_odd, regraft, shares_memory, trainable
+from rwalk.parameters import Watch, bare, listed, look, named, once_built, refuse_odd, regraft, shares_memory, trainable
 from rwalk.repeats import Ended, Watched
 from rwalk.storage import Storage
 from rwalk.summary import Summary, layers
@@ -145,10 +145,11 @@ class Consolidator:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a copy, and watch the copy of the optimiser."""
         vars(self).update(state)
+        refuse_odd(self._watch.theta)
         self._moves.renote(self._watch.theta)
         if self._optimizer is not None:
             self._watch_steps(self._optimizer)
-            self._watch_examples(self._watch)
+            once_built(self.model, lambda: self._watch_examples(self._watch))
 
     def __copy__(self) -> "Consolidator":
         """Refuse: two consolidators would pull on one model."""

@@ -25,6 +25,29 @@ def bare(model: nn.Module) -> nn.Module:
     return model
 
 
+def once_built(model: nn.Module, then: Callable[[], None]) -> None:
+    """Call a function once a model that is being copied or unpickled is there: now, or when its last module takes its state."""
+    waiting = _unbuilt(model)
+    if waiting is None:
+        then()
+        return
+    build: Callable[[Any], None] = waiting.__setstate__
+
+    def built(state: Any) -> None:
+        build(state)
+        vars(waiting).pop("__setstate__", None)
+        once_built(model, then)
+
+    vars(waiting)["__setstate__"] = built  # which copies and pickles look for on the object itself
+
+
+def _unbuilt(model: nn.Module) -> nn.Module | None:
+    """Return a module of a model that has no state yet, as while something that the module holds is copied; None if all have."""
+    if "_modules" not in vars(model):
+        return model
+    return next((m for child in model._modules.values() if child is not None and (m := _unbuilt(child)) is not None), None)
+
+
 def named(model: nn.Module, only: Collection[str] | None = None) -> dict[str, nn.Parameter]:
     """Map the names of a model's parameters, as they are without compilation, to the parameters; tied ones appear once."""
     settle(model)
