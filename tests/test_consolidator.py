@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cases import Heads, assert_same_state, batches, mlp, train
-from rwalk import Consolidator, RWalk, kernels
+from rwalk import EWC, Anchor, Consolidator, RWalk, kernels
 
 
 def attached(model=None, strength=1.0, **fields):
@@ -379,6 +379,42 @@ def test_a_state_of_tensors_that_grew_in_place_loads_into_the_model_as_it_is():
     other.load_state_dict(memory.state_dict())
     assert_same_state(memory, other)
     assert other.anchor.omega["weight"].shape == (5, 5)
+
+
+@pytest.mark.parametrize("start", ["attach", "estimate", "adopt", "load_state_dict"])
+def test_lazy_modules_are_to_be_run_once_before(start):
+    model = torch.nn.Sequential(torch.nn.LazyLinear(4), torch.nn.Linear(4, 3)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = map(torch.as_tensor, batches(0, 1)[0])
+    memory = Consolidator(model, EWC())
+    ready = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Linear(4, 3)).double()
+    other = Consolidator(ready, EWC())
+    other.estimate([(x, y)])
+    calls = {
+        "load_state_dict": lambda: memory.load_state_dict(other.state_dict()),
+        "attach": lambda: memory.attach(optimizer),
+        "estimate": lambda: memory.estimate([(x, y)]),
+        "adopt": lambda: memory.adopt(Anchor({"1.bias": torch.zeros(3)}, {"1.bias": torch.ones(3)})),
+    }
+    with pytest.raises(ValueError, match=r"`0.weight`, `0.bias` of a lazy module.*Run the model once"):
+        calls[start]()
+    model(x)
+    calls[start]()
+    memory.attach(optimizer) if start != "attach" else None
+    train(model, optimizer, batches(0, 3))
+    memory.consolidate([(x, y)])
+    assert memory.anchor.point["0.weight"].shape == (4, 5)
+
+
+def test_a_lazy_head_of_a_later_task_may_wait():
+    model = Heads(1)
+    model.later = torch.nn.LazyLinear(3)
+    optimizer = torch.optim.SGD([*model.trunk.parameters(), *model.heads.parameters()], lr=0.1)
+    memory = Consolidator(model, RWalk()).attach(optimizer)
+    train(model, optimizer, batches(0, 3))
+    memory.consolidate()
+    assert set(memory.anchor.point) == {"trunk.weight", "trunk.bias", "heads.0.weight", "heads.0.bias"}
+    memory.summary()
 
 
 # Copies

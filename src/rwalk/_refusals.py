@@ -14,7 +14,7 @@ from rwalk._errors import explain
 from rwalk.anchor import Anchor, KroneckerAnchor, Match, damaged_layers
 from rwalk.importance.base import Importance, no_data
 from rwalk.parallel import layout, sharded
-from rwalk.parameters import Watch, listed
+from rwalk.parameters import Watch, listed, refuse_uninitialised
 from rwalk.repeats import Ended
 
 FORMAT = 2
@@ -277,6 +277,7 @@ def _refuse_origin(state_dict: Mapping[str, Any], rule: Importance[Any], average
 
 def _refuse_model(shapes: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
     """Refuse a state of another model."""
+    refuse_uninitialised({name: parameters[name] for name in shapes if name in parameters})
     unlike = [n for n, shape in shapes.items() if n not in parameters or list(parameters[n].shape) != list(shape)]
     if unlike:
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from rwalk import _refusals as refusals
@@ -724,7 +725,7 @@ class Consolidator:
 
 
 def _count(parameters: Mapping[str, Tensor]) -> int:
-    return sum(p.numel() for p in parameters.values())
+    return sum(p.numel() for p in parameters.values() if not is_lazy(p))
 
 
 def _copied(value: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from rwalk._errors import explain
@@ -69,6 +70,14 @@ def refuse_odd(theta: Mapping[str, Tensor]) -> None:
     if fixed:
         came = f"parameters {listed(fixed)} that were made in `torch.inference_mode()`"
         raise ValueError(explain(came, "parameters that can be trained", "Build the model outside of it."))
+
+
+def refuse_uninitialised(parameters: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError for parameters that have no shape yet."""
+    lazy = [name for name, p in parameters.items() if is_lazy(p)]
+    if lazy:
+        came = f"parameters {listed(lazy)} of a lazy module that was not run yet"
+        raise ValueError(explain(came, "parameters that have their shape", "Run the model once on a batch before."))
 
 
 def state_dtype(theta: Tensor) -> torch.dtype:
@@ -145,6 +154,7 @@ class Watch:
     @classmethod
     def of(cls, parameters: dict[str, nn.Parameter], **more: Any) -> "Watch":
         """Watch parameters by name."""
+        refuse_uninitialised(parameters)
         theta = {name: local(p) for name, p in parameters.items()}
         shapes = {name: p.shape for name, p in theta.items()}
         return cls(parameters, theta, Spread.of(parameters.values()), shapes=shapes, **more)
@@ -225,6 +235,7 @@ def look(model: nn.Module, optimizer: Optimizer, known: Collection[str] = ()) ->
     now = held(optimizer)
     ids, trained = {id(p) for p in now}, {id(p) for p in now if p.requires_grad}
     parameters = {name: p for name, p in named(model).items() if name in known or id(p) in trained}
+    refuse_uninitialised(parameters)
     inside = frozenset(name for name, p in parameters.items() if id(p) in ids)
     return Watch.of(parameters, inside=inside, fingerprint=_fingerprint(now, parameters, inside))
 
