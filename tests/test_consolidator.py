@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cases import Heads, assert_same_state, batches, mlp, train
-from rwalk import EWC, Anchor, Consolidator, RWalk, kernels
+from rwalk import EWC, MAS, SI, Anchor, Consolidator, EWCpp, Kronecker, OnlineEWC, RWalk, kernels
 
 
 def attached(model=None, strength=1.0, **fields):
@@ -338,8 +338,62 @@ def test_values_of_wrong_types(make):
         make()
 
 
-def test_numpys_numbers_are_numbers():
-    assert RWalk(alpha=np.float32(0.5), delta_t=np.int64(5), eps=np.float64(1e-3)).delta_t == 5
+@pytest.mark.parametrize("kind", [np.float32, np.float64, torch.tensor], ids=["float32", "float64", "tensor"])
+def test_numbers_of_numpy_and_torch_are_numbers(kind):
+    rule = RWalk(alpha=kind(0.5), delta_t=np.int64(5), eps=kind(0.25))
+    assert rule == RWalk(alpha=0.5, delta_t=5, eps=0.25)
+    others = SI(xi=kind(0.25)), OnlineEWC(gamma=kind(0.5), samples=np.int32(7)), MAS(decay=kind(0.5), samples=torch.tensor(7))
+    assert others == (SI(xi=0.25), OnlineEWC(gamma=0.5, samples=7), MAS(decay=0.5, samples=7))
+    assert Kronecker(every=torch.tensor(3)) == Kronecker(every=3)
+    values = [rule.alpha, rule.delta_t, rule.eps, *(value for other in others for value in vars(other).values())]
+    assert {type(value) for value in values} <= {int, float, str}
+    memory = Consolidator(mlp(), EWCpp(alpha=kind(0.5)), strength=kind(0.5))
+    assert type(memory.strength) is float
+    assert memory.strength == 0.5
+
+
+NO_SHARES = [None, True, np.bool_(True), "0.9", math.nan, math.inf, -0.1, 1.1, 0.5j, [0.5], np.array([0.1, 0.2])]
+NO_SHARES += [torch.tensor([0.1, 0.2]), torch.tensor(True), torch.tensor(math.nan)]
+NO_COUNTS = [0, -1, True, 2.5, 2.0, "2", math.nan, math.inf, [2], torch.tensor(2.0), torch.tensor([2, 3])]
+
+
+@pytest.mark.parametrize(("kind", "field", "values"), [
+    (RWalk, "alpha", NO_SHARES), (EWCpp, "alpha", NO_SHARES), (OnlineEWC, "gamma", NO_SHARES), (MAS, "decay", NO_SHARES),
+    (RWalk, "eps", [*NO_SHARES[:6], 0.0, 1e31, 1e39, 10**400]), (SI, "xi", [*NO_SHARES[:6], 0.0, 1e31, 1e39, 10**400]),
+    (RWalk, "delta_t", [None, *NO_COUNTS]), (Kronecker, "every", [None, *NO_COUNTS]),
+    (EWC, "samples", NO_COUNTS), (OnlineEWC, "samples", NO_COUNTS), (MAS, "samples", NO_COUNTS),
+    (Kronecker, "samples", NO_COUNTS),
+])  # fmt: skip
+def test_what_is_no_number_or_outside_its_range_is_refused_by_name(kind, field, values):
+    for value in values:
+        with pytest.raises(
+            ValueError, match=rf"(?s)Got {kind.__name__}\({field}=.*Expected `{field}` to be .*Pass such a value"
+        ):
+            kind(**{field: value})
+
+
+@pytest.mark.parametrize("options", [
+    {"strength": True}, {"strength": "1"}, {"strength": torch.tensor([1.0, 2.0])}, {"strength": math.nan},
+    {"strength": 10**400}, {"pull": ""}, {"pull": False}, {"average": ""}, {"state_device": "nowhere"}, {"state_device": 1.5},
+    {"state_dtype": "bfloat16"},
+], ids=repr)  # fmt: skip
+def test_arguments_that_are_no_choice_and_no_number(options):
+    with pytest.raises(ValueError, match=rf"(?s)Got {next(iter(options))}.*Expected .*Pass"):
+        Consolidator(mlp(), RWalk(), **options)
+
+
+@pytest.mark.parametrize("rule", [RWalk(eps=1e30), SI(xi=1e30)], ids=repr)
+def test_the_largest_damping_leaves_the_score_in_float32(rule):
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        model = mlp(dtype)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        memory = Consolidator(model, rule).attach(optimizer)
+        train(model, optimizer, [(x.astype(np.float32 if dtype is torch.float32 else np.float64), y) for x, y in batches(0, 8)])
+        memory.consolidate()
+        found.append(memory.anchor.omega["0.weight"].double())
+    assert found[1].any()
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=float(found[1].max()) * 1e-4)
 
 
 def grow_in_place(layer, to=5):
@@ -431,6 +485,10 @@ class Holder(torch.nn.Module):
         return self.head(torch.tanh(self.body(x)))
 
 
+def pickled(value):
+    return pickle.loads(pickle.dumps(value))  # noqa: S301
+
+
 def saved_and_loaded(value):
     file = io.BytesIO()
     torch.save(value, file)
@@ -439,9 +497,7 @@ def saved_and_loaded(value):
 
 
 @pytest.mark.parametrize("place", ["", "head", "body.2"])
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded], ids=["deepcopy", "pickle", "save"]
-)
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved_and_loaded], ids=["deepcopy", "pickle", "save"])
 def test_a_model_that_holds_its_memory_is_copied_with_it_and_both_go_on_alike(copied, place):
     model, _, memory = attached(Holder(), fisher="example", delta_t=3)
     model.get_submodule(place).memory = memory

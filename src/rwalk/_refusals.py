@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from rwalk._errors import explain
 from rwalk.anchor import Anchor, KroneckerAnchor, Match, damaged_layers
-from rwalk.importance.base import Importance, no_data
+from rwalk.importance.base import Importance, no_data, number
 from rwalk.parallel import layout, sharded
 from rwalk.parameters import Watch, listed, refuse_uninitialised
 from rwalk.repeats import Ended
@@ -29,9 +29,10 @@ STRONGEST = 1e30
 
 def check_strength(value: float) -> float:
     """Return a strength as a float, or raise a ValueError if it is not from 0 to `STRONGEST`."""
-    if not isinstance(value, Real) or not 0 <= value <= STRONGEST:
+    plain = number(value)
+    if plain is None or not 0 <= plain <= STRONGEST:
         raise ValueError(explain(f"strength {value!r}", f"a number from 0 to {STRONGEST:g}", "Pass such a `strength`."))
-    return float(value)
+    return float(plain)
 
 
 def refuse_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -51,7 +51,7 @@ def resolve(
     """Fill in defaults: those of the recommended recipe without a rule, those of the paper with one."""
     refusals.refuse_rule(rule)
     usual = RECIPE_USUAL if rule is None else rule.usual
-    pull, average = pull or usual.pull, average or usual.average
+    pull, average = usual.pull if pull is None else pull, usual.average if average is None else average
     refusals.refuse_choice("pull", pull, get_args(Pull))
     refusals.refuse_choice("average", average, get_args(Average))
     refusals.refuse_gradient_pull(rule, pull)

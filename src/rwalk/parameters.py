@@ -43,7 +43,7 @@ def once_built(model: nn.Module, then: Callable[[], None]) -> None:
 
 
 def _unbuilt(model: nn.Module) -> nn.Module | None:
-    """Return a module of a model that has no state yet, as while something that the module holds is copied; None if all have."""
+    """Return a module of a model that has no state yet, as while something that it holds is copied; None if all have."""
     if "_modules" not in vars(model):
         return model
     return next((m for child in model._modules.values() if child is not None and (m := _unbuilt(child)) is not None), None)
