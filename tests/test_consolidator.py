@@ -3,13 +3,14 @@
 import copy
 import io
 import math
+import pickle
 
 import numpy as np
 import pytest
 import torch
 
 from cases import Heads, assert_same_state, batches, mlp, train
-from rwalk import Consolidator, RWalk, kernels
+from rwalk import EWC, MAS, SI, Anchor, Consolidator, EWCpp, Kronecker, OnlineEWC, RWalk, kernels
 
 
 def attached(model=None, strength=1.0, **fields):
@@ -337,8 +338,62 @@ def test_values_of_wrong_types(make):
         make()
 
 
-def test_numpys_numbers_are_numbers():
-    assert RWalk(alpha=np.float32(0.5), delta_t=np.int64(5), eps=np.float64(1e-3)).delta_t == 5
+@pytest.mark.parametrize("kind", [np.float32, np.float64, torch.tensor], ids=["float32", "float64", "tensor"])
+def test_numbers_of_numpy_and_torch_are_numbers(kind):
+    rule = RWalk(alpha=kind(0.5), delta_t=np.int64(5), eps=kind(0.25))
+    assert rule == RWalk(alpha=0.5, delta_t=5, eps=0.25)
+    others = SI(xi=kind(0.25)), OnlineEWC(gamma=kind(0.5), samples=np.int32(7)), MAS(decay=kind(0.5), samples=torch.tensor(7))
+    assert others == (SI(xi=0.25), OnlineEWC(gamma=0.5, samples=7), MAS(decay=0.5, samples=7))
+    assert Kronecker(every=torch.tensor(3)) == Kronecker(every=3)
+    values = [rule.alpha, rule.delta_t, rule.eps, *(value for other in others for value in vars(other).values())]
+    assert {type(value) for value in values} <= {int, float, str}
+    memory = Consolidator(mlp(), EWCpp(alpha=kind(0.5)), strength=kind(0.5))
+    assert type(memory.strength) is float
+    assert memory.strength == 0.5
+
+
+NO_SHARES = [None, True, np.bool_(True), "0.9", math.nan, math.inf, -0.1, 1.1, 0.5j, [0.5], np.array([0.1, 0.2])]
+NO_SHARES += [torch.tensor([0.1, 0.2]), torch.tensor(True), torch.tensor(math.nan)]
+NO_COUNTS = [0, -1, True, 2.5, 2.0, "2", math.nan, math.inf, [2], torch.tensor(2.0), torch.tensor([2, 3])]
+
+
+@pytest.mark.parametrize(("kind", "field", "values"), [
+    (RWalk, "alpha", NO_SHARES), (EWCpp, "alpha", NO_SHARES), (OnlineEWC, "gamma", NO_SHARES), (MAS, "decay", NO_SHARES),
+    (RWalk, "eps", [*NO_SHARES[:6], 0.0, 1e31, 1e39, 10**400]), (SI, "xi", [*NO_SHARES[:6], 0.0, 1e31, 1e39, 10**400]),
+    (RWalk, "delta_t", [None, *NO_COUNTS]), (Kronecker, "every", [None, *NO_COUNTS]),
+    (EWC, "samples", NO_COUNTS), (OnlineEWC, "samples", NO_COUNTS), (MAS, "samples", NO_COUNTS),
+    (Kronecker, "samples", NO_COUNTS),
+])  # fmt: skip
+def test_what_is_no_number_or_outside_its_range_is_refused_by_name(kind, field, values):
+    for value in values:
+        with pytest.raises(
+            ValueError, match=rf"(?s)Got {kind.__name__}\({field}=.*Expected `{field}` to be .*Pass such a value"
+        ):
+            kind(**{field: value})
+
+
+@pytest.mark.parametrize("options", [
+    {"strength": True}, {"strength": "1"}, {"strength": torch.tensor([1.0, 2.0])}, {"strength": math.nan},
+    {"strength": 10**400}, {"pull": ""}, {"pull": False}, {"average": ""}, {"state_device": "nowhere"}, {"state_device": 1.5},
+    {"state_dtype": "bfloat16"},
+], ids=repr)  # fmt: skip
+def test_arguments_that_are_no_choice_and_no_number(options):
+    with pytest.raises(ValueError, match=rf"(?s)Got {next(iter(options))}.*Expected .*Pass"):
+        Consolidator(mlp(), RWalk(), **options)
+
+
+@pytest.mark.parametrize("rule", [RWalk(eps=1e30), SI(xi=1e30)], ids=repr)
+def test_the_largest_damping_leaves_the_score_in_float32(rule):
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        model = mlp(dtype)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        memory = Consolidator(model, rule).attach(optimizer)
+        train(model, optimizer, [(x.astype(np.float32 if dtype is torch.float32 else np.float64), y) for x, y in batches(0, 8)])
+        memory.consolidate()
+        found.append(memory.anchor.omega["0.weight"].double())
+    assert found[1].any()
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=float(found[1].max()) * 1e-4)
 
 
 def grow_in_place(layer, to=5):
@@ -378,3 +433,93 @@ def test_a_state_of_tensors_that_grew_in_place_loads_into_the_model_as_it_is():
     other.load_state_dict(memory.state_dict())
     assert_same_state(memory, other)
     assert other.anchor.omega["weight"].shape == (5, 5)
+
+
+@pytest.mark.parametrize("start", ["attach", "estimate", "adopt", "load_state_dict"])
+def test_lazy_modules_are_to_be_run_once_before(start):
+    model = torch.nn.Sequential(torch.nn.LazyLinear(4), torch.nn.Linear(4, 3)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = map(torch.as_tensor, batches(0, 1)[0])
+    memory = Consolidator(model, EWC())
+    ready = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Linear(4, 3)).double()
+    other = Consolidator(ready, EWC())
+    other.estimate([(x, y)])
+    calls = {
+        "load_state_dict": lambda: memory.load_state_dict(other.state_dict()),
+        "attach": lambda: memory.attach(optimizer),
+        "estimate": lambda: memory.estimate([(x, y)]),
+        "adopt": lambda: memory.adopt(Anchor({"1.bias": torch.zeros(3)}, {"1.bias": torch.ones(3)})),
+    }
+    with pytest.raises(ValueError, match=r"`0.weight`, `0.bias` of a lazy module.*Run the model once"):
+        calls[start]()
+    model(x)
+    calls[start]()
+    memory.attach(optimizer) if start != "attach" else None
+    train(model, optimizer, batches(0, 3))
+    memory.consolidate([(x, y)])
+    assert memory.anchor.point["0.weight"].shape == (4, 5)
+
+
+def test_a_lazy_head_of_a_later_task_may_wait():
+    model = Heads(1)
+    model.later = torch.nn.LazyLinear(3)
+    optimizer = torch.optim.SGD([*model.trunk.parameters(), *model.heads.parameters()], lr=0.1)
+    memory = Consolidator(model, RWalk()).attach(optimizer)
+    train(model, optimizer, batches(0, 3))
+    memory.consolidate()
+    assert set(memory.anchor.point) == {"trunk.weight", "trunk.bias", "heads.0.weight", "heads.0.bias"}
+    memory.summary()
+
+
+# Copies
+
+
+class Holder(torch.nn.Module):
+    """A model that holds its own memory, in itself or in one of its modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = mlp(), torch.nn.Linear(3, 3).double()
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x)))
+
+
+def pickled(value):
+    return pickle.loads(pickle.dumps(value))  # noqa: S301
+
+
+def saved_and_loaded(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("place", ["", "head", "body.2"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved_and_loaded], ids=["deepcopy", "pickle", "save"])
+def test_a_model_that_holds_its_memory_is_copied_with_it_and_both_go_on_alike(copied, place):
+    model, _, memory = attached(Holder(), fisher="example", delta_t=3)
+    model.get_submodule(place).memory = memory
+    train(model, memory._optimizer, batches(0, 5))
+    other = copied(model.get_submodule(place)).memory
+    assert other is not memory
+    assert other.model.get_submodule(place).memory is other
+    for mine in (memory, other):
+        train(mine.model, mine._optimizer, batches(1, 4))
+        mine.consolidate()
+    assert_same_state(memory, other)
+    again = copied(other.model.get_submodule(place)).memory
+    train(again.model, again._optimizer, batches(2, 4))
+    train(model, memory._optimizer, batches(2, 4))
+    assert_same_state(memory, again)
+
+
+def test_a_copy_made_in_inference_mode_is_refused_as_it_could_not_be_trained():
+    model, optimizer, memory = attached()
+    train(model, optimizer, batches(0, 5))
+    match = r"parameters `0.weight`.*made in `torch.inference_mode\(\)`.*Build the model outside"
+    with torch.inference_mode(), pytest.raises(ValueError, match=match):
+        copy.deepcopy((model, optimizer, memory))
+    train(model, optimizer, batches(1, 5))
+    memory.consolidate()

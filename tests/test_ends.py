@@ -237,7 +237,7 @@ def test_an_average_outlives_a_parameter_that_is_exchanged_for_an_equal_one():
 @pytest.mark.parametrize("value", [1e-46, 1e-39, 0.0, -1.0, float("nan"), float("inf"), True, "1"])
 @pytest.mark.parametrize(("kind", "name"), [(RWalk, "eps"), (SI, "xi")])
 def test_a_damping_that_float32_does_not_know_is_refused(kind, name, value):
-    with pytest.raises(ValueError, match=rf"Got {kind.__name__}\({name}=.*1e-30 or more"):
+    with pytest.raises(ValueError, match=rf"Got {kind.__name__}\({name}=.*a number from 1e-30 to 1e\+30"):
         kind(**{name: value})
 
 

@@ -785,7 +785,7 @@ def test_layers_without_a_shape_are_refused(rule):
     data = [(vectors(4), torch.zeros(4).long())]
     memory = Consolidator(model, rule)
     for call in (memory.estimate, memory.consolidate):
-        with pytest.raises(ValueError, match=r"`0.weight`, `0.bias` that have no shape yet.*Call the model once"):
+        with pytest.raises(ValueError, match=r"`0.weight`, `0.bias` of a lazy module.*Run the model once"):
             call(data)
     model(data[0][0])
     memory.estimate(data)

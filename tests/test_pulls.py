@@ -300,3 +300,119 @@ def test_the_second_moment_of_other_libraries_is_recognised_or_a_warning_says_th
             w = 2 * 3.0 * (0.02 if form == "unknown" else 0.02 / (v.sqrt() + 1e-6))
             expected = (free + w * point[name]) / (1 + w)
             torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
+
+
+class Given(optim.Optimizer):
+    """Moves along the gradient; its settings and its state are those that a test gives it."""
+
+    def __init__(self, parameters, settings, state):
+        super().__init__(parameters, settings)
+        self.given = state
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in (p for group in self.param_groups for p in group["params"]):
+            p.sub_(p.grad, alpha=0.01)
+            if self.given is not None:
+                torch.manual_seed(p.numel())
+                self.state[p] |= {"exp_avg_sq": torch.rand_like(p), **self.given}
+
+
+class Lamb(Given):
+    """Has Adam's moments; the length of its steps is that of the weights."""
+
+
+ADAM = {"lr": 0.3, "betas": (0.8, 0.95), "eps": 1e-3}
+FOUND = {**ADAM, "d": 0.02, "growth_rate": 2.0, "k": 7}
+CORRECTED = 1 - 0.95**7
+RECOGNISED = {
+    "step": (ADAM, {"step": 7}, lambda v: 0.3 / (np.sqrt(v / CORRECTED) + 1e-3)),
+    "t": (ADAM, {"t": 7}, lambda v: 0.3 / (np.sqrt(v / CORRECTED) + 1e-3)),
+    "k": ({**ADAM, "k": 7}, {}, lambda v: 0.3 / (np.sqrt(v / CORRECTED) + 1e-3)),
+    "uncorrected": ({**ADAM, "bias_correction": False}, {"step": 7}, lambda v: 0.3 / (np.sqrt(v) + 1e-3)),
+    "warmed up": ({**ADAM, "k": 7, "scheduled_lr": 0.1}, {}, lambda v: 0.1 / (np.sqrt(v / CORRECTED) + 1e-3)),
+    "d": ({**FOUND, "use_bias_correction": False}, {}, lambda v: 0.02 * 0.3 / (np.sqrt(v) + 1e-3)),
+    "d in v": (
+        {**FOUND, "d_coef": 1.0, "use_bias_correction": False}, {}, lambda v: 0.02 * 0.3 / (np.sqrt(v) / 0.02 + 1e-3)
+    ),
+    "d in v, corrected": (
+        {**FOUND, "d_coef": 1.0, "use_bias_correction": True},
+        {},
+        lambda v: 0.02 * 0.3 / (np.sqrt(v / CORRECTED) / 0.02 + 1e-3),
+    ),
+}  # fmt: skip
+
+
+def pulled_once(kind, settings, state):
+    """Make one pulled step; return the memory, the optimiser, and by how much of the way each weight was drawn."""
+    model = mlp()
+    optimizer = kind(model.parameters(), settings, state)
+    memory = Consolidator(model, L2(), 0.7, pull="proximal")
+    memory.estimate()
+    memory.attach(optimizer)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, -100.0)  # a move by 1
+    optimizer.step()
+    point = memory.anchor.point
+    return memory, optimizer, {p: 1 - (p.detach() - point[name]).numpy() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("form", RECOGNISED)
+def test_a_second_moment_is_read_as_its_optimiser_counts_scales_and_corrects_it(form):
+    settings, state, metric = RECOGNISED[form]
+    memory, optimizer, drawn = pulled_once(Given, settings, state)
+    for p, share in drawn.items():
+        w = 2 * 0.7 * metric(optimizer.state[p]["exp_avg_sq"].numpy())
+        np.testing.assert_allclose(share, w / (1 + w), rtol=1e-9, atol=1e-14)
+    lr = "d * lr" if "d" in settings else "lr"
+    assert memory.summary().settings["metric of the pull"] == f"{lr} / (sqrt(v) + eps), per coordinate"
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "state", "lr"),
+    [
+        (Given, ADAM, {}, 0.3),
+        (Given, ADAM, None, 0.3),
+        (Given, {"lr": 0.3}, None, 0.3),
+        (Given, {**ADAM, "betas": (0.9, 0.8, 0.95)}, {"step": 7}, 0.3),
+        (Given, {**ADAM, "betas": None, "eps": (1e-30, 1e-3), "lr": None}, {"step": 7}, 0.0),
+        (Lamb, ADAM, {"step": 7}, 0.3),
+    ],
+    ids=["uncounted", "kept elsewhere", "nothing known", "three betas", "Adafactor", "LAMB"],
+)
+def test_an_optimiser_whose_steps_are_not_known_is_warned_of_and_the_summary_says_so(kind, settings, state, lr):
+    with pytest.warns(UserWarning, match=f"`{kind.__name__}`, whose scaling of each weight's step is not known") as caught:
+        memory, _, drawn = pulled_once(kind, settings, state)
+    assert len(caught) == 1
+    for share in drawn.values():
+        np.testing.assert_allclose(share, 1.4 * lr / (1 + 1.4 * lr), rtol=1e-9, atol=1e-14)
+    assert memory.summary().settings["metric of the pull"] == f"lr, as far as is known of `{kind.__name__}`"
+
+
+def test_one_parameter_whose_second_moment_has_another_shape_is_enough_for_the_warning():
+    class Projected(Given):
+        def step(self, closure=None):
+            super().step()
+            weight = self.param_groups[0]["params"][0]
+            self.state[weight]["exp_avg_sq"] = torch.ones(2, 5).double()
+
+    with pytest.warns(UserWarning, match="`Projected`, whose scaling"):
+        memory, optimizer, drawn = pulled_once(Projected, ADAM, {"step": 7})
+    words = "lr / (sqrt(v) + eps), per coordinate, as far as is known of `Projected`, otherwise lr"
+    assert memory.summary().settings["metric of the pull"] == words
+    first, *others = drawn
+    np.testing.assert_allclose(drawn[first], 0.42 / 1.42, rtol=1e-9)
+    for p in others:
+        w = 2 * 0.7 * RECOGNISED["step"][2](optimizer.state[p]["exp_avg_sq"].numpy())
+        np.testing.assert_allclose(drawn[p], w / (1 + w), rtol=1e-9)
+
+
+def test_a_subclass_that_leaves_the_step_of_pytorch_alone_is_known():
+    class Named(optim.SGD):
+        def __init__(self, parameters, settings, state):
+            super().__init__(parameters, **settings)
+
+    memory, _, drawn = pulled_once(Named, {"lr": 0.01, "momentum": 0.5}, None)
+    assert memory.summary().settings["metric of the pull"] == "lr / (1 - momentum)"
+    for share in drawn.values():
+        np.testing.assert_allclose(share, 0.028 / 1.028, rtol=1e-9)

@@ -12,9 +12,9 @@ from torch.utils.data import Dataset
 
 from rwalk._errors import explain
 from rwalk.anchor import Anchor, KroneckerAnchor, Match, damaged_layers
-from rwalk.importance.base import Importance, no_data
+from rwalk.importance.base import Importance, no_data, number
 from rwalk.parallel import layout, sharded
-from rwalk.parameters import Watch, listed
+from rwalk.parameters import Watch, listed, refuse_uninitialised
 from rwalk.repeats import Ended
 
 FORMAT = 2
@@ -29,9 +29,10 @@ STRONGEST = 1e30
 
 def check_strength(value: float) -> float:
     """Return a strength as a float, or raise a ValueError if it is not from 0 to `STRONGEST`."""
-    if not isinstance(value, Real) or not 0 <= value <= STRONGEST:
+    plain = number(value)
+    if plain is None or not 0 <= plain <= STRONGEST:
         raise ValueError(explain(f"strength {value!r}", f"a number from 0 to {STRONGEST:g}", "Pass such a `strength`."))
-    return float(value)
+    return float(plain)
 
 
 def refuse_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -277,6 +278,7 @@ def _refuse_origin(state_dict: Mapping[str, Any], rule: Importance[Any], average
 
 def _refuse_model(shapes: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
     """Refuse a state of another model."""
+    refuse_uninitialised({name: parameters[name] for name in shapes if name in parameters})
     unlike = [n for n, shape in shapes.items() if n not in parameters or list(parameters[n].shape) != list(shape)]
     if unlike:
         raise ValueError(

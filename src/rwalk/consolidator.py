@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from rwalk import _refusals as refusals
@@ -22,7 +23,7 @@ from rwalk.importance.path import relocated
 from rwalk.kernels import After
 from rwalk.moves import Moves
 from rwalk.overshoot import Overshoot
-from rwalk.parameters import Watch, bare, listed, look, named, refuse_odd, regraft, shares_memory, trainable
+from rwalk.parameters import Watch, bare, listed, look, named, once_built, refuse_odd, regraft, shares_memory, trainable
 from rwalk.repeats import Ended, Watched
 from rwalk.storage import Storage
 from rwalk.summary import Summary, layers
@@ -51,7 +52,7 @@ def resolve(
     """Fill in defaults: those of the recommended recipe without a rule, those of the paper with one."""
     refusals.refuse_rule(rule)
     usual = RECIPE_USUAL if rule is None else rule.usual
-    pull, average = pull or usual.pull, average or usual.average
+    pull, average = usual.pull if pull is None else pull, usual.average if average is None else average
     refusals.refuse_choice("pull", pull, get_args(Pull))
     refusals.refuse_choice("average", average, get_args(Average))
     refusals.refuse_gradient_pull(rule, pull)
@@ -146,10 +147,11 @@ class Consolidator:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a copy, and watch the copy of the optimiser."""
         vars(self).update(state)
+        refuse_odd(self._watch.theta)
         self._moves.renote(self._watch.theta)
         if self._optimizer is not None:
             self._watch_steps(self._optimizer)
-            self._watch_examples(self._watch)
+            once_built(self.model, lambda: self._watch_examples(self._watch))
 
     def __copy__(self) -> "Consolidator":
         """Refuse: two consolidators would pull on one model."""
@@ -727,7 +729,7 @@ class Consolidator:
 
 
 def _count(parameters: Mapping[str, Tensor]) -> int:
-    return sum(p.numel() for p in parameters.values())
+    return sum(p.numel() for p in parameters.values() if not is_lazy(p))
 
 
 def _copied(value: Any) -> Any:

@@ -26,6 +26,29 @@ def bare(model: nn.Module) -> nn.Module:
     return model
 
 
+def once_built(model: nn.Module, then: Callable[[], None]) -> None:
+    """Call a function once a model that is being copied or unpickled is there: now, or when its last module takes its state."""
+    waiting = _unbuilt(model)
+    if waiting is None:
+        then()
+        return
+    build: Callable[[Any], None] = waiting.__setstate__
+
+    def built(state: Any) -> None:
+        build(state)
+        vars(waiting).pop("__setstate__", None)
+        once_built(model, then)
+
+    vars(waiting)["__setstate__"] = built  # which copies and pickles look for on the object itself
+
+
+def _unbuilt(model: nn.Module) -> nn.Module | None:
+    """Return a module of a model that has no state yet, as while something that it holds is copied; None if all have."""
+    if "_modules" not in vars(model):
+        return model
+    return next((m for child in model._modules.values() if child is not None and (m := _unbuilt(child)) is not None), None)
+
+
 def named(model: nn.Module, only: Collection[str] | None = None) -> dict[str, nn.Parameter]:
     """Map the names of a model's parameters, as they are without compilation, to the parameters; tied ones appear once."""
     settle(model)
@@ -47,6 +70,14 @@ def refuse_odd(theta: Mapping[str, Tensor]) -> None:
     if fixed:
         came = f"parameters {listed(fixed)} that were made in `torch.inference_mode()`"
         raise ValueError(explain(came, "parameters that can be trained", "Build the model outside of it."))
+
+
+def refuse_uninitialised(parameters: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError for parameters that have no shape yet."""
+    lazy = [name for name, p in parameters.items() if is_lazy(p)]
+    if lazy:
+        came = f"parameters {listed(lazy)} of a lazy module that was not run yet"
+        raise ValueError(explain(came, "parameters that have their shape", "Run the model once on a batch before."))
 
 
 def state_dtype(theta: Tensor) -> torch.dtype:
@@ -122,11 +153,8 @@ class Watch:
 
     @classmethod
     def of(cls, parameters: dict[str, nn.Parameter], **more: Any) -> "Watch":
-        """Watch parameters by name, or raise a ValueError for those of a lazy layer that was never run."""
-        lazy = [name for name, p in parameters.items() if is_lazy(p)]
-        if lazy:
-            came = f"parameters {listed(lazy)} that have no shape yet"
-            raise ValueError(explain(came, "a model that has been run", "Call the model once on an example before."))
+        """Watch parameters by name."""
+        refuse_uninitialised(parameters)
         theta = {name: local(p) for name, p in parameters.items()}
         shapes = {name: p.shape for name, p in theta.items()}
         return cls(parameters, theta, Spread.of(parameters.values()), shapes=shapes, **more)
@@ -207,6 +235,7 @@ def look(model: nn.Module, optimizer: Optimizer, known: Collection[str] = ()) ->
     now = held(optimizer)
     ids, trained = {id(p) for p in now}, {id(p) for p in now if p.requires_grad}
     parameters = {name: p for name, p in named(model).items() if name in known or id(p) in trained}
+    refuse_uninitialised(parameters)
     inside = frozenset(name for name, p in parameters.items() if id(p) in ids)
     return Watch.of(parameters, inside=inside, fingerprint=_fingerprint(now, parameters, inside))
 

@@ -1,7 +1,8 @@
 """The proximal pull: after the optimiser's step, move towards the anchor by a weighted mean that no strength can overshoot."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,12 @@ from rwalk.parallel import local, sharded
 
 BLOCKS = [2**n for n in range(4, 14)]
 """How many elements may share a scale where a moment is kept in eight bits."""
+COUNTS = ("step", "t", "k")
+"""Under which names optimisers count their steps, for each parameter or for a group."""
+CORRECTIONS = ("use_bias_correction", "bias_correction", "correct_bias")
+"""How optimisers call the choice of whether the second moment is corrected for its start at zero."""
+OTHERWISE = ("lamb", "soap", "adamod", "adai", "avagrad", "padam", "exadam", "conda", "magma", "adatam")
+"""Parts of the names of optimisers that keep Adam's second moment, and give their steps another length."""
 
 
 def drawn(
@@ -49,9 +56,10 @@ class Metric(NamedTuple):
     Args:
         rate: the learning rate.
         momentum: that of SGD.
-        beta: Adam's second beta; None for an optimiser without.
+        beta: the decay of Adam's second moment, 0 where that is not corrected; None for an optimiser without.
         eps: what Adam adds to the root of its second moment.
         count: the steps that have been made, for an optimiser that counts them by group.
+        unit: what the gradients in the second moment were multiplied by.
     """
 
     rate: float
@@ -59,34 +67,56 @@ class Metric(NamedTuple):
     beta: float | None
     eps: float
     count: Any = None
+    unit: float = 1.0
 
     @classmethod
     def of(cls, optimizer: Optimizer, group: dict[str, Any]) -> "Metric":
         """Read a group's."""
-        beta, eps = (float(group["betas"][1]), float(group["eps"])) if _adaptive(group) else (None, 0.0)
-        return cls(rate(group), _momentum(optimizer, group), beta, eps, group.get("step"))
+        lr, momentum, count = rate(group), _momentum(optimizer, group), _first(group, COUNTS)
+        if not _adaptive(optimizer, group):
+            return cls(lr, momentum, None, 0.0)
+        beta = 0.0 if _first(group, CORRECTIONS) is False else float(group["betas"][1])
+        unit = float(group["d"]) if "d_coef" in group else 1.0  # Prodigy averages the squares of d * gradient
+        return cls(lr, momentum, beta, float(group["eps"]), count, unit)
 
     def steps(self, state: Mapping[str, Any]) -> Any:
-        """Return how many steps have been made; None if nobody has counted them."""
-        return state.get("step", self.count)
+        """Return how many steps have been made; None if nobody has counted them where it can be seen."""
+        count = _first(state, COUNTS)
+        return self.count if count is None else count
+
+    def second(self, state: Mapping[str, Any], parameter: Tensor) -> Tensor | None:
+        """Return the second moment that a parameter's step is divided by, None where the group's rate is all that is known."""
+        known = self.beta is not None and self.steps(state) is not None
+        return _second_moment(state, parameter) if known else None
 
     def fill(self, row: After, optimizer: Optimizer, parameter: Tensor, factor: float) -> After:
         """Fill it in; a count of steps that a GPU has is not waited for."""
         state = optimizer.state.get(parameter, {})
-        second = _second_moment(state, parameter)
-        if second is None or self.beta is None or self.steps(state) is None:
+        second = self.second(state, parameter)
+        if second is None or self.beta is None:
             return After(*row[:5], factor * self.rate / (1 - self.momentum), *row[6:])
-        count: Any = self.steps(state)
+        count = self.steps(state)
         there = isinstance(count, Tensor) and not count.is_cpu
         correction = self.beta if there else 1 - self.beta ** float(count)
-        return After(
-            *row[:3], second, row.average, factor * self.rate, correction, self.eps, row.weight, count if there else None
-        )
+        step, eps = factor * self.rate * self.unit, self.eps * self.unit
+        return After(*row[:3], second, row.average, step, correction, eps, row.weight, count if there else None)
 
 
-def _adaptive(group: Mapping[str, Any]) -> bool:
-    """Tell whether a group has the settings of the Adam family."""
-    return "betas" in group and "eps" in group
+def _first(settings: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """Return the first of some settings that is there, None if none is."""
+    return next((settings[name] for name in names if name in settings), None)
+
+
+def _adaptive(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    """Tell whether a group has the settings of the Adam family, in an optimiser that makes Adam's steps of them."""
+    betas, name = group.get("betas"), type(optimizer).__name__.lower()
+    pair = isinstance(betas, Sequence) and len(betas) == 2  # with three, as in Adan and AdEMAMix, it depends which is whose
+    return pair and isinstance(group.get("eps"), Real | Tensor) and not any(other in name for other in OTHERWISE)
+
+
+def _searches(group: Mapping[str, Any]) -> bool:
+    """Tell whether a group's learning rate is multiplied by a `d` that its optimiser finds, as in D-Adaptation and Prodigy."""
+    return "d" in group and "growth_rate" in group
 
 
 def _second_moment(state: Mapping[str, Any], theta: Tensor) -> Tensor | None:
@@ -94,7 +124,7 @@ def _second_moment(state: Mapping[str, Any], theta: Tensor) -> Tensor | None:
 
     It is called `exp_avg_sq` in PyTorch and torchao, and `state2` in bitsandbytes; the last two may have it in eight bits.
     """
-    second: Any = next((state[name] for name in ("max_exp_avg_sq", "exp_avg_sq", "state2") if name in state), None)
+    second = _first(state, ("max_exp_avg_sq", "exp_avg_sq", "state2"))
     if not isinstance(second, Tensor) or second.shape != theta.shape:
         return None
     if second.dtype is torch.uint8:
@@ -116,15 +146,24 @@ def _from_eight_bits(codes: Tensor, values: Tensor | None, largest: Tensor | Non
 
 
 def unknown(optimizer: Optimizer) -> bool:
-    """Tell whether an optimiser scales its steps for each weight in a way that is not known here, so that lr alone is taken.
+    """Tell whether an optimiser scales steps in a way that is not known here, so that lr alone is taken for some parameters.
 
     Those of PyTorch are known: where they do not divide by a second moment, lr is what the documentation says.
     """
-    if type(optimizer).__module__.startswith("torch.optim"):
-        return False
-    held = [(group, p) for group in optimizer.param_groups for p in group["params"] if optimizer.state.get(p)]
-    scaled = any("betas" in group or "eps" in group for group, _ in held)
-    return scaled and all(_second_moment(optimizer.state[p], p) is None for _, p in held)
+    return not _of_pytorch(optimizer) and not all(_recognised(optimizer) or [False])
+
+
+def _of_pytorch(optimizer: Optimizer) -> bool:
+    """Tell whether an optimiser makes its steps as one of PyTorch does; SGD's momentum is known whatever is done beside it."""
+    own = next(kind for kind in type(optimizer).__mro__ if "step" in vars(kind))
+    return isinstance(optimizer, SGD) or own.__module__.startswith("torch.optim")
+
+
+def _recognised(optimizer: Optimizer) -> list[bool]:
+    """Tell for each parameter that has moved whether Adam's second moment is known of it."""
+    groups = [(Metric.of(optimizer, group), group["params"]) for group in optimizer.param_groups]
+    held = [(metric, p) for metric, parameters in groups for p in parameters if optimizer.state.get(p)]
+    return [metric.second(optimizer.state[p], p) is not None for metric, p in held]
 
 
 def warn_unknown(optimizer: Optimizer) -> None:
@@ -134,8 +173,8 @@ def warn_unknown(optimizer: Optimizer) -> None:
         explain(
             f"the proximal pull under `{kind}`, whose scaling of each weight's step is not known",
             "SGD, or an optimiser that keeps a second moment as Adam does",
-            "The learning rate alone is taken for the step, so the strength means something else than under Adam: tune it, or "
-            'pass `pull="gradient"`.',
+            "Where it is not known the learning rate alone is taken for the step, 0 if there is none, so the strength means "
+            'something else than under Adam: tune it, or pass `pull="gradient"`.',
         ),
         stacklevel=5,
     )
@@ -146,15 +185,16 @@ def _momentum(optimizer: Optimizer, group: dict[str, Any]) -> float:
 
 
 def rate(group: dict[str, Any]) -> float:
-    """Return the learning rate of a parameter group, 0 for an optimiser that has none."""
-    return float(group.get("lr") or 0.0)
+    """Return the learning rate of a parameter group as its optimiser has warmed it up or found it, 0 where there is none."""
+    return float(group.get("scheduled_lr", group.get("lr")) or 0.0) * float(group["d"] if _searches(group) else 1.0)
 
 
 def metric(optimizer: Optimizer, layered: bool = False) -> str:
     """Say in which metric `drawn` works under an optimiser, for anchors that hold whole layers or not."""
     groups = optimizer.param_groups
-    adaptive = [p for group in groups if _adaptive(group) for p in group["params"]]
-    known = any(_second_moment(optimizer.state.get(p, {}), p) is not None for p in adaptive)
-    if known or isinstance(optimizer, Adam | AdamW | NAdam):
-        return "lr / (sqrt(v) + eps), per coordinate" + ", but one mean for each layer" * layered
-    return "lr / (1 - momentum)" if any(_momentum(optimizer, group) for group in groups) else "lr"
+    lr = "d * lr" if any(map(_searches, groups)) else "lr"
+    doubt = f", as far as is known of `{type(optimizer).__name__}`" if unknown(optimizer) else ""
+    if any(_recognised(optimizer)) or isinstance(optimizer, Adam | AdamW | NAdam):
+        doubt = f"{doubt}, otherwise {lr}" if doubt else ""
+        return f"{lr} / (sqrt(v) + eps), per coordinate" + ", but one mean for each layer" * layered + doubt
+    return (f"{lr} / (1 - momentum)" if any(_momentum(optimizer, group) for group in groups) else lr) + doubt

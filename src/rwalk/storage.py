@@ -35,7 +35,7 @@ class Storage:
         if dtype not in (None, torch.bfloat16):
             remedy = "Pass one of these; where the weights were has to stay in float32."
             raise ValueError(explain(f"state_dtype={dtype}", "None or torch.bfloat16", remedy))
-        if device is not None and torch.device(device).type != "cpu":
+        if device is not None and _kind(device) != "cpu":
             remedy = 'Pass "cpu" to keep the anchor off the accelerator.'
             raise ValueError(explain(f"state_device={device!r}", 'None or "cpu"', remedy))
         return cls(dtype, None if device is None else torch.device(device))
@@ -65,6 +65,14 @@ class Storage:
             return tensor
         there = tensor.to(self.device)
         return there.pin_memory() if torch.cuda.is_available() else there
+
+
+def _kind(device: Any) -> str | None:
+    """Return the type of a device, None for what is no device."""
+    try:
+        return torch.device(device).type
+    except (RuntimeError, TypeError):
+        return None
 
 
 def _home(tensor: Tensor | None, theta: Tensor) -> Tensor | None:

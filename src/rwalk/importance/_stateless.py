@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from rwalk.importance.base import Importance, Step, check
+from rwalk.importance.base import Importance, Step, check_count
 
 
 class Nothing(NamedTuple):
@@ -32,5 +32,5 @@ class Stateless(Importance[Nothing]):
 
 def check_samples(rule: Importance[Any]) -> None:
     """Raise a ValueError unless the field `samples` of a rule that measures on data is a number of examples or None."""
-    samples = getattr(rule, "samples", None)
-    check(samples is None or (isinstance(samples, int) and samples >= 1), rule, "samples", "1 or more, or None for all")
+    if getattr(rule, "samples", None) is not None:
+        check_count(rule, "samples", "a whole number of 1 or more, or None for all")

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -227,15 +227,39 @@ class Importance(ABC, Generic[State]):
         return {}
 
 
-TINY = 1e-30
-"""The least that may be added to a denominator: far above what float32 turns into 0, so that no quotient becomes infinite."""
+TINY, HUGE = 1e-30, 1e30
+"""The least and the most that may be added to a denominator: float32 turns neither into 0 or infinity."""
+
+
+def number(value: Any) -> Any:
+    """Return a number, NumPy's or a tensor's too, as a plain one; None for anything else, also for a bool or NaN."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    return value if isinstance(value, Real) and not isinstance(value, bool) and value == value else None
+
+
+def check_number(rule: Importance[Any], name: str, least: float, most: float, expected: str) -> None:
+    """Keep the field `name` of a rule as a plain number; raise a ValueError unless it is one from `least` to `most`."""
+    value = number(getattr(rule, name))
+    check(value is not None and least <= value <= most, rule, name, expected)
+    object.__setattr__(rule, name, value)
+
+
+def check_share(rule: Importance[Any], name: str) -> None:
+    """Raise a ValueError unless the field `name` of a rule is a number from 0 to 1."""
+    check_number(rule, name, 0, 1, "a number in [0, 1]")
+
+
+def check_count(rule: Importance[Any], name: str, expected: str) -> None:
+    """Raise a ValueError unless the field `name` of a rule is a whole number of 1 or more."""
+    value = number(getattr(rule, name))
+    check(isinstance(value, Integral), rule, name, expected)
+    check_number(rule, name, 1, math.inf, expected)
 
 
 def check_damping(rule: Importance[Any], name: str) -> None:
-    """Raise a ValueError unless the field `name` of a rule, which is added to a denominator, is a number of `TINY` or more."""
-    value = getattr(rule, name)
-    number = isinstance(value, Real) and not isinstance(value, bool) and TINY <= float(value) < math.inf
-    check(number, rule, name, f"a finite number, {TINY:g} or more")
+    """Raise a ValueError unless the field `name` of a rule, which is added to a denominator, is from `TINY` to `HUGE`."""
+    check_number(rule, name, TINY, HUGE, f"a number from {TINY:g} to {HUGE:g}")
 
 
 def check(holds: bool, rule: Importance[Any], name: str, expected: str) -> None:
@@ -258,5 +282,5 @@ def check_finite(finish: Finish, omega: Sequence[Tensor], remedy: str) -> None:
 def check_alpha(rule: Importance[Any]) -> None:
     """Raise a ValueError unless the field `alpha` of a rule is a number in [0, 1] or "mean"."""
     alpha: Any = getattr(rule, "alpha")  # noqa: B009
-    number = isinstance(alpha, Real) and not isinstance(alpha, bool) and 0 <= float(alpha) <= 1
-    check(number or alpha == "mean", rule, "alpha", 'a number in [0, 1] or "mean"')
+    if not (isinstance(alpha, str) and alpha == "mean"):
+        check_number(rule, "alpha", 0, 1, 'a number in [0, 1] or "mean"')

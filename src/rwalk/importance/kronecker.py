@@ -16,7 +16,7 @@ from rwalk.anchor import Anchor, KroneckerAnchor
 from rwalk.factors import Layer, Moments
 from rwalk.importance._scale import divisors
 from rwalk.importance._stateless import check_samples
-from rwalk.importance.base import Finish, Importance, Step, Usual, check
+from rwalk.importance.base import Finish, Importance, Step, Usual, check, check_count
 from rwalk.importance.ewc import Labels
 from rwalk.parallel import ALONE, Spread
 from rwalk.parameters import copies
@@ -56,7 +56,7 @@ class Kronecker(Importance[Scaled]):
         """Refuse fields outside their range."""
         check(self.labels in get_args(Labels), self, "labels", f"one of {', '.join(get_args(Labels))}")
         check_samples(self)
-        check(type(self.every) is int and self.every >= 1, self, "every", "a whole number of steps, 1 or more")
+        check_count(self, "every", "a whole number of steps, 1 or more")
 
     @property
     def accumulates(self) -> bool:

@@ -10,7 +10,7 @@ import torch
 
 from rwalk.anchor import Anchor
 from rwalk.importance._stateless import Nothing, Stateless, check_samples
-from rwalk.importance.base import Finish, check
+from rwalk.importance.base import Finish, check_share
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class MAS(Stateless):
 
     def __post_init__(self) -> None:
         """Refuse fields outside their range."""
-        check(0 <= self.decay <= 1, self, "decay", "a number in [0, 1]")
+        check_share(self, "decay")
         check_samples(self)
 
     def conclude(self, state: Nothing, finish: Finish) -> tuple[Anchor, Nothing]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rwalk.anchor import Anchor
 from rwalk.importance._stateless import Nothing
-from rwalk.importance.base import Finish, check
+from rwalk.importance.base import Finish, check_share
 from rwalk.importance.ewc import EWC
 
 
@@ -26,7 +26,7 @@ class OnlineEWC(EWC):
     def __post_init__(self) -> None:
         """Refuse fields outside their range."""
         super().__post_init__()
-        check(0 <= self.gamma <= 1, self, "gamma", "a number in [0, 1]")
+        check_share(self, "gamma")
 
     def conclude(self, state: Nothing, finish: Finish) -> tuple[Anchor, Nothing]:
         """Decay the importance of earlier tasks and add this one's."""

@@ -7,7 +7,6 @@ ECCV 2018, arXiv 1801.10112. Equation numbers are the paper's.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from rwalk import kernels
 from rwalk.anchor import Anchor
 from rwalk.importance._scale import WAYS, Normalize, divisors
-from rwalk.importance.base import Finish, Fisher, Importance, Step, check, check_alpha, check_damping, check_finite
+from rwalk.importance.base import Finish, Fisher, Importance, Step, check, check_alpha, check_count, check_damping, check_finite
 from rwalk.importance.path import own
 from rwalk.parallel import ALONE, Spread
 from rwalk.parameters import copies, zeros
@@ -67,7 +66,7 @@ class RWalk(Importance[Walk]):
             on little more than the last batch, and 0.001 to 0.01 is a running average in the usual sense. "mean" is the
             mean over the steps of the task, started anew with each task.
         delta_t: optimiser steps per window, counted per task; the unfinished window at a task's end counts too.
-        eps: added to the squared Riemannian distance in the score's denominator, at least 1e-30 (equation 7).
+        eps: added to the squared Riemannian distance in the score's denominator, from 1e-30 to 1e30 (equation 7).
         normalize: how F and S are scaled before they are added: by the maximum over "max" (all tensors, the paper), the "mean",
             the maximum per "tensor", or the mean of the "first" task, kept.
         accumulate: how a task's score joins that of earlier tasks: "average", (S + s) / 2, is the paper; "sum" is S + s. With
@@ -89,8 +88,7 @@ class RWalk(Importance[Walk]):
     def __post_init__(self) -> None:
         """Refuse fields outside their range."""
         check_alpha(self)
-        whole = isinstance(self.delta_t, Integral) and not isinstance(self.delta_t, bool)
-        check(whole and self.delta_t >= 1, self, "delta_t", "a whole number of steps, 1 or more")
+        check_count(self, "delta_t", "a whole number of steps, 1 or more")
         check_damping(self, "eps")
         check(self.normalize in WAYS, self, "normalize", f"one of {', '.join(WAYS)}")
         check(self.accumulate in ("average", "sum"), self, "accumulate", "average or sum")

@@ -42,7 +42,7 @@ class SI(Importance[Path]):
     """Importance omega += relu(path / (move^2 + xi)) (equation 5), with path and move taken over the whole task.
 
     Args:
-        xi: damping of weights that hardly moved, at least 1e-30, in units of a squared weight.
+        xi: damping of weights that hardly moved, from 1e-30 to 1e30, in units of a squared weight.
     """
 
     walks: ClassVar[bool] = True
