@@ -1,5 +1,6 @@
 """Files that are whole or not there, whatever happens while they are written, and JSON files that know their checksum."""
 
+import errno
 import hashlib
 import json
 import math
@@ -71,6 +72,17 @@ def _target(path: str | Path) -> tuple[Path, os.stat_result | None]:
         came = f"`{path}`, which cannot be written: it is a {kind}"
         raise refusal(explain(came, "a file, or a name that is free", "Name another one."))
     return target, before
+
+
+def check(path: str | Path) -> None:
+    """Refuse a place where no file can be written, while there is nothing to lose yet.
+
+    Raises:
+        OSError: if a folder, a pipe or a device is there, or a link into a folder that is not.
+    """
+    target, _ = _target(path)
+    if not target.parent.is_dir():
+        raise _unwritten(path, FileNotFoundError(errno.ENOENT, f"there is no folder `{target.parent}`"))
 
 
 def _shut(path: str, flags: int) -> int:
