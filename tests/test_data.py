@@ -279,6 +279,53 @@ def test_a_stream_in_one_file_is_ordered_by_its_time_and_every_fifth_row_is_for_
     assert data.train_x.shape == (40, 1)
 
 
+ROWS = [(1, 9), (0, 8), (1, 3), (2, 8), (2, 3), (0, 2)]
+"""Day and hour: neither gives the order alone."""
+
+
+def dates(texts):
+    return [f"2020-01-{day + 10}" for day, _ in ROWS] if texts else pa.array([day for day, _ in ROWS], pa.date32())
+
+
+def hours(texts):
+    return [f"{hour:02}:00" for _, hour in ROWS] if texts else pa.array([hour * 3600 for _, hour in ROWS], pa.time32("s"))
+
+
+@pytest.mark.parametrize("times", [
+    {"date": dates(False), "time": hours(False)}, {"time": hours(True), "date": dates(True)},
+    {"t": hours(False), "date": dates(True)}, {"date": dates(False), "time": [hour for _, hour in ROWS]},
+    {"date": dates(False), "t": [hour for _, hour in ROWS]}, {"date": [20200101 + r[0] for r in ROWS], "time": hours(False)},
+    {"time": hours(False), "timestamp": pa.array([24 * r[0] + r[1] for r in ROWS], pa.timestamp("s"))},
+    {"timestamp": pa.array([f"2020-01-{r[0] + 10} {r[1]:02}:00" for r in ROWS]).dictionary_encode(), "time": hours(True)},
+], ids=lambda times: " ".join(f"{name}:{getattr(column, 'type', 'list')}" for name, column in times.items()))  # fmt: skip
+def test_dates_and_times_of_day_give_the_order_together(tmp_path, times):
+    """Truth: Python's order of pairs of day and hour."""
+    order = sorted(range(6), key=ROWS.__getitem__)
+    write(tmp_path / "d", "stream.parquet", times | {"x": [float(order.index(row)) for row in range(6)], "label": [0, 1] * 3})
+    data = load(str(tmp_path / "d"))
+    assert data.train_x.shape == (5, 1)
+    assert data.train_x[:, 0].tolist() == sorted(data.train_x[:, 0].tolist())
+    assert data.train_x[:4, 0].diff().allclose(data.train_x[:2, 0].diff())  # 0 to 3 and 5; 4 is for testing
+
+
+@pytest.mark.parametrize(("times", "match"), [
+    ({"time": hours(False)}, "holds times of day alone"), ({"t": hours(True)}, "holds times of day alone"),
+    ({"t": [b"6", b"7", b"8", b"9", b"10", b"11"]}, "of binary gives no order"), ({"t": [True, False] * 3}, "of bool gives no"),
+    ({"t": pa.array(list("123456")).dictionary_encode()}, "of string gives no order"), ({"t": [[1]] * 6}, "gives no order"),
+    ({"date": dates(True), "time": [None, *hours(True)[1:]]}, "without a time in column `time` .row 0 of stream.parquet"),
+])  # fmt: skip
+def test_what_gives_no_order_is_refused(tmp_path, times, match):
+    write(tmp_path / "d", "stream.parquet", times | {"x": [float(k) for k in range(6)], "label": [0, 1] * 3})
+    fails(tmp_path / "d", ValueError, match)
+
+
+def test_a_column_of_domains_gives_no_order(tmp_path):
+    write(
+        tmp_path / "d", "stream.parquet", {"date": list("babaaabbaa"), "x": [float(k) for k in range(10)], "label": [0, 1] * 5}
+    )
+    assert load(str(tmp_path / "d"), by="date").train_domain.tolist() == [1, 0, 1, 0, 0, 1, 1, 0]
+
+
 def test_folders_can_be_the_domains(tmp_path):
     for k, name in enumerate(("books", "films")):
         write(tmp_path / "d" / name, "train.parquet", {"x": [0.0, 1.0], "label": [0, k]})

@@ -326,7 +326,9 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_costs_nothing_else(tmp_
         save(path, kind, content)
 
     monkeypatch.setattr(states, "save", full)
-    with pytest.warns(UserWarning, match=r"Got `.*c`, which cannot be written.*The run goes on without this checkpoint") as said:
+    with pytest.warns(
+        UserWarning, match=r"Got `.*c`, which cannot be written.*The run goes on without this checkpoint"
+    ) as said:
         record = bench.run(stream, "finetune", training=SMALL, checkpoint=place)
     assert len(said) == 2  # after the second and the third task, and not after the last one
     assert {Path(one.filename).name for one in said} == {Path(__file__).name}

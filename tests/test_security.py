@@ -236,7 +236,9 @@ def test_metadata_of_a_few_rawask_for_no_more_memory_than_that(tmp_path, raw):
     """Each asks for 64 MB or more, the table for sixteen times as much; Python's own counts say what was asked for."""
     (tmp_path / ".metadata").write_bytes(raw)
     tracemalloc.start()
-    with pytest.raises(ValueError, match=r"^Got `.*`, whose metadata cannot be read \(.*\)\. Expected a checkpoint that .*Copy"):
+    with pytest.raises(
+        ValueError, match=r"^Got `.*`, whose metadata cannot be read \(.*\)\. Expected a checkpoint that .*Copy"
+    ):
         _metadata.read(tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
