@@ -167,6 +167,60 @@ def test_splits_that_do_not_belong_together(tmp_path):
     fails(tmp_path / "d", ValueError, "empty test split")
 
 
+PICTURE = {"bytes": png(np.eye(2, dtype=np.uint8))["bytes"], "path": None}
+
+
+@pytest.mark.parametrize(("train", "test", "kind"), [
+    (["a", "b"], [1, 2], "int64"), (["a", "b"], [["a"], ["b"]], "list"), (["a", "b"], [b"a", b"b"], "binary"),
+    (["a", "b"], pa.array([1, 2], pa.timestamp("ms")), "timestamp"), (["a", "b"], pa.nulls(2), "null"),
+    ([PICTURE] * 2, [{"path": "a"}] * 2, "struct"), ([PICTURE] * 2, [1, 2], "int64"), ([PICTURE] * 2, ["a", "b"], "string"),
+    ([PICTURE] * 2, [{"bytes": "a"}] * 2, "struct"), ([PICTURE] * 2, [[PICTURE]] * 2, "list"),
+    ([PICTURE] * 2, [{"bytes": 5}] * 2, "struct"), ([PICTURE] * 2, [{"bytes": [5]}] * 2, "struct"),
+    ([1.0, 2.0], ["a", "b"], "string"), ([1.0, 2.0], [[1.0], [2.0]], "list"), ([[1.0], [2.0]], [1.0, 2.0], "double|shape"),
+    (["x", "y"], [{"text": "a"}] * 2, "struct"),
+])  # fmt: skip
+def test_inputs_of_another_type_in_the_test_split_are_refused(tmp_path, train, test, kind):
+    name = "text" if train[0] in ("a", "x") else "x"
+    write(tmp_path / "d", "train.parquet", {name: train, "label": [0, 1]})
+    write(tmp_path / "d", "test.parquet", {name: test, "label": [0, 1]})
+    fails(tmp_path / "d", ValueError, rf"^Got `d` whose column `{name}` .*({kind})")
+
+
+@pytest.mark.parametrize("test", [pa.array(["a", "b"]).dictionary_encode(), pa.array(["a", "b"], pa.large_string())], ids=str)
+def test_texts_are_texts_however_they_are_stored(tmp_path, test):
+    write(tmp_path / "d", "train.parquet", {"text": ["a", "b"], "label": [0, 1]})
+    write(tmp_path / "d", "test.parquet", {"text": test, "label": [0, 1]})
+    assert torch.equal(load(str(tmp_path / "d")).train_x, load(str(tmp_path / "d")).test_x)
+
+
+def test_images_may_lack_their_mark_in_the_test_split(tmp_path):
+    write(tmp_path / "d", "train.parquet", {"image": [PICTURE["bytes"]], "label": [0]}, features(image={"_type": "Image"}))
+    write(tmp_path / "d", "test.parquet", {"image": [PICTURE["bytes"]], "label": [0]})
+    assert torch.equal(load(str(tmp_path / "d")).train_x, load(str(tmp_path / "d")).test_x)
+
+
+def test_a_pipe_is_no_parquet_file_and_keeps_nobody_waiting(tmp_path):
+    for split in ("train", "test"):
+        os.mkfifo(tmp_path / f"{split}.parquet")
+    fails(tmp_path, ValueError, r"a file that cannot be read, `.*train.parquet` \(no file\)")
+
+
+def test_folders_may_have_names_that_are_not_utf_8(tmp_path):
+    folder = Path(os.fsdecode(bytes(tmp_path) + b"/\xff"))
+    for home in (folder / "a", Path(os.fsdecode(bytes(folder) + b"/\xfe"))):
+        for split in ("train", "test"):
+            home.mkdir(parents=True, exist_ok=True)
+            (home / f"{split}.parquet").write_bytes(stored({"x": [1.0, 2.0], "label": [0, 1]}))
+    data = load(str(folder), by="folder")
+    assert (data.domains, data.train_domain.tolist()) == (("\\xfe", "a"), [1, 1, 0, 0])
+
+
+def stored(columns):
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue()
+
+
 @pytest.mark.skipif(not (SHARED / "mnist").is_dir(), reason="no folder mnist in RWALK_DATA")
 def test_mnist():
     data = load("mnist", SHARED)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rwalk import files
 from rwalk._errors import explain
 from rwalk.bench import inputs, tables, texts
 from rwalk.bench.inputs import schema_error
@@ -198,7 +199,6 @@ def _order(name: str, rows: Rows, columns: Sequence[str]) -> np.ndarray:
 
 def _times(name: str, rows: Rows, column: str) -> Any:
     """Return the times in a column, one in each row; texts are read as ISO 8601 has them."""
-    import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.types as kinds
 
@@ -230,8 +230,8 @@ def _read_times(texts: Any) -> Any:
 
 def _files(folder: Path, name: str) -> list[Path]:
     """Find the files of a split: train.parquet, train-00000-of-00001.parquet, train/part.parquet and the like."""
-    files = sorted(folder.rglob("*.parquet"))
-    return [f for f in files if f.stem.split("-")[0] == name or (f.parent != folder and f.parent.name == name)]
+    found = sorted(folder.rglob("*.parquet"))
+    return [f for f in found if f.stem.split("-")[0] == name or (f.parent != folder and f.parent.name == name)]
 
 
 def _read(folder: Path, names: tuple[str, ...], by: str | None = None) -> Rows:
@@ -249,11 +249,11 @@ def _read(folder: Path, names: tuple[str, ...], by: str | None = None) -> Rows:
     )
 
 
-def _join(folder: Path, split: str, files: list[Path], by: str | None) -> Rows:
+def _join(folder: Path, split: str, mine: list[Path], by: str | None) -> Rows:
     """Read the files of a split as one table, with a column of folders if they are the domains."""
     import pyarrow as pa
 
-    places = sorted({str(f.parent.relative_to(folder)) for f in files})
+    places = sorted({str(f.parent.relative_to(folder)) for f in mine})
     if len(places) > 1 and by != "folder":
         raise ValueError(
             explain(
@@ -262,7 +262,7 @@ def _join(folder: Path, split: str, files: list[Path], by: str | None) -> Rows:
                 "Point to one of these folders, or make each a task with a `domain-` stream by `folder`.",
             )
         )
-    tables = [_table(f) for f in files]
+    tables = [_table(f) for f in mine]
     columns = {tuple(table.column_names) for table in tables}
     if len(columns) > 1:
         came = " and ".join(", ".join(names) for names in sorted(columns)[:2])
@@ -273,7 +273,7 @@ def _join(folder: Path, split: str, files: list[Path], by: str | None) -> Rows:
         if by in tables[0].column_names:
             came = f"{split} files of `{folder}` with a column `folder`, which would be that of the domains"
             raise ValueError(explain(came, "another name for it", "Rename or drop this column."))
-        homes = [f.relative_to(folder).parts[0] for f in files]
+        homes = [os.fsencode(f.relative_to(folder).parts[0]).decode(errors="backslashreplace") for f in mine]
         tables = [t.append_column(by, pa.array([home] * len(t))) for home, t in zip(homes, tables, strict=True)]
     refuse_names(f"{split} files of `{folder}`", tables, tables[0].column_names)
     try:
@@ -281,7 +281,7 @@ def _join(folder: Path, split: str, files: list[Path], by: str | None) -> Rows:
     except pa.ArrowException as error:
         came = f"{split} files of `{folder}` with columns of different types ({str(error).splitlines()[0]})"
         raise ValueError(explain(came, "types that go together", "Make the files alike.")) from None
-    return Rows(plain(whole), tuple((str(f.relative_to(folder)), len(t)) for f, t in zip(files, tables, strict=True)))
+    return Rows(plain(whole), tuple((str(f.relative_to(folder)), len(t)) for f, t in zip(mine, tables, strict=True)))
 
 
 def _table(file: Path) -> Any:
@@ -290,10 +290,11 @@ def _table(file: Path) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        names = pq.read_schema(file).names
-        twice = sorted({name for name in names if names.count(name) > 1})
-        table = None if twice else pq.read_table(file)
-    except (pa.ArrowException, OSError) as error:
+        with files.opened(file) as source:
+            names = pq.read_schema(source).names
+            twice = sorted({name for name in names if names.count(name) > 1})
+            table = None if twice else pq.read_table(source)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(
             explain(
                 f"a file that cannot be read, `{file}` ({str(error).splitlines()[0]})",
@@ -320,6 +321,7 @@ def _assemble(name: str, splits: dict[str, Rows], label: str | None = None, by: 
         lacking = [c for c in (*named, *columns) if c not in rows.table.column_names]
         if lacking:
             raise schema_error(name, rows, f"the column `{lacking[0]}` in the {split} split too")
+    inputs.refuse_kinds(name, form, columns, test)
     refuse_names(f"`{name}`", [train.table, test.table], [*named, *columns])
     domains = numbered(name, train, test, by, "domains") if by else (None, None, ())
     if label is None:
