@@ -228,3 +228,25 @@ def test_streams_are_as_before_afterwards(capsys):
                 out.close()
         assert written == b"+-\n"
         assert closed or out.errors == "strict"
+
+
+@pytest.mark.parametrize("size", ["0", "", "-5", "x", "²"])
+def test_a_width_that_is_none_counts_as_unset(tmp_path, monkeypatch, capsys, size):
+    made().save(tmp_path)
+    monkeypatch.setattr(report, "write", lambda *_, **__: tmp_path / "report.html")
+    monkeypatch.delenv("COLUMNS", raising=False)
+    main(["report", str(tmp_path)])
+    usual = capsys.readouterr().out
+    for name in ("COLUMNS", "LINES"):
+        monkeypatch.setenv(name, size)
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == usual
+    assert "Mean ±" in usual
+
+
+def test_a_page_is_drawn_without_standard_input(tmp_path):
+    made().save(tmp_path)
+    command = [sys.executable, "-m", "rwalk", "report", str(tmp_path)]
+    done = subprocess.run(["sh", "-c", 'exec "$@" <&-', "sh", *command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "<svg" in (tmp_path / "report.html").read_text()

@@ -1,5 +1,7 @@
 """The command line: hands what was typed to what does it, and turns mistakes into messages and an exit status."""
 
+import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -15,6 +17,7 @@ from rwalk.report.plain import complain, tolerant
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, 1 for a mistake of ours, 2 for a user's, 130 after Ctrl-C."""
+    _forget_sizes()
     console = Console(markup=False, emoji=False, highlight=False)
     words = list(sys.argv[1:] if arguments is None else arguments)
     with tolerant():
@@ -28,6 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 again = " The same command continues after the last finished task." if words[:1] in (["run"], ["tune"]) else ""
                 complain(f"interrupted.{again}")
             return 130
+
+
+def _forget_sizes() -> None:
+    """Take sizes of a terminal in the environment that are none, such as 0, for unset, as other programs do."""
+    for name in ("COLUMNS", "LINES"):
+        if not re.fullmatch("0*[1-9][0-9]{0,5}", os.environ.get(name, "")):
+            os.environ.pop(name, None)
 
 
 def _do(words: list[str], console: Console) -> int:
