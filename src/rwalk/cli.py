@@ -12,6 +12,7 @@ except ImportError as error:
     raise SystemExit(f"rwalk: the command line needs the extra `bench` ({error}). Run: pip install 'rwalk[bench]'") from None
 
 from rwalk import __version__, reading
+from rwalk._errors import explain
 from rwalk.report.plain import complain, tolerant
 
 
@@ -20,9 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _forget_sizes()
     console = Console(markup=False, emoji=False, highlight=False)
     words = list(sys.argv[1:] if arguments is None else arguments)
-    with tolerant():
+    with tolerant() as output:
         try:
-            return _do(words, console)
+            return _do(words, console) or _unprinted(output.failure)
         except (ValueError, OSError, ImportError) as error:
             complain(error)
             return 2
@@ -31,6 +32,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 again = " The same command continues after the last finished task." if words[:1] in (["run"], ["tune"]) else ""
                 complain(f"interrupted.{again}")
             return 130
+
+
+def _unprinted(failure: OSError | None) -> int:
+    """Say that what was done could not be printed, unless nobody wants to know, and return the exit status."""
+    if failure is None or isinstance(failure, BrokenPipeError):
+        return int(failure is not None)
+    came = f"standard output that cannot be written ({failure.strerror or failure})"
+    complain(explain(came, "one that takes what is printed", "Print elsewhere; all else is done."))
+    return 2
 
 
 def _forget_sizes() -> None:
