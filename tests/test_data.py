@@ -167,6 +167,60 @@ def test_splits_that_do_not_belong_together(tmp_path):
     fails(tmp_path / "d", ValueError, "empty test split")
 
 
+PICTURE = {"bytes": png(np.eye(2, dtype=np.uint8))["bytes"], "path": None}
+
+
+@pytest.mark.parametrize(("train", "test", "kind"), [
+    (["a", "b"], [1, 2], "int64"), (["a", "b"], [["a"], ["b"]], "list"), (["a", "b"], [b"a", b"b"], "binary"),
+    (["a", "b"], pa.array([1, 2], pa.timestamp("ms")), "timestamp"), (["a", "b"], pa.nulls(2), "null"),
+    ([PICTURE] * 2, [{"path": "a"}] * 2, "struct"), ([PICTURE] * 2, [1, 2], "int64"), ([PICTURE] * 2, ["a", "b"], "string"),
+    ([PICTURE] * 2, [{"bytes": "a"}] * 2, "struct"), ([PICTURE] * 2, [[PICTURE]] * 2, "list"),
+    ([PICTURE] * 2, [{"bytes": 5}] * 2, "struct"), ([PICTURE] * 2, [{"bytes": [5]}] * 2, "struct"),
+    ([1.0, 2.0], ["a", "b"], "string"), ([1.0, 2.0], [[1.0], [2.0]], "list"), ([[1.0], [2.0]], [1.0, 2.0], "double|shape"),
+    (["x", "y"], [{"text": "a"}] * 2, "struct"),
+])  # fmt: skip
+def test_inputs_of_another_type_in_the_test_split_are_refused(tmp_path, train, test, kind):
+    name = "text" if train[0] in ("a", "x") else "x"
+    write(tmp_path / "d", "train.parquet", {name: train, "label": [0, 1]})
+    write(tmp_path / "d", "test.parquet", {name: test, "label": [0, 1]})
+    fails(tmp_path / "d", ValueError, rf"^Got `d` whose column `{name}` .*({kind})")
+
+
+@pytest.mark.parametrize("test", [pa.array(["a", "b"]).dictionary_encode(), pa.array(["a", "b"], pa.large_string())], ids=str)
+def test_texts_are_texts_however_they_are_stored(tmp_path, test):
+    write(tmp_path / "d", "train.parquet", {"text": ["a", "b"], "label": [0, 1]})
+    write(tmp_path / "d", "test.parquet", {"text": test, "label": [0, 1]})
+    assert torch.equal(load(str(tmp_path / "d")).train_x, load(str(tmp_path / "d")).test_x)
+
+
+def test_images_may_lack_their_mark_in_the_test_split(tmp_path):
+    write(tmp_path / "d", "train.parquet", {"image": [PICTURE["bytes"]], "label": [0]}, features(image={"_type": "Image"}))
+    write(tmp_path / "d", "test.parquet", {"image": [PICTURE["bytes"]], "label": [0]})
+    assert torch.equal(load(str(tmp_path / "d")).train_x, load(str(tmp_path / "d")).test_x)
+
+
+def test_a_pipe_is_no_parquet_file_and_keeps_nobody_waiting(tmp_path):
+    for split in ("train", "test"):
+        os.mkfifo(tmp_path / f"{split}.parquet")
+    fails(tmp_path, ValueError, r"a file that cannot be read, `.*train.parquet` \(no file\)")
+
+
+def test_folders_may_have_names_that_are_not_utf_8(tmp_path):
+    folder = Path(os.fsdecode(bytes(tmp_path) + b"/\xff"))
+    for home in (folder / "a", Path(os.fsdecode(bytes(folder) + b"/\xfe"))):
+        for split in ("train", "test"):
+            home.mkdir(parents=True, exist_ok=True)
+            (home / f"{split}.parquet").write_bytes(stored({"x": [1.0, 2.0], "label": [0, 1]}))
+    data = load(str(folder), by="folder")
+    assert (data.domains, data.train_domain.tolist()) == (("\\xfe", "a"), [1, 1, 0, 0])
+
+
+def stored(columns):
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue()
+
+
 @pytest.mark.skipif(not (SHARED / "mnist").is_dir(), reason="no folder mnist in RWALK_DATA")
 def test_mnist():
     data = load("mnist", SHARED)
@@ -277,6 +331,53 @@ def test_a_stream_in_one_file_is_ordered_by_its_time_and_every_fifth_row_is_for_
         expected = (truth.x - train.x.mean()) / train.x.std(ddof=0)
         np.testing.assert_allclose(x[:, 0].numpy(), expected, atol=1e-5)
     assert data.train_x.shape == (40, 1)
+
+
+ROWS = [(1, 9), (0, 8), (1, 3), (2, 8), (2, 3), (0, 2)]
+"""Day and hour: neither gives the order alone."""
+
+
+def dates(texts):
+    return [f"2020-01-{day + 10}" for day, _ in ROWS] if texts else pa.array([day for day, _ in ROWS], pa.date32())
+
+
+def hours(texts):
+    return [f"{hour:02}:00" for _, hour in ROWS] if texts else pa.array([hour * 3600 for _, hour in ROWS], pa.time32("s"))
+
+
+@pytest.mark.parametrize("times", [
+    {"date": dates(False), "time": hours(False)}, {"time": hours(True), "date": dates(True)},
+    {"t": hours(False), "date": dates(True)}, {"date": dates(False), "time": [hour for _, hour in ROWS]},
+    {"date": dates(False), "t": [hour for _, hour in ROWS]}, {"date": [20200101 + r[0] for r in ROWS], "time": hours(False)},
+    {"time": hours(False), "timestamp": pa.array([24 * r[0] + r[1] for r in ROWS], pa.timestamp("s"))},
+    {"timestamp": pa.array([f"2020-01-{r[0] + 10} {r[1]:02}:00" for r in ROWS]).dictionary_encode(), "time": hours(True)},
+], ids=lambda times: " ".join(f"{name}:{getattr(column, 'type', 'list')}" for name, column in times.items()))  # fmt: skip
+def test_dates_and_times_of_day_give_the_order_together(tmp_path, times):
+    """Truth: Python's order of pairs of day and hour."""
+    order = sorted(range(6), key=ROWS.__getitem__)
+    write(tmp_path / "d", "stream.parquet", times | {"x": [float(order.index(row)) for row in range(6)], "label": [0, 1] * 3})
+    data = load(str(tmp_path / "d"))
+    assert data.train_x.shape == (5, 1)
+    assert data.train_x[:, 0].tolist() == sorted(data.train_x[:, 0].tolist())
+    assert data.train_x[:4, 0].diff().allclose(data.train_x[:2, 0].diff())  # 0 to 3 and 5; 4 is for testing
+
+
+@pytest.mark.parametrize(("times", "match"), [
+    ({"time": hours(False)}, "holds times of day alone"), ({"t": hours(True)}, "holds times of day alone"),
+    ({"t": [b"6", b"7", b"8", b"9", b"10", b"11"]}, "of binary gives no order"), ({"t": [True, False] * 3}, "of bool gives no"),
+    ({"t": pa.array(list("123456")).dictionary_encode()}, "of string gives no order"), ({"t": [[1]] * 6}, "gives no order"),
+    ({"date": dates(True), "time": [None, *hours(True)[1:]]}, "without a time in column `time` .row 0 of stream.parquet"),
+])  # fmt: skip
+def test_what_gives_no_order_is_refused(tmp_path, times, match):
+    write(tmp_path / "d", "stream.parquet", times | {"x": [float(k) for k in range(6)], "label": [0, 1] * 3})
+    fails(tmp_path / "d", ValueError, match)
+
+
+def test_a_column_of_domains_gives_no_order(tmp_path):
+    write(
+        tmp_path / "d", "stream.parquet", {"date": list("babaaabbaa"), "x": [float(k) for k in range(10)], "label": [0, 1] * 5}
+    )
+    assert load(str(tmp_path / "d"), by="date").train_domain.tolist() == [1, 0, 1, 0, 0, 1, 1, 0]
 
 
 def test_folders_can_be_the_domains(tmp_path):

@@ -3,6 +3,7 @@
 import os
 import stat
 import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -275,3 +276,18 @@ def test_tuning_for_other_settings_is_refused_by_name(tmp_path):
     place = one.save(tmp_path).rename(tmp_path / other.name)
     with pytest.raises(ValueError, match=f"it is named like another one: .*`{one.name}`.*Tune again"):
         Tuned.load(place)
+
+
+def test_a_large_file_that_is_no_record_is_not_read(tmp_path, monkeypatch):
+    """Python's own counts say how much memory was asked for; a record is read whatever its size."""
+    place = made().save(tmp_path)
+    (tmp_path / "a.json").write_bytes(b"{")
+    os.truncate(tmp_path / "a.json", files.USUAL + 1)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"^Got `.*a.json`: larger than 64 MB, and without a checksum.*Expected a record"):
+        Record.load(tmp_path / "a.json")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+    monkeypatch.setattr(files, "USUAL", 200)
+    assert Record.load(place) == made()

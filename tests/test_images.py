@@ -42,7 +42,10 @@ def png(width, height, depth, colour, lines, *more):
 def tiff(width, height, bits, data, photometric=1, sample=1, channels=1):
     """An uncompressed TIFF file by hand, little-endian."""
     tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8), (277, channels), (278, height)]
-    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in (*tags, (279, len(data)), (339, sample))]
+    tags += [(279, len(data)), *([(338, 1)] if channels == 2 else []), (339, sample)]
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags]
+    if channels == 2:
+        entries[2] = struct.pack("<HHIHH", 258, 3, 2, bits, bits)
     if channels == 3:
         entries[2] = struct.pack("<HHII", 258, 3, 3, 8 + len(data) + 2 + 12 * len(entries) + 4)
     tail = struct.pack("<HHH", bits, bits, bits) if channels == 3 else b""
@@ -85,6 +88,20 @@ def test_what_is_transparent_is_seen_on_white(tmp_path, mode, colour, form, alph
     for c, value in enumerate(colour):
         assert came[c, 0, 0] == pytest.approx(value / 255)
         assert came[c, 0, 3] == pytest.approx((value * alpha + 255 * (255 - alpha)) / 255**2, abs=1 / 255)
+
+
+def test_grey_that_was_multiplied_by_its_opacity_is_seen_on_white(tmp_path):
+    """Truth: what is seen is the number in the file, and white as far as it is clear; Pillow rounds twice on its way."""
+    alpha = np.array([0, 1, 64, 128, 200, 255], np.uint8)
+    grey = (alpha * np.array([1, 0.5, 1, 0.5, 0.25, 0.5])).astype(np.uint8)
+    came = one(tmp_path, tiff(3, 2, 8, np.stack([grey, alpha], 1).tobytes(), channels=2))
+    assert came.shape == (1, 2, 3)
+    np.testing.assert_allclose(came.flatten(), (grey + 255.0 - alpha) / 255, atol=1.01 / 255)
+
+
+def test_few_levels_in_colour_span_all_of_black_to_white(tmp_path):
+    came = one(tmp_path, row(b"P6 2 1 3\n\0\1\2\3\3\0"))
+    np.testing.assert_allclose(came[:, 0].T, [[0, 1 / 3, 2 / 3], [1, 1, 0]], atol=0.5 / 255)
 
 
 def palette_with_alpha():
@@ -235,6 +252,9 @@ UNFIT = {
     ),
     "16 bits, 0 is white": (tiff(3, 2, 16, WIDE.astype("<u2").tobytes(), photometric=0), "0 for white"),
     "floats, 0 is white": (tiff(3, 2, 32, (WIDE / 4095).astype("<f4").tobytes(), photometric=0, sample=3), "0 for white"),
+    "16 bits in colour, PPM": (row(b"P6 3 2 65535\n" + RGB16.astype(">u2").tobytes()), "more than 8 bits"),
+    "10 bits in colour, PPM": (row(b"P3 3 2 1000\n" + b"0 1 2 " * 6), "more than 8 bits"),
+    "8 bits with a sign": (tiff(3, 2, 8, np.arange(-3, 3, dtype=np.int8).tobytes(), sample=2), "8 bits with a sign"),
     "white on white": (encoded(WHITE), "white on white"),
     "nan": (encoded(np.full((2, 2), np.nan, np.float32), "TIFF"), "missing or infinite"),
 }

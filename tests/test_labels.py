@@ -67,6 +67,22 @@ def test_names_of_the_hub_belong_to_numbers_from_0_on(tmp_path):
     assert loaded(tmp_path, [-2, 0, 1, 2, 3], metadata=mark).classes == ("-2", "cat", "dog", "cat", "3")
 
 
+@pytest.mark.parametrize("where", ["train-1", "test"])
+@pytest.mark.parametrize("column", ["label", "place"])
+def test_names_that_differ_between_files_are_refused_and_more_of_them_are_not(tmp_path, where, column):
+    def store(file, names):
+        columns = {"x": [1.0, 2.0], "label": [0, 1], "place": [1, 0]}
+        write(tmp_path / "d", f"{file}.parquet", columns, features(**{column: {"_type": "ClassLabel", "names": names}}))
+
+    for file in ("train-0", "train-1", "test"):
+        store(file, ["cat", "dog"])
+    store(where, ["cat", "dog", "cow"])
+    assert load(str(tmp_path / "d"), label="label").classes == (("cat", "dog") if column == "label" else ("0", "1"))
+    store(where, ["dog", "cat"])
+    with pytest.raises(ValueError, match=rf"^Got .*that name 0 in the column `{column}` both 'cat' and 'dog'\. Expected one"):
+        load(str(tmp_path / "d"), label="label", by="place")
+
+
 def test_domains_may_be_negative_but_not_missing(tmp_path):
     columns = {"x": [1.0, 2.0, 3.0], "label": [0, 1, 0], "place": [-1, 5, -1]}
     data = load(splits(tmp_path / "a", columns), by="place")

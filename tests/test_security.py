@@ -1,10 +1,12 @@
 """What the library never does: run what it reads, leave its folder, or reach for the network unasked."""
 
 import ast
+import os
 import pickle
 import re
 import subprocess
 import sys
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -102,6 +104,7 @@ def test_hostile_records_are_saved_in_their_folder(tmp_path, hostile):
 
 WATCHED = """
 import sys
+import tracemalloc
 import warnings
 from pathlib import Path
 from rwalk.cli import main
@@ -223,3 +226,27 @@ def test_damaged_metadata_of_a_checkpoint_are_refused_in_words(checkpoint):
             continue  # the place of a byte in a file, say, is of no interest here
         assert words.startswith(f"Got `{folder}`, wh")
         assert "Expected " in words
+
+
+@pytest.mark.parametrize("raw", [
+    b"\x80\x02}r\0\0\0\x04.", b"\x80\x02}p67108864\n.", b"\x80\x04\x95\0\0\0\x04\0\0\0\0}.", b"\x80\x02X\0\0\0\x04a.",
+    b"\x80\x04\x8d\0\0\0\x04\0\0\0\0a.", b"\x80\x05\x96\0\0\0\x04\0\0\0\0a.", b"\x80\x02\x8b\0\0\0\x041.",
+], ids=["table", "table in words", "frame", "text", "long text", "array", "number"])  # fmt: skip
+def test_metadata_of_a_few_rawask_for_no_more_memory_than_that(tmp_path, raw):
+    """Each asks for 64 MB or more, the table for sixteen times as much; Python's own counts say what was asked for."""
+    (tmp_path / ".metadata").write_bytes(raw)
+    tracemalloc.start()
+    with pytest.raises(
+        ValueError, match=r"^Got `.*`, whose metadata cannot be read \(.*\)\. Expected a checkpoint that .*Copy"
+    ):
+        _metadata.read(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
+def test_metadata_beyond_all_size_are_not_read(tmp_path):
+    (tmp_path / ".metadata").touch()
+    os.truncate(tmp_path / ".metadata", 2**40)
+    with pytest.raises(ValueError, match=r"^Got `.*larger than 1 GiB.*Expected a checkpoint"):
+        _metadata.read(tmp_path)

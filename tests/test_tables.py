@@ -260,7 +260,7 @@ def test_a_stretch_of_constants_is_shifted_to_0_and_large_offsets_lose_nothing()
 
 @pytest.mark.parametrize("times", [
     [3, 1, 2, 5, 4], ["2024-01-02", "2023-12-31", "2024-01-01", "2024-01-10T01:00", "2024-01-10"],
-    [dt.time(3), dt.time(1), dt.time(2), dt.time(5), dt.time(4)], [Decimal(3), Decimal(1), Decimal(2), Decimal(50), Decimal(4)],
+    [dt.datetime(2024, 1, 1, hour) for hour in (3, 1, 2, 5, 4)], [Decimal(3), Decimal(1), Decimal(2), Decimal(50), Decimal(4)],
 ])  # fmt: skip
 def test_the_column_of_times_gives_the_order_and_messages_name_rows_of_the_file(tmp_path, times):
     values = [10.0, 20, 40, 50, 80]

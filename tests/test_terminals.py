@@ -1,5 +1,6 @@
 """Odd names and poor terminals: text is text wherever it is shown, and what an encoding lacks loses no run and no report."""
 
+import errno
 import io
 import os
 import re
@@ -228,3 +229,71 @@ def test_streams_are_as_before_afterwards(capsys):
                 out.close()
         assert written == b"+-\n"
         assert closed or out.errors == "strict"
+
+
+@pytest.mark.parametrize("size", ["0", "", "-5", "x", "²"])
+def test_a_width_that_is_none_counts_as_unset(tmp_path, monkeypatch, capsys, size):
+    made().save(tmp_path)
+    monkeypatch.setattr(report, "write", lambda *_, **__: tmp_path / "report.html")
+    monkeypatch.delenv("COLUMNS", raising=False)
+    main(["report", str(tmp_path)])
+    usual = capsys.readouterr().out
+    for name in ("COLUMNS", "LINES"):
+        monkeypatch.setenv(name, size)
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == usual
+    assert "Mean ±" in usual
+
+
+def test_a_page_is_drawn_without_standard_input(tmp_path):
+    made().save(tmp_path)
+    command = [sys.executable, "-m", "rwalk", "report", str(tmp_path)]
+    done = subprocess.run(["sh", "-c", 'exec "$@" <&-', "sh", *command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "<svg" in (tmp_path / "report.html").read_text()
+
+
+class Failing(io.StringIO):
+    """A stream that takes so many writes, and fails at each one after."""
+
+    def __init__(self, writes, error):
+        super().__init__()
+        self.left, self.error = writes, error
+
+    def write(self, text):
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+        return super().write(text)
+
+
+ENDS = [
+    (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, ""),
+    (OSError(errno.ENOSPC, "No space left on device"), 2, "(No space"),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "said"), ENDS, ids=["gone", "full"])
+@pytest.mark.parametrize("writes", [0, 1, 6])
+def test_what_nobody_reads_ends_no_run_and_keeps_no_page_back(tmp_path, capsys, writes, error, status, said):
+    """Truth: the records of the same runs where all is printed. After the sixth write the table begins."""
+    with redirect_stdout(Failing(writes, error)):
+        assert main(["run", *QUICK, "--out", str(tmp_path / "a")]) == status
+        assert main(["report", str(tmp_path / "a"), "--out", str(tmp_path / "b.html")]) == status
+    assert main(["run", *QUICK, "--out", str(tmp_path / "c")]) == 0
+    names = [sorted(path.name for path in (tmp_path / folder).iterdir()) for folder in "ac"]
+    assert names[0] == names[1]
+    assert len(names[0]) == 4 + 2
+    assert (tmp_path / "b.html").exists()
+    assert capsys.readouterr().err.count(said) == 2 or not said
+
+
+@pytest.mark.parametrize("end", [">/dev/full", "| true", ">&-"])
+def test_no_word_of_python_follows_where_nobody_reads(tmp_path, end):
+    made().save(tmp_path)
+    command = f'"$1" -m rwalk report "$2" {end}'
+    done = subprocess.run(["sh", "-c", command, "sh", sys.executable, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == (2 if "full" in end else 0)  # of a pipeline the shell tells how its last command ends
+    assert re.fullmatch(r"(rwalk: Got standard output that .*device.*Expected .*\n)?", done.stderr)
+    assert bool(done.stderr) == ("full" in end)
+    assert (tmp_path / "report.html").exists()

@@ -1,5 +1,6 @@
 """`rwalk watch`: what it says as a folder changes, and that it writes the page anew, survives what is broken, and ends well."""
 
+import errno
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -35,12 +37,12 @@ def test_news_come_at_first_and_after_each_change(tmp_path):
     assert str(next(news)) == "1 record, under way: x: 1 of 2 tasks, stopped"
     path.write_text(path.read_text()[:50])
     found = next(news)
-    assert (found.records, found.broken, found.changed) == (0, 1, True)
+    assert (found.records, len(found.broken), found.changed) == (0, 1, True)
     record().save(folder)
     record(1).save(folder / "deeper")
     while (found := next(news)).records < 2:
         pass
-    assert (found.broken, found.changed) == (0, True)
+    assert (found.broken, found.changed) == ((), True)
     for name in path, folder / "x.checkpoint":
         name.unlink()
     while (found := next(news)).records > 1 or found.begun:
@@ -238,8 +240,33 @@ def test_files_that_vanish_or_may_not_be_read_stop_nothing(tmp_path, monkeypatch
     (tmp_path / "gone.json").symlink_to(tmp_path / "nowhere")
     record().save(tmp_path)
     found = next(news)
-    assert (found.records, found.broken) == (1, 1)
+    assert (found.records, len(found.broken)) == (1, 1)
     assert report.write(tmp_path).exists()
     monkeypatch.setattr(watch, "read", lambda folder: report.read(folder / "absent"))  # all are gone since the look
     record(1).save(tmp_path)
     assert str(next(news)) == "no record yet"
+
+
+@pytest.mark.parametrize("suffix", [".json", ".tuned", ".checkpoint", ".lock"])
+def test_a_circle_of_links_is_named_once_and_does_not_end_the_watch(tmp_path, monkeypatch, capsys, suffix):
+    record().save(tmp_path)
+    circle = tmp_path / f"x{suffix}"
+    circle.symlink_to(circle)
+    assert interrupted(monkeypatch, tmp_path, lambda: record(1).save(tmp_path), lambda: None) == 0
+    captured = capsys.readouterr()
+    assert "2 records" in captured.out
+    assert "Report: " in captured.out
+    named = f"rwalk: Got `{circle}`, which cannot be read (Too many levels of symbolic links). Expected a file that can be."
+    assert captured.err.count(circle.name) == captured.err.count(named) == (suffix in (".json", ".tuned"))
+
+
+def test_what_may_not_be_looked_at_does_not_end_the_watch(tmp_path, monkeypatch):
+    place, stat = record().save(tmp_path), Path.stat
+
+    def refused(path, **options):
+        if path == place:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refused)
+    assert watch.stamps(tmp_path) == {place: (0, 0)}

@@ -5,6 +5,8 @@ stand-ins that do nothing take their place; anything else is refused.
 """
 
 import pickle
+import pickletools
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +26,10 @@ NAMED = {
     "pathlib._local": {"PosixPath", "WindowsPath"},
 }  # fmt: skip
 """What such files name, beside `torch.Size` and torch's kinds of numbers."""
+SIZED = {"PUT", "LONG_BINPUT", "FRAME"}
+"""Operations whose number makes the reader ask for memory: the place of an object in its table, or how much to read ahead."""
+LARGEST = 2**30
+"""Bytes of the largest metadata that are read; they take about 200 for each part of a tensor."""
 
 
 class Stored(NamedTuple):
@@ -66,7 +72,7 @@ def read(folder: str | Path) -> dict[tuple[Any, ...], Stored | None]:
     """
     try:
         with files.opened(Path(folder) / ".metadata") as file:
-            about = _Reader(file).load().state
+            about = _Reader(_modest(file)).load().state
         entries, places = about["state_dict_metadata"], about["planner_data"]
         return {_path(place): _stored(entries[name]) for name, place in places.items()}
     except FileNotFoundError:
@@ -75,6 +81,17 @@ def read(folder: str | Path) -> dict[tuple[Any, ...], Stored | None]:
         came = f"`{folder}`, whose metadata cannot be read ({str(error) or type(error).__name__})"
         expected = "a checkpoint that `torch.distributed.checkpoint.save` wrote"
         raise ValueError(explain(came, expected, "Copy it again, or pass its folder.")) from None
+
+
+def _modest(file: BufferedReader) -> BytesIO:
+    """Return a pickle that asks for no more memory than its own size allows; damaged, a few bytes may ask for all there is."""
+    if files.size(file) > LARGEST:
+        raise ValueError(f"larger than {LARGEST >> 30} GiB")
+    raw = file.read()
+    for operation, number, place in pickletools.genops(raw):
+        if operation.name in SIZED and (number or 0) > len(raw):
+            raise ValueError(f"at byte {place} it asks for more than its own size")
+    return BytesIO(raw)
 
 
 def _path(place: Any) -> tuple[Any, ...]:

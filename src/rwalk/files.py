@@ -1,9 +1,11 @@
 """Files that are whole or not there, whatever happens while they are written, and JSON files that know their checksum."""
 
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import stat
 import time
@@ -21,6 +23,9 @@ STALE = 600
 LARGEST = 2**32
 """Bytes of the largest JSON file that is read. A stream has at most 10,000 tasks, whose accuracies, each on every task, take at
 most 2.5 GB; the record of a hundred tasks takes about 1 MB."""
+USUAL = 64_000_000
+"""Bytes beyond which a file is read only if it ends as `seal` ends one: most records take kilobytes."""
+END = re.compile(rb'"sha256": "[0-9a-f]{64}"\s*\}\s*\Z')
 
 LONGEST = 100_000_000
 """Bytes of a header beyond which safetensors reads no file."""
@@ -71,6 +76,17 @@ def _target(path: str | Path) -> tuple[Path, os.stat_result | None]:
         came = f"`{path}`, which cannot be written: it is a {kind}"
         raise refusal(explain(came, "a file, or a name that is free", "Name another one."))
     return target, before
+
+
+def check(path: str | Path) -> None:
+    """Refuse a place where no file can be written, while there is nothing to lose yet.
+
+    Raises:
+        OSError: if a folder, a pipe or a device is there, or a link into a folder that is not.
+    """
+    target, _ = _target(path)
+    if not target.parent.is_dir():
+        raise _unwritten(path, FileNotFoundError(errno.ENOENT, f"there is no folder `{target.parent}`"))
 
 
 def _shut(path: str, flags: int) -> int:
@@ -216,8 +232,7 @@ def unseal(path: str | Path) -> dict[str, Any]:
     """
     try:
         with opened(path) as file:
-            if size(file) > LARGEST:
-                raise ValueError(f"larger than {LARGEST >> 30} GiB")
+            _check_size(file)
             if (start := file.read(1)) != b"{":
                 raise ValueError("not a JSON object")
             content = parse((start + file.read()).decode())
@@ -228,6 +243,17 @@ def unseal(path: str | Path) -> dict[str, Any]:
     except (RecursionError, MemoryError):
         raise ValueError("nested too deeply, or too large for this machine's memory") from None
     return content  # type: ignore[no-any-return]
+
+
+def _check_size(file: BinaryIO) -> None:
+    """Raise a ValueError if an open file is larger than what `seal` writes."""
+    if size(file) > LARGEST:
+        raise ValueError(f"larger than {LARGEST >> 30} GiB")
+    if size(file) > USUAL:
+        file.seek(-100, os.SEEK_END)
+        if not END.search(file.read()):
+            raise ValueError(f"larger than {USUAL // 10**6} MB, and without a checksum at its end")
+        file.seek(0)
 
 
 def as_json(content: Any) -> Any:

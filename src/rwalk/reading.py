@@ -124,12 +124,14 @@ def _watch(command: Watch, console: Console) -> None:
     if command.folder.is_file():
         raise ValueError(explain(f"`{command.folder}`, which is a file", "a folder", "Name the folder of `rwalk run --out`."))
     say(console, f"Watching {command.folder}. Ctrl-C ends it.")
-    seen = opened = False
+    seen, opened, named = False, False, set[str]()
     try:
         for found in watch.news(command.folder, command.every):
             seen = seen or bool(found.records)  # before a page is written: Ctrl-C may come at any moment
             place = _written(command, max(1, round(command.every))) if found.records and found.changed else None
             say(console, f"{time.strftime('%H:%M:%S')}  {found}" + (f"; wrote {place}" if place else ""))
+            _complain([problem for problem in found.broken if problem not in named])
+            named.update(found.broken)
             if command.open and place and not opened:
                 webbrowser.open(place.resolve().as_uri())
                 opened = True

@@ -49,16 +49,28 @@ class Checkpoint:
     run: dict[str, Any]
     device: torch.device
 
+    def check(self) -> None:
+        """Refuse a path where no file can be written.
+
+        Raises:
+            OSError: if something else is there, or no folder for it.
+        """
+        if self.path is not None and ranks.number() == 0:
+            files.check(self.path)
+
     def save(self, learner: Learner, measured: Measured) -> None:
         """Keep where the run stands, if the learner can tell; of several ranks the first one does.
 
-        Raises:
-            OSError: if the file cannot be written; an earlier checkpoint is still there.
+        Where the file cannot be written, a warning says so: the run is worth more, and an earlier checkpoint is still there.
         """
-        if self.path is not None and isinstance(learner, Resumable) and ranks.number() == 0:
-            random = devices.chance(self.device)
-            content = {"run": self.run, "measured": asdict(measured), "random": random, "learner": learner.state_dict()}
+        if self.path is None or not isinstance(learner, Resumable) or ranks.number() > 0:
+            return
+        random = devices.chance(self.device)
+        content = {"run": self.run, "measured": asdict(measured), "random": random, "learner": learner.state_dict()}
+        try:
             states.save(self.path, "checkpoint", content)
+        except OSError as error:
+            warnings.warn(f"{error} The run goes on without this checkpoint.", stacklevel=4)
 
     def restore(self, learner: Learner, stream: Sequence[Experience]) -> Measured | None:
         """Bring a new learner to where the run stood, and return what was measured; None if it has to start anew.

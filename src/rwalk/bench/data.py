@@ -5,6 +5,8 @@ Inputs are the images, else the lists of numbers, else the texts, else all colum
 
 import hashlib
 import os
+from collections.abc import Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
@@ -14,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rwalk import files
 from rwalk._errors import explain
-from rwalk.bench import inputs, texts
+from rwalk.bench import inputs, tables, texts
 from rwalk.bench.inputs import schema_error
-from rwalk.bench.labels import numbered, usual_column
+from rwalk.bench.labels import numbered, refuse_names, usual_column
 from rwalk.bench.rows import Rows, is_text, plain
 
 HUB = {
@@ -33,9 +36,12 @@ DIGITS = "sklearn/datasets/data/digits.csv.gz"
 """Where scikit-learn keeps them: a row for each image, 64 pixels from 0 to 16 and the label."""
 
 SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}
-TIMES = ("t", "time", "timestamp", "date")
+TIMES = ("timestamp", "date", "t", "time")
 STREAM = "stream"
-"""The one split of a data set whose rows come in order; a column of `TIMES` gives the order, and is no input."""
+"""The one split of a data set whose rows come in order, which columns of `TIMES` give, and these are no inputs.
+
+Rows are in the order of the first column with dates, else with numbers, and where it is equal in that of the others.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +108,7 @@ def load(name: str, root: str | Path | None = None, label: str | None = None, by
         splits = {split: Rows(plain(table), ((f"the {split} split", len(table)),)) for split, table in found.items()}
         return _assemble(name.split("/")[-1], splits, label, by)
     if _files(folder, STREAM) and not _files(folder, "train"):
-        return _assemble(folder.name, _held_out(folder.name, _read(folder, (STREAM,))), label, by)
+        return _assemble(folder.name, _held_out(folder.name, _read(folder, (STREAM,)), {label, by}), label, by)
     return _assemble(folder.name, {split: _read(folder, names, by) for split, names in SPLITS.items()}, label, by)
 
 
@@ -160,40 +166,72 @@ def _digits() -> DataSet:
     return DataSet("digits", x[~test], y[~test], x[test], y[test], tuple(map(str, range(10))))
 
 
-def _held_out(name: str, rows: Rows) -> dict[str, Rows]:
-    """Bring rows into their order, and set every fifth aside for testing."""
+def _held_out(name: str, rows: Rows, taken: Set[str | None]) -> dict[str, Rows]:
+    """Bring rows into their order, unless its columns are taken for something else, and set every fifth aside for testing."""
     order, table = np.arange(len(rows)), rows.table
-    for column in [c for c in TIMES if c in table.column_names][:1]:
-        order = _order(name, rows, column)
-        table = table.take(order).drop_columns([column])
+    if columns := [c for c in TIMES if c in table.column_names and c not in taken]:
+        order = _order(name, rows, columns)
+        table = table.take(order).drop_columns(columns)
     last = np.arange(len(rows)) % 5 == 4
     return {split: Rows(table.filter(some), rows.files, order[some]) for split, some in (("train", ~last), ("test", last))}
 
 
-def _order(name: str, rows: Rows, column: str) -> np.ndarray:
-    """Return the rows' numbers in the order of their times; texts are read as ISO 8601 has them."""
+def _order(name: str, rows: Rows, columns: Sequence[str]) -> np.ndarray:
+    """Return the rows' numbers in the order of their times: those with dates count first, times of day last."""
     import pyarrow as pa
     import pyarrow.compute as pc
+    import pyarrow.types as kinds
+
+    found = {column: _times(name, rows, column) for column in columns}
+    ranks = {
+        c: 0 if kinds.is_date(t.type) or kinds.is_timestamp(t.type) else 1 + kinds.is_time(t.type) for c, t in found.items()
+    }
+    first, *others = sorted(columns, key=ranks.__getitem__)
+    if ranks[first] == 2:
+        came = f"`{name}` whose column `{first}` holds times of day alone"
+        raise ValueError(
+            explain(came, "their dates too, in a column `date`", "Add the dates, or give the column another name.")
+        )
+    keys = [(column, "ascending") for column in (first, *others)]
+    order: np.ndarray = pc.sort_indices(pa.table(found), sort_keys=keys).to_numpy()
+    return order
+
+
+def _times(name: str, rows: Rows, column: str) -> Any:
+    """Return the times in a column, one in each row; texts are read as ISO 8601 has them."""
+    import pyarrow.compute as pc
+    import pyarrow.types as kinds
 
     times = rows.table.column(column)
+    times = times.cast(times.type.value_type) if kinds.is_dictionary(times.type) else times
     expected, remedy = "numbers, dates or times, one in each row", "Correct the column, or give it another name."
-    try:
-        times = times.cast(pa.timestamp("us")) if is_text(times.type) else times
-        missing = pc.is_null(times, nan_is_null=True).to_numpy()
-        order: np.ndarray = pc.sort_indices(times).to_numpy()
-    except pa.ArrowException:
+    read = _read_times(times) if is_text(times.type) else times
+    if read is None or not tables.numeric(read.type) or kinds.is_boolean(read.type) or kinds.is_float16(read.type):
         came = f"`{name}` whose column `{column}` of {times.type} gives no order"
-        raise ValueError(explain(came, expected, remedy)) from None
+        raise ValueError(explain(came, expected, remedy))
+    missing = pc.is_null(read, nan_is_null=True).to_numpy()
     if missing.any():
         came = f"`{name}` without a time in column `{column}` ({rows.where(int(missing.argmax()))})"
         raise ValueError(explain(came, expected, remedy))
-    return order
+    return read
+
+
+def _read_times(texts: Any) -> Any:
+    """Return the times that texts say, with dates or without, or None if one says something else."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    some_day = pc.binary_join_element_wise(pa.scalar("1970-01-01", texts.type), texts, pa.scalar("T", texts.type))
+    for column, kind in ((texts, pa.timestamp("us")), (some_day, pa.time64("us"))):
+        with suppress(pa.ArrowException):
+            return column.cast(pa.timestamp("us")).cast(kind)
+    return None
 
 
 def _files(folder: Path, name: str) -> list[Path]:
     """Find the files of a split: train.parquet, train-00000-of-00001.parquet, train/part.parquet and the like."""
-    files = sorted(folder.rglob("*.parquet"))
-    return [f for f in files if f.stem.split("-")[0] == name or (f.parent != folder and f.parent.name == name)]
+    found = sorted(folder.rglob("*.parquet"))
+    return [f for f in found if f.stem.split("-")[0] == name or (f.parent != folder and f.parent.name == name)]
 
 
 def _read(folder: Path, names: tuple[str, ...], by: str | None = None) -> Rows:
@@ -211,11 +249,11 @@ def _read(folder: Path, names: tuple[str, ...], by: str | None = None) -> Rows:
     )
 
 
-def _join(folder: Path, split: str, files: list[Path], by: str | None) -> Rows:
+def _join(folder: Path, split: str, mine: list[Path], by: str | None) -> Rows:
     """Read the files of a split as one table, with a column of folders if they are the domains."""
     import pyarrow as pa
 
-    places = sorted({str(f.parent.relative_to(folder)) for f in files})
+    places = sorted({str(f.parent.relative_to(folder)) for f in mine})
     if len(places) > 1 and by != "folder":
         raise ValueError(
             explain(
@@ -224,7 +262,7 @@ def _join(folder: Path, split: str, files: list[Path], by: str | None) -> Rows:
                 "Point to one of these folders, or make each a task with a `domain-` stream by `folder`.",
             )
         )
-    tables = [_table(f) for f in files]
+    tables = [_table(f) for f in mine]
     columns = {tuple(table.column_names) for table in tables}
     if len(columns) > 1:
         came = " and ".join(", ".join(names) for names in sorted(columns)[:2])
@@ -235,14 +273,15 @@ def _join(folder: Path, split: str, files: list[Path], by: str | None) -> Rows:
         if by in tables[0].column_names:
             came = f"{split} files of `{folder}` with a column `folder`, which would be that of the domains"
             raise ValueError(explain(came, "another name for it", "Rename or drop this column."))
-        homes = [f.relative_to(folder).parts[0] for f in files]
+        homes = [os.fsencode(f.relative_to(folder).parts[0]).decode(errors="backslashreplace") for f in mine]
         tables = [t.append_column(by, pa.array([home] * len(t))) for home, t in zip(homes, tables, strict=True)]
+    refuse_names(f"{split} files of `{folder}`", tables, tables[0].column_names)
     try:
         whole = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         came = f"{split} files of `{folder}` with columns of different types ({str(error).splitlines()[0]})"
         raise ValueError(explain(came, "types that go together", "Make the files alike.")) from None
-    return Rows(plain(whole), tuple((str(f.relative_to(folder)), len(t)) for f, t in zip(files, tables, strict=True)))
+    return Rows(plain(whole), tuple((str(f.relative_to(folder)), len(t)) for f, t in zip(mine, tables, strict=True)))
 
 
 def _table(file: Path) -> Any:
@@ -251,10 +290,11 @@ def _table(file: Path) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        names = pq.read_schema(file).names
-        twice = sorted({name for name in names if names.count(name) > 1})
-        table = None if twice else pq.read_table(file)
-    except (pa.ArrowException, OSError) as error:
+        with files.opened(file) as source:
+            names = pq.read_schema(source).names
+            twice = sorted({name for name in names if names.count(name) > 1})
+            table = None if twice else pq.read_table(source)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(
             explain(
                 f"a file that cannot be read, `{file}` ({str(error).splitlines()[0]})",
@@ -281,6 +321,8 @@ def _assemble(name: str, splits: dict[str, Rows], label: str | None = None, by: 
         lacking = [c for c in (*named, *columns) if c not in rows.table.column_names]
         if lacking:
             raise schema_error(name, rows, f"the column `{lacking[0]}` in the {split} split too")
+    inputs.refuse_kinds(name, form, columns, test)
+    refuse_names(f"`{name}`", [train.table, test.table], [*named, *columns])
     domains = numbered(name, train, test, by, "domains") if by else (None, None, ())
     if label is None:
         return _continued(name, train, test, columns[0], *domains)

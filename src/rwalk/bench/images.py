@@ -127,8 +127,8 @@ def _open(encoded: bytes | None) -> Opened:
     if frames and image.format != "MPO":  # a photo with its preview
         raise _Unfit("an image of several frames", "one picture in each row", "Make each frame a row.")
     if _misread(image):
-        came = "an image of more than 8 bits in colour, with transparency or with 0 for white"
-        raise _Unfit(came, "8 bits in each channel, or more in plain grey", "Convert it.")
+        came = "an image of more than 8 bits in colour, with transparency or with 0 for white, or of 8 bits with a sign"
+        raise _Unfit(came, "8 bits without a sign in each channel, or more in plain grey", "Convert it.")
     return Opened(image, size)
 
 
@@ -148,10 +148,16 @@ def _size(image: Any) -> tuple[int, int]:
 
 
 def _misread(image: Any) -> bool:
-    """Tell whether Pillow would drop the lower half of 16 bits or transparency, or take white for black."""
-    deep = image.mode[0] in "IF"
-    negative = image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0
-    return (deep and ("transparency" in image.info or negative)) or (not deep and ";16" in str(image.tile))
+    """Tell whether Pillow would drop the lower bits or transparency, take white for black, or miss a sign."""
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    if image.mode[0] in "IF":
+        return "transparency" in image.info or tags.get(PHOTOMETRIC) == 0
+    levels = [part for tile in image.tile if image.format == "PPM" for part in tile[3] if isinstance(part, int)]
+    return ";16" in str(image.tile) or max(levels, default=0) > 255 or 2 in _several(tags.get(SAMPLES, 1))
+
+
+def _several(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _compare(first: tuple[int, int], mine: tuple[int, int]) -> None:
@@ -161,7 +167,7 @@ def _compare(first: tuple[int, int], mine: tuple[int, int]) -> None:
 
 
 def _grey(image: Any) -> bool:
-    return image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
+    return image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
 
 
 def _decode(image: Any, size: tuple[int, int], grey: bool) -> Pixels:
@@ -171,10 +177,12 @@ def _decode(image: Any, size: tuple[int, int], grey: bool) -> Pixels:
     try:
         image.load()
         seen = ImageOps.exif_transpose(image) if "exif" in image.info else image
-    except Exception as error:  # each decoder has its own
+        _compare(size, (seen.height, seen.width))
+        pixels = _wide(image, np.asarray(seen)[None]) if image.mode[0] in "IF" else Pixels(_eight(seen, grey), 255)
+    except _Unfit:
+        raise
+    except Exception as error:  # each decoder has its own, and each conversion
         raise _Unfit(f"an image that cannot be decoded: {_reason(error)}", "whole images", "Check this row.") from None
-    _compare(size, (seen.height, seen.width))
-    pixels = _wide(image, np.asarray(seen)[None]) if image.mode[0] in "IF" else Pixels(_eight(seen, grey), 255)
     image.close()
     return pixels
 
@@ -196,6 +204,8 @@ def _eight(image: Any, grey: bool) -> np.ndarray:
     """Return pixels of 8 bits, grey or in colour, on white where they are transparent."""
     from PIL import Image
 
+    if image.mode == "La":  # grey that was multiplied by its opacity, which has a way to this mode alone
+        image = image.convert("LA")
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         clear = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)

@@ -41,11 +41,21 @@ def choose(name: str, rows: Rows, label: str | None, by: str | None) -> tuple[Fo
     return form, columns
 
 
+def refuse_kinds(name: str, form: Form, columns: Sequence[str], test: Rows) -> None:
+    """Raise a ValueError if a column of images or texts holds something else in the test split."""
+    for column in columns:
+        kind = test.kind(column)
+        right = _words(kind) if form == "text" else form != "images" or _binary(_content(kind))
+        if not right:
+            came = f"`{name}` whose column `{column}` holds {kind} in {test.files[0][0]}"
+            raise ValueError(explain(came, f"{form} there, as in the training split", "Convert it, or drop these files."))
+
+
 def _form(name: str, rows: Rows, others: Sequence[str]) -> tuple[Form, list[str]]:
     """Return the first form that some columns have, and these columns."""
     pictures = [c for c in others if _pictures(rows, c)]
     lists = [c for c in others if tables.numbers_in_lists(rows.kind(c))]
-    words = [c for c in TEXTS if c in others and (is_text(rows.kind(c)) or _text_in_dictionary(rows.kind(c)))]
+    words = [c for c in TEXTS if c in others and _words(rows.kind(c))]
     if pictures:
         return "images", pictures
     if lists:
@@ -90,19 +100,25 @@ def strings(name: str, rows: Rows, column: str) -> list[str]:
     return [text for text in found if text is not None]
 
 
-def _text_in_dictionary(kind: Any) -> bool:
+def _words(kind: Any) -> bool:
     import pyarrow.types as kinds
 
-    return bool(kinds.is_dictionary(kind)) and is_text(kind.value_type)
+    return is_text(kind.value_type if kinds.is_dictionary(kind) else kind)
 
 
 def _pictures(rows: Rows, column: str) -> bool:
     """Tell whether a column holds encoded images."""
+    kind, feature = rows.kind(column), mark(rows, column)
+    content = _content(kind)
+    return feature in (None, "Image") and _binary(content) and (content != kind or bool(feature))
+
+
+def _content(kind: Any) -> Any:
+    """Return the type of the images in a column: that of the field `bytes` of a struct, else the column's own."""
     import pyarrow.types as kinds
 
-    kind, feature = rows.kind(column), mark(rows, column)
     fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)} if kinds.is_struct(kind) else {}
-    return feature in (None, "Image") and _binary(fields.get("bytes", kind if feature else None))
+    return fields.get("bytes", kind)
 
 
 def _binary(kind: Any) -> bool:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from decimal import Decimal
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from rwalk.bench.rows import Rows
 LABELS = ("label", "labels", "fine_label", "target", "class", "y")
 
 
-def features(rows: Rows) -> dict[str, Any]:
-    """Return the Hugging Face description of the columns, empty when there is none."""
+def features(table: Any) -> dict[str, Any]:
+    """Return the Hugging Face description of a table's columns, empty when there is none."""
     try:
-        found = json.loads((rows.table.schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        found = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
     except (KeyError, TypeError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -25,14 +26,14 @@ def features(rows: Rows) -> dict[str, Any]:
 
 def mark(rows: Rows, column: str) -> str | None:
     """Return the kind of feature that the Hugging Face description names for a column, such as "Image"."""
-    found = features(rows).get(column)
+    found = features(rows.table).get(column)
     return found.get("_type") if isinstance(found, dict) else None
 
 
 def usual_column(rows: Rows, by: str | None) -> str | None:
     """Return the column of labels, if there is one beside that of the domains."""
     names = [column for column in rows.table.column_names if column != by]
-    marked = [column for column in features(rows) if column in names and mark(rows, column) == "ClassLabel"]
+    marked = [column for column in features(rows.table) if column in names and mark(rows, column) == "ClassLabel"]
     usual = [column for column in LABELS if column in names]
     both = [column for column in usual if column in marked]
     return next(iter(both + marked + usual), None)
@@ -60,7 +61,7 @@ def numbered(name: str, train: Rows, test: Rows, column: str, what: str) -> tupl
     for row, value in enumerate(found[1]):
         if value not in numbers:
             raise _refusal(name, column, f"test {what} {value!r} that train lacks", test.where(row), what)
-    names = _names(train, column)
+    names = _names(features(train.table), column)
     return (
         torch.tensor([numbers[value] for value in found[0]]),
         torch.tensor([numbers[value] for value in found[1]]),
@@ -97,8 +98,25 @@ def _plain(value: Any) -> Any:
     return value.decode(errors="backslashreplace") if isinstance(value, bytes) else value
 
 
-def _names(rows: Rows, column: str) -> Sequence[Any]:
-    found = features(rows).get(column)
+def refuse_names(came: str, some: Sequence[Any], columns: Sequence[str]) -> None:
+    """Raise a ValueError if tables that belong together give one number of a column different names.
+
+    Args:
+        came: what they are, for the message.
+        some: the tables.
+        columns: those to look at.
+    """
+    described = [features(table) for table in some]
+    for column in columns:
+        for number, names in enumerate(zip_longest(*(_names(about, column) for about in described))):
+            different = list(dict.fromkeys(str(name) for name in names if name is not None))
+            if len(different) > 1:
+                came += f" that name {number} in the column `{column}` both {different[0]!r} and {different[1]!r}"
+                raise ValueError(explain(came, "one name for each number", "Write them anew with the same names."))
+
+
+def _names(described: dict[str, Any], column: str) -> Sequence[Any]:
+    found = described.get(column)
     names = found.get("names") if isinstance(found, dict) else None
     return names if isinstance(names, list) else ()
 

@@ -59,8 +59,9 @@ def run(
         average: "none" or "tail", for a rule; the consolidator's default when None.
         replay: how many examples of earlier tasks "replay" and "agem" keep, or a `Rehearsal`; 200 in total when None. A rule or
             the recipe is trained with replay beside it if this is given.
-        checkpoint: file that keeps where the run stands after each task; if it is there already, the run goes on from there. It
-            stays until it is removed. Learners of one's own need the methods of `rwalk.bench.learners.Resumable` for it.
+        checkpoint: file that keeps where the run stands after each task but the last; if it is there already, the run goes on
+            from there. It stays until it is removed; where it cannot be written, a warning says so. Learners of one's own need
+            the methods of `rwalk.bench.learners.Resumable` for it.
         tick: called after each training step, for progress displays.
         track: called after each task with figures by name and the number of tasks learned, before the checkpoint is written: a
             task that is cut off in between comes twice. Of several ranks the first one calls.
@@ -82,6 +83,7 @@ def run(
     name = record_name(stream, method, strength, seed, training, pull=pull, average=average, replay=replay)
     facts = _facts(device)
     place = Checkpoint(Path(checkpoint) if checkpoint else None, {"file": name} | facts, device)
+    place.check()
 
     def begin() -> Learner:
         torch.manual_seed(seed)
@@ -137,7 +139,8 @@ def _learn(learner: Learner, measured: Measured, stream: Sequence[Experience], p
             measured.bits.append([learner.bits(*e.test.read()) for e in stream])
         if ranks.number() == 0:
             track(figures(measured.accuracy) | getattr(learner, "scalars", dict)(), k + 1)
-        place.save(learner, measured)
+        if k + 1 < len(stream):
+            place.save(learner, measured)
 
 
 def refuse(stream: Sequence[Experience], method: Method) -> None:

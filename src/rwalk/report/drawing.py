@@ -1,6 +1,7 @@
 """Charts as SVG: Vega-Lite draws them, and what it draws takes its colours from the page."""
 
 import math
+import os
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -32,7 +33,16 @@ def svg(chart: Chart) -> str:
         import vl_convert
     except ImportError as error:
         raise missing("draw charts", error) from None
+    _open_input()
     return _trim(vl_convert.vegalite_to_svg(_spec(chart), vl_version="5.21", allowed_base_urls=[]), chart)
+
+
+def _open_input() -> None:
+    """Open an empty standard input if it is closed: the converter draws nothing without one."""
+    try:
+        os.fstat(0)
+    except OSError:
+        os.open(os.devnull, os.O_RDONLY)  # takes the lowest number that is free
 
 
 def missing(what: str, error: ImportError) -> ImportError:

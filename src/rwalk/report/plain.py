@@ -2,10 +2,11 @@
 
 import codecs
 import io
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.text import Text
@@ -30,15 +31,54 @@ def _look_alike(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("rwalk", _look_alike)
 
 
+class Steady:
+    """A stream that is silent once writing to it has failed, as when nobody reads on; `failure` says how.
+
+    Args:
+        stream: where it writes to; None is silent from the start.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream
+        self.failure: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Be like the stream in all else."""
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, unless it has failed before."""
+        self._try("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, unless it has failed before."""
+        self._try("flush")
+
+    def _try(self, method: str, *arguments: str) -> None:
+        if self.stream is not None and self.failure is None:
+            try:
+                getattr(self.stream, method)(*arguments)
+            except OSError as error:
+                self.failure = error
+                with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:  # for what Python flushes as it ends
+                    os.dup2(nowhere.fileno(), self.stream.fileno())
+
+
 @contextmanager
-def tolerant() -> Iterator[None]:
-    """Let the standard streams write look-alikes of what their encoding lacks, and not fail."""
-    streams = [(stream, stream.errors) for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+def tolerant() -> Iterator[Steady]:
+    """Let the standard streams write look-alikes of what their encoding lacks, and not fail; yield what is printed to."""
+    before = sys.stdout, sys.stderr
+    streams = [(stream, stream.errors) for stream in before if isinstance(stream, io.TextIOWrapper)]
     for stream, _ in streams:
         _handle(stream, "rwalk")
+    steady = Steady(sys.stdout)
+    if sys.stdout is not None:
+        sys.stdout = cast(TextIO, steady)
     try:
-        yield
+        yield steady
     finally:
+        sys.stdout = before[0]
         for stream, errors in streams:
             _handle(stream, errors)
 

@@ -122,14 +122,22 @@ def read(folder: str | Path) -> tuple[list[Record], list[str]]:
             if first != file:
                 raise ValueError(explain(f"`{file}`, a copy of `{first}`", "each run once", "Move one of them away."))
         except (ValueError, OSError) as error:  # of one file that is gone, or may not be read, as of one that is broken
-            problems.append(str(error))
+            problems.append(_problem(file, error))
     for file in below:
         try:
             if file.suffix == SUFFIX:
                 Tuned.load(file)
         except (ValueError, OSError) as error:
-            problems.append(str(error))
+            problems.append(_problem(file, error))
     return [record for _, record in records.values()], problems
+
+
+def _problem(file: Path, error: ValueError | OSError) -> str:
+    """Say why a file is left out."""
+    if isinstance(error, ValueError):
+        return str(error)
+    came = f"`{file}`, which cannot be read ({error.strerror or error})"
+    return explain(came, "a file that can be", "Move it away, or correct its permissions.")
 
 
 def summarise(records: Iterable[Record]) -> list[Comparison]:

@@ -25,19 +25,19 @@ class News:
 
     Args:
         records: how many records there are.
-        broken: how many files that should be records are none.
+        broken: a message for each file that should be a record and is none.
         changed: whether records have come, gone or changed since the last news.
         begun: runs that have begun and have no record, and how far they are.
     """
 
     records: int
-    broken: int
+    broken: tuple[str, ...]
     changed: bool
     begun: tuple[str, ...]
 
     def __str__(self) -> str:
         words = [f"{self.records} record{'s' * (self.records != 1)}" if self.records else "no record yet"]
-        words += [f"{self.broken} unreadable"] if self.broken else []
+        words += [f"{len(self.broken)} unreadable"] if self.broken else []
         if self.begun:
             more = f" and {len(self.begun) - NAMED} more" if len(self.begun) > NAMED else ""
             words.append("under way: " + "; ".join(plain(run, 200) for run in self.begun[:NAMED]) + more)
@@ -55,20 +55,27 @@ def news(folder: Path, every: float) -> Iterator[News]:
         if now != last:
             changed = last is None or _shown(now) != _shown(last)
             records, problems = _read(folder)
-            yield News(len(records), len(problems), changed, tuple(map(str, underway(folder))))
+            yield News(len(records), tuple(problems), changed, tuple(map(str, underway(folder))))
             last = now
         time.sleep(every)
 
 
 def stamps(folder: Path) -> Stamps:
-    """Return when each file that runs leave was changed, and its size; files that vanish in between are left out."""
+    """Return when each file that runs leave was changed, and its size, or of one out of reach that it is there.
+
+    Files that vanish in between are left out.
+    """
     found: Stamps = {}
-    with suppress(FileNotFoundError):  # of a folder that vanishes meanwhile the next look knows
+    with suppress(OSError):  # of a folder that vanishes meanwhile the next look knows
         for path in folder.rglob("*"):
             if path.suffix in KINDS:
-                with suppress(FileNotFoundError):
+                try:
                     about = path.stat()
                     found[path] = about.st_mtime_ns, about.st_size
+                except FileNotFoundError:
+                    continue
+                except OSError:  # a circle of links, or a place that may not be looked at
+                    found[path] = 0, 0
     return found
 
 
