@@ -4,9 +4,20 @@ import random
 
 import torch
 from hypothesis import strategies as st
+from safetensors.torch import save
 
-TENSORS = st.sampled_from([torch.zeros(()), torch.zeros(2), torch.ones(1, 2), torch.zeros(3, dtype=torch.int64),
-                           torch.zeros(2, dtype=torch.complex64), torch.zeros(0)])  # fmt: skip
+
+def storable(tensor):
+    """Tell whether this version of safetensors has a tensor's type."""
+    try:
+        return bool(save({"x": tensor}))
+    except KeyError:
+        return False
+
+
+KINDS = [torch.zeros(()), torch.zeros(2), torch.ones(1, 2), torch.zeros(3, dtype=torch.int64),
+         torch.zeros(2, dtype=torch.complex64), torch.zeros(0)]  # fmt: skip
+TENSORS = st.sampled_from([*filter(storable, KINDS)])
 NUMBERS = st.sampled_from([0, 1, -1, 2**70, 0.5, -0.5, 1e300, True, False])
 PLAIN = st.none() | NUMBERS | st.sampled_from(["", "x", "\x1b[2J[/b]\n"])
 INNER = st.lists(PLAIN, max_size=2) | st.dictionaries(st.sampled_from(["a", "strength", "point", "0"]), PLAIN, max_size=2)

@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import assert_same_state, batches, mlp, tensors, train
 from rwalk import EWC, L2, MAS, SI, Anchor, Consolidator, Kronecker, OnlineEWC, RWalk, kernels
@@ -93,6 +94,65 @@ def test_an_end_whose_data_fails_in_the_middle_leaves_no_trace(rule):
     with pytest.raises(OSError, match="the disk is gone"):
         memory.consolidate(Data())
     equal(kept(model, memory), before)
+
+
+class Stopping(TorchDispatchMode):
+    """Raises an error in place of one operation, the n-th; counts them all."""
+
+    def __init__(self, n=-1):
+        super().__init__()
+        self.n, self.count = n, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        if self.count == self.n:
+            raise Interrupted
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [None, 3, 5])
+@pytest.mark.parametrize("rule", [RWalk(), SI(), EWC(), None], ids=repr)
+def test_an_end_that_is_stopped_anywhere_may_be_repeated(rule, rows):
+    """Also where it has to take up a new head, or a larger one."""
+
+    def ready():
+        model, _, memory = trained(rule, average="tail")
+        if rows:
+            fresh(model, rows)
+        return model, memory
+
+    warnings.simplefilter("ignore")
+    model, memory = ready()
+    with Stopping() as all_of_it:
+        memory.consolidate(loader(1))
+    whole = kept(model, memory)
+    for n in range(1, all_of_it.count, max(all_of_it.count // 25, 1)):
+        model, memory = ready()
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(Interrupted), Stopping(n):
+            memory.consolidate(loader(1))
+        if memory.tasks == 1:
+            equal(model.state_dict(), before)
+        memory.consolidate(loader(1))
+        equal(kept(model, memory), whole)
+
+
+@pytest.mark.parametrize("rule", RECIPE, ids=repr)
+def test_a_module_that_went_away_is_let_go_with_a_word(rule, tmp_path):
+    model, _, memory = trained(rule)
+    model.add_module("extra", torch.nn.Linear(3, 3).double())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    memory.detach()
+    memory.attach(optimizer)
+    train(model, optimizer, batches(1, 3))
+    memory.consolidate(loader(1))
+    train(model, optimizer, batches(2, 3))
+    del model.extra
+    with pytest.warns(UserWarning, match=r"`extra\.weight`, `extra\.bias` went away"):
+        memory.consolidate(loader(2))
+    assert memory.anchor.point.keys() == dict(model.named_parameters()).keys()
+    memory.save(tmp_path / "memory")
+    Consolidator(model, memory.rule, average=memory.average).load(tmp_path / "memory")
 
 
 @pytest.mark.parametrize("rule", RECIPE, ids=repr)

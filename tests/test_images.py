@@ -4,12 +4,17 @@ import struct
 import zlib
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image, ImageFile
 
 from rwalk.bench.data import load
 from rwalk.bench.images import FORMATS
 from stored import encoded, features, row, splits, write
+
+YCBCR = pytest.mark.skipif(
+    int(PIL.__version__.split(".")[0]) < 13, reason="Pillow before 13 calls them truncated, and we refuse"
+)
 
 RNG = np.random.default_rng(0)
 GREY, COLOUR = (RNG.integers(0, 256, shape).astype(np.uint8) for shape in ((5, 4), (5, 4, 3)))
@@ -135,7 +140,7 @@ def test_transparent_colours_and_palettes_are_seen_on_white_too(tmp_path):
 @pytest.mark.parametrize(("mode", "pixel", "form", "expected"), [
     ("1", 1, "PNG", [1]), ("1", 0, "TIFF", [0]), ("1", 1, "PPM", [1]), ("P", 0, "PNG", [0, 0, 0]),
     ("CMYK", (0, 255, 255, 0), "TIFF", [1, 0, 0]), ("CMYK", (0, 0, 0, 255), "JPEG", [0, 0, 0]),
-    ("YCbCr", (255, 128, 128), "TIFF", [1, 1, 1]), ("LAB", (255, 128, 128), "TIFF", [1, 1, 1]),
+    pytest.param("YCbCr", (255, 128, 128), "TIFF", [1, 1, 1], marks=YCBCR), ("LAB", (255, 128, 128), "TIFF", [1, 1, 1]),
     ("LAB", (0, 128, 128), "TIFF", [0, 0, 0]), ("F", 0.25, "TIFF", [0.25]), ("I", 7, "TIFF", [1]),
 ])  # fmt: skip
 def test_other_modes_become_grey_or_colour(tmp_path, mode, pixel, form, expected):

@@ -245,6 +245,121 @@ def test_a_task_that_is_saved_between_a_step_and_a_change_goes_on_as_one(rule):
     task.check()
 
 
+LATE = 130
+"""Steps after which a change is no different from one after few."""
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("change", FOREIGN, ids=lambda f: f.__name__)
+def test_a_late_change_counts_for_nothing_either(rule, change):
+    task = Task(rule)
+    task.step(LATE)
+    task.foreign(change)
+    task.step(6)
+    task.foreign(change)
+    task.check()
+
+
+def left_out(task):
+    """A step that `nonfinite="skip"` leaves out."""
+    task.optimizer.zero_grad()
+    for p in task.model.parameters():
+        p.grad = torch.full_like(p, torch.nan)
+    task.optimizer.step()
+
+
+def without_gradients(task):
+    task.optimizer.zero_grad()
+    task.optimizer.step()
+
+
+def copied(task):
+    task.model, task.optimizer, task.memory = copy.deepcopy((task.model, task.optimizer, task.memory))
+
+
+def loaded(task):
+    task.memory.load_state_dict(task.memory.state_dict())
+
+
+def in_another(task, path):
+    task.memory.save(path / "memory")
+    task.memory.detach()
+    task.memory = Consolidator(task.model, task.memory.rule, 0.0, average=task.memory.average, nonfinite="skip")
+    task.memory.load(path / "memory")
+    task.memory.attach(task.optimizer)
+
+
+BETWEEN = [left_out, without_gradients, copied, loaded, in_another]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("event", BETWEEN, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("steps", [5, LATE])
+@pytest.mark.parametrize("before", [True, False])
+def test_what_comes_between_a_change_and_the_next_step_hides_nothing(rule, event, steps, before, tmp_path):
+    task = Task(rule, nonfinite="skip")
+    task.step(steps)
+    arguments = (task, tmp_path)[: event.__code__.co_argcount]
+    if before:
+        task.foreign(shaken)
+    event(*arguments)
+    if not before:
+        task.foreign(shaken)
+    task.step(5)
+    task.check()
+
+
+@pytest.mark.parametrize("rule", RULES[1:], ids=repr)
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_step_that_fails_after_our_look_counts_for_nothing(rule, moved):
+    """For the path, that is: its gradient has entered the Fisher information."""
+    task = Task(rule)
+    task.step(6)
+    x, y = map(torch.as_tensor, next(task.stream))
+    task.optimizer.zero_grad()
+    F.cross_entropy(task.model(x), y).backward()
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    handle = task.optimizer.register_step_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        task.optimizer.step()
+    handle.remove()
+    if isinstance(rule, RWalk):
+        task.truth.end()
+        grads = [p.grad.numpy() for p in task.model.parameters()]
+        task.truth.fisher = [0.9 * g**2 + 0.1 * f for g, f in zip(grads, task.truth.fisher, strict=True)]
+    if moved:
+        task.foreign(shaken)
+    task.step(6)
+    task.check()
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_a_layer_that_grows_in_place_late_goes_on(rule):
+    task = Task(rule)
+    task.step(LATE)
+    head = task.model[2]
+    head.weight.data, head.bias.data = (
+        torch.cat([head.weight.data, torch.ones(1, 7)]),
+        torch.cat([head.bias.data, torch.ones(1)]),
+    )
+    for call in (task.memory.penalty, task.memory.state_dict, lambda: copy.deepcopy((task.model, task.memory))):
+        call()
+    task.memory.detach()
+    optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1)
+    task.memory.attach(optimizer)
+    for _ in range(3):
+        x, y = map(torch.as_tensor, next(task.stream))
+        optimizer.zero_grad()
+        F.cross_entropy(task.model(x), y).backward()
+        optimizer.step()
+    task.memory.consolidate()
+    assert task.memory.anchor.omega["2.weight"].shape == (4, 7)
+    assert all(torch.isfinite(omega).all() for omega in task.memory.anchor.omega.values())
+
+
 # Going up
 
 UP = {
@@ -303,15 +418,18 @@ def test_the_pull_leads_to_the_anchor_up_and_down(rule, scale):
 @pytest.mark.parametrize(
     "change", [shaken, one_row, exchanged, clamped_data, None], ids=lambda f: getattr(f, "__name__", "loaded")
 )
+@pytest.mark.parametrize("event", [None, *BETWEEN], ids=lambda f: getattr(f, "__name__", "nothing"))
 @pytest.mark.parametrize("rule", [None, RWalk(), SI(), EWC()], ids=repr)
-def test_weights_that_are_changed_after_the_last_step_are_model_and_anchor(rule, change):
+def test_weights_that_are_changed_after_the_last_step_are_model_and_anchor(rule, event, change, tmp_path):
     task = Task(rule or EWCpp(), average="tail")
     task.memory.detach()
-    task.memory = Consolidator(task.model, rule, average="tail").attach(task.optimizer)
+    task.memory = Consolidator(task.model, rule, average="tail", nonfinite="skip").attach(task.optimizer)
     task.step(4)
     best = copy.deepcopy(task.model.state_dict())
     task.step(4)
     change(task.model) if change else task.model.load_state_dict(best)
+    if event:
+        event(*(task, tmp_path)[: event.__code__.co_argcount])
     now = copy.deepcopy(task.model.state_dict())
     with pytest.warns(UserWarning, match="changed after the last step.* average is dropped") as caught:
         task.memory.consolidate([tuple(map(torch.as_tensor, batch)) for batch in batches(3, 2)])
@@ -332,3 +450,40 @@ def test_the_average_is_kept_where_nobody_changed_the_weights_and_a_new_task_sta
     last = arrays(task.model)
     task.memory.consolidate()
     assert not all(np.array_equal(a, b) for a, b in zip(last, arrays(task.model), strict=True))
+
+
+@pytest.mark.parametrize("rule", [None, RWalk(), SI(), EWC()], ids=repr)
+@pytest.mark.parametrize("how", ["frozen", "without a gradient"])
+def test_a_layer_that_rests_and_is_given_other_weights_keeps_them(rule, how):
+    task = Task(rule or EWCpp(), average="tail")
+    task.step(5)
+    layer = task.model[0]
+    if how == "frozen":
+        layer.requires_grad_(False)
+    with torch.no_grad():
+        layer.weight.fill_(0.3)
+    for x, y in batches(4, 5):
+        task.optimizer.zero_grad()
+        F.cross_entropy(task.model[2](torch.tanh(layer(torch.as_tensor(x)).detach())), torch.as_tensor(y)).backward()
+        task.optimizer.step()
+    with pytest.warns(UserWarning, match="changed after the last step.* average is dropped"):
+        task.memory.consolidate([tuple(map(torch.as_tensor, batch)) for batch in batches(3, 2)])
+    assert torch.equal(layer.weight, torch.full_like(layer.weight, 0.3))
+    assert torch.equal(task.memory.anchor.point["0.weight"], layer.weight)
+
+
+def test_a_layer_that_rests_all_the_task_may_be_given_other_weights_and_the_average_is_kept():
+    task = Task(EWCpp(), average="tail")
+    task.step(3)
+    task.memory.consolidate()
+    with torch.no_grad():
+        task.model[0].requires_grad_(False).weight.fill_(0.3)
+    for x, y in batches(4, 5):
+        task.optimizer.zero_grad()
+        F.cross_entropy(task.model(torch.as_tensor(x)), torch.as_tensor(y)).backward()
+        task.optimizer.step()
+    last = arrays(task.model)
+    task.memory.consolidate()
+    now = arrays(task.model)
+    assert np.array_equal(last[0], now[0])
+    assert not np.array_equal(last[2], now[2])

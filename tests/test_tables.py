@@ -5,6 +5,7 @@ from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -16,6 +17,15 @@ LABEL = [0, 1, 0, 1]
 DAYS = [dt.date(2024, 2, day) for day in (28, 29, 1, 2)]
 WHOLE = (pa.int8(), pa.uint8(), pa.int16(), pa.uint16(), pa.int32(), pa.uint32())
 TIMES = [dt.datetime(2024, 2, 29, 23, 59, second, 7) for second in (1, 2, 4, 59)]
+
+
+def storable(column):
+    """Tell whether this version of pyarrow can write a type to a parquet file."""
+    try:
+        pq.write_table(pa.table({"x": column}), pa.BufferOutputStream())
+    except pa.ArrowNotImplementedError:
+        return False
+    return True
 
 
 def standardised(values, known=None):
@@ -89,7 +99,7 @@ def test_categories_become_a_column_of_0_and_1_for_each_value_that_training_has(
     colours = ["red", "blue", "red", "green"]
     expected = [[c == value for value in ("blue", "green", "red")] for c in colours]
     kinds = [pa.array(colours), pa.array(colours, pa.large_string()), pa.array(colours, pa.string_view())]
-    for k, train in enumerate([*kinds, kinds[0].dictionary_encode()]):
+    for k, train in enumerate(filter(storable, [*kinds, kinds[0].dictionary_encode()])):
         for test in (pa.array(["green", "black"]), pa.array(["green", "black"]).dictionary_encode()):
             data = table(tmp_path / str(k), {"x": [1, 2, 3, 4], "c": train}, {"x": [1, 2], "c": test})
             assert data.train_x[:, 1:].tolist() == expected
@@ -119,7 +129,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("kind", [kind for kind, column in REFUSED.items() if storable(column)])
 def test_columns_that_are_no_numbers_are_refused_by_name(tmp_path, kind):
     with pytest.raises(ValueError, match=f"Got `d` whose column `more` holds {kind}.*Expected numbers.*Drop this column"):
         table(tmp_path, {"x": [1.0, 2, 3, 4], "more": REFUSED[kind]})
