@@ -109,6 +109,13 @@ class Outside(Net):
         return super().forward(x) + F.linear(x, self.a.weight[:3])
 
 
+class Everywhere(Net):
+    """Uses the weights of all of its layers outside of them, too."""
+
+    def forward(self, x):
+        return super().forward(x) + F.linear(F.linear(x, self.a.weight, self.a.bias), self.b.weight, self.b.bias)
+
+
 class Bypassed(Net):
     def forward(self, x):
         return self.b(F.linear(x, self.a.weight, self.a.bias))
@@ -246,6 +253,7 @@ CASES = {
     Twice: ((5,), {"b.weight", "b.bias"}),
     Tied: ((5,), {"b.weight", "b.bias"}),
     Outside: ((5,), {"b.weight", "b.bias"}),
+    Everywhere: ((5,), set()),
     Bypassed: ((5,), {"b.weight", "b.bias"}),
     Token: ((5,), {"a.weight", "a.bias", "b.weight", "b.bias"}),
     Parametrized: ((5,), {"b.weight", "b.bias"}),

@@ -222,6 +222,8 @@ class Layers:
             along[:, c] = weight[:, c]
             called = [tap for tap in self._taps if tap.calls]
             inputs = [*(tap.calls[0].zeros for tap in called), *watched.values()]
+            if not inputs:  # every layer is used elsewhere, too
+                return
             found = torch.autograd.grad(score, inputs, along, c + 1 < score.shape[1], allow_unused=True)
             elsewhere = {n for n, g in zip(watched, found[len(called) :], strict=True) if g is not None}
             self._taps, watched = [tap for tap in self._taps if not elsewhere & tap.names], {}
