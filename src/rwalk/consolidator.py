@@ -17,9 +17,9 @@ from rwalk import gradients, guard, kernels, parallel, proximal, states, steps
 from rwalk._errors import explain
 from rwalk.anchor import Anchor, Match
 from rwalk.averaging import Tail, renew_statistics, statistics_kept
+from rwalk.importance._path import relocated
 from rwalk.importance.base import Factors, Finish, Gradients, Importance, Step, Usual, no_data, no_layers
 from rwalk.importance.ewcpp import EWCpp
-from rwalk.importance.path import relocated
 from rwalk.kernels import After
 from rwalk.moves import Moves
 from rwalk.overshoot import Overshoot

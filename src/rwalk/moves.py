@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from rwalk.importance._path import moved, rested, wake
 from rwalk.importance.base import Importance
-from rwalk.importance.path import moved, rested, wake
 from rwalk.parameters import Watch
 from rwalk.writes import Writes
 

@@ -50,6 +50,9 @@ DRAW = Formula("theta point omega", "theta", 12, 5)
 DRAW_SCALED = Formula("theta point omega second", "theta", 19, 8)
 BLEND = Formula("theta average", "average", 5, 2)
 FINITE = Formula("grad", "", 1, 1)
+REST = Formula("theta path mark previous", "path previous", 9, 3)
+LOOK = Formula("theta previous", "", 2, 1)
+WAKE = Formula("", "previous", 1, 1)
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Rule:
         window: steps from one such end of a stretch to the next.
         proximal: whether it pulls after the step, and not by the gradient.
         average: whether the iterates are averaged.
+        walks: whether it tells the optimiser's moves from those of others.
     """
 
     state: str = ""
@@ -75,6 +79,7 @@ class Rule:
     window: int = 1
     proximal: bool = False
     average: bool = False
+    walks: bool = False
 
 
 _RUNNING = Rule(state="fisher", step=(SQUARE,))
@@ -86,9 +91,10 @@ RULES: dict[str, Rule] = {
         step=(TRACE, SQUARE),
         closing=SETTLE,
         window=10,
+        walks=True,
     ),
     "ewcpp": _RUNNING,
-    "si": Rule(state="path start mark previous", step=(TRACE,), closing=CLOSE, window=64),
+    "si": Rule(state="path start mark previous", step=(TRACE,), closing=CLOSE, walks=True),
     "ewc": Rule(),
     "online_ewc": Rule(),
     "mas": Rule(),
@@ -284,6 +290,7 @@ class Traffic(NamedTuple):
         check: the look at the gradients, whether all are finite.
         visit: before the optimiser moves.
         after: after it has moved.
+        rest: before and after, to tell the optimiser's moves from those of others.
         link: from the host's memory to the device's, where they are written before the visit reads them.
         cached: what moves within the cache besides, where operations run one by one; temporaries are in state precision.
         calls: operations and views of PyTorch for one block.
@@ -292,6 +299,7 @@ class Traffic(NamedTuple):
     check: float
     visit: float
     after: float
+    rest: float
     link: float
     cached: float
     calls: float
@@ -299,7 +307,7 @@ class Traffic(NamedTuple):
     @property
     def total(self) -> float:
         """Return what crosses the memory bus if nothing comes over the link."""
-        return self.check + self.visit + self.after
+        return self.check + self.visit + self.after + self.rest
 
 
 def visits(setup: Setup, later: bool = True) -> tuple[tuple[Formula, ...], ...]:
@@ -317,11 +325,13 @@ def traffic(setup: Setup, later: bool = True) -> Traffic:
     usual, closing, after = visits(setup, later)
     window = RULES[setup.rule].window
     before = [(usual, 1 - 1 / window), (closing, 1 / window)]
-    every = [*before, (after, 1.0)]
+    apart = (LOOK, WAKE, REST) if RULES[setup.rule].walks else ()
+    every = [*before, (after, 1.0), *(((formula,), 1.0) for formula in apart)]
     return Traffic(
         check=setup.size(FINITE.reads.split()),
         visit=sum(share * setup.size(streams(visit)) for visit, share in before),
         after=setup.size(streams(after)),
+        rest=sum(setup.size(streams([formula])) for formula in apart),
         link=setup.size(["point", "omega"]) if later and setup.off_device else 0,
         cached=setup.size(["path"]) * sum(share * sum(f.passes for f in visit) for visit, share in every),
         calls=sum(share * (sum(f.calls for f in visit) + len(set(streams(visit)))) for visit, share in every),

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from rwalk import kernels
 from rwalk.anchor import Anchor
+from rwalk.importance._path import own
 from rwalk.importance._scale import WAYS, Normalize, divisors
 from rwalk.importance.base import Finish, Fisher, Importance, Step, check, check_alpha, check_count, check_damping, check_finite
-from rwalk.importance.path import own
 from rwalk.parallel import ALONE, Spread
 from rwalk.parameters import copies, zeros
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rwalk import kernels
 from rwalk.anchor import Anchor
+from rwalk.importance._path import own
 from rwalk.importance.base import Finish, Importance, Step, check_damping, check_finite
-from rwalk.importance.path import own
 from rwalk.parameters import copies, zeros
 
 

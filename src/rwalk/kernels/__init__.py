@@ -139,11 +139,10 @@ def fetched(rows: Iterable[blocked.AnyRow], limit: int = FETCH) -> Iterator[list
 
 def rest_(theta: Tensors, path: Tensors, mark: Tensors, previous: Tensors, skip: Tensor | None = None) -> None:
     """Add the optimiser's last move to the path, and keep where it ended in place of the gradient of the last step."""
-    for t, p, m, q in zip(theta, path, mark, previous, strict=True):
-        blocked.rest_(t, p, m, q, None if skip is None else skip.to(t.device))
+    blocked.rest_(zip(theta, path, mark, previous, strict=True), skip)
 
 
-settle_, settled, account_ = blocked.settle_, blocked.settled, blocked.account_
+settle_, settled, account_, unlike = blocked.settle_, blocked.settled, blocked.account_, blocked.unlike
 
 
 def penalty(theta: Tensors, point: Tensors, omega: Tensors) -> float | Tensor:

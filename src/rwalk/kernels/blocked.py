@@ -5,7 +5,8 @@ brings a block into the cache and the others find it there, so each tensor cross
 larger, and all that have the same work to do go through each operation together, in one launch.
 """
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -20,6 +21,9 @@ BLOCK = 2**17
 cutting and calling than it saves; at 2^17 they fit the third level, and no size of network takes longer."""
 BATCH = 2**21
 """Elements per launch on a GPU: a handful of float32 streams of this length fit the second-level cache of a data-centre GPU."""
+
+SMALL, TOGETHER = 2**14, 64
+"""Elements of tensors that are worth going through together where no row has to be built, and how many of them at once."""
 
 AnyRow = TypeVar("AnyRow", Row, After)
 
@@ -114,10 +118,31 @@ def _joined(batch: list[AnyRow]) -> AnyRow:
     return type(batch[0])(*values)
 
 
-def rest_(theta: Tensor, path: Tensor, mark: Tensor, previous: Tensor, skip: Tensor | None) -> None:
-    """End the optimiser's last move: see the reference."""
-    for t, p, m, q in blocks([theta, path, mark, previous]):
-        reference.rest_(t, p, m, q, skip)
+def rest_(rows: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]], skip: Tensor | None) -> None:
+    """End the optimiser's last move, of small tensors together: see the reference."""
+    small: dict[Any, list[tuple[Tensor, ...]]] = {}
+    for row in rows:
+        if skip is None and row[0].numel() <= SMALL:
+            small.setdefault((row[0].device, row[0].dtype, row[1].dtype), []).append(row)
+        else:
+            for t, p, m, q in blocks(list(row)):
+                reference.rest_(t, p, m, q, None if skip is None else skip.to(t.device))
+    for group in small.values():
+        for at in range(0, len(group), TOGETHER):
+            columns: list[Any] = [Many(column) for column in zip(*group[at : at + TOGETHER], strict=True)]
+            reference.rest_(columns[0], columns[1], columns[2], columns[3], None)
+
+
+def unlike(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
+    """List the places of pairs of tensors that are not equal; small ones are looked at together."""
+    small = [i for i, (a, b) in enumerate(pairs) if 0 < a.numel() <= SMALL and a.dtype == b.dtype and a.is_cpu]
+    apart = set(range(len(pairs))) - set(small)
+    for at in range(0, len(small), TOGETHER):
+        some = small[at : at + TOGETHER]
+        gaps = torch._foreach_sub([pairs[i][0].detach() for i in some], [pairs[i][1] for i in some])
+        largest = torch.stack(torch._foreach_norm(gaps, math.inf))
+        apart |= {some[i] for i in largest.ne(0).nonzero().flatten().tolist()}  # a NaN is not 0
+    return [i for i in sorted(apart) if not torch.equal(pairs[i][0].to(pairs[i][1].dtype), pairs[i][1])]
 
 
 def settle_(theta: Tensor, fisher: Tensor, path: Tensor, score: Tensor, mark: Tensor, eps: float) -> Tensor:

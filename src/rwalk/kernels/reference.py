@@ -97,9 +97,13 @@ def rest_(theta: Tensor, path: Tensor, mark: Tensor, previous: Tensor, skip: Ten
 
     Nothing is done where `skip`, one element, is not 0.
     """
-    balanced, here = path.addcmul(previous, theta - mark, value=-1), theta.to(previous.dtype)
-    path.copy_(balanced if skip is None else torch.where(skip == 0, balanced, path))
-    previous.copy_(here if skip is None else torch.where(skip == 0, here, previous))
+    if skip is None:
+        path.addcmul_(previous, theta - mark, value=-1)
+        previous.copy_(theta)
+    else:
+        balanced, here = path.addcmul(previous, theta - mark, value=-1), theta.to(previous.dtype)
+        path.copy_(torch.where(skip == 0, balanced, path))
+        previous.copy_(torch.where(skip == 0, here, previous))
 
 
 def settle_(

@@ -73,6 +73,7 @@ def _moved(setup: plan.Setup) -> Table:
         "are the gradients finite?": ours.check,
         "visit before the step": ours.visit,
         "visit after the step": ours.after,
+        "whose moves they are": ours.rest,
         "us together": ours.total,
         "optimiser": optimizer,
         "us and optimiser": ours.total + optimizer,

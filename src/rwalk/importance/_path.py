@@ -35,8 +35,8 @@ def wake(state: State, skip: Tensor | None) -> State:
 
 def moved(state: Any, theta: Sequence[Tensor | None], places: Sequence[int]) -> list[int]:
     """List those of some places whose parameters are not where the state came to rest."""
-    pairs = [(i, theta[i], state.previous[i]) for i in places]
-    return [i for i, now, rest in pairs if now is not None and not torch.equal(now.to(rest.dtype), rest)]
+    known = [(i, now) for i in places if (now := theta[i]) is not None]
+    return [known[k][0] for k in kernels.unlike([(now, state.previous[i]) for i, now in known])]
 
 
 def own(state: State, columns: Sequence[str], places: Sequence[int]) -> State:
