@@ -895,3 +895,26 @@ def test_complex_parameters_are_refused():
     for prepared in (over, moments):
         with pytest.raises(ValueError, match="complex parameters `w`"):
             prepared(model, named(model), data)("true", *[torch.square] * (prepared is over))
+
+
+class Named(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 3).double()
+
+    def forward(self, x, y=None):
+        return self.layer(x)
+
+
+def test_the_target_may_be_the_whole_batch():
+    """As for models that compute their own loss from all that they are given."""
+    model, x, y = Named(), torch.randn(6, 4).double(), torch.tensor([0, 1, 2, 0, 1, 2])
+    rows = {"x": x, "y": y}
+    found = []
+    for data, loss in (([(rows, rows)], lambda z, batch: F.cross_entropy(z, batch["y"])), ([(x, y)], F.cross_entropy)):
+        memory = Consolidator(model, EWC(labels="true"))
+        memory.estimate(data, loss=loss)
+        found.append(memory.anchor.omega)
+    for name, omega in found[0].items():
+        torch.testing.assert_close(omega, found[1][name], rtol=1e-12, atol=1e-15)
+        assert omega.sum() > 0

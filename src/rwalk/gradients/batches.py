@@ -137,6 +137,7 @@ def _read_batch(raw: Any, device: torch.device) -> Batch:
     if isinstance(inputs, Tensor):
         inputs = (inputs,)
     own = {id(t) for t in tensors(target)}
+    own = set() if own >= {id(t) for t in tensors(inputs)} else own  # the target may be the whole batch
     ranked = [t for t in tensors(inputs) if t.dim() and id(t) not in own]
     size = _size(ranked, first_size(target))
     if size is None:
