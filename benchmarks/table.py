@@ -11,8 +11,7 @@ from benchmarks.models import CASES
 NOTE = """\
 ms: {clock} of a training step, median over rounds of {steps} steps on one thread. ratio: to the plain step of the same time
 round, median and quartiles. to Naive: to Avalanche's own loop without a plugin. Every method is in its second task and pulls,
-unless it says how many tasks lie behind. What happens more rarely than once a round is outside the median: SI closes its path
-every 64 steps."""
+unless it says how many tasks lie behind."""
 
 MEMORY_NOTE = """\
 In units of P, the bytes of the parameters, above the same loop without the method, each in a fresh process. state: what the
