@@ -105,7 +105,7 @@ class Checkpoint:
 
 
 def _check_measured(measured: Measured, tasks: int) -> None:
-    """Raise a ValueError unless a record of so many tasks may hold what was measured."""
+    """Raise a ValueError if what was measured does not fit a record of this many tasks."""
     rows: list[Any] = [*measured.accuracy, *measured.bits]
     figures = asdict(measured) | {"timings": {"train_seconds": measured.seconds}}
     if not _recordable(figures) or measured.seconds is None or {len(row) for row in rows} != {tasks}:

@@ -159,11 +159,11 @@ def problem(content: dict[str, Any]) -> str:
 KINDS = {"method": str, "stream": str, "seed": int, "accuracy": list, "untrained": list, "bits": list, "labels": list,
          "config": dict, "timings": dict, "memory": dict, "diagnostics": list, "versions": dict, "threads": int, "ranks": int,
          "device": str}  # fmt: skip
-"""Of which type the parts of a record are."""
+"""The type of each part of a record."""
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether JSON content is a number, or the null that is written in place of one that JSON lacks."""
+    """Tell whether JSON content is a number, or null, which stands for NaN and infinities."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return value is None or (number and abs(value) < 1e300)
 

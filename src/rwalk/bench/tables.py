@@ -14,7 +14,7 @@ from rwalk._errors import explain
 from rwalk.bench.rows import Rows, refuse_rows
 
 VALUES = 100
-"""Values that a category may have, each of which becomes a column."""
+"""The most values that a category may have; each becomes a column."""
 
 
 def columns(name: str, chosen: Sequence[str], train: Rows, test: Rows) -> tuple[Tensor, Tensor]:

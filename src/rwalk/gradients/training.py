@@ -170,7 +170,7 @@ class Squares:
         self._compare(self._layout)
 
     def _compare(self, names: Iterable[str]) -> None:
-        """Choose the parameters of which sums are compared with gradients from the next step on."""
+        """Choose the parameters whose sums are compared with their gradients from the next step on."""
         self._compared = frozenset(names)
         for s in self._sums():
             s.compared = s.name in self._compared
