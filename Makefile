@@ -18,13 +18,13 @@ demo: $(VENV)/.bench
 	$(BIN)/rwalk run permuted-digits --methods finetune,rwalk,joint --seeds 3 --strength 1 --epochs 5 --lr 0.1 --out runs/demo
 
 test: check
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 tests/unit tests/laws tests/system
 
 test-integrations: $(HOSTS)/.all
-	$(HOSTS)/bin/python -m pytest -n 2 tests/integrations
+	$(HOSTS)/bin/python -m pytest -n 2 tests/hosts
 
 test-oldest: $(OLDEST)/.test
-	$(OLDEST)/bin/python -m pytest -n 2 --ignore tests/integrations
+	$(OLDEST)/bin/python -m pytest -n 2 tests/unit tests/laws tests/system
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check

@@ -17,7 +17,6 @@ from benchmarks import memory, speed, table
 from benchmarks.models import CASES
 from benchmarks.peers import everything, peers
 from benchmarks.variants import OPTIMIZERS, STRENGTH, Variant
-from rwalk._errors import explain
 from rwalk.bench.devices import about, chosen
 
 SLOW = ("resnet18", "gpt")
@@ -82,7 +81,7 @@ def pick(option: str, given: str | None, known: list[str], default: list[str]) -
     names = default if given is None else given.split(",")
     for name in names:
         if name not in known:
-            sys.exit(explain(f"`--{option} {name}`", f"names out of {', '.join(known)}", "Correct the name."))
+            sys.exit(f"`--{option} {name}` is unknown. Pass names out of {', '.join(known)}.")
     return names
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks import memory
 from rwalk import EWC, MAS, Consolidator
 from rwalk.bench.models import GPT, cnn, mlp, resnet
-from rwalk.gradients import layered
+from rwalk.gradients import layerwise
 
 RULES = {**{f"EWC, {labels}": EWC(labels=labels) for labels in ("exact", "sample", "true")}, "MAS": MAS()}
 
@@ -42,17 +42,17 @@ def once(name: str, rule: EWC | MAS, examples: int, by_layer: bool) -> tuple[flo
     x, y = inputs(examples), torch.randint(10, (examples,))
     data = list(zip(x.split(100), y.split(100), strict=True))
     consolidator = Consolidator(make(), rule)
-    ways = dict(layered.ROOTS)
+    ways = dict(layerwise.ROOTS)
     try:
         if not by_layer:
-            layered.ROOTS.clear()
+            layerwise.ROOTS.clear()
         consolidator.estimate([(x[:100], y[:100])])
         memory.RESET.write_text("5")
         before, start = memory.status("VmRSS"), time.process_time()
         consolidator.consolidate(data)
         return time.process_time() - start, memory.status("VmHWM") - before
     finally:
-        layered.ROOTS.update(ways)
+        layerwise.ROOTS.update(ways)
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
     RWALK_DATA=... python -m benchmarks.epoch
 
-The bare loop takes its batches from the same tensors in memory. `learner` is `rwalk.bench.FineTune`, as `rwalk.bench.run` calls
-it; `command` is the same under the progress bar of `rwalk run`. Each permutes the task's data itself. Every time round all
+The bare loop takes its batches from the same tensors in memory. `learner` is that of `rwalk.bench.run`;
+`command` is the same under the progress bar of `rwalk run`. Each permutes the task's data itself. Every time round all
 three train a new network for an epoch, on one thread, in an order of its own; printed are CPU time and its ratio to the bare
 loop of the same time round, median and quartiles.
 """
@@ -13,6 +13,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -21,16 +22,18 @@ from torch.nn import functional as F
 from benchmarks.speed import spread, tidy
 from rwalk import bench
 from rwalk.bench.data import load
-from rwalk.bench.experience import make, parse
 from rwalk.bench.models import build
-from rwalk.progress import Display
+from rwalk.bench.spec import RunSpec
+from rwalk.bench.streams import make, parse
+from rwalk.bench.training import Learner
+from rwalk.cli.progress import Display
 
 TARGET = 1.3
 """What we aim at: an epoch of the runner over one of the bare loop."""
 
 
 def bare(task: bench.Experience, training: bench.Training) -> None:
-    """Train for an epoch, as one would write it."""
+    """Train for an epoch in a plain loop."""
     model = build(training.model, task, training.hidden)
     optimizer = torch.optim.SGD(model.parameters(), lr=training.lr)
     x, y = task.train.read()
@@ -42,17 +45,16 @@ def bare(task: bench.Experience, training: bench.Training) -> None:
 
 def learner(task: bench.Experience, training: bench.Training, tick: Callable[[], None] = lambda: None) -> None:
     """Train for an epoch as `rwalk.bench.run` does."""
-    bench.FineTune(lambda: build(training.model, task, training.hidden), training, tick=tick).fit(task)
+    Learner(lambda: build(training.model, task, training.hidden), training, tick=tick).fit(task)
 
 
 def command(task: bench.Experience, training: bench.Training) -> None:
     """Train for an epoch as `rwalk run` does."""
-    steps = -(-len(task.train) // training.batch_size)
+    spec = RunSpec([task], training=training)
     with open(os.devnull, "w") as nowhere:
-        display = Display(Console(file=nowhere, force_terminal=True), live=True)
-        with display, display.expecting({0: ("epoch", [steps])}):
-            display.begin(0)
-            learner(task, training, display.tick(0))
+        display = Display(Console(file=nowhere, force_terminal=True), {spec: "epoch"}, Path(), live=True)
+        with display.progress:
+            learner(task, training, display.hooks(spec)[0])
 
 
 LOOPS: dict[str, Callable[[bench.Experience, bench.Training], None]] = {"bare": bare, "learner": learner, "command": command}

@@ -18,7 +18,7 @@ from rwalk import RWalk, bench
 from rwalk.bench import Record, Training
 from rwalk.bench.data import load
 from rwalk.bench.record import file_name
-from rwalk.bench.runner import configuration
+from rwalk.bench.spec import RunSpec
 
 STRENGTHS = [10.0**k for k in range(-1, 7)]
 OPTIMIZERS = {"sgd": 0.1, "adam": 0.001}
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", message="Got strength")
+    warnings.filterwarnings("ignore", message="The gradient pull overshoots")
     data, results = load("mnist", options.data), defaultdict(list)
     for seed in range(options.seeds):
         stream = bench.permuted(data, tasks=options.tasks, seed=seed)
@@ -54,7 +54,7 @@ def one(stream, strength, seed, training, pull, out):
     from pathlib import Path
 
     path = Path(out) / file_name(
-        stream[0].stream["name"], "rwalk", seed, configuration(stream, RWalk(), strength, training, pull)
+        stream[0].stream["name"], "rwalk", seed, RunSpec(stream, RWalk(), strength, training=training, pull=pull).configuration
     )
     if path.exists():
         return Record.load(path)

@@ -51,7 +51,7 @@ def main() -> None:
             sheet = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme=scheme)
             sheet.goto(page.resolve().as_uri())
             save(sheet.screenshot(), place / f"report-{scheme}.png")
-            save(sheet.locator(".maps").first.screenshot(), place / f"maps-{scheme}.png")
+            save(sheet.locator(".heatmaps").first.screenshot(), place / f"maps-{scheme}.png")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def measure(
 
 
 def groups(variants: dict[str, Variant], apart: bool) -> Iterator[list[str]]:
-    """Say which variants are measured together: all, or each with only those that it is compared with."""
+    """Return the variants that are measured together: all, or each with those that it is compared with."""
     if not apart:
         yield list(variants)
         return

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from benchmarks.models import Case
 from rwalk import EWC, L2, MAS, SI, Consolidator, EWCpp, OnlineEWC, RWalk, kernels
-from rwalk.importance.base import Importance
+from rwalk.rules.base import Rule
 
 POOL = 20
 """Different batches that a loop goes round, so that no network learns a single one by heart until its gradients vanish."""
@@ -65,7 +65,7 @@ class Watched(Loop):
         case: Case,
         optimizer: str,
         seed: int,
-        rule: Importance[Any] | None = None,
+        rule: Rule[Any] | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(case, optimizer, seed)
@@ -119,7 +119,7 @@ class Variant:
         return loop
 
 
-def watched(about: str, rule: Importance[Any] | None, **options: Any) -> Variant:
+def watched(about: str, rule: Rule[Any] | None, **options: Any) -> Variant:
     backend = options.get("backend") or "auto"
 
     def make(case: Case, optimizer: str, seed: int) -> Loop:

@@ -8,7 +8,7 @@
 ```
 
 It works in every strategy that has an optimiser, with replay and other plugins, with models of several heads and with
-classifiers that grow. `ewc_lambda` is the strength of the same penalty, so a value that you have found goes on being right.
+classifiers that grow. `ewc_lambda` is the strength of the same penalty, so a value that you have found remains right.
 
 Here a small network learns five tasks, one after another: the handwritten digits of scikit-learn, with pixels shuffled anew for
 each task. `python examples/with_avalanche.py` runs this page.
@@ -41,8 +41,8 @@ benchmark = tensors_benchmark(
 )
 
 
-# A strategy with a plugin or without. Of all this only `MemoryMetrics` is ours: after each epoch it hands the penalty, and
-# each layer's importance and drift, to Avalanche's loggers. The loss that Avalanche logs is that of the task alone.
+# A strategy, with a plugin or without. Only `MemoryMetrics` is ours here: after each epoch it passes the penalty, and the
+# importance and drift of each layer, to Avalanche's loggers. The loss that Avalanche logs is that of the task alone.
 
 
 def train(name, plugin=None):
@@ -73,17 +73,17 @@ train("without")
 plugin = RWalkPlugin(ewc_lambda=1.0, ewc_alpha=0.9, delta_t=10)
 model = train("RWalk", plugin)
 
-# Every other rule is a plugin too, with its strength and the options of `Consolidator`. Those that measure on data get it from
-# the strategy when an experience ends. Without a rule it is the recommended recipe.
+# `ConsolidationPlugin` takes every other rule, with its strength and the options of `Consolidator`. Rules that measure on data
+# get it from the strategy when an experience ends. Without a rule it uses the recommended recipe, `TaskFisher()`.
 
 train("EWC", ConsolidationPlugin(EWC(samples=300), strength=10.0, pull="proximal"))
 train("recipe", ConsolidationPlugin(strength=1.0))
 
-# `plugin.memory` is the consolidator, with all that it knows.
+# `plugin.memory` is the consolidator.
 
 print(plugin.memory.summary())
 
-# To go on another day, keep model and memory. A new plugin takes the state up when training begins, with the model as it was.
+# To continue another day, save model and memory. A new plugin loads the state when training begins, with the saved model.
 
 saved = {"model": model.state_dict(), "memory": plugin.state_dict()}
 later = RWalkPlugin(ewc_lambda=1.0, ewc_alpha=0.9, delta_t=10)

@@ -2,7 +2,7 @@
 
 `ConsolidationCallback` goes into the `Trainer`; your `LightningModule` stays as it is. One `fit` is one task: when it ends, the
 memory is consolidated, and in the next one it holds the weights that earlier tasks need. Precision, clipping, accumulated
-gradients, manual optimisation and `strategy="ddp"` are the Trainer's business as ever.
+gradients, manual optimisation and `strategy="ddp"` work as usual.
 
 Here a network learns the handwritten digits of scikit-learn three times, with the pixels shuffled anew for each task; first
 without a memory, then with one. To run it: `pip install 'rwalk[lightning,sklearn]'`, then `python examples/with_lightning.py`.
@@ -29,7 +29,7 @@ orders = [torch.randperm(64, generator=torch.Generator().manual_seed(k)) for k i
 tasks = [TensorDataset(pixels[:1500, order], labels[:1500]) for order in orders]
 tests = [(pixels[1500:, order], labels[1500:]) for order in orders]
 
-# An ordinary module. A rule that measures on data, such as `EWC()`, asks for a `forward` that takes the inputs of a batch.
+# An ordinary module. A rule that measures on data, such as `EWC()`, needs a `forward` that takes the inputs of a batch.
 
 
 class Classifier(LightningModule):
@@ -48,7 +48,7 @@ class Classifier(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-# The loop makes a new `Trainer` for each task, as a trainer counts its epochs on and on. The callback is the same for all.
+# The loop makes a new `Trainer` for each task, since a trainer never resets its count of epochs. All share the callback.
 
 
 def learn(callbacks):
@@ -73,27 +73,28 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 callback = ConsolidationCallback(RWalk(), strength=1.0)
 without, held = learn([]), learn([callback])
 
-# What is left of each task, and what the memory holds:
+# The accuracy on each task after the last one, and the contents of the memory:
 
 for name, accuracies in (("without memory", without), ("with RWalk", held)):
     print(f"{name:<15}", " ".join(f"{a:7.1%}" for a in accuracies), f"  mean {sum(accuracies) / 3:.1%}")
 print(callback.memory.summary())
 
-# With a logger the penalty is drawn as `memory/penalty` every `log_every_n_steps`, and the figures of the summary at the end of
-# each task. Checkpoints hold the memory, too. So a script whose loop says
+# A logger receives the penalty as `memory/penalty` every `log_every_n_steps`, and the figures of the summary at the end of each
+# task. Checkpoints contain the memory, too. So a script with this loop
 #
 #     keep = ModelCheckpoint(f"runs/task{k}", save_last=True)
 #     Trainer(max_epochs=5, callbacks=[callback, keep]).fit(model, loader, ckpt_path="last")
 #
-# goes on where it was when it is started again, whatever had happened to it. A `fit` that is interrupted leaves its task
-# unfinished, and the next `fit` goes on with it. Lightning does not keep the state of random generators, so dropout and
-# shuffling are drawn anew.
+# continues where it was when it is started again, however it was stopped. A `fit` that is interrupted leaves its task
+# unfinished, and the next `fit` continues it. Lightning does not save the state of random generators, so dropout and shuffling
+# are drawn anew.
 #
-# Rules see gradients as the optimiser uses them, clipped. Callbacks that average or restore weights when training ends come
-# before ours, wherever they stand in the list: their weights are the model and the anchor. Several optimisers, and strategies
-# that shard (FSDP, DeepSpeed) or train in processes that end with `fit` (`ddp_spawn`, `ddp_fork`), are refused.
+# The rule sees the gradient that the optimiser uses, after clipping. Callbacks that average or restore weights when training
+# ends run before ours, wherever they are in the list: their weights are the model and the anchor. Several optimisers, and
+# strategies that shard (FSDP, DeepSpeed) or train in processes that end with `fit` (`ddp_spawn`, `ddp_fork`), are refused.
 #
-# Fabric needs no callback: give the consolidator what `fabric.setup` returns, and call `memory.consolidate()` after each task.
+# Fabric needs no callback: build the consolidator with what `fabric.setup` returns, and call `memory.consolidate()` after
+# each task.
 #
 #     model, optimizer = fabric.setup(model, optimizer)
 #     memory = Consolidator(model, RWalk()).attach(optimizer)

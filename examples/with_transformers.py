@@ -2,7 +2,7 @@
 
 `ConsolidationCallback` goes into the `Trainer`; model, data and arguments stay as they are. One `train()` is one task: when it
 ends, the memory is consolidated, and in the next one it holds the weights that earlier tasks need. Accumulated gradients,
-clipping, bf16, fp16 and DistributedDataParallel are the Trainer's business as ever; TRL's `SFTTrainer` takes the same callback.
+clipping, bf16, fp16 and DistributedDataParallel work as usual; TRL's `SFTTrainer` takes the same callback.
 
 Here a small language model learns to talk about a kitchen, then about a harbour; first without a memory, then with one. To run
 it: `pip install 'rwalk[transformers]'`, then `python examples/with_transformers.py`. Nothing is downloaded.
@@ -21,8 +21,8 @@ from rwalk.integrations.transformers import ConsolidationCallback, protect
 torch.set_num_threads(1)  # small networks are fastest with one
 logging.set_verbosity_error()
 
-# All sentences of a place are of one pattern, 256 in number: 192 to learn from, 64 to be tested on. Of the eight words after
-# the first, four cannot be known better than one in four, so the best loss that one can hope for is ln(4) / 2 = 0.69.
+# All 256 sentences of a place follow one pattern; 192 are for training and 64 for testing. Four of the eight words after the
+# first are one of four at random, so the best possible loss is ln(4) / 2 = 0.69.
 
 places = {
     "kitchen": ("cook baker guest waiter", "cuts fries tastes serves", "onion bread fish soup", "salt butter pepper oil"),
@@ -50,8 +50,8 @@ def untrained():
     return LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **size, bos_token_id=None, eos_token_id=None))
 
 
-# A new `Trainer` for each task, with the same callback for all. The callback adds the penalty to what the Trainer logs, and its
-# trackers also get the share of the importance and the drift of each layer.
+# A new `Trainer` for each task, with the same callback for all. The callback adds the penalty to the Trainer's log, and sends
+# each layer's share of the importance and its drift to the Trainer's trackers.
 
 folder = tempfile.TemporaryDirectory()
 quiet = {"report_to": "none", "disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "use_cpu": True}
@@ -70,7 +70,7 @@ def learn(model, tasks, callbacks=None):
     return losses(trainer)
 
 
-# Rules that measure on data, such as `EWC`, go through the task's data when it ends. For a language model `labels="true"` takes
+# Rules that measure on data, such as `EWC`, go through the task's data when it ends. For a language model `labels="true"` uses
 # the loss that the model computes itself, for each example the mean over its tokens.
 
 ewc = {"rule": EWC(labels="true"), "strength": 1e5, "pull": "proximal"}
@@ -80,8 +80,9 @@ results = {
     "EWC": learn(untrained(), places, [ConsolidationCallback(**ewc)]),
 }
 
-# A pretrained model can be protected before it is fine-tuned for the first time, on examples of what it does well. What is held
-# is what requires gradients: under PEFT the adapters alone, so add these first. `memory.summary()` says how much that is.
+# A pretrained model can be protected before it is fine-tuned for the first time, on examples of what it does well. Only
+# parameters that require gradients are held: under PEFT the adapters alone, so add these first. `memory.summary()` shows how
+# much of the model that is.
 
 pretrained = untrained()
 results["kitchen alone"] = learn(pretrained, ["kitchen"])
@@ -93,10 +94,10 @@ for name, result in results.items():
     print(f"{name:<29}", *(f"{place} {result[place]:.2f}  " for place in places))
 print(memory.summary())
 
-# With `save_steps`, each checkpoint's folder also holds the memory, as `memory.safetensors`, and
-# `train(resume_from_checkpoint=True)` goes on in the middle of a task as if nothing had happened: with a new callback in a new
-# process, too. With `load_best_model_at_end` what counts as the task is what led to the best checkpoint.
+# With `save_steps`, each checkpoint's folder also contains the memory, as `memory.safetensors`, and
+# `train(resume_from_checkpoint=True)` continues in the middle of a task with the same results, with a new callback in a new
+# process, too. With `load_best_model_at_end` the task is the training that led to the best checkpoint.
 #
-# DeepSpeed, XLA and the first version of FSDP keep gradients where no one can see them; training refuses to begin there.
+# DeepSpeed, XLA and the first version of FSDP hide gradients from hooks, so training under them is refused.
 
 folder.cleanup()

@@ -9,17 +9,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.peers import avalanche
-from rwalk.bench import Experience, FineTune, Training
+from rwalk.bench import Experience, Training
+from rwalk.bench.training import Learner
 
 
-class AvalancheRWalk(FineTune):
+class AvalancheRWalk(Learner):
     """Avalanche's Naive strategy with its RWalkPlugin at alpha .9 and windows of ten steps, as the plugin's defaults are.
 
     Outputs compete as under our learners: the criterion shuts the others.
 
     Args:
         strength: `ewc_lambda`.
-        build, training, seed: as for `FineTune`; Avalanche's order of batches comes from torch's seed.
+        build, training, seed: as for `Learner`; Avalanche's order of batches comes from torch's seed.
     """
 
     def __init__(self, strength: float, build: Callable[[], nn.Module], training: Training, seed: int) -> None:
@@ -42,7 +43,7 @@ class AvalancheRWalk(FineTune):
     def fit(self, experience: Experience) -> None:
         """Train on one task."""
         self.seen |= set(experience.classes)
-        self._shut = ~self._allowed(experience)
+        self._shut = ~self.allowed(experience)
         self.strategy.train(self._theirs(*experience.train.read()))
 
     def _theirs(self, x: Tensor, y: Tensor) -> Any:

@@ -16,22 +16,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reproduce.released import ReleasedAGEM, ReleasedEWC, ReleasedMAS, ReleasedRWalk, network
 from reproduce.runs import chosen_seeds, kept, percent, seed_options, spread
-from reproduce.together import AveragedTogether
-from rwalk import EWC, L2, Kronecker, RWalk, kernels
-from rwalk.bench import Experience, FineTune, Learner, Protected, Record, Training, permuted
-from rwalk.bench.comparators import AGEM, ProtectedReplay, Rehearsal
+from reproduce.together import Together
+from reproduce.variants import RecipeVariant
+from rwalk import EWC, L2, Kronecker, RWalk, TaskFisher, kernels
+from rwalk.bench import Experience, Record, Training, permuted
+from rwalk.bench.baselines import AGEM, Addition, Rehearsal, Replay
 from rwalk.bench.data import DataSet, load
 from rwalk.bench.record import file_name
-from rwalk.consolidator import RECIPE, RECIPE_USUAL, Pull, Settings, resolve
-from rwalk.importance.base import Importance
+from rwalk.bench.training import Batch, Learner
+from rwalk.consolidation.settings import Pull, Settings, resolve
+from rwalk.rules.base import Rule
 
 TASKS = 17
-"""Of 20, the first three of which served to choose learning rates and strengths."""
+"""Of the 20 tasks, the first three served to choose learning rates and strengths."""
 TUNING = 3, 100
 """Number of tasks and seed of the stream that strengths are chosen on."""
 KEPT = 5_000
@@ -60,37 +62,43 @@ class Method(NamedTuple):
     scan: tuple[float, ...] = ()
 
 
-def ruled(rule: Importance[Any] | None, pull: Pull | None = None) -> Callable[..., Learner]:
+def ruled(rule: Rule[Any] | None, pull: Pull | None = None) -> Callable[..., Learner]:
     """Return what makes a learner under a rule; with a pull it ends a task at the average of its later iterates."""
-    return lambda strength, *args: Protected(resolve(rule, strength, pull, "tail" if pull else None), *args)
+    return lambda strength, *args: Learner(*args, memory=resolve(rule, strength, pull, "tail" if pull else None))
 
 
-def unruled(kind: Callable[..., Learner], *first: Any) -> Callable[..., Learner]:
-    """Return what makes a learner without a strength."""
-    return lambda _, *args: kind(*first, *args)
+def unruled(
+    added: Callable[[Rehearsal, int], Addition] | None = None,
+    rehearsal: Rehearsal | None = None,
+    memory: Settings | None = None,
+) -> Callable[..., Learner]:
+    """Return what makes a learner without a strength, from what it adds to plain training."""
+
+    def learn(_: float, build: Callable[[], nn.Module], training: Training, seed: int) -> Learner:
+        addition = added(rehearsal, seed) if added and rehearsal else None
+        return Learner(build, training, seed, memory=memory, addition=addition)
+
+    return learn
 
 
-class Smoothed(Protected):
-    """A rule with label smoothing of .1: the softmax never saturates, and gradients keep telling what matters."""
+class Smoothed(Learner):
+    """A rule with label smoothing of .1: the softmax never saturates, and gradients keep showing what matters."""
 
-    def _loss(self, x: Tensor, logits: Tensor, y: Tensor, closed: Tensor | None, whole: int) -> Tensor:  # noqa: ARG002
-        return F.cross_entropy(logits, y, label_smoothing=0.1)
+    def batch_loss(self, batch: Batch) -> Tensor:
+        """Return the smoothed cross-entropy over all outputs."""
+        return F.cross_entropy(self.model(batch.x), batch.y, label_smoothing=0.1)
 
 
 def smoothed_kronecker(strength: float, *args: Any) -> Learner:
     """Make the learner of Kronecker with label smoothing."""
-    return Smoothed(resolve(Kronecker(), strength), *args)
-
-
-class AveragedAGEM(AGEM, Protected):
-    """A-GEM that ends a task at the average of its later iterates."""
+    return Smoothed(*args, memory=resolve(Kronecker(), strength))
 
 
 AVERAGED: Settings = resolve(L2(), 0.0, None, "tail")
 """No pull, and averaging."""
 
 METHODS = {
-    "sgd": Method(unruled(FineTune), 0.03, 0, "plain SGD", (47.95, 1.32, 0.511)),
+    "sgd": Method(unruled(), 0.03, 0, "plain SGD", (47.95, 1.32, 0.511)),
     "ewc-released": Method(ruled(ReleasedEWC()), 0.03, 10, "their EWC, strength 10", (68.35, 0.69, 0.288)),
     "mas-released": Method(ReleasedMAS, 0.1, 0.1, "their MAS, strength .1", (69.85, 0.93, 0.269)),
     "rwalk-released": Method(ruled(ReleasedRWalk()), 0.1, 1, "their RWALK, strength 1", (85.80, 0.57, 0.082)),
@@ -100,27 +108,27 @@ METHODS = {
     "agem": Method(unruled(AGEM, MEMORY), 0.1, 0, "A-GEM, any 25 of each class stored", (89.12, 0.15, 0.070)),
     "rwalk": Method(ruled(RWalk()), 0.1, 1, "RWalk as in the paper, strength 1"),
     "recipe": Method(
-        ruled(None), 0.2, RECIPE_USUAL.strength, "the recipe, its default strength", scan=(0.01, 0.03, 0.1, 0.3)
+        ruled(None), 0.2, TaskFisher.defaults.strength, "the recipe, its default strength", scan=(0.01, 0.03, 0.1, 0.3)
     ),
     "recipe-first": Method(
-        ruled(replace(RECIPE, normalize="first"), "proximal"), 0.2, 0.0005, "the recipe in the unit of the first task, tuned",
+        ruled(RecipeVariant(unit="first"), "proximal"), 0.2, 0.0005, "the recipe in the unit of the first task, tuned",
         scan=(0.00025, 0.0005, 0.001, 0.0025, 0.005),
     ),
     "kronecker": Method(
         smoothed_kronecker, 0.2, 0.0005, "Kronecker, tuned, label smoothing .1", scan=(0.00015, 0.0005, 0.0015)
     ),
     "kronecker-default": Method(
-        smoothed_kronecker, 0.2, Kronecker.usual.strength, "Kronecker, its default strength, label smoothing .1"
+        smoothed_kronecker, 0.2, Kronecker.defaults.strength, "Kronecker, its default strength, label smoothing .1"
     ),
-    "sgd-averaged": Method(unruled(Protected, AVERAGED), 0.2, 0, "SGD, averaged"),
+    "sgd-averaged": Method(unruled(memory=AVERAGED), 0.2, 0, "SGD, averaged"),
     "ewc-averaged": Method(
         ruled(EWC(samples=1000), "proximal"), 0.2, 10, "EWC, averaged, proximal, tuned", scan=(1, 3, 10, 30, 100)
     ),
-    "agem-averaged": Method(unruled(AveragedAGEM, MEMORY, AVERAGED), 0.2, 0, "A-GEM, averaged"),
+    "agem-averaged": Method(unruled(AGEM, MEMORY, AVERAGED), 0.2, 0, "A-GEM, averaged"),
     "replay-averaged": Method(
-        unruled(ProtectedReplay, replace(MEMORY, batch=None), AVERAGED), 0.2, 0, "replay, averaged, as many stored"
+        unruled(Replay, replace(MEMORY, batch=None), AVERAGED), 0.2, 0, "replay, averaged, as many stored"
     ),
-    "joint-averaged": Method(lambda _, *args: AveragedTogether(TASKS, AVERAGED, *args), 0.2, 0, "joint, averaged"),
+    "joint-averaged": Method(lambda _, *args: Together(TASKS, *args, memory=AVERAGED), 0.2, 0, "joint, averaged"),
 }  # fmt: skip
 
 

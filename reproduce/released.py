@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from rwalk import L2, Anchor, kernels
-from rwalk.bench import Experience, Protected
-from rwalk.bench.comparators import AGEM
-from rwalk.consolidator import resolve
-from rwalk.importance.base import Finish, Importance, Step
-from rwalk.parameters import copies, zeros
+from rwalk._parameters import copies, zeros
+from rwalk.anchors import ElementwiseAnchor
+from rwalk.bench import Experience
+from rwalk.bench.baselines import AGEM, Rehearsal
+from rwalk.bench.training import Learner
+from rwalk.consolidation.consolidator import Consolidator
+from rwalk.consolidation.settings import resolve
+from rwalk.rules.base import Rule, Step, TaskEnd
 
 WINDOW = 10
 """Steps from one update of the running Fisher information to the next."""
@@ -56,7 +59,7 @@ class Windowed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ReleasedEWC(Importance[Windowed]):
+class ReleasedEWC(Rule[Windowed]):
     """Their "EWC": a running Fisher information, moved once in ten steps by the mean of ten squared batch gradients."""
 
     def init(self, theta: list[Tensor]) -> Windowed:
@@ -71,10 +74,10 @@ class ReleasedEWC(Importance[Windowed]):
         collect(state.fresh, step)
         return state._replace(steps=state.steps + 1)
 
-    def conclude(self, state: Windowed, finish: Finish) -> tuple[Anchor, Windowed]:
+    def conclude(self, state: Windowed, end: TaskEnd) -> tuple[Anchor, Windowed]:
         """Hold to the Fisher information, stretched to [0, 1]."""
         clear(state.fresh)
-        return finish.renew(stretched(state.fisher)), state._replace(steps=0)
+        return end.renew(stretched(state.fisher)), state._replace(steps=0)
 
 
 class Walked(NamedTuple):
@@ -82,7 +85,7 @@ class Walked(NamedTuple):
 
     Args:
         fisher, fresh: as in `Windowed`, but `fresh` is set to 0 at a task's end alone.
-        path, mark, previous: the path integral of the window, and what it is made of: see `rwalk.kernels.Visit`.
+        path, mark, previous: the path integral of the window, and what it is made of: see `rwalk.kernels.PreStepPass`.
         score: the score of the task.
         total: the score of all tasks; empty before there is one.
         steps: steps in this task.
@@ -99,7 +102,7 @@ class Walked(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ReleasedRWalk(Importance[Walked]):
+class ReleasedRWalk(Rule[Walked]):
     """Their "RWALK".
 
     What differs from the paper: squares add up over the task, so that the Fisher information is nearly their sum; the score
@@ -120,16 +123,16 @@ class ReleasedRWalk(Importance[Walked]):
             settle(state, step.theta)
             move(state.fisher, state.fresh)
         collect(state.fresh, step)
-        step.visit(path=state.path, mark=state.mark, previous=state.previous)
+        step.update(path=state.path, mark=state.mark, previous=state.previous)
         return state._replace(steps=state.steps + 1)
 
-    def conclude(self, state: Walked, finish: Finish) -> tuple[Anchor, Walked]:
+    def conclude(self, state: Walked, end: TaskEnd) -> tuple[Anchor, Walked]:
         """Add both terms, each stretched to [0, 1]."""
         total = [s.clone() if old is None else 1.5 * old + 0.5 * s for old, s in zip(state.total, state.score, strict=True)]
         omega = [f + s for f, s in zip(stretched(state.fisher), stretched(total), strict=True)]
         clear(state.fresh)
         clear(state.score)
-        return finish.renew(omega), state._replace(total=total, steps=0)
+        return end.renew(omega), state._replace(total=total, steps=0)
 
 
 def begin(state: Walked, theta: list[Tensor]) -> None:
@@ -142,7 +145,7 @@ def begin(state: Walked, theta: list[Tensor]) -> None:
 def settle(state: Walked, theta: list[Tensor]) -> None:
     """Turn the path of a window into score."""
     moved = [now - mark for now, mark in zip(theta, state.mark, strict=True)]
-    kernels.visit_(kernels.Visit(theta, path=state.path, mark=state.mark, previous=state.previous, close=True))
+    kernels.before_step_(kernels.PreStepPass(theta, path=state.path, mark=state.mark, previous=state.previous, close=True))
     for score, path, fisher, d in zip(state.score, state.path, state.fisher, moved, strict=True):
         score += (path / (fisher * d * d + XI)).relu_()
     clear(state.path)
@@ -167,36 +170,41 @@ def clear(tensors: Sequence[Tensor]) -> None:
         tensor.zero_()
 
 
-class ReleasedMAS(Protected):
+class ReleasedMAS(Learner):
     """Their "MAS": on the last task alone, absolute gradients of the squared norm of ten outputs together."""
 
     def __init__(self, strength: float, *args: Any, **kwargs: Any) -> None:
-        super().__init__(resolve(L2(), strength), *args, **kwargs)
+        super().__init__(*args, **kwargs, memory=resolve(L2(), strength))
 
-    def _consolidate(self, experience: Experience) -> None:
+    def consolidate(self, memory: Consolidator, experience: Experience) -> None:
         """Measure on the task, and hold to that alone."""
         names = dict(self.model.named_parameters())
         omega = {name: torch.zeros_like(p) for name, p in names.items()}
-        x, y = self._data(experience)
+        x, y = self.data(experience)
         for batch in x.split(10):
             norm = self.model(batch).square().sum()
             for total, g in zip(omega.values(), torch.autograd.grad(norm, list(names.values())), strict=True):
                 total += g.abs() / len(y)
-        self.memory.detach()
-        self.memory.adopt(Anchor({name: p.detach().clone() for name, p in names.items()}, omega))
-        self.memory.attach(self.optimizer)
+        memory.detach()
+        memory.adopt(ElementwiseAnchor({name: p.detach().clone() for name, p in names.items()}, omega))
+        memory.attach(self.optimizer)
 
 
 class ReleasedAGEM(AGEM):
-    """Their "A-GEM": of each class the examples that were trained on last are kept, in place of any."""
+    """Their "A-GEM": of each class the examples that were trained on last are kept, in place of any. For one epoch a task."""
 
-    def fit(self, experience: Experience) -> None:
-        """Train for one epoch, and store the end of it."""
-        self._order = torch.randperm(len(experience.train), generator=self.generator.clone_state())
-        super().fit(experience)
+    def __init__(self, rehearsal: Rehearsal, seed: int) -> None:
+        super().__init__(rehearsal, seed)
+        self._order = torch.zeros(0)
 
-    def _keep(self, experience: Experience) -> None:
-        x, y = self._data(experience)
+    def begin(self, learner: Learner, experience: Experience) -> list[Experience]:
+        """Remember the order of the only epoch."""
+        self._order = torch.randperm(len(experience.train), generator=learner.generator.clone_state())
+        return super().begin(learner, experience)
+
+    def keep(self, learner: Learner, experience: Experience) -> None:
+        """Store the end of the epoch."""
+        x, y = learner.data(experience)
         late = self._order.flip(0).to(y.device)
         rows = torch.cat([late[y[late] == label][: self.rehearsal.size] for label in y.unique()])
-        self.buffer.add(None, [(x[rows], y[rows])], task=len(self._past))
+        self.buffer.add(None, [(x[rows], y[rows])], task=len(self.tasks))

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from rwalk import bench
-from rwalk.bench import Experience, Learner, Record, Training
+from rwalk.bench import Experience, Record, Training
+from rwalk.bench.training import Learner
 
 
 def kept(
@@ -32,7 +33,7 @@ def kept(
         seed: seed of first weights and order of batches.
         training: how it trains.
         added: settings that the record holds beside those that the run knows of.
-        checkpoint: from where a run that was stopped goes on; for learners whose whole state it can hold.
+        checkpoint: file from which a run that was stopped continues; for learners whose whole state it can hold.
         device: where the learner trains.
     """
     if not place.exists():

@@ -17,13 +17,15 @@ import torch
 from reproduce.runs import chosen_seeds, kept, percent, seed_options, spread
 from reproduce.together import Together
 from rwalk import EWC, SI, RWalk, bench, kernels
-from rwalk.bench import Experience, Protected, Record, Training
-from rwalk.bench.comparators import Rehearsal
-from rwalk.bench.grid import once
+from rwalk.bench import Experience, Record, Training
+from rwalk.bench.baselines import Rehearsal
+from rwalk.bench.holdout import later
 from rwalk.bench.models import build
+from rwalk.bench.pool import run_or_load
 from rwalk.bench.record import file_name
-from rwalk.bench.runner import configuration, record_name
-from rwalk.consolidator import resolve
+from rwalk.bench.spec import RunSpec
+from rwalk.bench.training import Learner
+from rwalk.consolidation.settings import resolve
 
 
 class Target(NamedTuple):
@@ -84,7 +86,7 @@ TARGETS = {
     "hundred": Target(
         "100 classes of Tiny-ImageNet at 32 x 32 in place of CIFAR-100: 17 tasks of 5 classes after 3 left out, one epoch, "
         "reduced ResNet-18",
-        lambda: bench.later(bench.split("tinyimagenet100a_32", tasks=20), 3), Training(1, 10, 0.03, "sgd", "resnet"),
+        lambda: later(bench.split("tinyimagenet100a_32", tasks=20), 3), Training(1, 10, 0.03, "sgd", "resnet"),
         STRENGTHS,
         {"fine-tuning": 43.00, "EWC": 42.39, "SI": 47.12, "RWalk": 40.87, "A-GEM": 62.27},
     ),
@@ -108,7 +110,7 @@ KEPT = Rehearsal(200)
 """What A-GEM and replay keep: 200 examples in all."""
 
 
-class InEvalMode(Protected):
+class InEvalMode(Learner):
     """A rule's learner that trains as Avalanche's plugin does: in eval mode from the second step of each task on."""
 
     def fit(self, experience: Experience) -> None:
@@ -128,7 +130,7 @@ def learner(name: str, target: Target, tasks: list[Experience], seed: int, devic
     if name == "joint":
         return Together(len(tasks), make, training, seed)
     if name == IN_EVAL:
-        return InEvalMode(resolve(RWalk(), target.strengths[name]), make, training, seed)
+        return InEvalMode(make, training, seed, memory=resolve(RWalk(), target.strengths[name]))
     from reproduce.avalanche_rwalk import AvalancheRWalk
 
     return AvalancheRWalk(target.strengths[name], make, training, seed)
@@ -139,10 +141,9 @@ def one(name: str, target: Target, seed: int, out: Path, device: str = "cpu") ->
     tasks, method, training, strength = target.stream(), METHODS[name], target.training, target.strengths.get(name)
     if method is not None:
         replay = KEPT if method in ("agem", "replay") else None
-        place = out / record_name(tasks, method, strength, seed, training, replay=replay)
-        return once(place, tasks, method, strength, seed, training, replay=replay, device=device)[0]
+        return run_or_load(RunSpec(tasks, method, strength, seed, training, replay=replay, device=device), out).result
     added = {"strength": strength}
-    config = configuration(tasks, "finetune", None, training) | added
+    config = RunSpec(tasks, training=training).configuration | added
     place = out / file_name(tasks[0].stream["name"], name, seed, config)
     return kept(place, name, lambda: (tasks, learner(name, target, tasks, seed, device)), seed, training, added, device=device)
 

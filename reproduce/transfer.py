@@ -21,17 +21,17 @@ import torch
 
 from reproduce.runs import chosen_seeds, kept, seed_options, spread
 from reproduce.together import Together
-from rwalk import EWC, L2, MAS, SI, RWalk, bench, kernels
+from reproduce.variants import RecipeVariant, SummedWalk
+from rwalk import EWC, L2, MAS, SI, RWalk, TaskFisher, bench, kernels
 from rwalk.bench import Experience, Record, Training
 from rwalk.bench.data import DataSet, load
-from rwalk.bench.grid import once
 from rwalk.bench.models import build
+from rwalk.bench.pool import run_or_load
 from rwalk.bench.record import file_name
-from rwalk.bench.runner import configuration, record_name
-from rwalk.consolidator import RECIPE, RECIPE_USUAL
+from rwalk.bench.spec import RunSpec
 
-DEFAULT = RECIPE_USUAL.strength
-HELD = {"pull": RECIPE_USUAL.pull, "average": RECIPE_USUAL.average}
+DEFAULT = TaskFisher.defaults.strength
+HELD = {"pull": TaskFisher.defaults.pull, "average": TaskFisher.defaults.average}
 """What goes with the recipe's rule, for other rules too."""
 
 
@@ -67,7 +67,7 @@ METHODS = {
     "RWalk": Method(RWalk(), (0.1, 1, 10, 100)),
     "EWC, averaged": Method(EWC(samples=1000), (1, 10, 100, 1000), HELD),
     "recipe": Method("recipe", (0.015, 0.05, DEFAULT, 0.15, 0.5, 1.5, 5)),
-    "without overlap": Method(replace(RECIPE, overlap=False), (DEFAULT,), HELD),
+    "without overlap": Method(RecipeVariant(overlap=False), (DEFAULT,), HELD),
     "joint": Method(None),
 }
 
@@ -75,15 +75,15 @@ SCAN = METHODS["recipe"].strengths[:-1]
 FIRST = (0.0005, 0.0015, 0.005, 0.015, 0.05)
 """Strengths in the unit of the first task's mean, whatever the length of tasks."""
 ABLATION = {
-    "the recipe": Method(RECIPE, SCAN, HELD),
-    "no averaging": Method(RECIPE, SCAN, HELD | {"average": "none"}),
-    "gradient pull": Method(RECIPE, SCAN, HELD | {"pull": "gradient"}),
-    "the last task's importance alone": Method(replace(RECIPE, accumulate="last", overlap=False), SCAN, HELD),
-    "running Fisher information, alpha .01": Method(replace(RECIPE, alpha=0.01), SCAN, HELD),
-    "running Fisher information, alpha .9": Method(replace(RECIPE, alpha=0.9), SCAN, HELD),
-    "in the unit of the first task": Method(replace(RECIPE, normalize="first"), FIRST, HELD),
-    "in units of each tensor's maximum": Method(replace(RECIPE, normalize="tensor"), (0.1, 1, 10, 100), HELD),
-    "path score beside it (RWalk)": Method(RWalk(alpha="mean", accumulate="sum", normalize="first"), FIRST, HELD),
+    "the recipe": Method(TaskFisher(), SCAN, HELD),
+    "no averaging": Method(TaskFisher(), SCAN, HELD | {"average": "none"}),
+    "gradient pull": Method(TaskFisher(), SCAN, HELD | {"pull": "gradient"}),
+    "the last task's importance alone": Method(RecipeVariant(accumulate=False, overlap=False), SCAN, HELD),
+    "running Fisher information, alpha .01": Method(RecipeVariant(alpha=0.01), SCAN, HELD),
+    "running Fisher information, alpha .9": Method(RecipeVariant(alpha=0.9), SCAN, HELD),
+    "in the unit of the first task": Method(RecipeVariant(unit="first"), FIRST, HELD),
+    "in units of each tensor's maximum": Method(RecipeVariant(unit="tensor"), (0.1, 1, 10, 100), HELD),
+    "path score beside it (RWalk)": Method(SummedWalk(), FIRST, HELD),
     "path integral over distance (SI)": Method(SI(), (0.01, 0.1, 1, 10), HELD),
     "sensitivity of the output (MAS)": Method(MAS(samples=1000), (0.01, 0.1, 1, 10), HELD),
     "Fisher information over the data (EWC)": METHODS["EWC, averaged"],
@@ -92,7 +92,7 @@ ABLATION = {
 
 @lru_cache
 def some(name: str, train: int, test: int = 2000, **options: Any) -> DataSet:
-    """Return a data set with so many training and test examples, chosen at random, the same ones each time."""
+    """Return a data set with `train` and `test` examples, chosen at random, the same ones each time."""
     data = load(name, **options)
     kept = {}
     for part, most in (("train", train), ("test", test)):
@@ -148,9 +148,10 @@ def one(setting: Setting, method: Method, strength: float | None, seed: int, out
     """Return the record of one run: from disk if it is there, else by running it."""
     stream, training = setting.stream(seed), setting.training
     if method.method is not None:
-        place = out / record_name(stream, method.method, strength, seed, training, **method.options)
-        return once(place, stream, method.method, strength, seed, training, **method.options)[0]
-    place = out / file_name(stream[0].stream["name"], "together", seed, configuration(stream, "joint", None, training))
+        return run_or_load(RunSpec(stream, method.method, strength, seed, training, **method.options), out).result
+    place = out / file_name(
+        stream[0].stream["name"], "together", seed, RunSpec(stream, "joint", training=training).configuration
+    )
 
     def make() -> tuple[list[Experience], Together]:
         return stream, Together(len(stream), lambda: build(training.model, stream[0], training.hidden), training, seed)
@@ -204,7 +205,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     kernels.use("auto")
-    warnings.filterwarnings("ignore", message="Got strength")  # a gradient pull that overshoots is part of a scan
+    warnings.filterwarnings(
+        "ignore", message="The gradient pull overshoots"
+    )  # a gradient pull that overshoots is part of a scan
     options.out.mkdir(parents=True, exist_ok=True)
     seeds = chosen_seeds(options)
     if options.ablation:

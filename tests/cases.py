@@ -1,11 +1,17 @@
 """Tiny models, tasks and loops that several tests share."""
 
+import itertools
+import math
+import re
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from rwalk import kernels
+from rwalk import TaskFisher, kernels
+from rwalk.rules.base import Defaults
 
 
 def use_backend(name):
@@ -13,6 +19,23 @@ def use_backend(name):
     if name in ("numba", "triton"):
         pytest.importorskip(name)
     kernels.use(name)
+
+
+def pairwise(indirect=(), **axes):
+    """Parametrise a test so that each pair of values of two axes occurs, in far fewer cases than the full product."""
+    values = [list(axis) for axis in axes.values()]
+    places = [(i, a) for i, axis in enumerate(values) for a in range(len(axis))]
+    missing = {(one, other) for one, other in itertools.combinations(places, 2) if one[0] < other[0]}
+    cases = []
+    while missing:
+        case = dict(min(missing))
+        for i in sorted(set(range(len(values))) - case.keys()):
+            new = [sum(tuple(sorted([(i, a), place])) in missing for place in case.items()) for a in range(len(values[i]))]
+            case[i] = new.index(max(new))
+        missing -= set(itertools.combinations(sorted(case.items()), 2))
+        cases.append([values[i][a] for i, a in sorted(case.items())])
+    ids = ["-".join(re.sub(r" at 0x\w+", "", getattr(value, "__name__", str(value))) for value in case) for case in cases]
+    return pytest.mark.parametrize(list(axes), cases, ids=ids, indirect=list(indirect))
 
 
 def batches(seed, steps, size=6, inputs=5, classes=3):
@@ -74,3 +97,25 @@ def assert_same_state(a, b):
     for key, value in left.items():
         same = torch.equal(value, right[key]) if isinstance(value, torch.Tensor) else value == right[key]
         assert same, key
+
+
+class MeanSquares(TaskFisher):
+    """The mean over a task's steps of squared gradients, in no unit: what the diagonal recipe sums up."""
+
+    defaults: ClassVar[Defaults] = Defaults()
+
+    def conclude(self, state, end):
+        return end.renew([fisher.clone() for fisher in state.fisher]), state._replace(seen=[0] * len(state.seen))
+
+
+def same(a, b):
+    """Return whether two states are equal in values, bits of tensors and types."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b)
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return (math.isnan(a) and math.isnan(b)) or a == b if isinstance(a, float) else a == b

@@ -4,6 +4,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from rwalk._parameters import named_parameters
+from rwalk.gradients import per_example_over
+
+
+def gradients_of(model, data, **options):
+    """Functions of per-example gradients over data, for all parameters of a model."""
+    return per_example_over(model, named_parameters(model), data, **options)
+
 
 def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)

@@ -3,7 +3,7 @@
 Everything here stores what the library avoids storing (parameters before each step), so that agreement means something.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -29,11 +29,9 @@ class Simulation:
     """Train with SGD (momentum, weight decay) and Riemannian Walk exactly as the equations say."""
 
     theta: list
-    alpha: float | str = 0.9
+    alpha: float = 0.9
     delta_t: int = 10
     eps: float = 1e-3
-    normalize: str = "max"
-    accumulate: str = "average"
     strength: float = 1.0
     lr: float = 0.1
     momentum: float = 0.0
@@ -41,11 +39,9 @@ class Simulation:
     per_example: bool = False
     fisher: list = None
     total: list = None
-    total_fisher: list = None
     omega: list = None
     point: list = None
     velocity: list = None
-    first: list = field(default_factory=lambda: [None, None])
     score: list = None
     path: list = None
     mark: list = None
@@ -78,14 +74,11 @@ class Simulation:
         self.score, self.path = ([np.zeros_like(t) for t in self.theta] for _ in range(2))
         self.mark = [t.copy() for t in self.theta]
         self.n = 0
-        if self.alpha == "mean":
-            self.fisher = None
 
     def observe(self, grad, squares, before):
         self.n += 1
-        alpha = 1 / self.n if self.alpha == "mean" else self.alpha
         old = self.fisher
-        self.fisher = [q if old is None else alpha * q + (1 - alpha) * old[i] for i, q in enumerate(squares)]
+        self.fisher = [q if old is None else self.alpha * q + (1 - self.alpha) * old[i] for i, q in enumerate(squares)]
         for i, t in enumerate(self.theta):
             self.path[i] -= grad[i] * (t - before[i])
         if self.n % self.delta_t == 0:
@@ -112,32 +105,19 @@ class Simulation:
     def join(self, old, new):
         if old is None:
             return [n.copy() for n in new]
-        half = 0.5 if self.accumulate == "average" else 1
-        return [half * (o + n) for o, n in zip(old, new, strict=True)]
+        return [0.5 * (o + n) for o, n in zip(old, new, strict=True)]
 
     def conclude(self):
         self.settle()
         self.total = self.join(self.total, [np.maximum(s, 0) for s in self.score])
         fisher = self.fisher or [np.zeros_like(t) for t in self.theta]
-        if self.alpha == "mean":
-            fisher = self.total_fisher = self.join(self.total_fisher, fisher)
-        f, s = self.scaled(fisher, 0), self.scaled(self.total, 1)
+        f, s = self.scaled(fisher), self.scaled(self.total)
         self.omega = [a + b for a, b in zip(f, s, strict=True)]
         self.point = [t.copy() for t in self.theta]
 
-    def scaled(self, raw, which):
-        everything = np.concatenate([r.ravel() for r in raw])
-        if self.normalize == "tensor":
-            scales = [r.max() for r in raw]
-        elif self.normalize == "max":
-            scales = [everything.max()] * len(raw)
-        elif self.normalize == "mean":
-            scales = [everything.mean()] * len(raw)
-        else:
-            if self.first[which] is None:
-                self.first[which] = everything.mean()
-            scales = [self.first[which]] * len(raw)
-        return [r / c if c > 0 else np.zeros_like(r) for r, c in zip(raw, scales, strict=True)]
+    def scaled(self, raw):
+        largest = max(r.max() for r in raw)
+        return [r / largest if largest > 0 else np.zeros_like(r) for r in raw]
 
     def penalty(self):
         return self.strength * sum((o * (t - p) ** 2).sum() for o, t, p in zip(self.omega, self.theta, self.point, strict=True))

@@ -1,6 +1,7 @@
 """Damaged files, and contents in which one value was replaced by another kind, dropped, or joined by one more."""
 
 import random
+import traceback
 
 import torch
 from hypothesis import strategies as st
@@ -55,6 +56,12 @@ def spoilt(draw, value, tensors=False):
             entries[key if how == "replace" else "more" if isinstance(key, str) else len(entries)] = other
 
     return changed(value, draw(st.sampled_from(list(places(value)))), change)
+
+
+def refused(error):
+    """Tell whether an error was raised by the library itself, with a whole sentence."""
+    *_, last = traceback.walk_tb(error.__traceback__)
+    return "rwalk" in last[0].f_globals["__name__"] and str(error).endswith(".")
 
 
 def mutations(raw, count):

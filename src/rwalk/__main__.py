@@ -2,6 +2,6 @@
 
 import sys
 
-from rwalk.cli import main
+from rwalk.cli.main import main
 
 sys.exit(main())

@@ -1,51 +1,23 @@
-"""Benchmarks: streams of tasks, learners, metrics and records."""
+"""Benchmarks: streams of tasks, methods, metrics and records."""
 
-from typing import TYPE_CHECKING
-
-from rwalk._lazy import lazily
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rwalk.bench.comparators import AGEM, LwF, Rehearsal, Replay
-    from rwalk.bench.experience import Experience, Part, domain, drift, permuted, rotated, split
-    from rwalk.bench.learners import Cumulative, FineTune, Joint, Learner, Protected, Training
+    from rwalk.bench.baselines import Rehearsal
     from rwalk.bench.record import Record
-    from rwalk.bench.runner import run
-    from rwalk.bench.tuned import Tuned
-    from rwalk.bench.tuning import early, later, tune
+    from rwalk.bench.search import tune
+    from rwalk.bench.spec import run
+    from rwalk.bench.streams import Experience, Subset, domain, drift, permuted, rotated, split
+    from rwalk.bench.training import Training
 
-__all__ = [
-    "AGEM",
-    "Cumulative",
-    "Experience",
-    "FineTune",
-    "Joint",
-    "Learner",
-    "LwF",
-    "Part",
-    "Protected",
-    "Record",
-    "Rehearsal",
-    "Replay",
-    "Training",
-    "Tuned",
-    "domain",
-    "drift",
-    "early",
-    "later",
-    "permuted",
-    "rotated",
-    "run",
-    "split",
-    "tune",
-]
+_MODULES = {"Record": "record", "Rehearsal": "baselines", "Training": "training", "run": "spec", "tune": "search"}
+__all__ = ["Experience", "Record", "Rehearsal", "Subset", "Training", "domain", "drift", "permuted", "rotated", "run", "split",
+           "tune"]  # fmt: skip
 
-_HOMES = {
-    "rwalk.bench.comparators": ["AGEM", "LwF", "Rehearsal", "Replay"],
-    "rwalk.bench.experience": ["Experience", "Part", "domain", "drift", "permuted", "rotated", "split"],
-    "rwalk.bench.learners": ["Cumulative", "FineTune", "Joint", "Learner", "Protected", "Training"],
-    "rwalk.bench.record": ["Record"],
-    "rwalk.bench.runner": ["run"],
-    "rwalk.bench.tuned": ["Tuned"],
-    "rwalk.bench.tuning": ["early", "later", "tune"],
-}
-__getattr__ = lazily(__name__, {name: home for home, names in _HOMES.items() for name in names})
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that reports of records do not wait for torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'rwalk.bench' has no attribute {name!r}")
+    return getattr(import_module(f"rwalk.bench.{_MODULES.get(name, 'streams')}"), name)

@@ -1,4 +1,4 @@
-"""A checkpoint is where a run stood after a finished task, as a file from which the same run goes on."""
+"""A checkpoint is the state of a run after a finished task, as a file from which the same run continues."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rwalk import files, states
-from rwalk._errors import explain
-from rwalk.bench import devices, ranks
-from rwalk.bench.experience import Experience
-from rwalk.bench.learners import FineTune, Learner, Resumable
-from rwalk.bench.record import problem
+from rwalk._errors import printable
+from rwalk._io import files, states
+from rwalk.bench import devices
+from rwalk.bench.record import is_matrix, problem
+from rwalk.bench.streams import Experience
+from rwalk.bench.training import CustomLearner, Learner, Resumable
 
 
 @dataclass
@@ -55,27 +55,32 @@ class Checkpoint:
         Raises:
             OSError: if something else is there, or no folder for it.
         """
-        if self.path is not None and ranks.number() == 0:
+        if self.path is not None:
             files.check(self.path)
 
-    def save(self, learner: Learner, measured: Measured) -> None:
-        """Keep where the run stands, if the learner can tell; of several ranks the first one does.
+    def save(self, learner: CustomLearner, measured: Measured) -> None:
+        """Write the state of the run, if the learner has one.
 
-        Where the file cannot be written, a warning says so: the run is worth more, and an earlier checkpoint is still there.
+        If the file cannot be written, the run continues with a warning, and an earlier checkpoint stays.
         """
-        if self.path is None or not isinstance(learner, Resumable) or ranks.number() > 0:
+        if self.path is None or not isinstance(learner, Resumable):
             return
-        random = devices.chance(self.device)
+        random = devices.rng_state(self.device)
         content = {"run": self.run, "measured": asdict(measured), "random": random, "learner": learner.state_dict()}
         try:
             states.save(self.path, "checkpoint", content)
         except OSError as error:
-            warnings.warn(f"{error} The run goes on without this checkpoint.", stacklevel=4)
+            warnings.warn(f"{error} The run continues without this checkpoint.", stacklevel=5)
 
-    def restore(self, learner: Learner, stream: Sequence[Experience]) -> Measured | None:
-        """Bring a new learner to where the run stood, and return what was measured; None if it has to start anew.
+    @property
+    def exists(self) -> bool:
+        """Whether there is a file to continue from."""
+        return self.path is not None and self.path.exists()
 
-        After None the learner may be changed in part. A checkpoint that does not fit gives a warning.
+    def restore(self, learner: CustomLearner, stream: Sequence[Experience]) -> Measured | None:
+        """Restore the state of a new learner, and return what was measured; None, with a warning, if the file does not fit.
+
+        After None the learner may be changed in part.
         """
         if self.path is None or not isinstance(learner, Resumable):
             return None
@@ -85,23 +90,17 @@ class Checkpoint:
                 raise ValueError(f"it is of another run, version, device or number of threads: {content['run']}")
             measured, state = Measured(**content["measured"]), content["learner"]
             _check_measured(measured, len(stream))
-            if isinstance(learner, FineTune):
+            if isinstance(learner, Learner):
                 _check_learner(learner, state, stream[0].outputs)
             learner.resume(state, stream[: len(measured.accuracy)])
-            if isinstance(learner, FineTune):
+            if isinstance(learner, Learner):
                 _check_optimizer(learner.optimizer)
-            devices.set_chance(self.device, content["random"])
-        except FileNotFoundError:
-            return None
+            devices.set_rng_state(self.device, content["random"])
         except Exception as error:  # whatever a stale state does to a learner, the run can start anew
-            self._warn(error)
+            text = f"Checkpoint `{self.path}` cannot be used ({error}). The run starts from its beginning and replaces it."
+            warnings.warn(printable(text), stacklevel=4)
             return None
         return measured
-
-    def _warn(self, error: Exception) -> None:
-        came = f"a checkpoint `{self.path}` that cannot be used ({error})"
-        remedy = "The run starts from its beginning and replaces it."
-        warnings.warn(explain(came, "one that this run has written", remedy), stacklevel=4)
 
 
 def _check_measured(measured: Measured, tasks: int) -> None:
@@ -113,12 +112,12 @@ def _check_measured(measured: Measured, tasks: int) -> None:
 
 
 def _recordable(parts: dict[str, Any]) -> bool:
-    """Tell whether a record may hold some parts."""
+    """Return whether a record may hold some parts."""
     return not problem({"method": "", "stream": "", "seed": 0, "accuracy": []} | files.as_json(parts))
 
 
-def _check_learner(learner: FineTune, state: Mapping[str, Any], outputs: int) -> None:
-    """Raise a ValueError unless a state has what the learners' common loop counts and remembers, as it does."""
+def _check_learner(learner: Learner, state: Mapping[str, Any], outputs: int) -> None:
+    """Raise a ValueError unless a state has the entries of a learner, each of its kind."""
     fresh, seconds, loss = learner.state_dict(), state["step_seconds"], state["loss"]
     forms = [{name: (t.shape, t.dtype) for name, t in one["model"].items()} for one in (state, fresh)]
     memories = state["optimizer"]["state"].values()
@@ -140,6 +139,22 @@ def _check_learner(learner: FineTune, state: Mapping[str, Any], outputs: int) ->
 def _check_optimizer(optimizer: Optimizer) -> None:
     """Raise a ValueError unless an optimiser remembers the same of each parameter: tensors of its shape, and numbers."""
     kept = optimizer.state.items()
-    sizes = [(value.shape, p.shape) for p, memory in kept for value in memory.values() if value is not None]
-    if len({frozenset(memory) for _, memory in kept}) > 1 or not all(size in (whole, ()) for size, whole in sizes):
-        raise ValueError("its optimiser remembers something else than this one")
+    each = [(name, value.shape, p.shape) for p, memory in kept for name, value in memory.items() if value is not None]
+    fits = all(shape == whole or (name == "step" and not shape) for name, shape, whole in each)
+    if len({frozenset(memory) for _, memory in kept}) > 1 or not fits:
+        raise ValueError("its optimiser has other entries than this one")
+
+
+def accuracy_so_far(path: str | Path) -> list[list[float | None]]:
+    """Return the accuracy matrix in a checkpoint; empty if the file is absent or unreadable.
+
+    The checksum is not verified: resuming from the file does that.
+    """
+    try:
+        with files.opened(path) as file:
+            header = files.parse(files.header(file))
+        content = files.parse(header["__metadata__"]["content"])
+        rows = content["measured"]["accuracy"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    return rows if is_matrix(rows) else []

@@ -1,16 +1,17 @@
 """Which columns are the inputs, and their tensors: the images, else the lists of numbers, else the texts, else a table.
 
-Beside images and texts other columns are not read, such as names of files. Whatever else would be lost is refused.
+Beside images and texts other columns are not read, such as names of files. Any other column that would be lost is refused.
 """
 
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import datasets
+import pyarrow.compute as pc
 from torch import Tensor
 
-from rwalk._errors import explain
+from rwalk._errors import printable
 from rwalk.bench import images, tables, texts
-from rwalk.bench.labels import mark
 from rwalk.bench.rows import Rows, is_text
 
 TEXTS = ("text", "sentence", "utterance", "content")
@@ -36,8 +37,7 @@ def choose(name: str, rows: Rows, label: str | None, by: str | None) -> tuple[Fo
     beside = {"images": columns, "lists": others}.get(form, [])
     if len(beside) > 1:
         names = ", ".join(f"`{c}`" for c in beside if c != columns[0])
-        came = f"`{name}` with {form} in column `{columns[0]}` beside {names}"
-        raise ValueError(explain(came, f"one column of {form}", "Drop the other columns."))
+        raise ValueError(printable(f"`{name}` has {form} in column `{columns[0]}` beside {names}. Drop the other columns."))
     return form, columns
 
 
@@ -45,17 +45,17 @@ def refuse_kinds(name: str, form: Form, columns: Sequence[str], test: Rows) -> N
     """Raise a ValueError if a column of images or texts holds something else in the test split."""
     for column in columns:
         kind = test.kind(column)
-        right = _words(kind) if form == "text" else form != "images" or _binary(_content(kind))
+        right = is_text(kind) if form == "text" else form != "images" or _pictures(test, column)
         if not right:
-            came = f"`{name}` whose column `{column}` holds {kind} in {test.files[0][0]}"
-            raise ValueError(explain(came, f"{form} there, as in the training split", "Convert it, or drop these files."))
+            came = f"The column `{column}` of `{name}` holds {kind} in {test.files[0][0]}, and {form} in the training split"
+            raise ValueError(printable(f"{came}. Convert it, or drop these files."))
 
 
 def _form(name: str, rows: Rows, others: Sequence[str]) -> tuple[Form, list[str]]:
     """Return the first form that some columns have, and these columns."""
     pictures = [c for c in others if _pictures(rows, c)]
     lists = [c for c in others if tables.numbers_in_lists(rows.kind(c))]
-    words = [c for c in TEXTS if c in others and _words(rows.kind(c))]
+    words = [c for c in TEXTS if c in others and is_text(rows.kind(c))]
     if pictures:
         return "images", pictures
     if lists:
@@ -68,10 +68,10 @@ def _form(name: str, rows: Rows, others: Sequence[str]) -> tuple[Form, list[str]
     return "table", list(others)
 
 
-def schema_error(name: str, rows: Rows, expected: str) -> ValueError:
-    """Return an error that names the columns there are."""
+def schema_error(name: str, rows: Rows, needed: str) -> ValueError:
+    """Return an error that names the columns."""
     columns = ", ".join(f"`{field.name}` ({field.type})" for field in rows.table.schema)
-    return ValueError(explain(f"`{name}` with columns {columns}", expected, "Convert the data set, or choose another one."))
+    return ValueError(printable(f"`{name}` has the columns {columns}; it needs {needed}."))
 
 
 def tensors(name: str, form: Form, columns: Sequence[str], train: Rows, test: Rows) -> tuple[Tensor, Tensor]:
@@ -84,8 +84,7 @@ def tensors(name: str, form: Form, columns: Sequence[str], train: Rows, test: Ro
     if form == "text":
         x = texts.padded(strings(name, train, columns[0]))
         if not x.any():
-            came = f"`{name}` with training texts that have no words"
-            raise ValueError(explain(came, "letters or digits in the texts", "Choose another column, and call it `text`."))
+            raise ValueError(printable(f"The training texts of `{name}` have no words. Name another column `text`."))
         return x, texts.padded(strings(name, test, columns[0]), x.shape[1])
     return tables.columns(name, columns, train, test)
 
@@ -95,42 +94,17 @@ def strings(name: str, rows: Rows, column: str) -> list[str]:
     found: list[str | None] = rows.values(name, column)
     for row, text in enumerate(found):
         if text is None:
-            came = f"`{name}` with missing texts ({rows.where(row)})"
-            raise ValueError(explain(came, "a text in each row", "Fill or drop those rows."))
+            raise ValueError(printable(f"`{name}` has missing texts ({rows.where(row)}). Fill or drop those rows."))
     return [text for text in found if text is not None]
 
 
-def _words(kind: Any) -> bool:
-    import pyarrow.types as kinds
-
-    return is_text(kind.value_type if kinds.is_dictionary(kind) else kind)
-
-
 def _pictures(rows: Rows, column: str) -> bool:
-    """Tell whether a column holds encoded images."""
-    kind, feature = rows.kind(column), mark(rows, column)
-    content = _content(kind)
-    return feature in (None, "Image") and _binary(content) and (content != kind or bool(feature))
-
-
-def _content(kind: Any) -> Any:
-    """Return the type of the images in a column: that of the field `bytes` of a struct, else the column's own."""
-    import pyarrow.types as kinds
-
-    fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)} if kinds.is_struct(kind) else {}
-    return fields.get("bytes", kind)
-
-
-def _binary(kind: Any) -> bool:
-    import pyarrow.types as kinds
-
-    return kind is not None and (kinds.is_binary(kind) or kinds.is_large_binary(kind))
+    """Return whether a column holds encoded images: one of the feature Image, or a struct with `bytes` without a feature."""
+    feature = rows.features.get(column)
+    content: Any = feature.get("bytes") if isinstance(feature, dict) else None
+    bare = isinstance(content, datasets.Value) and content.dtype in ("binary", "large_binary")
+    return bare or isinstance(feature, datasets.Image)
 
 
 def _encoded(rows: Rows, column: str) -> images.Encoded:
-    import pyarrow.compute as pc
-    import pyarrow.types as kinds
-
-    found = rows.table.column(column)
-    found = pc.struct_field(found, "bytes") if kinds.is_struct(found.type) else found
-    return images.Encoded(found.to_pylist(), rows.where)
+    return images.Encoded(pc.struct_field(rows.table.column(column), "bytes").to_pylist(), rows.where)

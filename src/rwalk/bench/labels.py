@@ -1,39 +1,25 @@
 """Labels and domains: which column holds them, and their values as whole numbers from 0 on."""
 
-import json
 from collections.abc import Sequence
 from decimal import Decimal
 from itertools import zip_longest
 from typing import Any
 
+import pyarrow.types as kinds
 import torch
+from datasets import ClassLabel
 from torch import Tensor
 
-from rwalk._errors import explain
+from rwalk._errors import printable
 from rwalk.bench.rows import Rows
 
 LABELS = ("label", "labels", "fine_label", "target", "class", "y")
 
 
-def features(table: Any) -> dict[str, Any]:
-    """Return the Hugging Face description of a table's columns, empty when there is none."""
-    try:
-        found = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-    except (KeyError, TypeError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def mark(rows: Rows, column: str) -> str | None:
-    """Return the kind of feature that the Hugging Face description names for a column, such as "Image"."""
-    found = features(rows.table).get(column)
-    return found.get("_type") if isinstance(found, dict) else None
-
-
 def usual_column(rows: Rows, by: str | None) -> str | None:
     """Return the column of labels, if there is one beside that of the domains."""
     names = [column for column in rows.table.column_names if column != by]
-    marked = [column for column in features(rows.table) if column in names and mark(rows, column) == "ClassLabel"]
+    marked = [column for column in names if isinstance(rows.features.get(column), ClassLabel)]
     usual = [column for column in LABELS if column in names]
     both = [column for column in usual if column in marked]
     return next(iter(both + marked + usual), None)
@@ -60,8 +46,8 @@ def numbered(name: str, train: Rows, test: Rows, column: str, what: str) -> tupl
     numbers = {value: number for number, value in enumerate(known)}
     for row, value in enumerate(found[1]):
         if value not in numbers:
-            raise _refusal(name, column, f"test {what} {value!r} that train lacks", test.where(row), what)
-    names = _names(features(train.table), column)
+            raise _refusal(name, column, f"test {what} {value!r} that train lacks", test.where(row))
+    names = _names(train.features, column)
     return (
         torch.tensor([numbers[value] for value in found[0]]),
         torch.tensor([numbers[value] for value in found[1]]),
@@ -71,55 +57,50 @@ def numbered(name: str, train: Rows, test: Rows, column: str, what: str) -> tupl
 
 def _values(name: str, rows: Rows, column: str, what: str) -> list[Any]:
     """Return the values of a column that can be labels, or refuse the first that cannot."""
-    import pyarrow.types as kinds
-
     if kinds.is_nested(rows.kind(column)):
-        came = f"`{name}` with {what} of type {rows.kind(column)} in the column `{column}`"
-        raise ValueError(explain(came, "a whole number or a name in each row", "Choose another column, or convert it."))
-    values = [_plain(value) for value in rows.values(name, column)]
+        came = f"The column `{column}` of `{name}` holds {what} of type {rows.kind(column)}"
+        raise ValueError(printable(f"{came}; each row needs a whole number or a name."))
+    values = [_whole(value) for value in rows.values(name, column)]
     for row, value in enumerate(values):
         if value is None or (what == "labels" and value == -1):  # -1 is the hub's sign for no label
             missing = "labels that are missing or -1" if what == "labels" else f"missing {what}"
-            raise _refusal(name, column, missing, rows.where(row), what)
+            raise _refusal(name, column, missing, rows.where(row))
         if isinstance(value, float | Decimal):
-            raise _refusal(name, column, f"{what} that are no whole numbers", rows.where(row), what)
+            raise _refusal(name, column, f"{what} that are no whole numbers", rows.where(row))
     return values
 
 
-def _refusal(name: str, column: str, came: str, where: str, what: str) -> ValueError:
-    expected = f"whole numbers or names as {what}, the same in train and test"
-    return ValueError(explain(f"`{name}` with {came} ({where})", expected, f"Check the column `{column}`."))
+def _refusal(name: str, column: str, came: str, where: str) -> ValueError:
+    return ValueError(printable(f"`{name}` has {came} ({where}). Check the column `{column}`."))
 
 
-def _plain(value: Any) -> Any:
+def _whole(value: Any) -> Any:
     """Turn 1.0 into 1, and bytes into text."""
     if isinstance(value, float | Decimal) and value == value and abs(value) != float("inf") and value == int(value):
         return int(value)
     return value.decode(errors="backslashreplace") if isinstance(value, bytes) else value
 
 
-def refuse_names(came: str, some: Sequence[Any], columns: Sequence[str]) -> None:
+def refuse_names(came: str, described: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
     """Raise a ValueError if tables that belong together give one number of a column different names.
 
     Args:
         came: what they are, for the message.
-        some: the tables.
+        described: the features of each table.
         columns: those to look at.
     """
-    described = [features(table) for table in some]
     for column in columns:
         for number, names in enumerate(zip_longest(*(_names(about, column) for about in described))):
-            different = list(dict.fromkeys(str(name) for name in names if name is not None))
+            different = list(dict.fromkeys(name for name in names if name is not None))
             if len(different) > 1:
-                came += f" that name {number} in the column `{column}` both {different[0]!r} and {different[1]!r}"
-                raise ValueError(explain(came, "one name for each number", "Write them anew with the same names."))
+                both = f"both {different[0]!r} and {different[1]!r}"
+                raise ValueError(printable(f"{came} name {number} in the column `{column}` {both}. Write them with one name."))
 
 
-def _names(described: dict[str, Any], column: str) -> Sequence[Any]:
+def _names(described: dict[str, Any], column: str) -> Sequence[str]:
     found = described.get(column)
-    names = found.get("names") if isinstance(found, dict) else None
-    return names if isinstance(names, list) else ()
+    return found.names or () if isinstance(found, ClassLabel) else ()
 
 
-def _name(names: Sequence[Any], value: Any) -> str:
-    return str(names[value]) if isinstance(value, int) and 0 <= value < len(names) else str(value)
+def _name(names: Sequence[str], value: Any) -> str:
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else str(value)

@@ -1,23 +1,24 @@
 """Models for the benchmarks, by name or by import path."""
 
 import math
+import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from itertools import pairwise
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rwalk._errors import explain
-from rwalk.bench.experience import Experience, Kind
-from rwalk.plan import made
+from rwalk._errors import printable
+from rwalk.bench.streams import Experience, Kind
 
 Weighted = TypeVar("Weighted", nn.Conv2d, nn.Linear)
 
 
 def mlp(inputs: Sequence[int], outputs: int, hidden: Sequence[int] = (256, 256), tokens: int = 0) -> nn.Module:
-    """Build a multi-layer perceptron with ReLU; of a text it sees the sum over its words of 64 numbers for each.
+    """Build a multi-layer perceptron with ReLU; a text enters as the sum of its words' embeddings, of size 64.
 
     Args:
         inputs: shape of one example.
@@ -33,9 +34,9 @@ def mlp(inputs: Sequence[int], outputs: int, hidden: Sequence[int] = (256, 256),
 
 
 class Words(nn.Module):
-    """The sum of the numbers that stand for each word of a text, over the root of how many words there are.
+    """The sum of the embeddings of a text's words, over the root of their number, so that texts of any length have one scale.
 
-    So that texts of any length begin at the scale of one word. Texts are (texts, words), 0 after their end.
+    Texts have shape (texts, words), 0 after their end.
     """
 
     def __init__(self, tokens: int, width: int) -> None:
@@ -48,9 +49,9 @@ class Words(nn.Module):
 
 
 def over_words(h: Tensor, x: Tensor, power: float) -> Tensor:
-    """Return the sum of what stands for each word, (texts, words, width), over a power of how many words there are."""
-    there = (x != 0).unsqueeze(2)
-    return (h * there).sum(1) / there.sum(1).clamp(min=1).pow(power)
+    """Return the sum over each text's words of `h`, (texts, words, width), over a power of their number."""
+    is_word = (x != 0).unsqueeze(2)
+    return (h * is_word).sum(1) / is_word.sum(1).clamp(min=1).pow(power)
 
 
 SMALLEST = 10
@@ -73,9 +74,7 @@ def cnn(inputs: Sequence[int], outputs: int) -> nn.Module:
         ValueError: if images are smaller than 10 x 10 pixels.
     """
     channels, *sides = inputs
-    if min(sides) < SMALLEST:
-        came = f"images of {' x '.join(map(str, sides))} pixels for the model `cnn`"
-        raise ValueError(explain(came, f"{SMALLEST} x {SMALLEST} pixels or more", "Choose the model `mlp` or `resnet`."))
+    _check_size(sides)
     layers: list[nn.Module] = []
     for a, b in ((channels, 32), (32, 64)):
         first, second = rectified(nn.Conv2d(a, b, 3, padding=1)), rectified(nn.Conv2d(b, b, 3))
@@ -83,6 +82,14 @@ def cnn(inputs: Sequence[int], outputs: int) -> nn.Module:
     height, width = (((side - 2) // 2 - 2) // 2 for side in sides)
     dense = [rectified(nn.Linear(64 * height * width, 512)), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, outputs)]
     return nn.Sequential(*layers, nn.Flatten(), *dense)
+
+
+def _check_size(sides: Sequence[int]) -> None:
+    if min(sides) < SMALLEST:
+        size = " x ".join(map(str, sides))
+        raise ValueError(
+            f"Model `cnn` needs images of {SMALLEST} x {SMALLEST} pixels or more, not {size}; use `mlp` or `resnet`."
+        )
 
 
 def rectified(layer: Weighted) -> Weighted:
@@ -153,7 +160,7 @@ class Reader(nn.Module):
         outputs: number of labels.
         tokens: how many different numbers the inputs can be.
         each: whether a label belongs to each place.
-        width: numbers that stand for a word or character, and of what is read so far.
+        width: size of an embedding, and of what is read so far.
     """
 
     def __init__(self, outputs: int, tokens: int, each: bool, width: int) -> None:
@@ -210,19 +217,32 @@ class LSTM(Reader):
         return h
 
 
-_BUILD: dict[str, tuple[tuple[Kind, ...], Callable[[Experience, Sequence[int]], nn.Module]]] = {
-    "mlp": (("table", "image", "text"), lambda task, hidden: mlp(task.shape, task.outputs, hidden, task.tokens)),
-    "cnn": (("image",), lambda task, _: cnn(task.shape, task.outputs)),
-    "resnet": (("image",), lambda task, _: resnet(task.shape, task.outputs)),
-    "gpt": (("text", "characters"), lambda task, _: GPT(task.shape, task.outputs, task.tokens, task.kind == "characters")),
-    "lstm": (("text", "characters"), lambda task, _: LSTM(task.shape, task.outputs, task.tokens, task.kind == "characters")),
+class Model(NamedTuple):
+    """A model by name: the kinds of inputs that it takes, what builds it for a task, and whether it has BatchNorm."""
+
+    kinds: tuple[Kind, ...]
+    build: Callable[[Experience, Sequence[int]], nn.Module]
+    about: str
+    batchnorm: bool = False
+
+
+def _reader(kind: type[GPT] | type[LSTM]) -> Callable[[Experience, Sequence[int]], nn.Module]:
+    return lambda task, _: kind(task.shape, task.outputs, task.tokens, task.kind == "characters")
+
+
+MODELS = {
+    "mlp": Model(
+        ("table", "image", "text"), lambda task, hidden: mlp(task.shape, task.outputs, hidden, task.tokens), mlp.__doc__ or ""
+    ),
+    "cnn": Model(("image",), lambda task, _: cnn(task.shape, task.outputs), cnn.__doc__ or ""),
+    "resnet": Model(("image",), lambda task, _: resnet(task.shape, task.outputs), resnet.__doc__ or "", batchnorm=True),
+    "gpt": Model(("text", "characters"), _reader(GPT), GPT.__doc__ or ""),
+    "lstm": Model(("text", "characters"), _reader(LSTM), LSTM.__doc__ or ""),
 }
-MODELS = {"mlp": mlp, "cnn": cnn, "resnet": resnet, "gpt": GPT, "lstm": LSTM}
-"""By name, for `rwalk list`."""
 
 
 def resolve(name: str, task: Experience) -> str:
-    """Return the model that "auto" stands for: cnn for colour images, lstm for characters, mlp for all else."""
+    """Return the model that "auto" means: cnn for colour images, lstm for characters, mlp otherwise."""
     if name != "auto":
         return name
     colour = task.kind == "image" and task.shape[0] == 3 and min(task.shape[1:]) >= SMALLEST
@@ -240,20 +260,38 @@ def build(name: str, task: Experience, hidden: Sequence[int]) -> nn.Module:
     Raises:
         ValueError: if there is no such model, it does not fit the data, or its scores are not one for each output.
     """
-    name = resolve(name, task)
+    name = resolve(name, task) if name == "auto" else name
     if ":" in name:
-        expected = "`package.module:factory`, with a function that takes the first task and makes an `nn.Module`"
-        return _fitting(made(name, expected, task), name, task)
-    kinds, make = _BUILD.get(name, ((), None))
-    if make is None or task.kind not in kinds:
-        fitting = ", ".join(known for known, (kinds, _) in _BUILD.items() if task.kind in kinds)
-        expected = f"one of {fitting}, or `package.module:factory`"
-        raise ValueError(explain(f"model `{name}` for inputs of kind {task.kind}", expected, "Pass such a `model`."))
-    return make(task, hidden)
+        return _fitting(_imported(name, task), name, task)
+    return _known(name, task).build(task, hidden)
 
 
-def normalises(model: nn.Module) -> bool:
-    """Tell whether a model has BatchNorm, which in training needs more than one example at once."""
+def check(name: str, task: Experience) -> bool:
+    """Refuse a model that does not fit a task, and return whether it has BatchNorm; only an imported model is built for that.
+
+    Raises:
+        ValueError: as `build` does.
+    """
+    if ":" in name:
+        return has_batchnorm(build(name, task, ()))
+    if name == "cnn":
+        _check_size(task.shape[1:])
+    return _known(name, task).batchnorm
+
+
+def _known(name: str, task: Experience) -> Model:
+    model = MODELS.get(name)
+    if model is None or task.kind not in model.kinds:
+        fitting = ", ".join(known for known, other in MODELS.items() if task.kind in other.kinds)
+        raise ValueError(
+            f"There is no model `{printable(name, '')}` for inputs of kind {task.kind}. "
+            f"Pass {fitting} or `package.module:factory`."
+        )
+    return model
+
+
+def has_batchnorm(model: nn.Module) -> bool:
+    """Return whether a model has BatchNorm, which in training needs more than one example at once."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
@@ -264,10 +302,32 @@ def _fitting(model: nn.Module, name: str, task: Experience) -> nn.Module:
     try:
         with torch.no_grad():
             came = str(tuple(model.eval()(x).shape))
-    except Exception as error:  # whatever it raises
+    except Exception as error:  # a model of one's own may raise anything
         came = f"{type(error).__name__}: {error}"
     model.train()
     if came != str(expected):
-        came = f"model `{name}` with inputs of shape {tuple(x.shape)}: {came}"
-        raise ValueError(explain(came, f"scores of shape {expected}", "Use the task's `shape`, `outputs` and `tokens`."))
+        raise ValueError(
+            f"Model `{name}` gives {printable(came)} for inputs of shape {tuple(x.shape)}, and has to give scores of shape "
+            f"{expected}. Build it from the task's `shape`, `outputs` and `tokens`."
+        )
+    return model
+
+
+def _imported(path: str, task: Experience) -> nn.Module:
+    """Return the module that the function at `package.module:factory` makes for a task."""
+    module, _, name = path.partition(":")
+    sys.path.insert(0, "")
+    try:
+        model = getattr(import_module(module), name)(task)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"it makes an object of type {type(model).__name__}")
+    except Exception as error:
+        raise ValueError(
+            printable(
+                f"Model `{path}` cannot be made ({type(error).__name__}: {error}). Pass `package.module:factory`, with a "
+                "function that takes the first task and makes an `nn.Module`; the current folder is searched, too."
+            )
+        ) from None
+    finally:
+        sys.path.remove("")
     return model

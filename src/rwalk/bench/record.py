@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from rwalk import files
-from rwalk._errors import explain
+from rwalk._errors import printable
+from rwalk._io import files
 from rwalk.bench import metrics
 
 FORMAT = 1
@@ -31,8 +31,9 @@ class Record:
         memory: bytes of the model's parameters and of the method's state, stored examples among it, and their number.
         diagnostics: for each task, at its end and before consolidation, a consolidator's figures and layers.
         versions: of Python, torch and the library, and the backend of its kernels.
-        threads: CPU threads of the run, on each rank.
-        ranks: processes that trained the model together.
+        command: the command line that made it; empty for runs from Python, and in records of earlier versions.
+        threads: CPU threads of the run.
+        ranks: processes that trained the model together: 1, except in some records of earlier versions.
         device: kind of device that trained: cpu or cuda; `versions` name the GPU.
     """
 
@@ -48,6 +49,7 @@ class Record:
     memory: dict[str, float] = field(default_factory=dict)
     diagnostics: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    command: str = ""
     threads: int = 1
     ranks: int = 1
     device: str = "cpu"
@@ -125,7 +127,7 @@ class Record:
         record = cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})
         name, right = Path(path).name, record.name
         if NAMED.fullmatch(name) and name != right and (exact or name.rpartition("-")[0] != right.rpartition("-")[0]):
-            raise ValueError(_unreadable(path, f"named like another run: its content is that of `{right}`"))
+            raise ValueError(_unreadable(path, f"it is named like another run; its content is that of `{right}`"))
         return record
 
 
@@ -140,30 +142,30 @@ def file_name(stream: str, method: str, seed: int, config: dict[str, Any]) -> st
 
 
 def _unreadable(path: str | Path, problem: str) -> str:
-    return explain(f"`{path}`: {problem}", "a record of `rwalk run`", "Move the file away and run again.")
+    return printable(f"`{path}` is no record of `rwalk run`: {problem}. Move the file away and run again.")
 
 
 def problem(content: dict[str, Any]) -> str:
-    """Say why a JSON object is no record, or return nothing."""
+    """Return why a JSON object is no record; empty if it is one."""
     missing = {"method", "stream", "seed", "accuracy"} - content.keys()
     if missing:
-        return f"without {', '.join(sorted(missing))}"
+        return f"it has no {', '.join(sorted(missing))}"
     if content.get("format", FORMAT) != FORMAT:
-        return f"of format {content['format']}"
+        return f"its format is {content['format']}, not {FORMAT}"
     wrong = [key for key, kind in KINDS.items() if key in content and type(content[key]) is not kind]
     if wrong:
-        return f"whose `{wrong[0]}` is not of type {KINDS[wrong[0]].__name__}"
-    return next((f"whose `{key}` is not {what}" for key, (what, holds) in PARTS.items() if not holds(content)), "")
+        return f"its `{wrong[0]}` is not of type {KINDS[wrong[0]].__name__}"
+    return next((f"its `{key}` is not {what}" for key, (what, holds) in PARTS.items() if not holds(content)), "")
 
 
 KINDS = {"method": str, "stream": str, "seed": int, "accuracy": list, "untrained": list, "bits": list, "labels": list,
          "config": dict, "timings": dict, "memory": dict, "diagnostics": list, "versions": dict, "threads": int, "ranks": int,
-         "device": str}  # fmt: skip
+         "device": str, "command": str}  # fmt: skip
 """The type of each part of a record."""
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether JSON content is a number, or null, which stands for NaN and infinities."""
+    """Return whether JSON content is a number, or null, as NaN and infinities are written."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return value is None or (number and abs(value) < 1e300)
 
@@ -173,7 +175,7 @@ def _fraction(value: Any) -> bool:
 
 
 def is_matrix(rows: Any) -> bool:
-    """Tell whether JSON content is an accuracy matrix: fractions and nulls, a row for each task learned, all tasks in each."""
+    """Return whether JSON content is an accuracy matrix: a row of fractions and nulls for each task learned."""
     if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
         return False
     return all(len(row) == len(rows[0]) >= len(rows) and all(map(_fraction, row)) for row in rows)
@@ -215,4 +217,4 @@ PARTS: dict[str, tuple[str, Callable[[dict[str, Any]], bool]]] = {
     "versions": ("text by name", lambda c: all(isinstance(value, str) for value in c.get("versions", {}).values())),
     "diagnostics": ("figures and layers for each task", lambda c: all(map(_diagnostic, c.get("diagnostics", [])))),
 }
-"""What the parts of a record have to be, beyond their types, so that whoever reads one may rely on it."""
+"""What the parts of a record have to be, beyond their types, so that readers may rely on it."""

@@ -1,11 +1,20 @@
 """The rows of a split as Arrow columns, and where each of them lies, for messages."""
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyarrow.types as kinds
 
-from rwalk._errors import explain
+from rwalk._errors import printable
+from rwalk._io import files
 
 
 @dataclass(frozen=True)
@@ -23,11 +32,16 @@ class Rows:
     chosen: np.ndarray | None = None
 
     def __len__(self) -> int:
-        """Count the rows."""
+        """Return the number of rows."""
         return len(self.table)
 
+    @cached_property
+    def features(self) -> dict[str, Any]:
+        """The Hugging Face feature of each column, as `datasets` has it."""
+        return features(self.table)
+
     def where(self, row: int) -> str:
-        """Name the place of a row; rows are counted from 0."""
+        """Return the place of a row in words, counted from 0."""
         place = row if self.chosen is None else int(self.chosen[row])
         for name, count in self.files:
             if place < count:
@@ -40,7 +54,7 @@ class Rows:
         return self.table.schema.field(column).type
 
     def values(self, name: str, column: str) -> list[Any]:
-        """Return the values of a column as Python has them, None where one is missing.
+        """Return the values of a column as Python objects, None where one is missing.
 
         Raises:
             ValueError: if one cannot be read, such as text that is not UTF-8.
@@ -50,8 +64,10 @@ class Rows:
             values: list[Any] = found.to_pylist()
         except (ValueError, OverflowError):
             row = next((row for row in range(len(found)) if not _readable(found[row])), 0)
-            came = f"`{name}` whose column `{column}` cannot be read ({self.where(row)})"
-            raise ValueError(explain(came, "text in UTF-8, or dates of a calendar", "Correct this row.")) from None
+            came = (
+                f"The column `{column}` of `{name}` cannot be read ({self.where(row)}): it needs UTF-8, or dates of a calendar."
+            )
+            raise ValueError(printable(came)) from None
         return values
 
 
@@ -63,31 +79,53 @@ def _readable(value: Any) -> bool:
     return True
 
 
-def is_text(kind: Any) -> bool:
-    """Tell whether an Arrow type is one of texts."""
-    import pyarrow.types as kinds
+def features(table: Any) -> dict[str, Any]:
+    """Return the Hugging Face feature of each column, except for those that `datasets` has none for."""
+    found: dict[str, Any] = {}
+    for field in table.schema:
+        with suppress(Exception):  # metadata may hold anything
+            found |= datasets.Features.from_arrow_schema(pa.schema([field], table.schema.metadata))
+    return found
 
+
+def is_text(kind: Any) -> bool:
+    """Return whether an Arrow type is one of texts."""
     return bool(kinds.is_string(kind) or kinds.is_large_string(kind))
 
 
 def plain(table: Any) -> Any:
-    """Return a table in types that others are stored as: no extension types, and no views."""
-    import pyarrow as pa
-
+    """Return a table of storage types, without extension types, views and dictionaries."""
     views = {"string_view": pa.string(), "binary_view": pa.binary()}
     for place, field in enumerate(table.schema):
         column = table.column(place)
         if isinstance(column.type, pa.BaseExtensionType):
             column = pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
+        if kinds.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
         column = column.cast(views.get(str(column.type), column.type))
         if column.type != field.type:
             table = table.set_column(place, field.name, column)
     return table
 
 
-def refuse_rows(name: str, train: Rows, test: Rows, bad: np.ndarray, came: str, expected: str, remedy: str) -> None:
-    """Raise a ValueError that names the first of the rows that are bad, those for testing behind those for training."""
+def read(file: Path) -> Any:
+    """Read a parquet file as an Arrow table."""
+    try:
+        with files.opened(file) as source:
+            names = pq.read_schema(source).names
+            twice = sorted({name for name in names if names.count(name) > 1})
+            table = None if twice else pq.read_table(source)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        came = f"`{file}` cannot be read as a parquet file ({str(error).splitlines()[0]}). Copy or download it again."
+        raise ValueError(printable(came)) from error
+    if twice:
+        raise ValueError(printable(f"`{file}` has more than one column `{twice[0]}`. Rename or drop the others."))
+    return plain(table)
+
+
+def refuse_rows(name: str, rows: Sequence[Rows], bad: np.ndarray, came: str, remedy: str) -> None:
+    """Raise a ValueError that names the first of the rows that are bad, counted through train and test."""
     if bad.any():
-        row, known = int(bad.argmax()), len(train)
-        place = train.where(row) if row < known else test.where(row - known)
-        raise ValueError(explain(f"`{name}` with {came} ({place})", expected, remedy))
+        row, known = int(bad.argmax()), len(rows[0])
+        place = rows[0].where(row) if row < known else rows[1].where(row - known)
+        raise ValueError(printable(f"`{name}` has {came} ({place}). {remedy}"))

@@ -3,15 +3,19 @@
 What is known of a column comes from its rows for training: mean and deviation, and which values a category has.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as kinds
 import torch
 from torch import Tensor
 
-from rwalk._errors import explain
-from rwalk.bench.rows import Rows, refuse_rows
+from rwalk._errors import printable
+from rwalk.bench.data import scaled
+from rwalk.bench.rows import Rows, is_text, refuse_rows
 
 VALUES = 100
 """The most values that a category may have; each becomes a column."""
@@ -37,15 +41,15 @@ def columns(name: str, chosen: Sequence[str], train: Rows, test: Rows) -> tuple[
     for column in chosen:
         whole = _joined(name, column, *(rows.table.column(column) for rows in (train, test)))
         _refuse_missing(name, column, train, test, whole.is_null().to_numpy(zero_copy_only=False))
-        if _category(train.kind(column)):
+        if is_text(whole.type):
             parts.append(_one_hot(name, column, whole, len(train)))
         elif numeric(whole.type):
             values = torch.from_numpy(_numbers(whole, len(train)))[:, None]
             parts.append(_standardised(name, column, train, test, values))
         else:
-            came = f"`{name}` whose column `{column}` holds {whole.type}"
-            expected = "numbers, truth values, times and categories, or one image, list of numbers or `text` in each row"
-            raise ValueError(explain(came, expected, "Drop this column, or convert it."))
+            needed = "numbers, truth values, times or categories, or one image, list of numbers or `text` in each row"
+            came = f"The column `{column}` of `{name}` holds {whole.type}, and not {needed}"
+            raise ValueError(printable(f"{came}. Drop this column, or convert it."))
     x = torch.cat(parts, 1)
     return x[: len(train)], x[len(train) :]
 
@@ -67,8 +71,8 @@ def lists(name: str, column: str, train: Rows, test: Rows) -> tuple[Tensor, Tens
     """
     (known, shape), (other, second) = (_flat(name, column, rows) for rows in (train, test))
     if shape != second:
-        came = f"`{name}` whose column `{column}` has lists of shape {shape} in train and {second} in test"
-        raise ValueError(explain(came, "lists of numbers of one shape", "Pad or crop them."))
+        came = f"The column `{column}` of `{name}` has lists of shape {shape} in train and {second} in test"
+        raise ValueError(printable(f"{came}. Pad or crop them to one shape."))
     whole, size = _joined(name, column, known, other), int(np.prod(shape))
     missing = whole.is_null().to_numpy(zero_copy_only=False).reshape(-1, size).any(1)
     _refuse_missing(name, column, train, test, missing)
@@ -77,54 +81,24 @@ def lists(name: str, column: str, train: Rows, test: Rows) -> tuple[Tensor, Tens
     return x[: len(train)], x[len(train) :]
 
 
-def scaled(known: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return what gives known examples mean 0 and standard deviation 1 at each place, in float32; a constant is only shifted.
-
-    It is computed in float64, from how far values are above the smallest, over the largest: neither do squares overflow or
-    vanish, nor is a small spread lost in large numbers.
-    """
-    known = known.double()
-    lowest, highest = known.amin(0), known.amax(0)
-    fixed = lowest == highest
-    size = torch.where(fixed, 1.0, torch.maximum(-lowest, highest).abs())
-    lowest = lowest / size
-    deviation, mean = torch.std_mean(known / size - lowest, 0, correction=0)
-    deviation = torch.where(fixed, 1.0, deviation)
-    return lambda x: ((x.double() / size - lowest - mean) / deviation).float()
-
-
 def numeric(kind: Any) -> bool:
-    """Tell whether a type can be a number: of numbers, truth values and times."""
-    import pyarrow.types as kinds
-
+    """Return whether a type can be a number: of numbers, truth values and times."""
     some = (kinds.is_boolean, kinds.is_integer, kinds.is_floating, kinds.is_decimal, kinds.is_temporal)
     return any(holds(kind) for holds in some) and not kinds.is_interval(kind)
 
 
 def listed(kind: Any) -> bool:
-    """Tell whether a type is one of lists."""
-    import pyarrow.types as kinds
-
+    """Return whether a type is one of lists."""
     return any(holds(kind) for holds in (kinds.is_list, kinds.is_large_list, kinds.is_fixed_size_list))
 
 
 def numbers_in_lists(kind: Any) -> bool:
-    """Tell whether a type is one of lists of numbers, or of such lists."""
+    """Return whether a type is one of lists of numbers, or of such lists."""
     return listed(kind) and (numeric(kind.value_type) or numbers_in_lists(kind.value_type))
-
-
-def _category(kind: Any) -> bool:
-    import pyarrow.types as kinds
-
-    return any(holds(kind) for holds in (kinds.is_dictionary, kinds.is_string, kinds.is_large_string))
 
 
 def _joined(name: str, column: str, *sides: Any) -> Any:
     """Return the values for training and behind them those for testing as one Arrow array, of a type that holds both."""
-    import pyarrow as pa
-    import pyarrow.types as kinds
-
-    sides = tuple(side.cast(side.type.value_type) if kinds.is_dictionary(side.type) else side for side in sides)
     forms = {side.type for side in sides}
     numbers = all(numeric(form) and not kinds.is_temporal(form) for form in forms)
     if len(forms) > 1 and numbers and any(kinds.is_floating(form) or kinds.is_boolean(form) for form in forms):
@@ -133,14 +107,13 @@ def _joined(name: str, column: str, *sides: Any) -> Any:
         tables = [pa.table({column: side}) for side in sides]
         whole = pa.concat_tables(tables, promote_options="permissive").column(0).combine_chunks()
     except pa.ArrowException:
-        came = f"`{name}` whose column `{column}` is {sides[0].type} in train and {sides[1].type} in test"
-        raise ValueError(explain(came, "types that go together", "Convert one of them.")) from None
+        came = f"The column `{column}` of `{name}` is {sides[0].type} in train and {sides[1].type} in test"
+        raise ValueError(printable(f"{came}. Convert one of them.")) from None
     return whole
 
 
 def _refuse_missing(name: str, column: str, train: Rows, test: Rows, missing: np.ndarray) -> None:
-    came = f"missing or infinite values in column `{column}`"
-    refuse_rows(name, train, test, missing, came, "a finite number or a category in each row", "Fill or drop those rows.")
+    refuse_rows(name, (train, test), missing, f"missing or infinite values in column `{column}`", "Fill or drop those rows.")
 
 
 def _standardised(name: str, column: str, train: Rows, test: Rows, values: Tensor) -> Tensor:
@@ -150,35 +123,23 @@ def _standardised(name: str, column: str, train: Rows, test: Rows, values: Tenso
     x = torch.cat([scale(part) for part in values.split(4096)])
     far = ~x.flatten(1).isfinite().all(1).numpy()
     came = f"a number in column `{column}` that is too far from those for training"
-    refuse_rows(name, train, test, far, came, "test examples like those for training", "Correct or drop this row.")
+    refuse_rows(name, (train, test), far, came, "Correct or drop this row.")
     return x
 
 
 def _one_hot(name: str, column: str, whole: Any, known: int) -> Tensor:
     """Return a column of 0 and 1, float32, for each value of a category that a row for training has, in their sorted order."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     values = pc.unique(whole[:known])
     if len(values) > VALUES:
-        came = f"`{name}` with {len(values):,} different values in column `{column}`"
-        raise ValueError(
-            explain(came, f"numbers, or at most {VALUES} values of a category", "Drop this column, or group its values.")
-        )
-    try:
-        values = values.take(pc.array_sort_indices(values))
-        codes = pc.index_in(whole, value_set=values).fill_null(-1).to_numpy(zero_copy_only=False)
-    except pa.ArrowException:
-        came = f"`{name}` whose column `{column}` holds categories of {whole.type}"
-        raise ValueError(explain(came, "categories with names or numbers", "Drop this column, or convert it.")) from None
+        came = f"`{name}` has {len(values):,} different values in column `{column}`, more than the {VALUES} of a category"
+        raise ValueError(printable(f"{came}. Drop this column, or group its values."))
+    values = values.take(pc.array_sort_indices(values))
+    codes = pc.index_in(whole, value_set=values).fill_null(-1).to_numpy(zero_copy_only=False)
     return torch.from_numpy(codes[:, None] == np.arange(len(values))).float()
 
 
 def _numbers(whole: Any, known: int) -> np.ndarray:
     """Return values in float64; whole numbers, times and decimals less the smallest for training, so that no digit is lost."""
-    import pyarrow as pa
-    import pyarrow.types as kinds
-
     if kinds.is_decimal(whole.type):
         values = whole.to_pylist()
         lowest = min(values[:known])
@@ -197,8 +158,6 @@ def _above(values: np.ndarray, lowest: Any) -> np.ndarray:
 
 def _flat(name: str, column: str, rows: Rows) -> tuple[Any, tuple[int, ...]]:
     """Return the numbers of lists one behind the other, and the lists' shape."""
-    import pyarrow.compute as pc
-
     array = rows.table.column(column).combine_chunks()
     shape: tuple[int, ...] = ()
     while listed(array.type):
@@ -206,10 +165,8 @@ def _flat(name: str, column: str, rows: Rows) -> tuple[Any, tuple[int, ...]]:
         bad = (lengths != lengths[0]) | (lengths < 1)
         if bad.any():
             row = int(bad.argmax()) // int(np.prod(shape))
-            came = (
-                f"`{name}` whose column `{column}` has an empty or missing list, or one of another length ({rows.where(row)})"
-            )
-            raise ValueError(explain(came, "lists of numbers of one shape", "Pad, crop or drop them."))
+            came = f"The column `{column}` of `{name}` has an empty or missing list, or one of another length"
+            raise ValueError(printable(f"{came} ({rows.where(row)}). Pad, crop or drop it: lists of numbers need one shape."))
         shape = (*shape, int(lengths[0]))
         array = array.flatten()
     return array, shape

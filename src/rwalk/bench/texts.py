@@ -1,7 +1,7 @@
-"""Texts as whole numbers: words by a hash, characters by their bytes, so that no vocabulary tells of tasks to come.
+"""Texts as whole numbers: words by a hash, characters by their bytes, so that no vocabulary anticipates later tasks.
 
-Where words have no spaces between them, as in Chinese, Japanese or Thai, and in what is too long for a word, runs of one to
-three characters are numbered too.
+Runs of one to three characters are numbered too in scripts without spaces between words, such as Chinese, Japanese or Thai, and
+in anything too long for a word.
 """
 
 import re
@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 BUCKETS = 8192
-"""Words are numbered by a checksum into so many numbers; the 5,340 words of clinc150 fall into 3,955 of them."""
+"""How many numbers a checksum distributes words among; the 5,340 words of clinc150 get 3,955 of them."""
 
 LONGEST = 128
-"""Words of a text that are read; of writing without spaces, characters."""
+"""Words of a text that are read, or characters of writing without spaces."""
 
 WINDOW = 128
 """Characters that a language model reads at once."""
 
 WORD = 45
-"""Letters of the longest word in English dictionaries; what is longer has no spaces."""
+"""Letters of the longest word in English dictionaries; anything longer is taken as writing without spaces."""
 
 RUN = 3
 """Characters that are numbered together."""
@@ -42,7 +42,7 @@ UNSPACED = re.compile(
     "\U0001b000-\U0001b16f\U00020000-\U0003ffff"  # rare kana and Chinese characters
     "]+)"
 )
-"""Scripts that are written without spaces between words; what belongs to Korean, which has them, is not among them."""
+"""Scripts that are written without spaces between words; Korean has spaces and is not among them."""
 
 
 def tokens(text: str) -> list[int]:
@@ -57,7 +57,7 @@ def tokens(text: str) -> list[int]:
 
 
 def _words(text: str) -> Iterator[tuple[str, bool]]:
-    """Yield the words of a text, and whether each is one that has spaces around it."""
+    """Yield the words of a text, and whether each is written with spaces around it."""
     for word in _word().findall(text.lower()):
         for part in [word] if word.isascii() else filter(None, UNSPACED.split(word)):
             yield part, len(part) <= WORD and not UNSPACED.match(part)
@@ -65,28 +65,28 @@ def _words(text: str) -> Iterator[tuple[str, bool]]:
 
 @cache
 def _word() -> re.Pattern[str]:
-    """Return the pattern of a word: letters, digits and what is written above, below or around them in other scripts."""
+    """Return the pattern of a word: letters, digits, and marks above, below or around them in other scripts."""
     signs = [chr(c) for c in (*range(0x370, 0xFE00), *range(0xFE10, 0x1F000)) if unicodedata.category(chr(c)) in ("Mn", "Mc")]
     return re.compile(rf"[\w'{''.join(signs)}]+")
 
 
 def _runs(word: str) -> list[str]:
-    """Return the whole, if it is longer than a run, and the runs that begin at each of its characters."""
+    """Return the word itself, if it is longer than a run, and the runs that begin at each of its characters."""
     whole = [word] if len(word) > RUN else []
     return whole + [word[i : i + n] for i in range(len(word)) for n in range(1, min(RUN, len(word) - i) + 1)]
 
 
 def padded(texts: Sequence[str], length: int | None = None) -> Tensor:
-    """Return the words of each text as int64 (texts, length), 0 after its end; the length of the longest one when None."""
+    """Return the words of each text as int64 (texts, length), 0 after its end; None is the length of the longest text."""
     rows = [tokens(text) for text in texts]
     length = length or max(1, *map(len, rows))
     return torch.tensor([row[:length] + [0] * (length - len(row)) for row in rows])
 
 
 def windows(texts: Sequence[str], domain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut texts, joined in their order within each domain, into windows of characters and those that come next.
+    """Cut texts, joined in their order within each domain, into windows of characters, each with the next character.
 
-    A character is a byte of UTF-8. What is left at the end of a domain is less than a window, and dropped.
+    A character is a byte of UTF-8. The rest at the end of a domain, less than a window, is dropped.
 
     Args:
         texts: one text for each row.

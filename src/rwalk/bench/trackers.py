@@ -1,26 +1,20 @@
 """A tracker shows figures while a run makes them: any callable that takes a dictionary of scalars and a step."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from rwalk._errors import explain
 from rwalk.bench import metrics
 
 Track = Callable[[dict[str, float], int], None]
 
 
 def figures(accuracy: metrics.Matrix) -> dict[str, float]:
-    """Return what the last row of an accuracy matrix says: accuracy on each task, on average, and forgetting."""
+    """Return the figures of the last row of an accuracy matrix: accuracy on each task, on average, and forgetting."""
     row = {f"accuracy/task_{j + 1}": a for j, a in enumerate(accuracy[-1])}
     row |= {"average_accuracy": metrics.average_accuracy(accuracy), "forgetting": metrics.forgetting(accuracy)}
     return {name: value for name, value in row.items() if value is not None}
-
-
-def accuracies(scalars: Mapping[str, float], tasks: int) -> list[float | None]:
-    """Return the accuracy on each of the first tasks that such figures say."""
-    return [scalars.get(f"accuracy/task_{j + 1}") for j in range(tasks)]
 
 
 def quiet(scalars: dict[str, float], step: int) -> None:
@@ -39,8 +33,7 @@ def tensorboard(folder: Path) -> Iterator[Track]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        came, remedy = f"a log for TensorBoard without its package ({error})", "Run: pip install 'rwalk[tensorboard]'"
-        raise ValueError(explain(came, "the package `tensorboard`", remedy)) from None
+        raise ValueError(f"A log for TensorBoard needs its package ({error}). Run: pip install 'rwalk[tensorboard]'") from None
     writer: Any = None
 
     def track(scalars: dict[str, float], step: int) -> None:

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from rwalk import files
-from rwalk._errors import explain
+from rwalk._errors import printable
+from rwalk._io import files
 from rwalk.bench.record import file_name, is_number
 
 SUFFIX = ".tuned"
@@ -15,7 +15,7 @@ SUFFIX = ".tuned"
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning has chosen, and all that it has seen.
+    """What tuning has chosen, and all trials.
 
     Args:
         method: name of the method.
@@ -24,7 +24,7 @@ class Tuned:
         accuracy: that accuracy, averaged over tasks and seeds, a fraction.
         tasks: how many of the stream's tasks were tried on; `later(stream, tasks)` are the others.
         trials: for each pair of values its accuracy (None if a run failed), the accuracies by seed, and causes of failures.
-        config: every setting of the trials but the two values.
+        config: every setting of the trials except the two values.
         edge: the values that lie at an end of what was tried, so that better ones may lie beyond.
     """
 
@@ -56,7 +56,7 @@ class Tuned:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is none of ours, was changed, or is named like that of other settings.
+            ValueError: if it is something else, was changed, or is named like that of other settings.
         """
         try:
             content = files.unseal(path)
@@ -64,10 +64,9 @@ class Tuned:
                 raise ValueError(f"its `{wrong[0]}` is missing or of another kind")
             found = cls(**{f.name: content[f.name] for f in fields(cls)})
             if NAMED.fullmatch(Path(path).name) and Path(path).name != found.name:
-                raise ValueError(f"it is named like another one: its content is that of `{found.name}`")
+                raise ValueError(f"it is named like another one; its content is that of `{found.name}`")
         except ValueError as error:
-            came = f"`{path}`, which holds no tuned strength ({error})"
-            raise ValueError(explain(came, "a file of `rwalk tune`", "Tune again.")) from None
+            raise ValueError(printable(f"`{path}` holds no tuned strength: {error}. Tune again.")) from None
         return found
 
 
@@ -106,4 +105,4 @@ PARTS: dict[str, Callable[[Any], bool]] = {
     "config": lambda value: isinstance(value, dict) and all(isinstance(value.get(k), dict) for k in ("stream", "training")),
     "edge": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
 }
-"""What the parts have to be, so that whoever reads one may rely on it."""
+"""What the parts have to be, so that readers may rely on it."""

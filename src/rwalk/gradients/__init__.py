@@ -1,11 +1,11 @@
-"""Per-example gradients: over a data loader after training, or gathered during the user's own backward pass."""
+"""Per-example gradients: over a data loader after training, or collected during the user's own backward pass."""
 
 from rwalk.gradients.batches import forward
+from rwalk.gradients.in_backward import Squares
 from rwalk.gradients.independence import refuse_dependence
-from rwalk.gradients.likelihood import read_output
-from rwalk.gradients.loader import over
+from rwalk.gradients.isolation import ModelSnapshot, isolated
 from rwalk.gradients.moments import moments
-from rwalk.gradients.training import Squares
-from rwalk.gradients.undisturbed import Kept, undisturbed
+from rwalk.gradients.outputs import read_output
+from rwalk.gradients.over_data import per_example_over
 
-__all__ = ["Kept", "Squares", "forward", "moments", "over", "read_output", "refuse_dependence", "undisturbed"]
+__all__ = ["ModelSnapshot", "Squares", "forward", "isolated", "moments", "per_example_over", "read_output", "refuse_dependence"]

@@ -1,4 +1,4 @@
-"""Batches as models take them: which tensors hold the examples, and what a part of them is."""
+"""Batches as models take them: which tensors hold the examples, and how to take some of the examples."""
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -11,19 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rwalk._errors import explain
-
 EXAMPLES_FIRST = "Put the examples first in inputs, targets and outputs; for an LSTM that is `batch_first=True`."
-"""What to do where examples lie along another dimension."""
+"""What to do if examples lie along another dimension."""
 
 
 @dataclass
-class Batch:
-    """Examples as the model takes them: all tensors have them in their first dimension, except those whose id is `shared`.
+class ExampleBatch:
+    """Examples as the model takes them.
 
-    `given` is whether the model is given the target, too. `whole` are the tensors of the inputs as they came, in their order;
-    by their places there, `along` are those whose first dimension is as long as there are examples, of which that may be an
-    accident for those in `doubtful`.
+    Args:
+        args, kwargs: the arguments of the model.
+        target: the target, if any.
+        size: how many examples there are.
+        shared: the ids of tensors that all examples share; all other tensors have the examples in their first dimension.
+        target_in_inputs: whether the model itself gets the target, too.
+        inputs: the tensors of the inputs as they came, in order.
+        with_examples: indices of inputs whose first dimension is as long as there are examples.
+        doubtful: those of them for which this may be a coincidence.
     """
 
     args: tuple[Any, ...]
@@ -31,57 +35,57 @@ class Batch:
     target: Any
     size: int
     shared: frozenset[int]
-    given: bool = False
-    whole: tuple[Tensor, ...] = ()
-    along: frozenset[int] = frozenset()
+    target_in_inputs: bool = False
+    inputs: tuple[Tensor, ...] = ()
+    with_examples: frozenset[int] = frozenset()
     doubtful: frozenset[int] = frozenset()
 
-    def sharing(self, places: Collection[int]) -> "Batch":
-        """Return the same examples, with the tensors in some places of the inputs shared by all of them."""
-        if not places:
+    def sharing(self, indices: Collection[int]) -> "ExampleBatch":
+        """Return the same examples, with some of the inputs shared by all of them."""
+        if not indices:
             return self
-        place = count()
+        index = count()
         parts = self.args, self.kwargs
-        args, kwargs = _mapped(parts, lambda t: self.whole[k] if (k := next(place)) in places else t)
-        return replace(self, args=args, kwargs=kwargs, shared=self.shared | {id(self.whole[k]) for k in places})
+        args, kwargs = map_tensors(parts, lambda t: self.inputs[k] if (k := next(index)) in indices else t)
+        return replace(self, args=args, kwargs=kwargs, shared=self.shared | {id(self.inputs[k]) for k in indices})
 
-    def cut(self, start: int, stop: int) -> "Batch":
+    def cut(self, start: int, stop: int) -> "ExampleBatch":
         """Return the examples from `start` up to `stop`."""
         stop = min(stop, self.size)
         return self._each(lambda t: t[start:stop], stop - start)
 
-    def keep(self, rows: Tensor) -> "Batch":
+    def keep(self, rows: Tensor) -> "ExampleBatch":
         """Return the examples for which `rows`, of shape (size,), is true."""
         return self if rows.all() else self._each(lambda t: t[rows], int(rows.sum()))
 
     def tree(self) -> tuple[Any, Any]:
-        """Return all that a model and a loss need, and for each tensor the dimension to map over: the examples, if at all."""
+        """Return arguments and target for `vmap`, and for each tensor the dimension to map over, None for shared ones."""
         single = self._each(lambda t: t.unsqueeze(1), self.size)
         parts = (single.args, single.kwargs, single.target)
-        return parts, _mapped(parts, lambda t: None if id(t) in self.shared else 0, lambda _: None)
+        return parts, map_tensors(parts, lambda t: None if id(t) in self.shared else 0, lambda _: None)
 
-    def _each(self, function: Callable[[Tensor], Tensor], size: int) -> "Batch":
+    def _each(self, function: Callable[[Tensor], Tensor], size: int) -> "ExampleBatch":
         def apply(t: Tensor) -> Tensor:
             return t if id(t) in self.shared else function(t)
 
-        args, kwargs, target = (_mapped(part, apply) for part in (self.args, self.kwargs, self.target))
+        args, kwargs, target = (map_tensors(part, apply) for part in (self.args, self.kwargs, self.target))
         return replace(self, args=args, kwargs=kwargs, target=target, size=size)
 
 
-def _mapped(tree: Any, leaf: Callable[[Tensor], Any], other: Callable[[Any], Any] = lambda value: value) -> Any:
-    """Replace the tensors in nested tuples, lists and mappings, and what is neither by `other`; mappings become dicts."""
+def map_tensors(tree: Any, leaf: Callable[[Tensor], Any], other: Callable[[Any], Any] = lambda value: value) -> Any:
+    """Apply `leaf` to tensors in nested tuples, lists and mappings, `other` to all other values; mappings become dicts."""
     if isinstance(tree, Tensor):
         return leaf(tree)
     if isinstance(tree, Mapping):
-        return {key: _mapped(value, leaf, other) for key, value in tree.items()}
+        return {key: map_tensors(value, leaf, other) for key, value in tree.items()}
     if isinstance(tree, tuple | list):
-        values = [_mapped(value, leaf, other) for value in tree]
+        values = [map_tensors(value, leaf, other) for value in tree]
         return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     return other(tree)
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
-    """Go through the tensors in nested tuples, lists and mappings."""
+    """Yield the tensors in nested tuples, lists and mappings."""
     if isinstance(tree, Tensor):
         yield tree
     parts = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, tuple | list) else ()
@@ -94,18 +98,18 @@ def first_size(tree: Any) -> int | None:
     return next((t.shape[0] for t in tensors(tree) if t.dim()), None)
 
 
-def examples(data: Iterable[Any], samples: int | None, device: torch.device, flat: bool = False) -> Iterator[Batch]:
+def examples(data: Iterable[Any], samples: int | None, device: torch.device, flat: bool = False) -> Iterator[ExampleBatch]:
     """Read batches onto the device.
 
     Args:
         data: the batches.
-        samples: read only the first so many examples.
+        samples: how many examples to read at most.
         device: where the model is.
-        flat: whether targets may be those of all rows of all examples, one after the other; they become one row for each.
+        flat: whether a target may be one dimension with the rows of all examples in turn; it then becomes one row for each.
 
     Raises:
         TypeError: for batches of another kind.
-        ValueError: if the targets of a batch are not as many as its inputs.
+        ValueError: if a batch does not have one target for each example.
     """
     left = math.inf if samples is None else samples
     if left <= 0:
@@ -121,71 +125,77 @@ def examples(data: Iterable[Any], samples: int | None, device: torch.device, fla
             return
 
 
-def _read_batch(raw: Any, device: torch.device) -> Batch:
-    """Tell inputs from target in a batch, or raise a TypeError that names what came."""
-    inputs, target = raw, None
-    if isinstance(raw, Mapping):
-        target = _as_tensors(raw.get("labels"))
-        inputs = {**raw, "labels": target} if "labels" in raw else raw
-    elif isinstance(raw, tuple | list):
-        if len(raw) not in (1, 2):
-            raise TypeError(_unreadable(f"a {type(raw).__name__} of {len(raw)}"))
-        inputs, target = raw[0], _as_tensors(raw[1]) if len(raw) == 2 else None
-    given = isinstance(raw, Mapping)
-    inputs, target = (_mapped(part, partial(_placed, device=device)) for part in (inputs, target))
-    target = inputs.get("labels") if given else target
+def _read_batch(raw: Any, device: torch.device) -> ExampleBatch:
+    """Separate inputs and target of a batch, and find its examples."""
+    inputs, target = (map_tensors(part, partial(_to_device, device=device)) for part in _inputs_and_target(raw))
+    target_in_inputs = isinstance(raw, Mapping)
+    target = inputs.get("labels") if target_in_inputs else target
     if isinstance(inputs, Tensor):
         inputs = (inputs,)
-    own = {id(t) for t in tensors(target)}
-    own = set() if own >= {id(t) for t in tensors(inputs)} else own  # the target may be the whole batch
-    ranked = [t for t in tensors(inputs) if t.dim() and id(t) not in own]
-    size = _size(ranked, first_size(target))
+    targets = {id(t) for t in tensors(target)}
+    if targets >= {id(t) for t in tensors(inputs)}:  # the target may be the whole batch
+        targets = set()
+    candidates = [t for t in tensors(inputs) if t.dim() and id(t) not in targets]
+    size = _size(candidates, first_size(target))
     if size is None:
         raise TypeError(_unreadable(f"a batch whose inputs, a `{type(inputs).__name__}`, hold no tensor"))
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (tuple(inputs), {})
-    _refuse_rows(ranked, size)
+    _refuse_rows(candidates, size)
     shared = frozenset(id(t) for t in tensors((inputs, target)) if not t.dim() or t.shape[0] != size)
-    whole = tuple(tensors((args, kwargs)))
-    along = frozenset(k for k, t in enumerate(whole) if size > 1 and id(t) not in shared | own)
-    doubtful = frozenset(k for k in along if any(_within(whole[k], whole[j]) for j in along))
-    return Batch(args, kwargs, target, size, shared, given, whole, along, doubtful)
+    each = tuple(tensors((args, kwargs)))
+    with_examples = frozenset(k for k, t in enumerate(each) if size > 1 and id(t) not in shared | targets)
+    doubtful = frozenset(k for k in with_examples if any(_may_be_within(each[k], each[j]) for j in with_examples))
+    return ExampleBatch(args, kwargs, target, size, shared, target_in_inputs, each, with_examples, doubtful)
 
 
-def _within(t: Tensor, other: Tensor) -> bool:
-    """Tell whether the first dimension of a tensor may be a later one of a larger tensor, such as places of a sequence."""
+def _inputs_and_target(raw: Any) -> tuple[Any, Any]:
+    """Separate inputs and target; raise a TypeError that names what came instead of a batch."""
+    if isinstance(raw, Mapping):
+        return ({**raw, "labels": _as_tensors(raw["labels"])} if "labels" in raw else raw), None
+    if isinstance(raw, tuple | list):
+        if len(raw) not in (1, 2):
+            raise TypeError(_unreadable(f"a {type(raw).__name__} of {len(raw)}"))
+        return raw[0], _as_tensors(raw[1]) if len(raw) == 2 else None
+    return raw, None
+
+
+def _may_be_within(t: Tensor, other: Tensor) -> bool:
+    """Return whether the first dimension of a tensor may be a later one of a larger tensor, such as positions in a sequence."""
     return other.dim() > t.dim() and t.shape[0] in other.shape[1:]
 
 
-def _size(ranked: Sequence[Tensor], targets: int | None) -> int | None:
-    """Return how many examples inputs hold: as many as targets if any do, else the most frequent number above 1, if any."""
-    explained = [
-        any(_within(t, other) and (len(other) > 1 or j < i) for j, other in enumerate(ranked)) for i, t in enumerate(ranked)
+def _size(candidates: Sequence[Tensor], targets: int | None) -> int | None:
+    """Return how many examples the inputs hold: as many as targets if possible, else the most frequent length above 1."""
+    within = [
+        any(_may_be_within(t, other) and (len(other) > 1 or j < i) for j, other in enumerate(candidates))
+        for i, t in enumerate(candidates)
     ]
-    sizes = [len(t) for t, within in zip(ranked, explained, strict=True) if not within] or [len(t) for t in ranked]
+    sizes = [len(t) for t, inside in zip(candidates, within, strict=True) if not inside] or [len(t) for t in candidates]
     if targets in sizes:
         return targets
     return max([n for n in sizes if n > 1] or sizes, key=sizes.count, default=None)
 
 
-def _refuse_rows(ranked: Sequence[Tensor], size: int) -> None:
-    """Raise a ValueError for inputs that look alike and have different numbers of rows."""
-    mine, others = ([t for t in ranked if (len(t) == size) is same] for same in (True, False))
+def _refuse_rows(candidates: Sequence[Tensor], size: int) -> None:
+    """Raise a ValueError for inputs of the same kind with different numbers of rows."""
+    fitting, others = ([t for t in candidates if (len(t) == size) is same] for same in (True, False))
     for other in others:
-        alike = any(other.shape[1:] == t.shape[1:] for t in mine)
-        if len(other) != 1 and alike and not any(len(other) in t.shape[1:] for t in mine):
-            came = f"inputs of {size} and of {len(other)} rows"
-            remedy = "Keep what all examples share in the model, or give it a first dimension of 1."
-            raise ValueError(explain(came, "as many rows in each, one for each example", remedy))
+        alike = any(other.shape[1:] == t.shape[1:] for t in fitting)
+        if len(other) != 1 and alike and not any(len(other) in t.shape[1:] for t in fitting):
+            raise ValueError(
+                f"There are inputs of {size} and of {len(other)} rows; each needs one row for each example. "
+                "Keep what all examples share in the model, or give it a first dimension of 1."
+            )
 
 
 def _as_tensors(tree: Any) -> Any:
-    """Make tensors of what holds numbers: NumPy arrays, and lists of numbers or of tensors of one number."""
+    """Convert NumPy arrays, lists of numbers and lists of tensors with one number to tensors."""
     if isinstance(tree, tuple | list) and tree and all(isinstance(t, Tensor) and not t.dim() for t in tree):
         return torch.stack(list(tree))
     if _numbers(tree) or (hasattr(tree, "__array__") and not isinstance(tree, Tensor)):
         try:
             return torch.as_tensor(tree)
-        except (TypeError, ValueError):  # words, or rows of different lengths
+        except (TypeError, ValueError):  # text, or rows of different lengths
             return tree
     if isinstance(tree, Mapping):
         return {key: _as_tensors(value) for key, value in tree.items()}
@@ -198,37 +208,38 @@ def _numbers(tree: Any) -> bool:
     return isinstance(tree, tuple | list) and bool(tree) and all(isinstance(v, Number) or _numbers(v) for v in tree)
 
 
-def _placed(tensor: Tensor, device: torch.device) -> Tensor:
-    """Bring a tensor to a device, as one that autograd may keep."""
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor to a device, and copy it if autograd could not save it."""
     return (tensor.clone() if tensor.is_inference() else tensor).to(device)
 
 
-def _by_example(batch: Batch, flat: bool) -> Any:
-    """Return a batch's target with the examples in the first dimension, or raise a ValueError if it is of other examples."""
+def _by_example(batch: ExampleBatch, flat: bool) -> Any:
+    """Return a batch's target with the examples in the first dimension; raise a ValueError if it does not fit the inputs."""
     target, size = batch.target, batch.size
-    ranked = [t for t in tensors(target) if t.dim() or t is target]
-    wrong = [t for t in ranked if not t.dim() or len(t) not in (1, size)]
-    if not size or not ranked or (not wrong and any(len(t) == size for t in ranked)):
-        return ranked[0] if flat and len(ranked) == 1 else target
+    candidates = [t for t in tensors(target) if t.dim() or t is target]
+    wrong = [t for t in candidates if not t.dim() or len(t) not in (1, size)]
+    if not size or not candidates or (not wrong and any(len(t) == size for t in candidates)):
+        return candidates[0] if flat and len(candidates) == 1 else target
     if isinstance(target, Tensor) and target.numel() == size == 1:
         return target.reshape(1)
-    flat = flat and not batch.given  # else the model itself would see all of it with each example
+    flat = flat and not batch.target_in_inputs  # else the model itself would get all of it with each example
     if flat and isinstance(target, Tensor) and target.dim() == 1 and len(target) > size and not len(target) % size:
         return target.reshape(size, -1)
-    came = f"a target of shape {tuple((wrong or ranked)[0].shape)} for {size} examples"
-    raise ValueError(explain(came, "one target for each example, in the first dimension", EXAMPLES_FIRST))
+    raise ValueError(
+        f"There is a target of shape {tuple((wrong or candidates)[0].shape)} for {size} examples; each example needs a target, "
+        f"in the first dimension. {EXAMPLES_FIRST}"
+    )
 
 
 def _unreadable(came: str) -> str:
-    return explain(
-        came,
-        "batches that are a mapping of the model's arguments, a pair of inputs and target, or inputs as tensors",
-        "Let the DataLoader's `collate_fn` return one of these.",
+    return (
+        f"The data yield {came}. A batch has to be a mapping of the model's arguments, a pair of inputs and target, or inputs "
+        "as tensors; let the DataLoader's `collate_fn` return one of these."
     )
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
-    """Call a model on the inputs of a batch, of any of the kinds that `over` takes."""
+    """Call a model on the inputs of a batch, of any kind that `per_example_over` takes."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     read = _read_batch(batch, device)
     return model(*read.args, **read.kwargs)

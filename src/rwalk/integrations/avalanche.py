@@ -1,8 +1,8 @@
-"""Avalanche: a memory as a plugin of its supervised strategies, and Riemannian Walk in the place of Avalanche's own.
+"""Avalanche: a memory as a plugin of its supervised strategies, and a plugin that replaces Avalanche's own Riemannian Walk.
 
 Give the plugin to any strategy: `Naive(..., plugins=[RWalkPlugin(ewc_lambda=1.0)])`. A task is an experience, or in an online
-stream with known boundaries all parts of one. The loss that Avalanche logs is that of the task alone, since the pull goes
-straight to the gradients; `MemoryMetrics` logs the penalty.
+stream with known boundaries all parts of one. The loss that Avalanche logs is that of the task alone, since the pull is
+added to the gradients; `MemoryMetrics` logs the penalty.
 """
 
 from collections.abc import Iterator
@@ -16,18 +16,18 @@ from avalanche.models.utils import is_multi_task_module
 from avalanche.training.plugins import SupervisedPlugin
 
 from rwalk import RWalk
-from rwalk.integrations._guest import Guest
+from rwalk.integrations._callback import HostCallback
 
 
-class ConsolidationPlugin(Guest, SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
+class ConsolidationPlugin(HostCallback, SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Holds a strategy's model to what earlier experiences need.
 
     `plugin.memory` is the `Consolidator`, once training has begun. Rules that measure on data read that of each experience
-    through the strategy's own loader of training data, with all that is passed to `train`, but for replayed examples. To go on
+    through the strategy's own loader of training data, with the arguments of `train`, except for replayed examples. To continue
     after a restart, load the model as it was, then `state_dict` into a new plugin, and train.
 
     Args:
-        rule: how importance is measured, such as `SI()`; None for the recommended recipe; or a `Consolidator` made before.
+        rule: how importance is measured, such as `SI()`; None for the recommended recipe; or a `Consolidator`.
         strength: factor of the penalty.
         options: further arguments of `Consolidator`.
     """
@@ -35,21 +35,21 @@ class ConsolidationPlugin(Guest, SupervisedPlugin, supports_distributed=True):  
     _parts = 0
 
     def before_training(self, strategy: Any, **_: Any) -> None:
-        """Get to know the model before it grows for the next experience; a saved state is about the model as it was.
+        """Bind the memory before the model grows for the next experience, as a saved state is of the model before that.
 
-        What other plugins do to the weights when an experience ends comes first, and then the evaluation.
+        At the end of an experience other plugins come first, as they may change the weights, and the evaluation comes last.
         """
         others = [each for each in strategy.plugins if each is not self]
         last = others.index(strategy.evaluator) if strategy.evaluator in others else len(others)
         strategy.plugins = [*others[:last], self, *others[last:]]
-        self.meet(strategy.model)
+        self.bind(strategy.model)
 
     def before_training_exp(self, strategy: Any, **_: Any) -> None:
-        """Watch the optimiser, which has followed the model by now."""
-        self.memory.model = strategy.model  # another one where each experience starts afresh, as in GDumb; names stay
+        """Attach to the optimiser, which has the model's new parameters by now."""
+        self.memory.model = strategy.model  # a new one if each experience starts afresh, as in GDumb; names are the same
         self.begin(strategy.model, strategy.optimizer)
 
-    before_training_epoch = before_training_exp  # some strategies and later plugins have replaced the optimiser in between
+    before_training_epoch = before_training_exp  # some strategies and plugins replace the optimiser in between
 
     def after_training_exp(self, strategy: Any, **options: Any) -> None:
         """Consolidate, before Avalanche evaluates."""
@@ -58,7 +58,7 @@ class ConsolidationPlugin(Guest, SupervisedPlugin, supports_distributed=True):  
             self._parts = 1 if experience.is_first_subexp else self._parts + 1
             if not (experience.is_last_subexp or self._parts == experience.sub_stream_length):  # the flag may be missing
                 return
-        self.end(_Batches(strategy, options))
+        self.end(_ExperienceBatches(strategy, options))
 
 
 class RWalkPlugin(ConsolidationPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -87,19 +87,19 @@ class MemoryMetrics(PluginMetric):
         self._plugin = plugin
 
     def result(self) -> dict[str, float]:
-        """Return the figures as they are now."""
+        """Return the current figures."""
         return self._plugin.memory.summary().scalars()
 
     def reset(self) -> None:
-        """Do nothing, as nothing is gathered here."""
+        """Do nothing, as nothing is accumulated."""
 
     def after_training_epoch(self, strategy: Any) -> list[MetricValue]:
-        """Hand the figures to the loggers."""
+        """Pass the figures to the loggers."""
         return [MetricValue(self, name, value, strategy.clock.train_iterations) for name, value in self.result().items()]
 
 
-class _Batches:
-    """The data of the task that has just been trained, loaded anew at each pass, as a strategy's model takes it."""
+class _ExperienceBatches:
+    """The batches of the last task as the strategy's model takes them, loaded again at each pass."""
 
     def __init__(self, strategy: Any, options: dict[str, Any]) -> None:
         self._strategy, self._options = strategy, options
@@ -120,5 +120,5 @@ class _Batches:
 
 
 def _is_part(experience: Any) -> bool:
-    """Tell whether an experience is one of the parts of a known task, in an online stream."""
+    """Return whether an experience is part of a known task, in an online stream."""
     return isinstance(experience, OnlineCLExperience) and experience.access_task_boundaries

@@ -1,5 +1,5 @@
-"""A callback with which a Lightning `Trainer` trains one task after another without forgetting: one `fit` is one task."""
-# ruff: noqa: ARG002 -- hooks have the host's signatures
+"""A callback with which a Lightning `Trainer` trains one task after another without forgetting: each `fit` is a task."""
+# ruff: noqa: ARG002 -- hooks have Lightning's signatures
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,16 +15,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rwalk import Consolidator
-from rwalk._errors import explain
-from rwalk.importance.base import Importance
-from rwalk.integrations._guest import Guest
+from rwalk.integrations._callback import HostCallback
+from rwalk.rules.base import Rule
 
 
-class ConsolidationCallback(Guest, Callback):
-    """Watch the training of a `Trainer`, and consolidate at the end of each `fit` that was not interrupted.
+class ConsolidationCallback(HostCallback, Callback):
+    """Protects what a `Trainer` has learned, and consolidates at the end of each `fit` that was not interrupted.
 
-    Callbacks that average or restore weights when training ends come first, wherever they stand in the list: their weights are
-    the model and the anchor.
+    Callbacks that average or restore weights when training ends run first, wherever they are in the list: their weights are
+    those of the model and of the anchor.
 
     Give one callback to the trainers of all tasks: `Trainer(callbacks=[ConsolidationCallback(RWalk(), strength=10)])`. Its
     state is part of Lightning's checkpoints. The penalty is logged as `memory/penalty` every `log_every_n_steps`, and all
@@ -39,7 +38,7 @@ class ConsolidationCallback(Guest, Callback):
 
     def __init__(
         self,
-        rule: Importance[Any] | Consolidator | None = None,
+        rule: Rule[Any] | Consolidator | None = None,
         strength: float | None = None,
         *,
         loss: Callable[[Any, Any], Tensor] | None = None,
@@ -50,65 +49,66 @@ class ConsolidationCallback(Guest, Callback):
         self._reading, self._open = {"loss": loss, "logits": logits}, False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Watch the optimiser of this `fit`."""
+        """Attach to the optimiser of this `fit`."""
         strategy = trainer.strategy
         lasting = getattr(strategy, "_start_method", "popen") == "popen"
         if not (isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and lasting):
-            raise _wrong(
-                f"the strategy `{type(strategy).__name__}`, which shards parameters, or trains in processes that it forgets",
-                "one device, or DistributedDataParallel in processes that stay",
-                'Pass `Trainer(devices=1)` or `Trainer(strategy="ddp")`; shard with `fully_shard` in a loop of your own.',
+            raise ValueError(
+                f"The strategy `{type(strategy).__name__}` shards parameters, or trains in processes that end with `fit`. Pass "
+                '`Trainer(devices=1)` or `Trainer(strategy="ddp")`; to shard, use `fully_shard` in a loop of your own.'
             )
         if len(trainer.optimizers) != 1:
-            raise _wrong(
-                f"{len(trainer.optimizers)} optimisers from `configure_optimizers`",
-                "one, whose steps are watched",
-                "Put all parameters into one optimiser, as parameter groups where settings differ.",
+            raise ValueError(
+                f"`configure_optimizers` returned {len(trainer.optimizers)} optimisers, and a memory works with one. Put all "
+                "parameters into one optimiser, with a parameter group for each setting."
             )
         rule = self.begin(strategy.model, trainer.optimizers[0]).rule
         if rule.measures == "data" and not is_overridden("forward", pl_module):
-            raise _wrong(
-                f"a `{type(pl_module).__name__}` without `forward`, under {type(rule).__name__}, which measures on data",
-                "a `forward` that takes the inputs of a batch `(inputs, labels)`",
-                "Define `forward`, or use a rule that measures during training, such as `RWalk()`.",
+            raise ValueError(
+                f"`{type(pl_module).__name__}` has no `forward`, which {type(rule).__name__} needs to measure on data. Define "
+                "`forward` for the inputs of a batch `(inputs, labels)`, or use a rule that measures during training, such as "
+                "`RWalk()`."
             )
-        others = [each for each in trainer.callbacks if each is not self]  # whatever changes weights at the end comes first
+        others = [each for each in trainer.callbacks if each is not self]  # callbacks that change weights at the end come first
         last = sum(not isinstance(each, Checkpoint) for each in others)
         trainer.callbacks = [*others[:last], self, *others[last:]]
         self._open = True
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Log the penalty now and then."""
-        rhythm = trainer.log_every_n_steps
-        if rhythm and (trainer.global_step + 1) % rhythm == 0:
+        """Log the penalty every `log_every_n_steps`."""
+        every = trainer.log_every_n_steps
+        if every and (trainer.global_step + 1) % every == 0:
             pl_module.log("memory/penalty", self.memory.penalty())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the task."""
         for logger in trainer.loggers:
             logger.log_metrics(self.memory.summary().scalars(), step=trainer.global_step)
-        self.end(_Batches(trainer) if is_overridden("forward", pl_module) else None, **self._reading)
+        self.end(_TrainingBatches(trainer) if is_overridden("forward", pl_module) else None, **self._reading)
         self._open = False
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End a task of which nothing else was left to do, as its checkpoint is of the last epoch's end."""
+        """End a task that was resumed from a checkpoint of the end of its last epoch, with nothing left to train."""
         if self._open and self.memory.steps:
             trainer.strategy.model_to_device()
             self.on_train_end(trainer, pl_module)
             pl_module.cpu()
         elif self._open:
-            remedy = "Make a new `Trainer` for each task, or raise `trainer.fit_loop.max_epochs`."
-            warnings.warn(explain("a `fit` without a training step", "a task to be learned", remedy), stacklevel=2)
+            warnings.warn(
+                "There was a `fit` without a training step, so no task was learned. Make a new `Trainer` for each task, or "
+                "raise `trainer.fit_loop.max_epochs`.",
+                stacklevel=2,
+            )
         else:
             self.refuse_later_changes()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict` when training begins: before, the model may not be on its device."""
+        """Continue from a `state_dict` when training begins; the model may not be on its device before."""
         self._saved = state_dict
 
 
 @dataclass
-class _Batches:
+class _TrainingBatches:
     """The batches of a trainer's training loader, as its `training_step` gets them."""
 
     trainer: Trainer
@@ -118,7 +118,3 @@ class _Batches:
         for batch in islice(trainer.train_dataloader, None if most == float("inf") else int(most)):
             ready = trainer.lightning_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
             yield trainer.strategy.batch_to_device(ready)
-
-
-def _wrong(*parts: str) -> ValueError:
-    return ValueError(explain(*parts))

@@ -1,31 +1,34 @@
-"""Hugging Face's `Trainer` with a memory: each `train()` is a task, and checkpoints hold the memory too."""
+"""Hugging Face's `Trainer` with a memory: each `train()` is a task, and checkpoints include the memory."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, default_data_collator
+from transformers.trainer_utils import RemoveColumnsCollator
 
 from rwalk import Consolidator
-from rwalk._errors import explain
-from rwalk.importance.base import Importance
-from rwalk.integrations._guest import Guest
-from rwalk.integrations._pretrained import protect, read
-from rwalk.parallel import sharded
-from rwalk.parameters import bare
+from rwalk._errors import printable
+from rwalk._parameters import bare
+from rwalk.consolidation.protected import trainable
+from rwalk.distributed.shards import sharded
+from rwalk.integrations._callback import HostCallback
+from rwalk.rules.base import Rule
 
 __all__ = ["FILE", "ConsolidationCallback", "protect"]
 FILE = "memory.safetensors"  # in a checkpoint's folder
 
 
-class ConsolidationCallback(Guest, TrainerCallback):
-    """Hold a model to what earlier tasks need: `Trainer(..., callbacks=[ConsolidationCallback(RWalk(), strength=10)])`.
+class ConsolidationCallback(HostCallback, TrainerCallback):
+    """Protects what earlier tasks need: `Trainer(..., callbacks=[ConsolidationCallback(RWalk(), strength=10)])`.
 
     A task ends with `train()`, unless an error or a signal interrupts it. Pass the same callback to the next task's Trainer.
-    With `load_best_model_at_end` a task is what led to its best checkpoint. Callbacks that average or restore weights when
-    training ends come first, wherever they stand in the list: their weights are the model and the anchor.
+    With `load_best_model_at_end` a task ends at its best checkpoint. Callbacks that average or restore weights when training
+    ends run first, wherever they are in the list: their weights are those of the model and of the anchor.
 
     Args:
         rule: how importance is measured; None for the recommended recipe; or a `Consolidator`, such as `protect` returns.
@@ -38,7 +41,7 @@ class ConsolidationCallback(Guest, TrainerCallback):
 
     def __init__(
         self,
-        rule: Importance[Any] | Consolidator | None = None,
+        rule: Rule[Any] | Consolidator | None = None,
         strength: float | None = None,
         *,
         loss: Callable[[Any, Any], Tensor] | None = None,
@@ -49,8 +52,8 @@ class ConsolidationCallback(Guest, TrainerCallback):
         self._reading, self._figures = {"loss": loss, "logits": logits}, _Figures(self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Watch the optimiser, and continue from a checkpoint where Trainer does."""
-        trainer, folder = _loop()
+        """Attach to the optimiser, and continue from a checkpoint if Trainer does."""
+        trainer, folder = _running_trainer()
         _refuse(trainer, self._memory)
         saved = None if folder is None else _saved(folder)
         handler, wrapped = trainer.callback_handler, trainer.model_wrapped
@@ -61,27 +64,27 @@ class ConsolidationCallback(Guest, TrainerCallback):
             memory.load(saved)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Put the memory into the checkpoint."""
+        """Save the memory in the checkpoint."""
         wanted = args.load_best_model_at_end or not args.save_only_model
         if wanted and (args.should_save or any(sharded(p) for p in kwargs["model"].parameters())):
             self.memory.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
-        """Spare the console, which comes last, the figures of each layer."""
+        """Leave the figures of each layer out of the console, which comes last."""
         for name in [name for name in logs if name.startswith(("memory/share/", "memory/drift/"))]:
             del logs[name]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """End the task."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self.memory.load(_saved(state.best_model_checkpoint))  # the weights are back there, too
-        self.end(**read(kwargs["train_dataloader"], self.memory.rule, **self._reading))
+            self.memory.load(_saved(state.best_model_checkpoint))  # the weights are those of this checkpoint, too
+        self.end(**_arguments(kwargs["train_dataloader"], self.memory.rule, **self._reading))
 
 
 class _Figures(TrainerCallback):
-    """Comes first among callbacks: adds the memory's figures to logs before trackers see them, and lets a task end last."""
+    """The first of the callbacks: it adds the memory's figures to logs before trackers see them, and lets a task end last."""
 
-    def __init__(self, owner: Guest) -> None:
+    def __init__(self, owner: HostCallback) -> None:
         self.owner = owner
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
@@ -90,14 +93,16 @@ class _Figures(TrainerCallback):
             state.log_history[-1] |= figures
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        callbacks = _loop()[0].callback_handler.callbacks  # whatever averages or restores weights comes before the owner
+        callbacks = _running_trainer()[
+            0
+        ].callback_handler.callbacks  # callbacks that average or restore weights come before the owner
         if self.owner in callbacks:
             callbacks.remove(self.owner)
             callbacks.append(self.owner)
 
 
-def _loop() -> tuple[Trainer, str | None]:
-    """Return the Trainer at work and the folder that it resumes from: what its callbacks are not told, its frame says."""
+def _running_trainer() -> tuple[Trainer, str | None]:
+    """Return the running Trainer and the folder that it resumes from; callbacks find these only in its stack frame."""
     frame: Any = sys._getframe()
     while not ("resume_from_checkpoint" in frame.f_locals and isinstance(frame.f_locals.get("self"), Trainer)):
         frame = frame.f_back
@@ -105,23 +110,111 @@ def _loop() -> tuple[Trainer, str | None]:
 
 
 def _saved(folder: str) -> Path:
-    """Return where a checkpoint has its memory."""
+    """Return the file of the memory in a checkpoint."""
     if not (path := Path(folder, FILE)).is_file():
-        came, expected = f"the checkpoint `{folder}` without a `{FILE}`", "one that was saved with a memory, and whole"
-        remedy = "Remove that folder and resume from the checkpoint before it; or load its model and train without resuming."
-        raise FileNotFoundError(explain(came, expected, remedy))
+        raise FileNotFoundError(
+            f"The checkpoint `{printable(folder)}` is without a `{FILE}`: it was saved without a memory, or not completely. "
+            "Remove that folder and resume from the checkpoint before it; or load its model and train without resuming."
+        )
     return path
 
 
 def _refuse(trainer: Any, memory: Consolidator | None) -> None:
-    """Refuse engines that hide gradients or weights, checkpoints that callbacks do not see, and weights that were frozen."""
+    """Refuse engines that hide gradients or weights, checkpoints without callbacks, and models wrapped after protection."""
     accelerator, model = trainer.accelerator, bare(trainer.model)
     engine = accelerator.distributed_type.value
     if engine in ("DEEPSPEED", "MEGATRON_LM", "XLA") or (engine == "FSDP" and not getattr(accelerator, "is_fsdp2", False)):
-        raise RuntimeError(explain(f"Trainer under {engine}", "gradients and weights in sight", "Train under DDP."))
+        raise RuntimeError(f"There is a Trainer under {engine}, which hides gradients and weights. Train under DDP.")
     if getattr(trainer.args, "enable_jit_checkpoint", False):
-        raise RuntimeError(explain("`enable_jit_checkpoint`", "checkpoints that callbacks are told of", "Use `save_steps`."))
+        raise RuntimeError("`enable_jit_checkpoint` saves checkpoints without the callbacks. Use `save_steps` instead.")
     if memory is not None and any(part is bare(memory.model) for part in list(model.modules())[1:]):
-        came = "a model that was wrapped, with adapters perhaps, after it was protected"
-        remedy = "Call `protect` after `get_peft_model`; or train without a memory, merge the adapters, and then use it."
-        raise ValueError(explain(came, "the model that was protected: what is held is frozen now, and cannot move", remedy))
+        raise ValueError(
+            "The model was wrapped after it was protected, perhaps with adapters, so that the protected weights are frozen. "
+            "Call `protect` after `get_peft_model`; or train without a memory, merge the adapters, and then use it."
+        )
+
+
+def protect(
+    model: nn.Module,
+    dataset: Any,
+    rule: Rule[Any] | None = None,
+    strength: float | None = None,
+    *,
+    data_collator: Callable[[Any], Any] = default_data_collator,
+    batch_size: int = 8,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    logits: Callable[[Any], Tensor] | None = None,
+    **options: Any,
+) -> Consolidator:
+    """Protect what a pretrained model can do, before any fine-tuning: pass the result to `ConsolidationCallback`.
+
+    Parameters that require gradients are protected: under PEFT those of the adapters. `summary()` counts them.
+
+    Args:
+        model: the pretrained model, with its adapters, if any.
+        dataset: examples of what it does well, as Trainer takes them, or a loader; None for rules that measure nothing.
+        rule: one that measures on data, such as `EWC()`; for a language model `EWC(labels="sample")`.
+        strength: as in `Consolidator`.
+        data_collator: as in Trainer.
+        batch_size: how many examples are read at a time; the result does not depend on it.
+        loss: as in `ConsolidationCallback`.
+        logits: as in `ConsolidationCallback`.
+        options: further arguments of `Consolidator`.
+
+    Raises:
+        RuntimeError: if the rule measures during training.
+        ValueError: if everything is frozen, or there is no data that the rule can measure on.
+    """
+    memory = Consolidator(model, rule, strength, **options)
+    if not trainable(model):
+        raise ValueError(
+            "The model's parameters are all frozen. Unfreeze those that fine-tuning moves with `requires_grad_(True)`, or add "
+            "adapters first."
+        )
+    data = None if dataset is None else _loader(model, dataset, data_collator, batch_size)
+    memory.estimate(**_arguments(data, memory.rule, loss, logits))
+    return memory
+
+
+class _LabelledBatches:
+    """A loader's batches; a batch whose labels have other names than "labels" is its own target."""
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        self._data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches."""
+        if hasattr(self._data, "set_epoch"):
+            self._data.set_epoch(0)  # the same order, even if training was resumed in the middle of an epoch
+        for batch in self._data:
+            yield (batch, batch) if isinstance(batch, Mapping) and "labels" not in batch else batch
+
+
+def _loader(model: nn.Module, dataset: Any, collator: Callable[[Any], Any], batch_size: int) -> Iterable[Any]:
+    """Load a data set in order, with the columns that the model takes, as Trainer does."""
+    if isinstance(dataset, DataLoader):
+        return dataset
+    root: Any = bare(model)
+    names = signature((root.get_base_model() if hasattr(root, "get_base_model") else root).forward).parameters
+    return DataLoader(dataset, batch_size, collate_fn=RemoveColumnsCollator(collator, [*names, "label", "label_ids"]))
+
+
+def _arguments(data: Iterable[Any] | None, rule: Rule[Any], loss: Any, logits: Any) -> dict[str, Any]:
+    """Return the arguments of `consolidate`; a rule for the data's labels takes the loss that the model computes."""
+    own = _models_loss if getattr(rule, "labels", None) == "true" else None
+    return {"data": None if data is None else _LabelledBatches(data), "loss": loss or own, "logits": logits}
+
+
+def _models_loss(output: Any, _: Any) -> Tensor:
+    """Return the loss in a model's output, from where Trainer reads it.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else output[0]
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            "The model returned an output without the model's own loss, as the batch has no labels. Let the data collator make "
+            'them, mostly under "labels", or pass `loss=`.'
+        )
+    return loss

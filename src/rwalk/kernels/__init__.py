@@ -12,25 +12,25 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from rwalk._errors import explain
 from rwalk.kernels import blocked
-from rwalk.kernels.visits import After, Visit, counted
+from rwalk.kernels.passes import PostStepRow, PreStepPass, counted
 
 __all__ = [
     "BACKENDS",
-    "After",
-    "Visit",
-    "account_",
-    "after_",
+    "PostStepRow",
+    "PreStepPass",
+    "add_si_importance_",
+    "after_step_",
     "available",
+    "before_step_",
     "counted",
     "current",
     "penalty",
     "rest_",
     "settle_",
     "settled",
+    "unlike",
     "use",
-    "visit_",
 ]
 
 Tensors = Sequence[Tensor]
@@ -50,7 +50,7 @@ _chain: tuple[ModuleType, ...] = (blocked,)
 
 
 def use(name: str) -> None:
-    """Choose how the arithmetic is done in this process.
+    """Choose the backend of the arithmetic in this process.
 
     Args:
         name: "blocked" is the default and needs nothing but PyTorch; "numba" fuses on CPUs and comes with the extra `fast`;
@@ -68,12 +68,12 @@ def use(name: str) -> None:
         chosen = BACKENDS[name]
     else:
         known = ", ".join(["auto", *BACKENDS])
-        raise ValueError(explain(f"backend `{name}`", f"one of {known}", "Pass one of these names to `kernels.use`."))
+        raise ValueError(f"There is no backend `{name}`. Pass one of {known}.")
     try:
         chain = tuple(import_module(f"{__name__}.{module}") for module in chosen)
     except ImportError as error:
         remedy = "Run: pip install 'rwalk[fast]'" if name == "numba" else "Install PyTorch for CUDA, or use another backend."
-        raise ImportError(explain(f"backend `{name}` ({error})", f"the package `{name}`", remedy)) from None
+        raise ImportError(f"The backend `{name}` needs the package `{name}` ({error}). {remedy}") from None
     _name, _chain = name if name != "auto" else "+".join(chosen), chain
 
 
@@ -88,23 +88,23 @@ def available() -> list[str]:
     return [name for name in BACKENDS if works.get(name, True)]
 
 
-def visit_(visit: Visit) -> Tensor | None:
-    """Do what is to be done before an optimiser step, or at a task's end, in one visit of each parameter's memory.
+def before_step_(step: PreStepPass) -> Tensor | None:
+    """Do what is to be done before an optimiser step, or at a task's end, in one pass over each parameter's memory.
 
     Returns for how many elements of finished windows the squared Riemannian distance exceeded eps, None where no window ended.
     """
     counts: list[Tensor] = []
-    for one_way, mine in visit.directions():
+    for one_way, mine in step.directions():
         for rows in fetched(mine):
             for backend in _chain:
                 if rows:
-                    rows, far = backend.visit_(rows, one_way)
-                    counts += far
+                    rows, beyond_eps = backend.before_step_(rows, one_way)
+                    counts += beyond_eps
     return torch.stack([count.to(counts[0].device) for count in counts]).sum() if counts else None
 
 
-def after_(rows: Iterable[After], skip: Tensor | None = None) -> None:
-    """Do what is to be done after an optimiser step, in one visit of each parameter's memory.
+def after_step_(rows: Iterable[PostStepRow], skip: Tensor | None = None) -> None:
+    """Do what is to be done after an optimiser step, in one pass over each parameter's memory.
 
     Args:
         rows: the parameters.
@@ -112,7 +112,7 @@ def after_(rows: Iterable[After], skip: Tensor | None = None) -> None:
     """
     for left in fetched(rows):
         for backend in _chain:
-            left = backend.after_(left, skip) if left else left
+            left = backend.after_step_(left, skip) if left else left
 
 
 def fetched(rows: Iterable[blocked.AnyRow], limit: int = FETCH) -> Iterator[list[blocked.AnyRow]]:
@@ -142,7 +142,7 @@ def rest_(theta: Tensors, path: Tensors, mark: Tensors, previous: Tensors, skip:
     blocked.rest_(zip(theta, path, mark, previous, strict=True), skip)
 
 
-settle_, settled, account_, unlike = blocked.settle_, blocked.settled, blocked.account_, blocked.unlike
+settle_, settled, add_si_importance_, unlike = blocked.settle_, blocked.settled, blocked.add_si_importance_, blocked.unlike
 
 
 def penalty(theta: Tensors, point: Tensors, omega: Tensors) -> float | Tensor:

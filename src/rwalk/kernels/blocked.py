@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from rwalk.kernels import reference
-from rwalk.kernels.many import Many
-from rwalk.kernels.visits import After, Row, Visit, counted
+from rwalk.kernels.foreach import TensorList
+from rwalk.kernels.passes import PostStepRow, PreStepPass, PreStepRow, counted
 
 BLOCK = 2**17
-"""Elements per block on a CPU. At 2^15 the streams of a visit fit a second-level cache, but a small network then pays more for
+"""Elements per block on a CPU. At 2^15 the streams of a pass fit a second-level cache, but a small network then pays more for
 cutting and calling than it saves; at 2^17 they fit the third level, and no size of network takes longer."""
 BATCH = 2**21
 """Elements per launch on a GPU: a handful of float32 streams of this length fit the second-level cache of a data-centre GPU."""
@@ -25,24 +25,24 @@ BATCH = 2**21
 SMALL, TOGETHER = 2**14, 64
 """Elements of tensors that are worth going through together where no row has to be built, and how many of them at once."""
 
-AnyRow = TypeVar("AnyRow", Row, After)
+AnyRow = TypeVar("AnyRow", PreStepRow, PostStepRow)
 
 
-def visit_(rows: Iterable[Row], visit: Visit) -> tuple[list[Row], list[Tensor]]:
-    """Visit parameters before a step: see `Visit`. Returns the rows left to do (none), and counts as `settle_` returns."""
-    if visit.left_out:
+def before_step_(rows: Iterable[PreStepRow], step: PreStepPass) -> tuple[list[PreStepRow], list[Tensor]]:
+    """Update parameters before a step: see `PreStepPass`. Returns the rows it leaves (none), and `settle_`'s counts."""
+    if step.left_out:
         return [], []
-    far = [reference.visit_one_(piece, visit) for piece in _pieces(rows)]
-    return [], [count for count in far if count is not None]
+    beyond_eps = [reference.before_step_one_(piece, step) for piece in _pieces(rows)]
+    return [], [count for count in beyond_eps if count is not None]
 
 
-def after_(rows: Iterable[After], skip: Tensor | None = None) -> list[After]:
-    """Visit parameters after a step: see `After`. Returns the rows left to do: none."""
+def after_step_(rows: Iterable[PostStepRow], skip: Tensor | None = None) -> list[PostStepRow]:
+    """Update parameters after a step: see `PostStepRow`. Returns the rows left to do: none."""
     rows = list(rows)
     if rows and skip is not None and bool(skip):
         return []
     for piece in _pieces(counted(rows)):
-        reference.after_one_(piece)
+        reference.after_step_one_(piece)
     return []
 
 
@@ -68,17 +68,23 @@ def flat(tensors: list[Tensor]) -> list[Tensor] | None:
 
 
 def one_order(tensors: list[Tensor]) -> bool:
-    """Tell whether tensors of one shape are dense and in one order, so that they can be walked through as vectors."""
+    """Return whether tensors of one shape are dense and in one order, so that they can be viewed as vectors."""
     return all(map(Tensor.is_contiguous, tensors)) or flat(tensors) is not None
 
 
-def _pieces(rows: Iterable[AnyRow]) -> Iterator[AnyRow]:
+def _pieces(rows: Iterable[AnyRow]) -> list[AnyRow]:
     """Cut rows into pieces; on a GPU, join those that have the same work to do."""
-    rows = list(rows)
+    pieces: list[AnyRow] = []
+    elsewhere: list[AnyRow] = []
     for row in rows:
-        if row.theta.device.type == "cpu":
-            yield from _cut(row, BLOCK)
-    yield from batches([row for row in rows if row.theta.device.type != "cpu"])
+        if not row.theta.is_cpu:
+            elsewhere.append(row)
+        elif row.theta.numel() <= BLOCK:
+            pieces.append(row)
+        else:
+            pieces += _cut(row, BLOCK)
+    pieces += batches(elsewhere)
+    return pieces
 
 
 def _cut(row: AnyRow, size: int) -> Iterator[AnyRow]:
@@ -107,14 +113,14 @@ def batches(rows: Iterable[AnyRow], size: int = BATCH) -> Iterator[AnyRow]:
     yield from map(_joined, waiting.values())
 
 
-def _work(row: Row | After) -> tuple[Any, ...]:
-    """Describe what there is to do for a row: which tensors of which kinds it has, and its numbers."""
+def _work(row: PreStepRow | PostStepRow) -> tuple[Any, ...]:
+    """Return what rows must share to be joined: the kinds of their tensors, and their numbers."""
     return (row.theta.device, *(value.dtype if isinstance(value, Tensor) else value for value in row))
 
 
 def _joined(batch: list[AnyRow]) -> AnyRow:
     columns = zip(*batch, strict=True)
-    values: list[Any] = [Many(list(column)) if isinstance(column[0], Tensor) else column[0] for column in columns]
+    values: list[Any] = [TensorList(list(column)) if isinstance(column[0], Tensor) else column[0] for column in columns]
     return type(batch[0])(*values)
 
 
@@ -129,7 +135,7 @@ def rest_(rows: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]], skip: Tensor | 
                 reference.rest_(t, p, m, q, None if skip is None else skip.to(t.device))
     for group in small.values():
         for at in range(0, len(group), TOGETHER):
-            columns: list[Any] = [Many(column) for column in zip(*group[at : at + TOGETHER], strict=True)]
+            columns: list[Any] = [TensorList(column) for column in zip(*group[at : at + TOGETHER], strict=True)]
             reference.rest_(columns[0], columns[1], columns[2], columns[3], None)
 
 
@@ -156,16 +162,16 @@ def settled(
 ) -> tuple[Tensor, Tensor]:
     """Return the score as it is once the window has ended, and the count of `settle_`; write nothing."""
     whole = torch.empty_like(score)
-    far = []
+    beyond_eps = []
     for piece in blocks([whole, theta, fisher, path, score, mark, *([] if previous is None else [previous])]):
         into, t, f, *scratch = piece
         p, s, m, *q = (tensor.clone() for tensor in scratch)
-        far.append(reference.settle_(t, f, p, s, m, q[0] if q else None, eps))
+        beyond_eps.append(reference.settle_(t, f, p, s, m, q[0] if q else None, eps))
         into.copy_(s)
-    return whole, torch.stack(far).sum()
+    return whole, torch.stack(beyond_eps).sum()
 
 
-def account_(
+def add_si_importance_(
     total: Tensor, path: Tensor, start: Tensor, theta: Tensor, mark: Tensor, previous: Tensor | None, xi: float
 ) -> None:
     """Add a task's share of the path integral to an importance, and write nothing else: see the reference."""
@@ -173,8 +179,8 @@ def account_(
         into, p, s, t, m, *q = piece
         whole = p.clone()
         if q:
-            reference.balance_(t, whole, m, q[0].clone())
-        reference.account_(into, whole, s, t, xi)
+            reference.finish_path_(t, whole, m, q[0].clone())
+        reference.add_si_importance_(into, whole, s, t, xi)
 
 
 def penalty(theta: Tensor, point: Tensor, omega: Tensor) -> Tensor:

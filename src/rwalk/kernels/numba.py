@@ -1,6 +1,6 @@
-"""One fused pass over each parameter on a CPU, compiled by Numba: lays out tensors for the loops of `loops`, and calls them.
+"""One fused pass over each parameter on a CPU, compiled by Numba: lays out tensors for `numba_loops`, and calls them.
 
-Tensors go over as addresses in a table, because handing over arrays one by one costs more than a small visit. Taken are float32
+Tensors go over as addresses in a table, because handing over arrays one by one costs more than a small pass. Taken are float32
 and float64, and bfloat16 beside float32 state; the next backend does the rest.
 """
 
@@ -15,18 +15,30 @@ import torch
 from torch import Tensor
 
 from rwalk.kernels.blocked import AnyRow, one_order
-from rwalk.kernels.loops import COARSE, NONE, TILE, WIDE, Compiled, after_rows, visit_rows
-from rwalk.kernels.visits import After, Row, Visit, counted
+from rwalk.kernels.numba_loops import (
+    COARSE,
+    FISHER,
+    GRAD,
+    NONE,
+    OMEGA,
+    PATH,
+    SCORE,
+    SQUARES,
+    TILE,
+    WIDE,
+    Compiled,
+    after_step_rows,
+    before_step_rows,
+)
+from rwalk.kernels.passes import PostStepRow, PreStepPass, PreStepRow, counted
 
 SHARE = 2**18
 """Elements of work below which a second thread does not pay."""
 ROW = (COARSE, COARSE, WIDE, WIDE, WIDE, WIDE, WIDE, WIDE, WIDE, COARSE)
 AFTER = (COARSE, WIDE, COARSE, COARSE, WIDE)
-"""The most that the compiled code takes in each column of `Row` and `After`."""
-GRAD, PATH, SCORE, FISHER, SQUARES, OMEGA = 1, 2, 5, 6, 7, 9
-"""Places of columns of `Row`."""
+"""The most that the compiled code takes in each column of `PreStepRow` and `PostStepRow`."""
 FLAGS = (GRAD, PATH, SCORE, FISHER, SQUARES, OMEGA)
-"""Of which of them `visit_rows` is told whether they are there."""
+"""The columns that `before_step_rows` handles only where they are present."""
 PRECISION = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
 """State precision of each kind of parameter that the compiled code takes."""
 
@@ -34,27 +46,27 @@ Key = tuple[Any, ...]
 Entry = tuple[tuple[int, ...], int, tuple[float, ...]]
 
 
-def visit_(rows: Iterable[Row], visit: Visit) -> tuple[list[Row], list[Tensor]]:
-    """Visit parameters before a step: see `Visit`. Returns the rows left to the next backend, and counts as `settle_` does."""
+def before_step_(rows: Iterable[PreStepRow], step: PreStepPass) -> tuple[list[PreStepRow], list[Tensor]]:
+    """Update parameters before a step: see `PreStepPass`. Returns rows for the next backend, and the counts of `settle_`."""
     tables, left = _tables(rows)
-    if not tables or visit.left_out:
+    if not tables or step.left_out:
         return left, []
-    numbers = (visit.eps, 2 * visit.strength, 1.0 if visit.scale is None else float(visit.scale))
-    far = []
+    numbers = (step.eps, 2 * step.strength, 1.0 if step.scale is None else float(step.scale))
+    beyond_eps = []
     for key, table in tables.items():
         has = [True if key[place] else None for place in FLAGS]
-        count = _run(visit_rows, key, table, numbers, visit.close, *has)
-        far += [torch.tensor(count)] if visit.close and key[PATH] and key[SCORE] else []
-    return left, far
+        count = _run(before_step_rows, key, table, numbers, step.close, *has)
+        beyond_eps += [torch.tensor(count)] if step.close and key[PATH] and key[SCORE] else []
+    return left, beyond_eps
 
 
-def after_(rows: Iterable[After], skip: Tensor | None = None) -> list[After]:
-    """Visit parameters after a step: see `After`. Returns the rows left to the next backend."""
+def after_step_(rows: Iterable[PostStepRow], skip: Tensor | None = None) -> list[PostStepRow]:
+    """Update parameters after a step: see `PostStepRow`. Returns the rows left to the next backend."""
     if skip is not None and skip.is_cpu and bool(skip):
         return []
     tables, left = _tables(counted(rows))
     for key, table in tables.items():
-        _run(after_rows, key, table, (), *[True if kind else None for kind in key[2 : len(AFTER)]])
+        _run(after_step_rows, key, table, (), *[True if kind else None for kind in key[2 : len(AFTER)]])
     return left
 
 
@@ -79,7 +91,7 @@ def _tables(rows: Iterable[AnyRow]) -> tuple[dict[Key, list[Entry]], list[AnyRow
 
 def _parts(row: Any) -> tuple[Any, Any]:
     """Return the tensors of a row, and its numbers."""
-    return (row[: len(AFTER)], row[len(AFTER) : -1]) if isinstance(row, After) else (row[: len(ROW)], (row.weight,))
+    return (row[: len(AFTER)], row[len(AFTER) : -1]) if isinstance(row, PostStepRow) else (row[: len(ROW)], (row.weight,))
 
 
 @lru_cache(maxsize=64)
@@ -89,7 +101,7 @@ def _key(row: Any, dtypes: tuple[Any, ...]) -> Key | None:
     None if the compiled code does not know such rows.
     """
     wide = PRECISION.get(dtypes[0])
-    allowed = AFTER if row is After else ROW
+    allowed = AFTER if row is PostStepRow else ROW
     if wide is None or not row(*dtypes).whole:
         return None
     kinds = [NONE if dtype is None else WIDE if dtype is wide else COARSE for dtype in dtypes]

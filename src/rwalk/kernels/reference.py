@@ -2,7 +2,7 @@
 
 Arguments of one call have one shape. Names ending in an underscore write into their first state tensors; state is never of
 lower precision than the parameter, except `omega` where the user asks for bfloat16, so gradients and parameters are converted
-where they meet state. The formulas of a visit serve a list of tensors on a GPU as well (see `many`).
+where they meet state. The formulas of a pass serve a list of tensors on a GPU as well (see `foreach`).
 """
 
 from collections.abc import Iterable
@@ -10,55 +10,55 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from rwalk.kernels.many import above
-from rwalk.kernels.visits import After, Row, Visit, counted
+from rwalk.kernels.foreach import above
+from rwalk.kernels.passes import PostStepRow, PreStepPass, PreStepRow, counted
 
 
-def visit_(rows: Iterable[Row], visit: Visit) -> tuple[list[Row], list[Tensor]]:
-    """Visit parameters before a step: see `Visit`. Returns the rows left to do (none), and counts as `settle_` returns."""
-    if visit.left_out:
+def before_step_(rows: Iterable[PreStepRow], step: PreStepPass) -> tuple[list[PreStepRow], list[Tensor]]:
+    """Update parameters before a step: see `PreStepPass`. Returns the rows it leaves (none), and `settle_`'s counts."""
+    if step.left_out:
         return [], []
-    return [], [far for row in rows if (far := visit_one_(row, visit)) is not None]
+    return [], [beyond_eps for row in rows if (beyond_eps := before_step_one_(row, step)) is not None]
 
 
-def after_(rows: Iterable[After], skip: Tensor | None = None) -> list[After]:
-    """Visit parameters after a step: see `After`. Returns the rows left to do: none."""
+def after_step_(rows: Iterable[PostStepRow], skip: Tensor | None = None) -> list[PostStepRow]:
+    """Update parameters after a step: see `PostStepRow`. Returns the rows left to do: none."""
     rows = list(rows)
     if rows and skip is not None and bool(skip):
         return []
     for row in counted(rows):
-        after_one_(row)
+        after_step_one_(row)
     return []
 
 
-def visit_one_(row: Row, visit: Visit) -> Tensor | None:
-    """Visit one parameter, or a piece of it. Returns what `settle_` does, if that was called."""
-    far = None
+def before_step_one_(row: PreStepRow, step: PreStepPass) -> Tensor | None:
+    """Update one parameter, or a piece of it. Returns what `settle_` does, if that was called."""
+    beyond_eps = None
     if row.path is not None and row.mark is not None:
-        if visit.close and row.score is not None and row.fisher is not None:
-            far = settle_(row.theta, row.fisher, row.path, row.score, row.mark, row.previous, visit.eps)
-        elif visit.close:
-            close_(row.theta, row.path, row.mark, row.previous)
+        if step.close and row.score is not None and row.fisher is not None:
+            beyond_eps = settle_(row.theta, row.fisher, row.path, row.score, row.mark, row.previous, step.eps)
+        elif step.close:
+            end_stretch_(row.theta, row.path, row.mark, row.previous)
     if row.grad is None:
-        return far
-    g = row.grad if visit.scale is None else row.grad.to(torch.promote_types(row.grad.dtype, torch.float32)) / visit.scale
+        return beyond_eps
+    g = row.grad if step.scale is None else row.grad.to(torch.promote_types(row.grad.dtype, torch.float32)) / step.scale
     if row.path is not None and row.mark is not None and row.previous is not None:
-        if visit.close:
+        if step.close:
             row.previous.copy_(g)  # the path of a stretch that begins here is 0
         else:
-            trace_(row.theta, g, row.path, row.mark, row.previous)
+            extend_path_(row.theta, g, row.path, row.mark, row.previous)
     if row.fisher is not None:
         if row.squares is None:
             square_(row.fisher, g, row.weight)
         else:
-            blend_(row.fisher, row.squares if visit.scale is None else row.squares / visit.scale**2, row.weight)
+            blend_(row.fisher, row.squares if step.scale is None else row.squares / step.scale**2, row.weight)
     if row.point is not None and row.omega is not None:
-        omega = row.omega if visit.scale is None else row.omega.to(row.point.dtype) * visit.scale
-        pull_(row.grad, row.theta, row.point, omega, visit.strength)
-    return far
+        omega = row.omega if step.scale is None else row.omega.to(row.point.dtype) * step.scale
+        pull_(row.grad, row.theta, row.point, omega, step.strength)
+    return beyond_eps
 
 
-def after_one_(row: After) -> None:
+def after_step_one_(row: PostStepRow) -> None:
     """Draw one parameter towards the anchor and average it."""
     if row.point is not None and row.omega is not None:
         if row.second is None:
@@ -69,7 +69,7 @@ def after_one_(row: After) -> None:
         blend_(row.average, row.theta, row.weight)
 
 
-def trace_(theta: Tensor, grad: Tensor, path: Tensor, mark: Tensor, previous: Tensor) -> None:
+def extend_path_(theta: Tensor, grad: Tensor, path: Tensor, mark: Tensor, previous: Tensor) -> None:
     """Extend the path integral: path += (g - g_previous) * (theta - mark), then remember g.
 
     Summed over a stretch and balanced at its end, this telescopes to the sum of -g_t * (theta_{t+1} - theta_t) (equation 7)
@@ -79,21 +79,21 @@ def trace_(theta: Tensor, grad: Tensor, path: Tensor, mark: Tensor, previous: Te
     previous.copy_(grad)
 
 
-def balance_(theta: Tensor, path: Tensor, mark: Tensor, previous: Tensor) -> None:
-    """Have the path hold the whole path integral up to here: path -= g_previous * (theta - mark)."""
+def finish_path_(theta: Tensor, path: Tensor, mark: Tensor, previous: Tensor) -> None:
+    """Complete the path integral up to here: path -= g_previous * (theta - mark)."""
     path.addcmul_(previous, theta - mark, value=-1)
     previous.zero_()
 
 
-def close_(theta: Tensor, path: Tensor, mark: Tensor, previous: Tensor | None) -> None:
+def end_stretch_(theta: Tensor, path: Tensor, mark: Tensor, previous: Tensor | None) -> None:
     """End a stretch of the path, and begin a new one at theta."""
     if previous is not None:
-        balance_(theta, path, mark, previous)
+        finish_path_(theta, path, mark, previous)
     mark.copy_(theta)
 
 
 def rest_(theta: Tensor, path: Tensor, mark: Tensor, previous: Tensor, skip: Tensor | None) -> None:
-    """Have the path hold all of the path integral up to here, and keep theta where the gradient of the last step was.
+    """Complete the path integral up to here, and store theta in place of the gradient of the last step.
 
     Nothing is done where `skip`, one element, is not 0.
     """
@@ -114,12 +114,12 @@ def settle_(
     Returns in how many elements the squared Riemannian distance, F * (theta - mark)^2 / 2, exceeded eps: a scalar.
     """
     moved = theta - mark
-    close_(theta, path, mark, previous)
+    end_stretch_(theta, path, mark, previous)
     distance = moved.mul_(moved).mul_(fisher).mul_(0.5)
     score.addcdiv_(path, distance + eps)
-    far: Tensor = above(path, distance, eps).sum(dtype=torch.float64).long()
+    beyond_eps: Tensor = above(path, distance, eps).sum(dtype=torch.float64).long()
     path.zero_()
-    return far
+    return beyond_eps
 
 
 def square_(fisher: Tensor, grad: Tensor, weight: float) -> None:
@@ -133,7 +133,7 @@ def blend_(average: Tensor, value: Tensor, weight: float) -> None:
     average.mul_(1 - weight).add_(value, alpha=weight)
 
 
-def account_(total: Tensor, path: Tensor, start: Tensor, theta: Tensor, xi: float) -> None:
+def add_si_importance_(total: Tensor, path: Tensor, start: Tensor, theta: Tensor, xi: float) -> None:
     """Add a task's share of the path integral: total += relu(path / ((theta - start)^2 + xi)) (Zenke et al. 2017, eq. 5)."""
     moved = theta - start
     total.add_(path.div(moved.mul_(moved).add_(xi)).clamp_(min=0))

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rwalk.kernels.blocked import AnyRow, one_order
-from rwalk.kernels.visits import After, Row, Visit
+from rwalk.kernels.passes import PostStepRow, PreStepPass, PreStepRow
 
 CHUNK = 2**12
 """Elements per program: enough loads in flight for each column, and few enough registers."""
@@ -27,32 +27,48 @@ KINDS: dict[torch.dtype, Any] = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+THETA = tl.constexpr(0)
+GRAD = tl.constexpr(1)
+PATH = tl.constexpr(2)
+MARK = tl.constexpr(3)
+PREVIOUS = tl.constexpr(4)
+SCORE = tl.constexpr(5)
+FISHER = tl.constexpr(6)
+SQUARES = tl.constexpr(7)
+POINT = tl.constexpr(8)
+OMEGA = tl.constexpr(9)
+"""Columns of a `PreStepRow`."""
+AFTER_POINT = tl.constexpr(1)
+AFTER_OMEGA = tl.constexpr(2)
+AFTER_SECOND = tl.constexpr(3)
+AFTER_AVERAGE = tl.constexpr(4)
+"""Columns of a `PostStepRow`, after theta."""
 ROW_COLUMNS, AFTER_COLUMNS = 10, 5
-"""How many of the fields of `Row` and `After` are tensors."""
+"""How many of the fields of `PreStepRow` and `PostStepRow` are tensors."""
 Group = tuple[tuple[torch.dtype | None, ...], int, bool]
 """What rows of one launch have in common: the kinds of their columns, their device's number, and whether they hold counts."""
 
 
-def visit_(rows: Iterable[Row], visit: Visit) -> tuple[list[Row], list[Tensor]]:
-    """Visit parameters before a step: see `Visit`. Returns the rows left to the next backend, and counts as `settle_` does."""
+def before_step_(rows: Iterable[PreStepRow], step: PreStepPass) -> tuple[list[PreStepRow], list[Tensor]]:
+    """Update parameters before a step: see `PreStepPass`. Returns rows for the next backend, and the counts of `settle_`."""
     groups, left = _sort(rows, ROW_COLUMNS)
-    far: list[Tensor] = []
+    beyond_eps: list[Tensor] = []
     for (kinds, *_), mine in groups.items():
         device = mine[0].theta.device
         count = torch.zeros((), dtype=torch.int64, device=device)
-        flags = {"SCALED": visit.scale is not None, "SKIPS": visit.skip is not None}
-        tables = (_on(visit.scale, count), _on(visit.skip, count), count)
-        numbers = _on_device(tuple([(row.weight, visit.eps, 2 * visit.strength) for row in mine]), torch.float64, device)
-        _launch(_visit, mine, kinds, numbers, *tables, CLOSE=visit.close, **flags)
-        far += [count] if visit.close and kinds[2] is not None and kinds[5] is not None else []
-    return left, far
+        flags = {"SCALED": step.scale is not None, "SKIPS": step.skip is not None}
+        tables = (_on(step.scale, count), _on(step.skip, count), count)
+        numbers = _on_device(tuple([(row.weight, step.eps, 2 * step.strength) for row in mine]), torch.float64, device)
+        _launch(_before_step, mine, kinds, numbers, *tables, CLOSE=step.close, **flags)
+        beyond_eps += [count] if step.close and kinds[PATH.value] is not None and kinds[SCORE.value] is not None else []
+    return left, beyond_eps
 
 
-def after_(rows: Iterable[After], skip: Tensor | None = None) -> list[After]:
-    """Visit parameters after a step: see `After`. Returns the rows left to the next backend."""
+def after_step_(rows: Iterable[PostStepRow], skip: Tensor | None = None) -> list[PostStepRow]:
+    """Update parameters after a step: see `PostStepRow`. Returns the rows left to the next backend."""
     groups, left = _sort(rows, AFTER_COLUMNS)
     for (kinds, *_), mine in groups.items():
-        _launch(_after, mine, kinds, _corrected(mine), _on(skip, mine[0].theta), SKIPS=skip is not None)
+        _launch(_after_step, mine, kinds, _corrected(mine), _on(skip, mine[0].theta), SKIPS=skip is not None)
     return left
 
 
@@ -67,7 +83,7 @@ def _sort(rows: Iterable[AnyRow], columns: int) -> tuple[dict[Group, list[AnyRow
         kind: Any = type(row)
         alone = len({t.get_device() for t in tensors}) == 1
         if alone and row.theta.device.type in DEVICES and _known(kind, kinds) and one_order(tensors):
-            counted = isinstance(row, After) and row.made is not None
+            counted = isinstance(row, PostStepRow) and row.made is not None
             groups.setdefault((kinds, row.theta.get_device(), counted), []).append(row)
         else:
             left.append(row)
@@ -76,7 +92,7 @@ def _sort(rows: Iterable[AnyRow], columns: int) -> tuple[dict[Group, list[AnyRow
 
 @lru_cache(maxsize=64)
 def _known(row: Any, kinds: tuple[torch.dtype | None, ...]) -> bool:
-    """Tell whether the kernels can work on columns of these kinds."""
+    """Return whether the kernels can work on columns of these kinds."""
     return bool(all(kind is None or kind in KINDS for kind in kinds) and row(*kinds).whole)
 
 
@@ -94,7 +110,7 @@ def _launch(kernel: Any, rows: list[Any], kinds: tuple[torch.dtype | None, ...],
             kernel[(len(chunks),)](table, chunks, lengths, *rest, **flags, **options)
 
 
-def _corrected(rows: list[After]) -> Tensor:
+def _corrected(rows: list[PostStepRow]) -> Tensor:
     """Return the numbers of rows; where Adam's correction depends on a count that a GPU has, it is worked out there."""
     numbers = _on_device(tuple([row[AFTER_COLUMNS:-1] for row in rows]), torch.float64, rows[0].theta.device)
     made = [row.made for row in rows if row.made is not None]
@@ -134,7 +150,7 @@ def _pointer(table, row, column: tl.constexpr, KINDS: tl.constexpr):
 
 @triton.jit
 def _place(chunks, sizes, skip, CHUNK_LENGTH: tl.constexpr, SKIPS: tl.constexpr):
-    """Say which parameter a program works on, at which of its elements, and which of those are there and not to be skipped."""
+    """Return a program's parameter, its elements, and a mask of those that exist and are not skipped."""
     row = tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
     at = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * CHUNK_LENGTH + tl.arange(0, CHUNK_LENGTH)
     size = tl.load(sizes + row)
@@ -144,82 +160,88 @@ def _place(chunks, sizes, skip, CHUNK_LENGTH: tl.constexpr, SKIPS: tl.constexpr)
 
 
 @triton.jit
-def _visit(
-    table, chunks, sizes, numbers, scale, skip, far,
+def _pull(table, row, at, inside, theta, grad, numbers, scale, KINDS: tl.constexpr, SCALED: tl.constexpr):
+    """Add the penalty's gradient: `pull_` of the reference."""
+    point = tl.load(_pointer(table, row, POINT, KINDS) + at, mask=inside, other=0)
+    omega = tl.load(_pointer(table, row, OMEGA, KINDS) + at, mask=inside, other=0).to(theta.dtype)
+    if SCALED:
+        omega = omega * tl.load(scale)
+    grad += tl.load(numbers + 3 * row + 2).to(theta.dtype) * omega * (theta - point)
+    tl.store(_pointer(table, row, GRAD, KINDS) + at, grad.to(KINDS[GRAD]), mask=inside)
+
+
+@triton.jit
+def _before_step(
+    table, chunks, sizes, numbers, scale, skip, beyond_eps,
     KINDS: tl.constexpr, CHUNK_LENGTH: tl.constexpr,
     CLOSE: tl.constexpr, SCALED: tl.constexpr, SKIPS: tl.constexpr,
 ):  # fmt: skip
-    """Visit one chunk of one parameter; columns are those of `Row`."""
+    """Update one chunk of one parameter; columns are those of `PreStepRow`."""
     row, at, inside = _place(chunks, sizes, skip, CHUNK_LENGTH, SKIPS)
-    STATE: tl.constexpr = tl.float64 if KINDS[0] == tl.float64 else tl.float32
-    theta = tl.load(_pointer(table, row, 0, KINDS) + at, mask=inside, other=0).to(STATE)
-    if KINDS[6] is not None:
-        fisher = tl.load(_pointer(table, row, 6, KINDS) + at, mask=inside, other=0).to(STATE)
-    if KINDS[2] is not None:
-        path = tl.load(_pointer(table, row, 2, KINDS) + at, mask=inside, other=0)
-        previous = tl.load(_pointer(table, row, 4, KINDS) + at, mask=inside, other=0)
-        moved = theta - tl.load(_pointer(table, row, 3, KINDS) + at, mask=inside, other=0)
+    STATE: tl.constexpr = tl.float64 if KINDS[THETA] == tl.float64 else tl.float32
+    theta = tl.load(_pointer(table, row, THETA, KINDS) + at, mask=inside, other=0).to(STATE)
+    if KINDS[FISHER] is not None:
+        fisher = tl.load(_pointer(table, row, FISHER, KINDS) + at, mask=inside, other=0).to(STATE)
+    if KINDS[PATH] is not None:
+        path = tl.load(_pointer(table, row, PATH, KINDS) + at, mask=inside, other=0)
+        previous = tl.load(_pointer(table, row, PREVIOUS, KINDS) + at, mask=inside, other=0)
+        moved = theta - tl.load(_pointer(table, row, MARK, KINDS) + at, mask=inside, other=0)
         if CLOSE:
             path -= previous * moved
-            if KINDS[5] is not None:
+            if KINDS[SCORE] is not None:
                 distance = moved * moved * fisher * 0.5  # in the reference's order, so that both count alike
-                score = tl.load(_pointer(table, row, 5, KINDS) + at, mask=inside, other=0)
+                score = tl.load(_pointer(table, row, SCORE, KINDS) + at, mask=inside, other=0)
                 eps = tl.load(numbers + 3 * row + 1).to(STATE)
-                tl.store(_pointer(table, row, 5, KINDS) + at, score + path / (distance + eps), mask=inside)
-                tl.atomic_add(far, tl.sum((inside & (distance > eps)).to(tl.int64)))
+                tl.store(_pointer(table, row, SCORE, KINDS) + at, score + path / (distance + eps), mask=inside)
+                tl.atomic_add(beyond_eps, tl.sum((inside & (distance > eps)).to(tl.int64)))
                 path = path * 0
-            tl.store(_pointer(table, row, 3, KINDS) + at, theta, mask=inside)
+            tl.store(_pointer(table, row, MARK, KINDS) + at, theta, mask=inside)
             moved = moved * 0
             previous = previous * 0
-    if KINDS[1] is not None:
-        grad = tl.load(_pointer(table, row, 1, KINDS) + at, mask=inside, other=0).to(STATE)
+    if KINDS[GRAD] is not None:
+        grad = tl.load(_pointer(table, row, GRAD, KINDS) + at, mask=inside, other=0).to(STATE)
         g = grad
         if SCALED:
             g = grad / tl.load(scale)
-        if KINDS[2] is not None:
+        if KINDS[PATH] is not None:
             path += (g - previous) * moved
             previous = g
-        if KINDS[6] is not None:
+        if KINDS[FISHER] is not None:
             weight = tl.load(numbers + 3 * row).to(STATE)
-            if KINDS[7] is not None:
-                fresh = tl.load(_pointer(table, row, 7, KINDS) + at, mask=inside, other=0).to(STATE)
+            if KINDS[SQUARES] is not None:
+                fresh = tl.load(_pointer(table, row, SQUARES, KINDS) + at, mask=inside, other=0).to(STATE)
                 if SCALED:
                     fresh = fresh / (tl.load(scale) * tl.load(scale))
             else:
                 fresh = g * g
             fisher = (1 - weight) * fisher + weight * fresh
-            tl.store(_pointer(table, row, 6, KINDS) + at, fisher, mask=inside)
-        if KINDS[9] is not None:
-            point = tl.load(_pointer(table, row, 8, KINDS) + at, mask=inside, other=0)
-            omega = tl.load(_pointer(table, row, 9, KINDS) + at, mask=inside, other=0).to(STATE)
-            if SCALED:
-                omega = omega * tl.load(scale)
-            grad += tl.load(numbers + 3 * row + 2).to(STATE) * omega * (theta - point)
-            tl.store(_pointer(table, row, 1, KINDS) + at, grad.to(KINDS[1]), mask=inside)
-    if KINDS[2] is not None:
-        tl.store(_pointer(table, row, 2, KINDS) + at, path, mask=inside)
-        tl.store(_pointer(table, row, 4, KINDS) + at, previous, mask=inside)
+            tl.store(_pointer(table, row, FISHER, KINDS) + at, fisher, mask=inside)
+        if KINDS[OMEGA] is not None:
+            _pull(table, row, at, inside, theta, grad, numbers, scale, KINDS, SCALED)
+    if KINDS[PATH] is not None:
+        tl.store(_pointer(table, row, PATH, KINDS) + at, path, mask=inside)
+        tl.store(_pointer(table, row, PREVIOUS, KINDS) + at, previous, mask=inside)
 
 
 @triton.jit
-def _after(
+def _after_step(
     table, chunks, sizes, numbers, skip, KINDS: tl.constexpr, CHUNK_LENGTH: tl.constexpr, SKIPS: tl.constexpr
 ):  # fmt: skip
-    """Visit one chunk of one parameter after a step; columns are those of `After`."""
+    """Update one chunk of one parameter after a step; columns are those of `PostStepRow`."""
     row, at, inside = _place(chunks, sizes, skip, CHUNK_LENGTH, SKIPS)
-    STATE: tl.constexpr = tl.float64 if KINDS[0] == tl.float64 else tl.float32
-    theta = tl.load(_pointer(table, row, 0, KINDS) + at, mask=inside, other=0).to(STATE)
-    if KINDS[2] is not None:
-        omega = tl.load(_pointer(table, row, 2, KINDS) + at, mask=inside, other=0).to(STATE)
+    STATE: tl.constexpr = tl.float64 if KINDS[THETA] == tl.float64 else tl.float32
+    theta = tl.load(_pointer(table, row, THETA, KINDS) + at, mask=inside, other=0).to(STATE)
+    if KINDS[AFTER_OMEGA] is not None:
+        omega = tl.load(_pointer(table, row, AFTER_OMEGA, KINDS) + at, mask=inside, other=0).to(STATE)
         way = 1 / (omega * tl.load(numbers + 4 * row).to(STATE))
-        if KINDS[3] is not None:
-            second = tl.load(_pointer(table, row, 3, KINDS) + at, mask=inside, other=0).to(STATE)
+        if KINDS[AFTER_SECOND] is not None:
+            second = tl.load(_pointer(table, row, AFTER_SECOND, KINDS) + at, mask=inside, other=0).to(STATE)
             way *= tl.sqrt(second / tl.load(numbers + 4 * row + 1).to(STATE)) + tl.load(numbers + 4 * row + 2).to(STATE)
-        point = tl.load(_pointer(table, row, 1, KINDS) + at, mask=inside, other=0)
+        point = tl.load(_pointer(table, row, AFTER_POINT, KINDS) + at, mask=inside, other=0)
         theta += (point - theta) / (1 + way)
-        tl.store(_pointer(table, row, 0, KINDS) + at, theta.to(KINDS[0]), mask=inside)
-    if KINDS[4] is not None:
-        average = tl.load(_pointer(table, row, 4, KINDS) + at, mask=inside, other=0)
+        tl.store(_pointer(table, row, THETA, KINDS) + at, theta.to(KINDS[THETA]), mask=inside)
+    if KINDS[AFTER_AVERAGE] is not None:
+        average = tl.load(_pointer(table, row, AFTER_AVERAGE, KINDS) + at, mask=inside, other=0)
         weight = tl.load(numbers + 4 * row + 3).to(STATE)
-        average = (1 - weight) * average + weight * theta.to(KINDS[0]).to(STATE)
-        tl.store(_pointer(table, row, 4, KINDS) + at, average, mask=inside)
+        average = (1 - weight) * average + weight * theta.to(KINDS[THETA]).to(STATE)
+        tl.store(_pointer(table, row, AFTER_AVERAGE, KINDS) + at, average, mask=inside)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 @torch.no_grad()
 def project_(grad: Sequence[Tensor], reference: Sequence[Tensor]) -> None:
-    """Take out of a gradient, in place, what points against a reference gradient.
+    """Remove from a gradient, in place, its component against a reference gradient.
 
-    With g and r the vectors that all tensors together are: g <- g - (g.r / r.r) r where g.r < 0, else g stays.
+    With all tensors joined to vectors g and r: g <- g - (g.r / r.r) r where g.r < 0, otherwise g is unchanged.
 
     Args:
         grad: gradients of the task's loss.
@@ -18,6 +18,6 @@ def project_(grad: Sequence[Tensor], reference: Sequence[Tensor]) -> None:
     """
     inner = torch.stack([(g * r).sum() for g, r in zip(grad, reference, strict=True)]).sum()
     square = torch.stack([r.square().sum() for r in reference]).sum()
-    share = torch.where(square > 0, inner / square, 0).clamp(max=0)  # no branch: a GPU need not wait
+    share = torch.where(square > 0, inner / square, 0).clamp(max=0)  # no branch, so that a GPU does not wait
     for g, r in zip(grad, reference, strict=True):
         g.sub_(r * share)

@@ -7,11 +7,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from rwalk import _refusals as refusals
-from rwalk import states
-from rwalk._errors import explain
-from rwalk.parameters import listed
-from rwalk.replay.look import look
+from rwalk._errors import printable
+from rwalk._io import states
+from rwalk.consolidation.settings import check_choice
+from rwalk.consolidation.task_end import refuse_data
+from rwalk.replay.features import evaluate
 from rwalk.replay.selections import SELECTIONS, Candidates, Selection
 
 Per = Literal["total", "class"]
@@ -30,19 +30,19 @@ class Sample(NamedTuple):
 class Buffer:
     """A few examples of earlier tasks, in any training loop: `add` at a task's end, `mix` in each step.
 
-    A class is a label of a task: the same label in another task is another class, with examples of its own. Classes that arrive
-    make the share of each one smaller, if the budget is one for all; the example that was chosen last goes first.
+    A class is a label of a task: the same label in another task is another class, with examples of its own. If all classes
+    share one budget, new classes reduce the share of each; the example that was chosen last is dropped first.
 
-    Beside a consolidator, what is mixed into a batch belongs to the task's loss: its rule sees the gradient of the mixed
-    batch's mean loss, and the pull is added to it.
+    Beside a consolidator, examples that are mixed into a batch belong to the task's loss: its rule sees the gradient of the
+    mixed batch's mean loss, and the pull is added to it.
 
     Args:
         size: how many examples are kept.
         per: "total", all classes share `size`, each one has size // classes examples; or "class", `size` for each class.
         select: which examples: "uniform", "plane" (near the decision boundary), "entropy" (where the model is least sure),
             "herding" (whose mean feature is close to the class's), see `rwalk.replay.selections`; "reservoir", a uniform sample
-            of a stream, in which `add` may come at any time and tasks need not be known; or a function like those.
-        seed: seed of what is left to chance: the selection, and what `sample` draws.
+            of a stream, for which `add` may be called at any time and tasks need not be known; or a function like those.
+        seed: seed of the selection and of `sample`.
 
     Raises:
         ValueError: if an argument is none of these.
@@ -50,10 +50,10 @@ class Buffer:
 
     def __init__(self, size: int, per: Per = "total", select: str | Selection = "uniform", seed: int = 0) -> None:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(explain(f"size {size!r}", "a whole number of examples, 1 or more", "Pass such a `size`."))
-        refusals.refuse_choice("per", per, get_args(Per))
+            raise ValueError(printable(f"size={size!r} is no number of examples; pass a whole number from 1 on."))
+        check_choice("per", per, get_args(Per))
         if not callable(select):
-            refusals.refuse_choice("select", select, tuple(SELECTIONS))
+            check_choice("select", select, tuple(SELECTIONS))
         self.size, self.per = size, per
         self.select = select if isinstance(select, str) else getattr(select, "__qualname__", type(select).__name__)
         self._selection = SELECTIONS[select] if isinstance(select, str) else select
@@ -63,11 +63,11 @@ class Buffer:
         self._keys = torch.zeros(0, dtype=torch.float64)
 
     def __len__(self) -> int:
-        """Count the examples."""
+        """Return the number of examples."""
         return len(self._keys)
 
     def __repr__(self) -> str:
-        """Say what is kept."""
+        """Return the settings and the number of examples."""
         return f"Buffer({self.size}, per={self.per!r}, select={self.select!r}): {len(self)} examples of {self.tasks} tasks"
 
     @property
@@ -85,7 +85,7 @@ class Buffer:
 
     @property
     def tasks(self) -> int:
-        """How many tasks there were: one more than the highest task of which examples are kept."""
+        """Number of tasks so far: one more than the highest task with examples."""
         return 0 if self._held is None else int(self._held.task.max()) + 1
 
     @torch.inference_mode(False)
@@ -98,12 +98,12 @@ class Buffer:
         features: Callable[[Tensor], Tensor] | None = None,
         logits: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        """Keep examples of a task that has been learned; a reservoir also takes parts of one. On an error nothing changes.
+        """Keep examples of a task that has been learned; a reservoir also accepts parts of one. On an error nothing changes.
 
         Args:
-            model: the network as it is after the task; None for selections that do not look at it (uniform and reservoir).
-            data: batches `(inputs, labels)` of tensors, all of the task at once: what is selected among is brought into memory.
-                Labels are whole numbers of shape (examples,); a reservoir for all classes together takes any.
+            model: the network after the task; None for selections that do not use it (uniform and reservoir).
+            data: batches `(inputs, labels)` of tensors, all of the task at once; all of them are held in memory meanwhile.
+                Labels are whole numbers of shape (examples,); a reservoir with per="total" accepts any.
             task: number of the task; the next one when None, for a reservoir 0.
             features: called with a batch of inputs, returns their features, shape (examples, d). Otherwise features are the
                 input of the linear layer that the model calls last.
@@ -120,7 +120,7 @@ class Buffer:
         self._refuse(came)
         seen = Candidates(x, y)
         if self._selection is not SELECTIONS["uniform"]:
-            seen = Candidates(x, y, *look(model, [x for x, _ in batches], features, logits))
+            seen = Candidates(x, y, *evaluate(model, [x for x, _ in batches], features, logits))
         held = came if self._held is None else _joined(self._held, came)
         groups, limit = self._groups(held)
         generator = self._generator.clone_state()
@@ -137,7 +137,7 @@ class Buffer:
             ValueError: if the buffer is empty.
         """
         if self._held is None:
-            raise ValueError(explain("an empty buffer", "examples of a task", "Call `add` first."))
+            raise ValueError("The buffer is empty; call `add` first.")
         rows = torch.randperm(len(self), generator=self._generator, device="cpu")[:count]
         return Sample(*(column[rows.to(column.device)] for column in self._held))
 
@@ -162,7 +162,7 @@ class Buffer:
         return _joined(batch, drawn)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that is needed to continue: the examples, and where chance stands."""
+        """Return all that is needed to continue: the examples and the state of the random numbers."""
         held = {} if self._held is None else self._held._asdict() | {"key": self._keys}
         about = {"format": FORMAT, "size": self.size, "per": self.per, "select": self.select}
         return about | {"held": held, "generator": self._generator.get_state()}
@@ -177,8 +177,8 @@ class Buffer:
         for name in ("format", "size", "per", "select"):
             theirs = state_dict.get(name)
             if type(theirs) is not type(mine[name]) or theirs != mine[name]:
-                came, expected = f"a buffer's state of {name} {theirs!r}", f"{name} {mine[name]!r}"
-                raise ValueError(explain(came, expected, "Make the buffer as it was when the state was saved."))
+                came = f"The state is of a buffer of {name} {theirs!r}, this one has {mine[name]!r}"
+                raise ValueError(printable(f"{came}. Make the buffer as it was when the state was saved."))
         try:
             held, generator = state_dict["held"], torch.Generator()
             generator.set_state(state_dict["generator"])
@@ -210,19 +210,19 @@ class Buffer:
         return 0 if self._stream else self.tasks
 
     def _groups(self, held: Sample) -> tuple[Tensor, int]:
-        """Say for each example which of the groups that share the budget it belongs to, and how many each may keep."""
+        """Return the group of each example, and how many examples each group may keep."""
         if self._stream:
             labels = held.y.cpu() if self.per == "class" else torch.zeros(len(held.y))
             return labels.unique(return_inverse=True)[1], self.size
         classes, groups = _classes(held.task, held.y).unique(dim=0, return_inverse=True)
         limit = self.size if self.per == "class" else self.size // len(classes)
         if not limit:
-            came = f"{len(classes)} classes for {self.size} examples in total"
-            raise ValueError(explain(came, "an example for each class", 'Make the buffer larger, or one per="class".'))
+            full = f"A buffer of {self.size} examples in total has no room for {len(classes)} classes"
+            raise ValueError(f'{full}. Make it larger, or per="class".')
         return groups, limit
 
     def _new_keys(self, seen: Candidates, groups: Tensor, limit: int, generator: torch.Generator) -> Tensor:
-        """Let each group of new examples be selected among by itself."""
+        """Return the keys of new examples, from a selection in each group."""
         keys = torch.empty(len(groups), dtype=torch.float64)
         for group in groups.unique():
             rows = (groups == group).nonzero().squeeze(1)
@@ -230,14 +230,14 @@ class Buffer:
             phi, out = (None if column is None else column[rows] for column in (seen.features, seen.logits))
             found = self._selection(Candidates(x, y, phi, out, seen.weight), limit, generator)
             if found.shape != rows.shape or found.isnan().any():
-                came = "NaN among the keys" if found.shape == rows.shape else f"keys of shape {tuple(found.shape)}"
-                remedy = "Look for NaN in the data and the model."
-                raise ValueError(explain(f"{came} from the selection `{self.select}`", "a number for each example", remedy))
+                came = "NaN among its keys" if found.shape == rows.shape else f"keys of shape {tuple(found.shape)}"
+                needed = "it needs a number for each example; look for NaN in the data and the model"
+                raise ValueError(printable(f"The selection `{self.select}` has returned {came}, but {needed}."))
             keys[rows] = found.cpu().double()
         return keys
 
     def _sound(self, held: Sample, keys: Tensor) -> bool:
-        """Tell whether columns are such as `add` makes them."""
+        """Return whether columns are as `add` makes them."""
         columns = (*held, keys)
         if not all(isinstance(column, Tensor) and column.dim() and len(column) == len(keys) > 0 for column in columns):
             return False
@@ -245,46 +245,44 @@ class Buffer:
         return one and self._takes(held.y) and bool((held.task >= 0).all()) and not keys.isnan().any()
 
     def _takes(self, y: Tensor) -> bool:
-        """Tell whether labels are of a form that examples can be kept by: whole numbers, unless classes do not matter."""
+        """Return whether examples can be kept by these labels: whole numbers, unless classes do not matter."""
         whole = y.dim() == 1 and not y.is_floating_point() and not y.is_complex()
         return whole or (self._stream and self.per == "total")
 
     def _refuse(self, came: Sample) -> None:
-        """Raise an error for what cannot stand beside what is kept."""
+        """Raise an error for examples that cannot be kept beside the others."""
         if not self._takes(came.y):
             kind = f"labels of shape {tuple(came.y.shape)} and type {came.y.dtype}"
-            raise ValueError(
-                explain(kind, "whole numbers, one for each example", 'Use a `"reservoir"` in total for other ones.')
-            )
+            raise ValueError(f'The data have {kind}; only a "reservoir" in total keeps other than one whole number each.')
         self._refuse_form(came)
         again = [] if self._stream else sorted(self.counts.keys() & set(map(tuple, _classes(came.task, came.y).tolist())))
         if again:
-            named = listed([f"label {label} of task {task}" for task, label in again])
-            remedy = 'Pass all of a task\'s data at once and each task once, or use a `"reservoir"` for parts.'
-            raise ValueError(explain(f"examples of {named}, of which there are some already", "new classes", remedy))
+            task, label = again[0]
+            known = f"Examples of label {label} of task {task} are in the buffer already"
+            raise ValueError(f'{known}. Pass all of a task\'s data at once and each task once, or use a "reservoir" for parts.')
 
     def _refuse_form(self, came: Sample) -> None:
         for name, new, old in zip(("inputs", "labels"), came, self._held or (), strict=False):
             if (new.shape[1:], new.dtype) != (old.shape[1:], old.dtype):
-                forms = [f"{name} of shape {tuple(t.shape[1:])} and type {t.dtype} for each example" for t in (new, old)]
-                raise ValueError(explain(forms[0], f"{forms[1]}, as they are kept", "Convert them to one form."))
+                forms = [f"{name} of shape {tuple(t.shape[1:])} and type {t.dtype}" for t in (new, old)]
+                raise ValueError(f"The examples have {forms[0]}, those in the buffer {forms[1]}. Convert them to one form.")
 
 
 def _joined(first: Sample, second: Sample) -> Sample:
-    """Put examples behind others, on their device."""
+    """Append examples to others, on their device."""
     return Sample(*(torch.cat([a, b.to(a.device)]) for a, b in zip(first, second, strict=True)))
 
 
 def _pairs(data: Iterable[Any]) -> list[tuple[Tensor, Tensor]]:
-    """Read batches, or raise an error that names what came."""
-    refusals.refuse_data(data)
+    """Return pairs of tensors; raise a TypeError that describes anything else."""
+    refuse_data(data)
     batches = [tuple(batch) if isinstance(batch, tuple | list) else (batch,) for batch in data]
     for batch in batches:
         if not (len(batch) == 2 and all(isinstance(part, Tensor) for part in batch) and len(batch[0]) == len(batch[1])):
-            came = "a batch of " + ", ".join(str(tuple(p.shape)) if isinstance(p, Tensor) else type(p).__name__ for p in batch)
-            raise TypeError(explain(came, "pairs of input and label tensors of one length", "Yield such batches."))
+            came = ", ".join(str(tuple(p.shape)) if isinstance(p, Tensor) else type(p).__name__ for p in batch)
+            raise TypeError(f"A batch of {came} came; batches are pairs of input and label tensors of one length.")
     if not any(len(y) for _, y in batches):
-        raise ValueError(explain("no examples", "data with at least one example", "Pass the task's data."))
+        raise ValueError("The data hold no examples.")
     return [(x.detach(), y) for x, y in batches]
 
 
@@ -302,4 +300,4 @@ def _smallest(keys: Tensor, groups: Tensor, limit: int) -> Tensor:
 
 
 def _damaged(problem: str) -> str:
-    return explain(f"a buffer's state that is damaged ({problem})", "what `Buffer.state_dict` returned", "Copy it again.")
+    return printable(f"The state of the buffer is damaged ({problem}). Copy it again from where it was saved.")

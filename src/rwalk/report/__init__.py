@@ -1,8 +1,8 @@
-"""Reports: records in, tables and a page out; imports neither torch nor the code that made the records."""
+"""Reports: records in, tables and a page out. Nothing here uses torch."""
 
-from rwalk.report.contrast import Contrast, compare
+from rwalk.report.compare import Contrast, compare
 from rwalk.report.page import write
-from rwalk.report.summary import Comparison, Line, read, summarise
+from rwalk.report.summary import Line, MethodComparison, read, summarise
 from rwalk.report.terminal import show
 
-__all__ = ["Comparison", "Contrast", "Line", "compare", "read", "show", "summarise", "write"]
+__all__ = ["Contrast", "Line", "MethodComparison", "compare", "read", "show", "summarise", "write"]

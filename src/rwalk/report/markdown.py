@@ -3,22 +3,22 @@
 import re
 from collections.abc import Sequence
 
-from rwalk.report.columns import Column, shown
+from rwalk.report.figures import Column, filled
 from rwalk.report.names import clean, names
-from rwalk.report.story import remarks, sentence
-from rwalk.report.summary import Comparison, Line
+from rwalk.report.remarks import remarks, sentence
+from rwalk.report.summary import Line, MethodComparison
 
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~&$])|^([-+=]|[0-9]+(?=[.)]))")
-"""What means something in GitHub's Markdown, anywhere or at the start of a line."""
+"""Characters with a meaning in GitHub's Markdown, anywhere or at the start of a line."""
 
 
-def markdown(comparisons: Sequence[Comparison]) -> str:
+def markdown(comparisons: Sequence[MethodComparison]) -> str:
     """Write a section for each comparison: the result, the settings, the table of methods, and remarks."""
     return "\n\n".join(map(_section, comparisons)) + "\n"
 
 
-def _section(comparison: Comparison) -> str:
-    columns = shown(comparison.lines)
+def _section(comparison: MethodComparison) -> str:
+    columns = filled(comparison.lines)
     head = ["method", "seeds", *(column.name for column in columns)]
     best = [column.best(comparison) for column in columns]
     rows = [
@@ -42,13 +42,11 @@ def _cell(column: Column, line: Line, best: bool) -> str:
 
 def _legend(columns: Sequence[Column]) -> str:
     words = "; ".join(f"{column.name}: {column.about}" for column in columns)
-    return (
-        f"Mean ± standard deviation over seeds; bold: the best and what is within its deviation, without references. {words}."
-    )
+    return f"Mean ± standard deviation over seeds; bold: the best and those within its deviation, without references. {words}."
 
 
 def _plain(text: str) -> str:
-    """Keep text from being read as Markdown or HTML."""
+    """Escape text, so that it is not read as Markdown or HTML."""
 
     def escaped(found: re.Match[str]) -> str:
         return f"{found[0]}\\" if found[0].isdigit() else f"\\{found[0]}"

@@ -1,9 +1,9 @@
-"""What methods are called in sentences, tables and charts."""
+"""Names of methods in sentences, tables and charts."""
 
 import re
 from typing import Any
 
-from rwalk.report.summary import Comparison, Line
+from rwalk.report.summary import Line, MethodComparison
 
 NAMES = {
     "finetune": "fine-tuning",
@@ -23,35 +23,35 @@ NAMES = {
     "kronecker": "Kronecker",
 }
 REPLAY = "+replay"
-"""What is behind the names of methods that replay examples, too."""
+"""The suffix of methods that also replay examples."""
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff\ufff9-\uffff]")
 """Control characters, halves of characters, and marks that end a line or turn the direction of what follows."""
 
 
 def clean(text: Any) -> str:
-    """Replace what XML has no room for, and what would disturb the text around it."""
+    """Replace characters that XML does not allow, or that would disturb the text around them."""
     return UNPRINTABLE.sub("�", str(text))
 
 
-def called(method: str) -> str:
+def method_name(method: str) -> str:
     """Return a method's usual name."""
     plain = method.removesuffix(REPLAY)
     return clean(NAMES.get(plain, plain)) + (" with replay" if plain != method else "")
 
 
-def names(comparison: Comparison) -> list[str]:
-    """Name each line, with what tells it from others of the same method."""
-    return [called(line.method) + _apart(line, comparison) for line in comparison.lines]
+def names(comparison: MethodComparison) -> list[str]:
+    """Name each line, with the settings that distinguish it from others of the same method."""
+    return [method_name(line.method) + _apart(line, comparison) for line in comparison.lines]
 
 
-def _apart(line: Line, comparison: Comparison) -> str:
+def _apart(line: Line, comparison: MethodComparison) -> str:
     strengths = {other.strength for other in comparison.lines if other.method == line.method}
     words = [f"strength {line.strength:g}"] if line.strength is not None and len(strengths) > 1 else []
     return bracketed(words + [f"{key} {value}" for key, value in comparison.varying(line).items()])
 
 
 def bracketed(words: list[str]) -> str:
-    """Put words, if there are any, in brackets behind a name."""
+    """Return words in brackets, to stand behind a name; nothing for no words."""
     return clean(f" ({', '.join(words)})") if words else ""
 
 

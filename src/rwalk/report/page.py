@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else, and reaches for nothing."""
+"""The report as one HTML file that needs no other file and no network."""
 
 import base64
 import hashlib
@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rwalk import files
-from rwalk._errors import explain
+from rwalk._errors import printable
+from rwalk._io import files
 from rwalk.bench.record import Record
-from rwalk.report import drawing, maps, reproduce, series, story
-from rwalk.report.chosen import chosen
-from rwalk.report.columns import shown
+from rwalk.report import charts, heatmaps, remarks, reproduce, svg
+from rwalk.report.figures import filled
 from rwalk.report.markdown import markdown
 from rwalk.report.names import clean, names
-from rwalk.report.summary import Comparison, read, summarise
+from rwalk.report.summary import MethodComparison, read, summarise
+from rwalk.report.tuning import chosen
 
 NAME = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -32,7 +32,7 @@ def write(
         folder: where the records are.
         out: the HTML file; default: `report.html` in the folder.
         refresh: seconds after which a browser loads the page again; None for a page that is finished.
-        found: what `read` has returned for the folder; it is read when None.
+        found: records and problems as `read` returns them for the folder; read from it when None.
 
     Raises:
         FileNotFoundError: if the folder does not exist or holds no JSON file.
@@ -42,8 +42,8 @@ def write(
     """
     place = Path(folder) / NAME if out is None else Path(out)
     if place.is_dir() or place.suffix == ".md":
-        came = f"`{place}`, which is {'a folder' if place.is_dir() else 'the name of the Markdown file'}"
-        raise ValueError(explain(came, "a file for the HTML", "Name one, such as report.html."))
+        came = "a folder" if place.is_dir() else "the name of the Markdown file"
+        raise ValueError(printable(f"`{place}` is {came}; name a file for the HTML, such as report.html."))
     records, problems = read(folder) if found is None else found
     comparisons = summarise(records)
     html = render(comparisons, problems, chosen(folder, comparisons), refresh)
@@ -53,7 +53,7 @@ def write(
 
 
 def render(
-    comparisons: Sequence[Comparison],
+    comparisons: Sequence[MethodComparison],
     problems: Sequence[str] = (),
     how: Sequence[Sequence[str]] = (),
     refresh: int | None = None,
@@ -61,7 +61,7 @@ def render(
     """Return the page of some comparisons.
 
     Args:
-        comparisons: what it shows, a section each.
+        comparisons: a section of the page for each.
         problems: messages about files that could not be read.
         how: for each comparison, how each line's strength was chosen.
         refresh: seconds after which a browser loads the page again.
@@ -80,41 +80,41 @@ def render(
         script=markup(script),
         policy=f"default-src 'none'; style-src 'sha256-{_digest(style)}'; script-src 'sha256-{_digest(script)}'; "
         "base-uri 'none'; form-action 'none'",
-        draw=lambda chart: markup(drawing.svg(chart)),
+        draw=lambda chart: markup(svg.draw(chart)),
     )
     return text
 
 
 def _templates() -> tuple[Any, Any]:
-    """Return the environment of the templates, which escapes what it is given, and the mark of what is markup already."""
+    """Return the environment of the templates, which escapes all text, and the type for text that is markup already."""
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
         from markupsafe import Markup
     except ImportError as error:
-        raise drawing.missing("write pages", error) from None
+        raise svg.missing("write pages", error) from None
     rules: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    rules["finalize"] = lambda value: clean(value) if type(value) is str else value  # not what is markup already
+    rules["finalize"] = lambda value: clean(value) if type(value) is str else value  # markup is of another type
     return Environment(loader=FileSystemLoader(TEMPLATES), **rules), Markup
 
 
-def _section(number: int, comparison: Comparison, how: Sequence[str]) -> dict[str, Any]:
-    """Return what the template shows of one comparison."""
-    columns = shown(comparison.lines)
+def _section(number: int, comparison: MethodComparison, how: Sequence[str]) -> dict[str, Any]:
+    """Return the variables of the template for one comparison."""
+    columns = filled(comparison.lines)
     return {
         "id": f"part{number}",
         "stream": comparison.stream,
         "facts": comparison.facts(),
         "about": comparison.describe(),
-        "sentence": story.sentence(comparison),
-        "remarks": story.remarks(comparison),
+        "sentence": remarks.sentence(comparison),
+        "remarks": remarks.remarks(comparison),
         "columns": columns,
         "best": [column.best(comparison) for column in columns],
-        "rows": list(zip(comparison.lines, names(comparison), series.styles(comparison), how, strict=True)),
-        "drawn": series.drawn(comparison),
-        "top": story.best(comparison),
-        "charts": series.charts(comparison),
-        "accuracies": maps.accuracies(comparison),
-        "layers": maps.layers(comparison),
+        "rows": list(zip(comparison.lines, names(comparison), charts.styles(comparison), how, strict=True)),
+        "drawn": charts.drawn(comparison),
+        "top": remarks.best(comparison),
+        "charts": charts.charts(comparison),
+        "accuracies": heatmaps.accuracies(comparison),
+        "layers": heatmaps.layers(comparison),
         "commands": reproduce.commands(comparison),
         "versions": reproduce.versions(comparison),
     }

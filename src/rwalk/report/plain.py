@@ -1,4 +1,4 @@
-"""Text for a terminal: without markup and without characters that steer it, in what its encoding has."""
+"""Text for a terminal: without markup and control characters, in characters that its encoding has."""
 
 import codecs
 import io
@@ -18,7 +18,7 @@ LOOK_ALIKES = {
     "…": ".", "→": "->", "←": "<-", "↑": "^", "↓": "v", "·": ".", "•": "*", "“": '"', "”": '"', "‘": "'", "’": "'",
     "\u00a0": " ", "\u202f": " ", "≤": "<=", "≥": ">=", "µ": "u", "²": "2",
 }  # fmt: skip
-"""What is written where an encoding lacks a character; a question mark for all others."""
+"""Replacements for characters that an encoding lacks; all others become a question mark."""
 
 
 def _look_alike(error: UnicodeError) -> tuple[str, int]:
@@ -32,10 +32,10 @@ codecs.register_error("rwalk", _look_alike)
 
 
 class Steady:
-    """A stream that is silent once writing to it has failed, as when nobody reads on; `failure` says how.
+    """A stream that ignores all writes after one has failed, such as to a closed pipe; `failure` is the error.
 
     Args:
-        stream: where it writes to; None is silent from the start.
+        stream: the stream behind it; None ignores all writes.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -43,7 +43,7 @@ class Steady:
         self.failure: OSError | None = None
 
     def __getattr__(self, name: str) -> Any:
-        """Be like the stream in all else."""
+        """Return any other attribute of the stream."""
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
@@ -61,13 +61,13 @@ class Steady:
                 getattr(self.stream, method)(*arguments)
             except OSError as error:
                 self.failure = error
-                with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:  # for what Python flushes as it ends
+                with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:  # Python flushes once more at exit
                     os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
 @contextmanager
 def tolerant() -> Iterator[Steady]:
-    """Let the standard streams write look-alikes of what their encoding lacks, and not fail; yield what is printed to."""
+    """Let the standard streams replace characters that their encoding lacks, and never fail; yield standard output."""
     before = sys.stdout, sys.stderr
     streams = [(stream, stream.errors) for stream in before if isinstance(stream, io.TextIOWrapper)]
     for stream, _ in streams:
@@ -84,28 +84,31 @@ def tolerant() -> Iterator[Steady]:
 
 
 def _handle(stream: io.TextIOWrapper, errors: str | None) -> None:
-    with suppress(ValueError, OSError):  # closed, or led elsewhere since it was opened
+    with suppress(ValueError, OSError):  # closed, or redirected since it was opened
         stream.reconfigure(errors=errors)
 
 
 def plain(value: Any, room: int = 60) -> str:
-    """Write a value in one line; what cannot be printed becomes a question mark, and what is too long ends in dots."""
+    """Return a value as one line: unprintable characters become question marks, and long text ends in dots."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
     text = printable(text[: room + 1], keep="")
     return text if len(text) <= room else text[: room - 3] + "..."
 
 
 def shown(console: Console, text: str, style: str = "") -> Text:
-    """Return text as a console can show it: nothing in it is markup; lines stay lines."""
+    """Return text as a console can show it, without markup; line breaks stay."""
     known = printable(text).encode(console.encoding, "rwalk").decode(console.encoding)
     return Text(known, style=style)
 
 
-def say(console: Console, text: str, style: str = "") -> None:
-    """Print a line as it is, broken by the terminal alone."""
+def print_plain(console: Console, text: str, style: str = "") -> None:
+    """Print a line as it is; only the terminal breaks it."""
     console.print(shown(console, plain(text, 100_000), style), soft_wrap=True)
 
 
+say = print_plain  # until all callers use the new name
+
+
 def complain(problem: Any) -> None:
-    """Print what is wrong to the other stream."""
+    """Print a problem to standard error."""
     print(f"rwalk: {printable(str(problem))}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The commands that do the runs of a comparison again, read from the settings in their records."""
+"""The commands that repeat the runs of a comparison, from the settings in their records."""
 
 import pkgutil
 import shlex
@@ -6,46 +6,46 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from rwalk.bench.record import Record
-from rwalk.report.names import REPLAY, called
-from rwalk.report.summary import Comparison, Line
+from rwalk.report.names import REPLAY, method_name
+from rwalk.report.summary import Line, MethodComparison
 
 KINDS = ("split", "permuted", "rotated", "domain", "drift")
 """Kinds of streams that the command line makes."""
 PLAIN = ("finetune", "joint", "cumulative", "replay", "agem", "lwf")
-"""Methods of the command line beside the rules and the recipe."""
+"""Methods of the command line other than the rules and the recipe."""
 SETTINGS = {"stream", "training", "rule", "strength", "pull", "average", "replay", "temperature"}
-"""What the configuration of a run of the command line holds."""
+"""Parts of the configuration that the command line can set."""
 VALIDATION = "-validation"
-"""What tuning adds to the name of a stream."""
+"""The suffix of streams for tuning."""
 DEGREES = 180.0
-"""What a rotated stream of the command line turns by."""
+"""The angle of rotated streams of the command line."""
 Flags = dict[str, Any]
-"""What follows each flag; None for one that must not be there."""
+"""The value of each flag; None for a flag that must not be given."""
 
 
 class Commands(NamedTuple):
-    """What does the runs again, and what does not."""
+    """Command lines, and notes on runs that no command repeats."""
 
     lines: list[str]
     notes: list[str]
 
 
-def commands(comparison: Comparison) -> Commands:
-    """Return the fewest commands that do all runs of a comparison again, and say which runs no command does."""
+def commands(comparison: MethodComparison) -> Commands:
+    """Return the fewest commands that repeat all runs of a comparison, and a note for each run that none repeats."""
     groups: list[tuple[list[str], Flags]] = []
     notes: list[str] = []
     for line in comparison.lines:
         for record in _firsts(line):
             if why := _inexpressible(record):
-                notes.append(f"{called(line.method)}, seed {record.seed}: {why}.")
+                notes.append(f"{method_name(line.method)}, seed {record.seed}: {why}.")
             else:
                 _join(groups, record.method.removesuffix(REPLAY), _flags(record) | _seeds(line, record))
-    lines = [_written(comparison.lines[0].records[0], methods, flags) for methods, flags in groups]
+    lines = [_command(comparison.stream, methods, flags) for methods, flags in groups]
     return Commands(list(dict.fromkeys(lines)), list(dict.fromkeys(notes)) + _about_data(comparison))
 
 
 def _firsts(line: Line) -> list[Record]:
-    """Return the record of each first seed of a stretch without gaps."""
+    """Return the first record of each stretch of consecutive seeds."""
     seeds = {record.seed: record for record in line.records}
     return [record for seed, record in sorted(seeds.items()) if seed - 1 not in seeds]
 
@@ -58,7 +58,7 @@ def _seeds(line: Line, first: Record) -> Flags:
 
 
 def _join(groups: list[tuple[list[str], Flags]], method: str, flags: Flags) -> None:
-    """Let a command do a method too, where neither has a flag that the other has otherwise."""
+    """Add a method to the first command whose flags agree with its own, or else to a new one."""
     for methods, common in groups:
         if method not in methods and all(common.get(flag, value) == value for flag, value in flags.items()):
             methods.append(method)
@@ -68,7 +68,7 @@ def _join(groups: list[tuple[list[str], Flags]], method: str, flags: Flags) -> N
 
 
 def _inexpressible(record: Record) -> str:
-    """Say why the command line cannot do a run, or return nothing."""
+    """Return why the command line cannot do a run, or nothing."""
     about, method = record.config.get("stream", {}), record.method.removesuffix(REPLAY)
     counts = about.get("tasks"), about.get("skipped", 0)
     if "training" not in record.config or not all(isinstance(count, int) for count in counts):
@@ -81,14 +81,16 @@ def _inexpressible(record: Record) -> str:
         return "its method was made in Python"
     if unknown := record.config.keys() - SETTINGS:
         return f"its {', '.join(sorted(unknown))} came from Python"
+    if record.ranks > 1:
+        return f"{record.ranks} processes trained the model together"
     if about.get("seed", record.seed) != record.seed:
         return "its stream has another seed than its training"
     return "its stream turns by another angle" if about.get("degrees", DEGREES) != DEGREES else ""
 
 
 def _rules() -> set[str]:
-    """Name the rules, without loading them and so torch."""
-    spec = find_spec("rwalk.importance")
+    """Return the names of the rules: those of their modules."""
+    spec = find_spec("rwalk.rules")
     found = pkgutil.iter_modules(spec.submodule_search_locations if spec else ())
     return {module.name for module in found if module.name[0] != "_"} - {"base"}
 
@@ -108,7 +110,7 @@ def _flags(record: Record) -> Flags:
 
 
 def _options(record: Record) -> Flags:
-    """Return what belongs to the method alone; None where a flag for another method would change this one."""
+    """Return the flags of the method itself; None where a flag for another method would change this one."""
     config, method = record.config, record.method.removesuffix(REPLAY)
     flags: Flags = {"--strength": config["strength"]} if "strength" in config else {}
     if method not in PLAIN:
@@ -122,7 +124,7 @@ def _options(record: Record) -> Flags:
 
 
 def _field(method: str, name: str, value: Any) -> tuple[str, Any]:
-    """Return the flag of a rule's field and its value: none where it is a switch, which has another name when it is off."""
+    """Return the flag of a rule's field and its value; a switch has no value, and another name when it is off."""
     if isinstance(value, bool):
         return _flag(f"{method}.{name}" if value else f"{method}.no-{name}"), []
     return _flag(f"{method}.{name}"), str(value)
@@ -132,19 +134,16 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _written(record: Record, methods: list[str], flags: Flags) -> str:
-    start = ["rwalk", "run"]
-    if record.ranks > 1:
-        start = ["torchrun", "--standalone", "--nproc-per-node", str(record.ranks), "-m", *start]
+def _command(stream: str, methods: list[str], flags: Flags) -> str:
     given = [word for flag, value in flags.items() if value is not None for word in (flag, *_words(value))]
-    return shlex.join([*start, record.stream, "--methods", ",".join(methods), *given])
+    return shlex.join(["rwalk", "run", stream, "--methods", ",".join(methods), *given])
 
 
 def _words(value: Any) -> list[str]:
     return list(map(str, value)) if isinstance(value, list) else [str(value)]
 
 
-def _about_data(comparison: Comparison) -> list[str]:
+def _about_data(comparison: MethodComparison) -> list[str]:
     name, rows = comparison.stream.partition("-")[2], comparison.setting.get("stream", {}).get("rows")
     if name == "digits":
         return []
@@ -153,8 +152,8 @@ def _about_data(comparison: Comparison) -> list[str]:
     return [f"The data set {name}{size} {where}"]
 
 
-def versions(comparison: Comparison) -> list[str]:
-    """Return with what the runs were done, each way once."""
+def versions(comparison: MethodComparison) -> list[str]:
+    """Return the software and hardware of the runs, each combination once."""
     found = [r for line in comparison.lines for r in line.records]
     ways = [r.versions | {"device": r.device, "threads": str(r.threads), "ranks": str(r.ranks)} for r in found]
     return list(dict.fromkeys(", ".join(f"{name} {value}" for name, value in way.items()) for way in ways))

@@ -1,19 +1,20 @@
-"""What a set of records says: runs of one setting side by side, each method as mean and spread over its seeds."""
+"""Summaries of records: runs of one setting side by side, each method as mean and deviation over its seeds."""
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from rwalk._errors import explain
+from rwalk._errors import printable
 from rwalk.bench.record import Record
 from rwalk.bench.tuned import SUFFIX, Tuned
 
 REFERENCES = ("cumulative", "joint")
-"""Methods that train on the data of all tasks at once: what is within reach, and not what is compared."""
+"""Methods that train on the data of all tasks at once: they show what can be reached, and are not compared."""
 
 
 class Spread(NamedTuple):
@@ -25,45 +26,69 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Line:
-    """One method in a comparison.
+    """One method in a comparison, over the seeds it was run with.
 
     Args:
         method: name of the method.
         strength: factor of the penalty, None for methods without one.
         fields: the rule's fields, pull, averaging and replay.
-        seeds: the seeds that were run.
-        records: their records, in the same order.
-        kept: share of the best accuracies on earlier tasks that is left in the end.
-        learned: accuracy on tasks right after learning them, a fraction.
-        bits: bits per character, for streams of characters.
-        average_accuracy, forgetting, intransigence, backward_transfer, forward_transfer: fractions; None where not defined.
-        seconds: training time of a run.
-        step_ratio: CPU time of a step over that of fine-tuning, in runs of the same seed.
-        state: bytes of the method's state over those of the model's parameters.
-        stored_examples: examples of earlier tasks that the method keeps.
+        records: one for each seed.
+        references: the runs of "finetune" and of "joint" in the same comparison, by seed.
     """
 
     method: str
     strength: float | None
     fields: dict[str, Any]
-    seeds: list[int]
     records: list[Record] = field(repr=False)
-    average_accuracy: Spread | None
-    forgetting: Spread | None
-    intransigence: Spread | None
-    backward_transfer: Spread | None
-    forward_transfer: Spread | None
-    kept: Spread | None
-    learned: Spread | None
-    bits: Spread | None
-    seconds: Spread | None
-    step_ratio: Spread | None
-    state: Spread | None
-    stored_examples: Spread | None
+    references: dict[str, dict[int, Record]] = field(repr=False)
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds that were run."""
+        return [record.seed for record in self.records]
+
+    def over_seeds(self, figure: Callable[[Record], float | None]) -> Spread | None:
+        """Return mean and deviation of a figure of each record; None if no record has it."""
+        return spread(map(figure, self.records))
+
+    def beside(self, reference: str, figure: Callable[[Record, Record], float | None]) -> Spread | None:
+        """Return mean and deviation of a figure of each record and the reference's record of the same seed."""
+        others = self.references[reference]
+        return spread(figure(record, others[record.seed]) for record in self.records if record.seed in others)
+
+    @cached_property
+    def average_accuracy(self) -> Spread | None:
+        """Accuracy over all tasks after the last one, a fraction."""
+        return self.over_seeds(lambda record: record.average_accuracy)
+
+    @cached_property
+    def forgetting(self) -> Spread | None:
+        """Accuracy lost on earlier tasks since their best, a fraction; None for joint training."""
+        return self.over_seeds(lambda record: None if record.method == "joint" else record.forgetting)
+
+    @cached_property
+    def kept(self) -> Spread | None:
+        """Share of the best accuracies on earlier tasks that is left in the end."""
+        return self.over_seeds(lambda record: record.kept)
+
+    @cached_property
+    def learned(self) -> Spread | None:
+        """Accuracy on tasks right after learning them, a fraction."""
+        return self.over_seeds(lambda record: record.learned)
+
+    @cached_property
+    def step_ratio(self) -> Spread | None:
+        """CPU time of a step over that of fine-tuning with the same seed."""
+        return self.beside("finetune", lambda mine, plain: ratio(mine.timings.get("step_ms"), plain.timings.get("step_ms")))
+
+    @cached_property
+    def stored_examples(self) -> Spread | None:
+        """How many examples of earlier tasks the method keeps."""
+        return self.over_seeds(lambda record: record.memory.get("stored_examples"))
 
 
 @dataclass(frozen=True)
-class Comparison:
+class MethodComparison:
     """Methods that were trained in the same way on the same stream."""
 
     stream: str
@@ -71,7 +96,7 @@ class Comparison:
     lines: list[Line]
 
     def varying(self, line: Line) -> dict[str, Any]:
-        """Return the fields that tell a line from others of the same method."""
+        """Return the fields that distinguish a line from others of the same method."""
         others = [o for o in self.lines if o.method == line.method and o.fields != line.fields]
         return {k: v for k, v in line.fields.items() if any(o.fields.get(k) != v for o in others)}
 
@@ -101,8 +126,8 @@ class Comparison:
 def read(folder: str | Path) -> tuple[list[Record], list[str]]:
     """Read all records below a folder; return them and a message for each file that is left out.
 
-    Left out are JSON files that hold no record, results of tuning that cannot be read, and copies of records, which would count
-    twice: they are equal to the last digit of their times.
+    Left out are JSON files that hold no record, results of tuning that cannot be read, and copies of records (equal to the last
+    digit of their times), which would count twice.
 
     Raises:
         FileNotFoundError: if the folder does not exist or holds no JSON file.
@@ -110,9 +135,7 @@ def read(folder: str | Path) -> tuple[list[Record], list[str]]:
     below = sorted(Path(folder).rglob("*")) if Path(folder).is_dir() else []
     files = [file for file in below if file.suffix == ".json"]
     if not files:
-        raise FileNotFoundError(
-            explain(f"`{folder}`, in which there are no records", "a folder written by `rwalk run --out`", "Correct the path.")
-        )
+        raise FileNotFoundError(printable(f"`{folder}` has no records. Name a folder written by `rwalk run --out`."))
     records: dict[str, tuple[Path, Record]] = {}
     problems = []
     for file in files:
@@ -120,8 +143,8 @@ def read(folder: str | Path) -> tuple[list[Record], list[str]]:
             record = Record.load(file)
             first, _ = records.setdefault(canonical(asdict(record)), (file, record))
             if first != file:
-                raise ValueError(explain(f"`{file}`, a copy of `{first}`", "each run once", "Move one of them away."))
-        except (ValueError, OSError) as error:  # of one file that is gone, or may not be read, as of one that is broken
+                raise ValueError(printable(f"`{file}` is a copy of `{first}`. Move one of them away."))
+        except (ValueError, OSError) as error:
             problems.append(_problem(file, error))
     for file in below:
         try:
@@ -133,14 +156,13 @@ def read(folder: str | Path) -> tuple[list[Record], list[str]]:
 
 
 def _problem(file: Path, error: ValueError | OSError) -> str:
-    """Say why a file is left out."""
+    """Return why a file is left out."""
     if isinstance(error, ValueError):
         return str(error)
-    came = f"`{file}`, which cannot be read ({error.strerror or error})"
-    return explain(came, "a file that can be", "Move it away, or correct its permissions.")
+    return printable(f"`{file}` cannot be read ({error.strerror or error}). Move it away, or correct its permissions.")
 
 
-def summarise(records: Iterable[Record]) -> list[Comparison]:
+def summarise(records: Iterable[Record]) -> list[MethodComparison]:
     """Group records by stream and training, then by method, strength and fields of the rule, and average over seeds."""
     comparisons: dict[str, list[Record]] = {}
     for record in records:
@@ -150,14 +172,14 @@ def summarise(records: Iterable[Record]) -> list[Comparison]:
     return [_compare(group) for group in comparisons.values()]
 
 
-def _compare(records: list[Record]) -> Comparison:
+def _compare(records: list[Record]) -> MethodComparison:
     methods: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda r: (_rank(r.method), r.config.get("strength") or 0, r.seed)):
         mine = canonical([record.method, record.config.get("strength"), _fields(record)])
         methods.setdefault(mine, []).append(record)
     references = {name: {r.seed: r for r in records if r.method == name} for name in ("finetune", "joint")}
-    lines = [_line(group, **references) for group in methods.values()]
-    return Comparison(records[0].stream, records[0].config, lines)
+    lines = [Line(g[0].method, g[0].config.get("strength"), _fields(g[0]), g, references) for g in methods.values()]
+    return MethodComparison(records[0].stream, records[0].config, lines)
 
 
 def _fields(record: Record) -> dict[str, Any]:
@@ -178,36 +200,10 @@ def _rank(method: str) -> tuple[int, str]:
     return ranks.get(method, 1), method
 
 
-def _line(records: list[Record], finetune: dict[int, Record], joint: dict[int, Record]) -> Line:
-    first = records[0]
-    return Line(
-        method=first.method,
-        strength=first.config.get("strength"),
-        fields=_fields(first),
-        seeds=[r.seed for r in records],
-        records=records,
-        average_accuracy=spread(r.average_accuracy for r in records),
-        forgetting=spread(None if r.method == "joint" else r.forgetting for r in records),
-        intransigence=spread(r.intransigence(joint[r.seed]) if r.seed in joint else None for r in records),
-        backward_transfer=spread(None if r.method == "joint" else r.backward_transfer for r in records),
-        forward_transfer=spread(None if r.method == "joint" else r.forward_transfer for r in records),
-        kept=spread(r.kept for r in records),
-        learned=spread(r.learned for r in records),
-        bits=spread(r.final_bits for r in records),
-        seconds=spread(r.timings.get("train_seconds") for r in records),
-        step_ratio=spread(_ratio(r, finetune.get(r.seed)) for r in records),
-        state=spread(_over(r.memory.get("state_bytes"), r.memory.get("model_bytes")) for r in records),
-        stored_examples=spread(r.memory.get("stored_examples") for r in records),
-    )
-
-
-def _ratio(record: Record, reference: Record | None) -> float | None:
-    return _over(record.timings.get("step_ms"), reference.timings.get("step_ms")) if reference else None
-
-
-def _over(a: float | None, b: float | None) -> float | None:
-    ratio = a / b if a is not None and b else math.inf
-    return ratio if math.isfinite(ratio) else None
+def ratio(a: float | None, b: float | None) -> float | None:
+    """Return a / b, or None if it is not defined."""
+    found = a / b if a is not None and b else math.inf
+    return found if math.isfinite(found) else None
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:

@@ -6,23 +6,23 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from rwalk.report.columns import COLUMNS
+from rwalk.report.figures import COLUMNS
 from rwalk.report.plain import plain, shown
-from rwalk.report.story import single_labels
-from rwalk.report.summary import Comparison, Line
+from rwalk.report.remarks import single_labels
+from rwalk.report.summary import Line, MethodComparison
 
 WIDE = 120
-"""Characters from which all columns are shown; narrower terminals leave out transfer and stored examples."""
+"""Width from which all columns are shown; narrower terminals leave out those marked `wide`."""
 NAME = 200
-"""Characters of a name that are shown."""
+"""Characters of a name that are shown at most."""
 NOTE = (
     "Mean ± standard deviation over seeds; accuracies in %. Lower is better for forgetting, intransigence and time. "
     "step: CPU time of a step over that of finetune. state: bytes held over those of the model."
 )
 
 
-def show(comparisons: list[Comparison], console: Console) -> None:
-    """Print one table for each comparison, with the settings that its numbers depend on."""
+def show(comparisons: list[MethodComparison], console: Console) -> None:
+    """Print a table for each comparison, with the settings that its numbers depend on."""
     for comparison in comparisons:
         console.print()
         settings = plain(f": {comparison.describe()}", 10 * NAME)
@@ -33,7 +33,7 @@ def show(comparisons: list[Comparison], console: Console) -> None:
     console.print(shown(console, NOTE, "dim"))
 
 
-def _table(comparison: Comparison, console: Console) -> Table:
+def _table(comparison: MethodComparison, console: Console) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     rows = [_cells(line, comparison.varying(line), console.width >= WIDE) for line in comparison.lines]
     for i, column in enumerate(rows[0]):
@@ -50,5 +50,4 @@ def _cells(line: Line, fields: dict[str, Any], wide: bool) -> dict[str, str]:
         "strength": "" if line.strength is None else f"{line.strength:g}",
         "seeds": str(len(line.seeds)),
     }
-    cells = about | {column.short: column.text(line) for column in COLUMNS if column.short}
-    return cells if wide else {key: value for key, value in cells.items() if key not in ("BWT", "FWT", "stored")}
+    return about | {column.short: column.text(line) for column in COLUMNS if column.short and (wide or not column.wide)}

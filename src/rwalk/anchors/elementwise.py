@@ -1,0 +1,73 @@
+"""The anchor that holds each weight alone: one importance for each element."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from rwalk import kernels
+from rwalk._parameters import copies, copy, grow_tensor, zero
+from rwalk.anchors.base import Anchor, PullColumns
+from rwalk.kernels import PostStepRow
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class ElementwiseAnchor(Anchor):
+    """The quadratic strength * sum of omega * (theta - point)^2, without a half (equation 8)."""
+
+    @classmethod
+    def at(cls, point: Mapping[str, Tensor], omega: Sequence[Tensor]) -> "ElementwiseAnchor":
+        """Make an anchor at a copy of `point`; `omega` runs parallel to it."""
+        copied = copies(list(point.values()))
+        return cls(dict(zip(point, copied, strict=True)), dict(zip(point, omega, strict=True)))
+
+    def merge(self, point: Mapping[str, Tensor], omega: Sequence[Tensor]) -> "ElementwiseAnchor":
+        """Add a second quadratic exactly: the sum of two is one with omega = a + b at the weighted mean of their points.
+
+        Where both importances are 0 the newer point stands. The same weighted mean is Fisher merging of two models
+        (Matena and Raffel 2022). `omega` runs parallel to `point`; parameters that are new here simply join.
+        """
+        merged = {name: self._both(name, p, b) for (name, p), b in zip(point.items(), omega, strict=True)}
+        return ElementwiseAnchor({n: p for n, (p, _) in merged.items()}, {n: o for n, (_, o) in merged.items()})
+
+    def _both(self, name: str, point: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
+        new = copy(point)
+        if name not in self.point:
+            return new, omega
+        total = self.omega[name] + omega
+        share = torch.where(total > 0, omega / total, 1.0).to(new.dtype)
+        return self.point[name].lerp(new, share), total
+
+    def align(self, theta: Mapping[str, Tensor]) -> "ElementwiseAnchor":
+        """Follow a model that changed: see `Anchor.align`."""
+        both = [name for name in theta if name in self.point]
+        return ElementwiseAnchor(
+            {name: grow_tensor(self.point[name], theta[name], copy) for name in both},
+            {name: grow_tensor(self.omega[name], theta[name], zero) for name in both},
+        )
+
+    def renamed(self, names: Mapping[str, str]) -> "ElementwiseAnchor":
+        """Return the entries of some names under others."""
+        return ElementwiseAnchor({n: self.point[o] for o, n in names.items()}, {n: self.omega[o] for o, n in names.items()})
+
+    def pull_columns(self, names: Sequence[str], strength: float) -> PullColumns:
+        """Return where parameters of these names are pulled, to be added to their gradients (equation 8)."""
+        return PullColumns([self.point.get(name) for name in names], [self.omega.get(name) for name in names], strength)
+
+    def draw(self, rows: Mapping[str, PostStepRow]) -> dict[str, PostStepRow]:
+        """Add the proximal pull to what is done after a step; every name in `rows` is held."""
+        return {name: row._replace(point=self.point[name], omega=self.omega[name]) for name, row in rows.items()}
+
+    @torch.no_grad()
+    def penalty(self, theta: Mapping[str, Tensor]) -> float | Tensor:
+        """Return sum of omega * (theta - point)^2, without the strength."""
+        names = [name for name in theta if name in self.point]
+        return kernels.penalty(*([column[n] for n in names] for column in (theta, self.point, self.omega)))
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> "ElementwiseAnchor":
+        """Return the anchor that `content` was made from."""
+        return cls(content["point"], content["omega"])

@@ -1,0 +1,146 @@
+"""Data sets in the Hugging Face schema, from parquet files in a folder or from the hub.
+
+Inputs are the images, else the lists of numbers, else the texts, else all columns. Texts without labels are to be continued.
+"""
+
+import os
+from collections.abc import Set
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from rwalk._errors import printable
+from rwalk.bench import inputs, texts, times
+from rwalk.bench.data import HUB, DataSet
+from rwalk.bench.labels import numbered, refuse_names, usual_column
+from rwalk.bench.rows import Rows, features, plain, read
+
+SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}
+STREAM = "stream"
+"""The one split of a data set whose rows are ordered in time, see `rwalk.bench.times`."""
+
+
+def from_folder(folder: Path, label: str | None = None, by: str | None = None) -> DataSet:
+    """Load a data set from a folder; arguments and errors are those of `rwalk.bench.data.load`."""
+    if _files(folder, STREAM) and not _files(folder, "train"):
+        return _assemble(folder.name, _held_out(folder.name, _split(folder, (STREAM,)), {label, by}), label, by)
+    return _assemble(folder.name, {split: _split(folder, names, by) for split, names in SPLITS.items()}, label, by)
+
+
+def from_hub(name: str, label: str | None = None, by: str | None = None) -> DataSet:
+    """Load a data set through Hugging Face `datasets`; arguments and errors are those of `rwalk.bench.data.load`."""
+    found = download(HUB.get(name, name))
+    splits = {split: Rows(plain(table), ((f"the {split} split", len(table)),)) for split, table in found.items()}
+    return _assemble(name.split("/")[-1], splits, label, by)
+
+
+def download(name: str) -> dict[str, Any]:
+    """Download a data set through Hugging Face `datasets` and return its splits as Arrow tables."""
+    try:
+        found = datasets.load_dataset(name)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or ['no reason'])[0]}"
+        remedy = "Pass digits, a folder with parquet files, or put a folder of that name below `--data` or RWALK_DATA."
+        raise ConnectionError(printable(f"The data set `{name}` cannot be downloaded ({reason}). {remedy}")) from error
+    chosen = {split: next((s for s in names if s in found), None) for split, names in SPLITS.items()}
+    if None in chosen.values():
+        raise ValueError(printable(f"`{name}` has the splits {', '.join(found)}; it needs train and test."))
+    return {split: found[source].with_format("arrow")[:] for split, source in chosen.items()}
+
+
+def _held_out(name: str, rows: Rows, taken: Set[str | None]) -> dict[str, Rows]:
+    """Put rows in the order of their times, except for columns that are taken otherwise, and hold out every fifth."""
+    order, table = np.arange(len(rows)), rows.table
+    if columns := [c for c in times.NAMES if c in table.column_names and c not in taken]:
+        order = times.order(name, rows, columns)
+        table = table.take(order).drop_columns(columns)
+    last = np.arange(len(rows)) % 5 == 4
+    return {split: Rows(table.filter(some), rows.files, order[some]) for split, some in (("train", ~last), ("test", last))}
+
+
+def _files(folder: Path, name: str) -> list[Path]:
+    """Find the files of a split: train.parquet, train-00000-of-00001.parquet, train/part.parquet and the like."""
+    found = sorted(folder.rglob("*.parquet"))
+    return [f for f in found if f.stem.split("-")[0] == name or (f.parent != folder and f.parent.name == name)]
+
+
+def _split(folder: Path, names: tuple[str, ...], by: str | None = None) -> Rows:
+    """Read the files of a split, which may have one of several names."""
+    for name in names:
+        if mine := _files(folder, name):
+            return _joined(folder, names[0], mine, by)
+    found = ", ".join(f.name for f in sorted(folder.rglob("*.parquet"))[:5]) or "no parquet file"
+    needed = f"it needs a parquet file of the {names[0]} split, such as {names[0]}.parquet"
+    raise FileNotFoundError(printable(f"The folder `{folder}` has {found}; {needed}."))
+
+
+def _joined(folder: Path, split: str, mine: list[Path], by: str | None) -> Rows:
+    """Join the files of a split, with a column of folders if they are the domains."""
+    what = f"The {split} files of `{folder}`"
+    places = sorted({str(f.parent.relative_to(folder)) for f in mine})
+    if len(places) > 1 and by != "folder":
+        some = f"{what} lie in several folders, as those of several data sets do: {split} files in {', '.join(places[:5])}."
+        raise ValueError(printable(f"{some} Name one of them, or make each a task with a `domain-` stream by `folder`."))
+    tables = [read(f) for f in mine]
+    columns = {tuple(table.column_names) for table in tables}
+    if len(columns) > 1:
+        some = " and ".join(", ".join(names) for names in sorted(columns)[:2])
+        raise ValueError(printable(f"{what} have different columns: {some}. Make the files alike."))
+    refuse_names(what, [features(table) for table in tables], tables[0].column_names)
+    if by == "folder":
+        if by in tables[0].column_names:
+            raise ValueError(printable(f"{what} have a column `folder`, the name of the column of domains. Rename or drop it."))
+        homes = [os.fsencode(f.relative_to(folder).parts[0]).decode(errors="backslashreplace") for f in mine]
+        tables = [t.append_column(by, pa.array([home] * len(t))) for home, t in zip(homes, tables, strict=True)]
+    try:
+        whole = pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        some = f"{what} have columns of different types ({str(error).splitlines()[0]})"
+        raise ValueError(printable(f"{some}. Make the files alike.")) from None
+    return Rows(whole, tuple((str(f.relative_to(folder)), len(t)) for f, t in zip(mine, tables, strict=True)))
+
+
+def _assemble(name: str, splits: dict[str, Rows], label: str | None, by: str | None) -> DataSet:
+    """Turn the rows of a train and a test split into tensors."""
+    for split, rows in splits.items():
+        if len(rows) == 0:
+            raise ValueError(printable(f"`{name}` has an empty {split} split. Check the files."))
+    train, test = splits["train"], splits["test"]
+    label = label or usual_column(train, by)
+    named = [column for column in (label, by) if column]
+    form, columns = inputs.choose(name, train, label, by)
+    for split, rows in splits.items():
+        lacking = [c for c in (*named, *columns) if c not in rows.table.column_names]
+        if lacking:
+            raise inputs.schema_error(name, rows, f"the column `{lacking[0]}` in the {split} split too")
+    inputs.refuse_kinds(name, form, columns, test)
+    refuse_names(f"The splits of `{name}`", [train.features, test.features], [*named, *columns])
+    domains = numbered(name, train, test, by, "domains") if by else (None, None, ())
+    if label is None:
+        return _continued(name, train, test, columns[0], *domains)
+    labels = numbered(name, train, test, label, "labels")
+    x = inputs.tensors(name, form, columns, train, test)
+    tokens = texts.BUCKETS + 1 if form == "text" else 0
+    return DataSet(name, x[0], labels[0], x[1], labels[1], labels[2], tokens, *domains)
+
+
+def _continued(
+    name: str, train: Rows, test: Rows, column: str, at_train: Tensor | None, at_test: Tensor | None, domains: tuple[str, ...]
+) -> DataSet:
+    """Return texts as windows of characters, each with the next character; domains are as in `DataSet`."""
+    parts = []
+    for split, rows, at in (("train", train, at_train), ("test", test, at_test)):
+        whole = inputs.strings(name, rows, column)
+        parts.append(texts.windows(whole, torch.zeros(len(whole), dtype=torch.long) if at is None else at))
+        if not len(parts[-1][0]):
+            some = f"The {split} texts of `{name}` are shorter than a window"
+            raise ValueError(printable(f"{some}; it takes more than {texts.WINDOW} bytes of text."))
+    (train_x, train_y, train_at), (test_x, test_y, test_at) = parts
+    known = tuple(map(chr, range(256)))
+    where = (train_at, test_at, domains) if domains else ()
+    return DataSet(name, train_x, train_y, test_x, test_y, known, len(known), *where)

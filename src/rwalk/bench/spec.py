@@ -1,0 +1,323 @@
+"""A run is described once: which tasks, which method, and how it trains. The description goes to workers as it is."""
+
+import copy
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+import rwalk
+from rwalk import kernels
+from rwalk._errors import printable
+from rwalk.bench import devices, models, streams
+from rwalk.bench.baselines import BASELINES, LwF, Rehearsal, addition
+from rwalk.bench.checkpoint import Checkpoint, Measured
+from rwalk.bench.data import DataSet, load
+from rwalk.bench.holdout import early, later
+from rwalk.bench.record import Record, file_name
+from rwalk.bench.streams import Experience, Scenario, label_counts
+from rwalk.bench.trackers import Track, figures, quiet
+from rwalk.bench.training import CustomLearner, Learner, Training, accuracies, check_batches
+from rwalk.consolidation.settings import Average, Pull, Settings, check_strength, resolve
+from rwalk.rules import rules
+from rwalk.rules.base import Rule
+
+Method = str | Rule[Any] | CustomLearner
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """A stream as a small description, from which any process makes the same tasks.
+
+    Args:
+        kind: as in `rwalk.bench.streams.STREAMS`.
+        data: name or folder of the data set.
+        root, label, by: as for `rwalk.bench.data.load`.
+        seed: seed of permutations.
+        scenario, tasks: as for the stream's function; None for its default.
+        skip: how many of the first tasks to leave out.
+        tuning: how many of the first tasks to tune on, and which share of their training examples to hold out; None for runs.
+    """
+
+    kind: str
+    data: str
+    root: Path | None = None
+    label: str | None = None
+    by: str | None = None
+    seed: int = 0
+    scenario: Scenario | None = None
+    tasks: int | None = None
+    skip: int = 0
+    tuning: tuple[int, float] | None = None
+
+    def make(self) -> list[Experience]:
+        """Return the tasks; those made last are remembered."""
+        return _made(self)
+
+
+@lru_cache(maxsize=1)
+def _loaded(*arguments: Any) -> DataSet:
+    return load(*arguments)
+
+
+@lru_cache(maxsize=2)
+def _made(spec: StreamSpec) -> list[Experience]:
+    by = {"by": spec.by or "domain"} if spec.kind == "domain" else {}
+    data = _loaded(spec.data, spec.root, spec.label, *by.values())
+    whole = streams.make(spec.kind, data, spec.seed, spec.scenario, tasks=spec.tasks, **by)
+    return later(whole, spec.skip) if spec.tuning is None else early(whole, *spec.tuning)
+
+
+def forget_data() -> None:
+    """Load data sets anew from here on, as files may have changed."""
+    _loaded.cache_clear()
+    _made.cache_clear()
+
+
+@dataclass(frozen=True, eq=False)
+class RunSpec:
+    """One run. What follows from the fields is worked out once, and goes along when the description is pickled.
+
+    Args:
+        stream: the tasks, or what makes them.
+        method, strength, seed, training, pull, average, replay, device: as for `rwalk.bench.run`.
+        threads: CPU threads; None for as many as the process has.
+        backend: of the kernels; None for the process's.
+        command: the command line that asked for the run.
+    """
+
+    stream: Sequence[Experience] | StreamSpec
+    method: Method = "finetune"
+    strength: float | None = None
+    seed: int = 0
+    training: Training = field(default_factory=Training)
+    pull: Pull | None = None
+    average: Average | None = None
+    replay: Rehearsal | int | None = None
+    device: str | torch.device = "cpu"
+    threads: int | None = None
+    backend: str | None = None
+    command: str = ""
+
+    @property
+    def tasks(self) -> Sequence[Experience]:
+        """The tasks to learn."""
+        return self.stream.make() if isinstance(self.stream, StreamSpec) else self.stream
+
+    def on(self, stream: Sequence[Experience]) -> "RunSpec":
+        """Return the same run with its tasks as another process holds them; what was worked out stays."""
+        other = copy.copy(self)
+        object.__setattr__(other, "stream", stream)
+        return other
+
+    @cached_property
+    def settings(self) -> Settings | None:
+        """The consolidator's settings; None for methods without one."""
+        rule = self.method if isinstance(self.method, Rule) else None
+        ruled = rule is not None or (isinstance(self.method, str) and self.method == "recipe")
+        return resolve(rule, self.strength, self.pull, self.average) if ruled else None
+
+    @cached_property
+    def rehearsal(self) -> Rehearsal | None:
+        """What is kept of earlier tasks; None for methods that keep nothing, or all."""
+        rehearsal = Rehearsal(self.replay) if isinstance(self.replay, int) else self.replay
+        if not isinstance(rehearsal, Rehearsal | None):
+            raise TypeError(f"`replay` is {rehearsal!r}; pass a number of examples or a `Rehearsal`.")
+        if self.added_name in ("replay", "agem"):
+            return rehearsal or Rehearsal()
+        if rehearsal is not None and self.settings is None:
+            raise ValueError(f"Method `{self.base_name}` does not use `replay`. Pass it with a rule, recipe, replay or agem.")
+        return rehearsal
+
+    @cached_property
+    def configuration(self) -> dict[str, Any]:
+        """Every setting but the method's name and the seed, as JSON values."""
+        first, training = self.tasks[0], self.training
+        config = asdict(training) | {
+            "hidden": list(training.hidden),
+            "mask": training.resolved_mask(first.scenario),
+            "model": models.resolve(training.model, first),
+        }
+        ruled: dict[str, Any] = {}
+        if self.settings is not None:
+            ruled = self.settings._asdict() | {"rule": asdict(self.settings.rule)}
+        elif self.added_name == "lwf":
+            weight = check_strength(1.0 if self.strength is None else self.strength)
+            ruled = {"strength": weight, "temperature": LwF.TEMPERATURE}
+        kept = {"replay": asdict(self.rehearsal)} if self.rehearsal else {}
+        return {"stream": first.stream, "training": config} | ruled | kept
+
+    @cached_property
+    def base_name(self) -> str:
+        """The method's name, without replay beside it."""
+        if isinstance(self.method, str):
+            return self.method
+        known = (name for name, kind in rules().items() if type(self.method) is kind)
+        return next(known, type(self.method).__name__.lower())
+
+    @property
+    def added_name(self) -> str:
+        """The name of the baseline that is added to the loop; empty for other methods."""
+        return self.method if isinstance(self.method, str) and self.method in BASELINES else ""
+
+    @property
+    def method_name(self) -> str:
+        """The method's name in records."""
+        return self.base_name + "+replay" * (self.replay is not None and not self.added_name)
+
+    @cached_property
+    def name(self) -> str:
+        """The name of the record's file."""
+        return file_name(self.tasks[0].stream["name"], self.method_name, self.seed, self.configuration)
+
+    def check(self) -> None:
+        """Raise a ValueError or TypeError if the parts do not fit together; no model is built."""
+        streams.check(self.tasks)
+        custom = hasattr(self.method, "fit") and hasattr(self.method, "predict") and not isinstance(self.method, type)
+        if isinstance(self.method, str) and self.method not in (*BASELINES, "recipe"):
+            known = ", ".join([*BASELINES, "recipe", *rules()])
+            name = printable(self.method, "")
+            raise ValueError(f"There is no method `{name}`; pass one of {known}, or a rule object like `RWalk()`.")
+        if not isinstance(self.method, str | Rule) and not custom:
+            raise TypeError(
+                f"A method is a name, a rule such as `RWalk()`, or has `fit` and `predict`; {self.method!r} is not."
+            )
+        if self.tasks[0].kind == "characters" and getattr(self.method, "labels", "true") == "exact":
+            raise ValueError(
+                f'Method `{self.base_name}` with labels="exact" cannot measure streams of characters; use "sample" or "true".'
+            )
+        if self.rehearsal is not None:
+            self.rehearsal.check(self.tasks)
+
+    def check_model(self) -> None:
+        """Raise a ValueError if the model does not fit the tasks."""
+        if models.check(self.configuration["training"]["model"], self.tasks[0]):
+            check_batches(self.tasks, self.training)
+
+    def build(self, tick: Callable[[], None] = lambda: None) -> CustomLearner:
+        """Make the learner, with its first weights from the seed."""
+        torch.manual_seed(self.seed)
+        if not isinstance(self.method, str | Rule):
+            return self.method
+        device, model = devices.chosen(self.device), self.configuration["training"]["model"]
+
+        def make() -> nn.Module:
+            return models.build(model, self.tasks[0], self.training.hidden).to(device)
+
+        added = addition(self.added_name, self.rehearsal, self.configuration.get("strength", 0.0), self.seed)
+        learner = Learner(make, self.training, self.seed, tick, memory=self.settings, addition=added)
+        learner.check(self.tasks)
+        return learner
+
+    def run(self, checkpoint: Path | None = None, tick: Callable[[], None] = lambda: None, track: Track = quiet) -> Record:
+        """Train on each task in turn, evaluate after each, and return the record; see `rwalk.bench.run`."""
+        self.check()
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        if self.backend is not None:
+            kernels.use(self.backend)
+        device, stream = devices.chosen(self.device), self.tasks
+        facts = _facts(device)
+        place = Checkpoint(checkpoint, {"file": self.name} | facts, device)
+        place.check()
+        with devices.isolated_device(device):
+            learner = self.build(tick)
+            measured = place.restore(learner, stream) if place.exists else None
+            if measured is None:
+                learner = self.build(tick) if place.exists else learner
+                measured = Measured(accuracies(learner, stream, -1) if isinstance(learner, Learner) else [])
+            _learn(learner, measured, stream, place, track)
+        return self._record(learner, measured, facts)
+
+    def _record(self, learner: CustomLearner, measured: Measured, facts: dict[str, Any]) -> Record:
+        ours = isinstance(learner, Learner)
+        return Record(
+            method=self.method_name,
+            stream=self.tasks[0].stream["name"],
+            seed=self.seed,
+            accuracy=measured.accuracy,
+            untrained=measured.untrained,
+            bits=measured.bits,
+            labels=label_counts(self.tasks),
+            config=self.configuration,
+            timings={"train_seconds": measured.seconds} | (cast(Learner, learner).timings() if ours else {}),
+            memory=cast(Learner, learner).memory_sizes() if ours else {},
+            diagnostics=getattr(learner, "diagnostics", []),
+            command=self.command,
+            **facts,
+        )
+
+
+def _facts(device: torch.device) -> dict[str, Any]:
+    """Return what a run depends on beside its configuration and seed, by the names of a record's fields."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "rwalk": rwalk.__version__}
+    versions |= {"kernels": kernels.current()} | devices.about(device)
+    return {"versions": versions, "threads": torch.get_num_threads(), "ranks": 1, "device": device.type}
+
+
+def _learn(learner: CustomLearner, measured: Measured, stream: Sequence[Experience], place: Checkpoint, track: Track) -> None:
+    """Train on the tasks that are left, and measure after each of them."""
+    for k in range(len(measured.accuracy), len(stream)):
+        start = time.perf_counter()
+        learner.fit(stream[k])
+        measured.seconds += time.perf_counter() - start
+        measured.accuracy.append(accuracies(learner, stream, k))
+        if stream[0].kind == "characters" and isinstance(learner, Learner):
+            measured.bits.append([learner.bits(*e.test.read()) for e in stream])
+        track(figures(measured.accuracy) | getattr(learner, "scalars", dict)(), k + 1)
+        if k + 1 < len(stream):
+            place.save(learner, measured)
+
+
+def run(
+    stream: Sequence[Experience],
+    method: Method = "finetune",
+    strength: float | None = None,
+    seed: int = 0,
+    training: Training | None = None,
+    *,
+    pull: Pull | None = None,
+    average: Average | None = None,
+    replay: Rehearsal | int | None = None,
+    checkpoint: str | Path | None = None,
+    tick: Callable[[], None] = lambda: None,
+    track: Track = quiet,
+    device: str | torch.device = "cpu",
+) -> Record:
+    """Train on each task of a stream in turn, and after each evaluate on all tasks.
+
+    Args:
+        stream: the tasks, for example `rwalk.bench.split("digits", tasks=5)`.
+        method: "finetune", "joint", "cumulative", "replay", "agem", "lwf", "recipe" (`Consolidator(model)`), a rule such as
+            `RWalk()`, or an object with `fit` and `predict`.
+        strength: factor of the penalty for a rule; the consolidator's default when None. For "lwf" the weight of the earlier
+            answers; 1 when None.
+        seed: seed of initial weights and batch order; equal seeds give equal results, bit for bit on one machine's CPU.
+        training: epochs, batch size, optimiser, model and softmax mask.
+        pull: "gradient" or "proximal", for a rule; the consolidator's default when None.
+        average: "none" or "tail", for a rule; the consolidator's default when None.
+        replay: how many examples of earlier tasks "replay" and "agem" keep, or a `Rehearsal`; 200 in total when None. A rule or
+            the recipe is trained with replay beside it if this is given.
+        checkpoint: file that keeps the state of the run after each task but the last; if it exists, the run continues from it.
+            It stays until it is removed; where it cannot be written, a warning says so. Learners of one's own need the methods
+            of `rwalk.bench.training.Resumable` for it.
+        tick: called after each training step, for progress displays.
+        track: called after each task with figures by name and the number of tasks learned, before the checkpoint is written: a
+            task that is cut off in between comes twice.
+        device: "cpu", "cuda", or one GPU such as "cuda:1"; a task's data are brought there as a whole. A learner of one's own
+            sees to it itself. Results agree with those of the CPU to rounding, which grows over a run.
+
+    Returns:
+        The record. In class-incremental streams later tasks are not evaluated before they come.
+
+    Raises:
+        ValueError: if method, model, training and stream do not fit together.
+    """
+    spec = RunSpec(stream, method, strength, seed, training or Training(), pull, average, replay, device)
+    return spec.run(Path(checkpoint) if checkpoint else None, tick, track)

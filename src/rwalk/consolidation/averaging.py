@@ -1,0 +1,74 @@
+"""Averaging of each task's later iterates, which become both model and anchor when the task ends."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from rwalk._parameters import copy, grow_tensor
+from rwalk.kernels import PostStepRow
+
+ETA = 3
+"""Order of the polynomial average: larger forgets the start of a task sooner (Shamir and Zhang 2013, arXiv 1212.1824)."""
+
+
+class Tail:
+    """A running average of parameters, restarted with each task; needs no knowledge of the task's length.
+
+    After n steps avg <- avg + (eta + 1) / (n + eta) * (theta - avg), so that later iterates weigh more.
+
+    Attributes:
+        average: the average of each parameter, by name, in state precision.
+        count: how many steps went into it.
+    """
+
+    def __init__(self) -> None:
+        self.average: dict[str, Tensor] = {}
+        self.count: dict[str, int] = {}
+
+    @classmethod
+    def read(cls, average: dict[str, Tensor], count: Mapping[str, int]) -> "Tail":
+        """Return a tail that continues from an average and its count of steps."""
+        tail = cls()
+        tail.average, tail.count = average, dict(count)
+        return tail
+
+    def followed(self, theta: Mapping[str, Tensor], lost: Collection[str] = ()) -> "Tail":
+        """Return what is known of these parameters, by leading block where they grew, without that of those in `lost`."""
+        known = {name: average for name, average in self.average.items() if name not in lost}
+        tail = Tail()
+        tail.average = {name: grow_tensor(known.get(name), now, copy) for name, now in theta.items()}
+        tail.count = {name: self.count[name] if name in known else 0 for name in theta}
+        return tail
+
+    def averaged(self, rows: Mapping[str, PostStepRow]) -> dict[str, PostStepRow]:
+        """Count an optimiser step for some parameters, and add the average to what is done after it."""
+        for name in rows:
+            self.count[name] += 1
+        return {
+            name: row._replace(average=self.average[name], weight=(ETA + 1) / (self.count[name] + ETA))
+            for name, row in rows.items()
+        }
+
+    def take_back(self, names: Iterable[str]) -> None:
+        """Uncount a step that turned out not to count; it wrote nothing."""
+        for name in names:
+            self.count[name] -= 1
+
+    @contextmanager
+    def swapped(self, theta: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """Replace parameters by their averages, unless an error comes; yield where the parameters were."""
+        raw: dict[str, Tensor] = {}
+        try:
+            for name in [name for name in theta if self.count.get(name)]:
+                raw[name] = theta[name].detach().clone()
+                theta[name].detach().copy_(self.average[name])
+            yield {**theta, **raw}
+        except BaseException:
+            for name, value in raw.items():
+                theta[name].detach().copy_(value)
+            raise
+
+    def restart(self) -> None:
+        """Begin a new task."""
+        self.count = dict.fromkeys(self.count, 0)

@@ -1,0 +1,119 @@
+"""Running statistics of BatchNorm, recomputed for averaged weights."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from rwalk._parameters import bare
+from rwalk.distributed.ranks import Ranks
+from rwalk.distributed.wrappers import full_parameters
+from rwalk.gradients import ModelSnapshot
+
+
+def batch_norms(model: nn.Module) -> list[_NormBase]:
+    """List the modules of a model that keep running statistics, but those that its user keeps in eval mode during training."""
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+    return [m for m in norms if m.training or not model.training]
+
+
+@contextmanager
+def statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Put the running statistics of a model back if an error comes."""
+    kept = [(buffer, buffer.clone()) for norm in batch_norms(model) for buffer in norm.buffers(recurse=False)]
+    try:
+        yield
+    except BaseException:
+        for buffer, value in kept:
+            buffer.copy_(value)
+        raise
+
+
+def renew_statistics(model: nn.Module, data: Iterable[Any] | None, forward: Callable[[nn.Module, Any], Any]) -> None:
+    """Bring running statistics in line with averaged weights, or warn that they are not; see `refresh_batch_norms`."""
+    if not batch_norms(model):
+        return
+    if data is not None:
+        refresh_batch_norms(model, data, forward)
+        return
+    warnings.warn(
+        "The model has BatchNorm, whose running statistics do not fit the averaged weights. Call `consolidate(loader)` to "
+        'recompute them, or build the consolidator with `average="none"`.',
+        stacklevel=4,
+    )
+
+
+@torch.no_grad()
+def refresh_batch_norms(model: nn.Module, data: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> None:
+    """Recompute running statistics over data, as plain means over its batches; modes and momenta are restored.
+
+    Args:
+        model: the model with its new weights.
+        data: batches; one that is too small for a variance, such as a last batch of one example, is passed over. Where
+            several ranks train the model, each passes its own share, and the means are over the batches of all.
+        forward: calls the model on a batch.
+
+    Raises:
+        ValueError: if there is no batch, or none of more than one example.
+    """
+    norms, ranks = batch_norms(model), Ranks.of(model)
+    for norm in norms:
+        norm.reset_running_stats()
+    with full_parameters(model), _only_training(model, norms) as kept, torch.random.fork_rng():
+        used = sum(_normalised(bare(model), batch, forward, kept) for batch in data)
+    if not _joined(norms, used, ranks):
+        raise ValueError(
+            "No batch has more than one example, so the statistics of BatchNorm cannot be recomputed. Pass a DataLoader with "
+            "a larger `batch_size`, or a list of batches that can be read again."
+        )
+
+
+def _joined(norms: list[_NormBase], used: int, ranks: Ranks) -> int:
+    """Average statistics over the batches of all ranks; return how many batches there were."""
+    if not ranks.groups:
+        return used
+    buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
+    packed = torch.cat([*(b.double().flatten() for b in buffers), torch.ones_like(buffers[0][:1]).double()])
+    *means, count = ranks.sum_(packed.nan_to_num_() * used).split([*(b.numel() for b in buffers), 1])
+    for buffer, mean in zip(buffers, means, strict=True):
+        buffer.copy_((mean / count.clamp(min=1)).view_as(buffer))
+    for norm in norms:
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.copy_(count.squeeze(0))
+    return int(count)
+
+
+def _normalised(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any], kept: ModelSnapshot) -> bool:
+    """Call the model on a batch; return False where the batch is too small for a variance."""
+    try:
+        kept.call(forward, model, batch)
+    except ValueError as error:
+        if "more than 1 value per channel" in str(error):
+            return False
+        raise
+    return True
+
+
+@contextmanager
+def _only_training(model: nn.Module, norms: list[_NormBase]) -> Iterator[ModelSnapshot]:
+    """Put everything but some norms into eval mode, and let those average without forgetting; all else stays as it is."""
+    modes, momenta = [(m, m.training) for m in model.modules()], [n.momentum for n in norms]
+    try:
+        model.eval()
+        for norm in norms:
+            norm.train()
+            norm.momentum = None
+        kept = ModelSnapshot(bare(model), changing=norms)
+        try:
+            yield kept
+        finally:
+            kept.restore(all_buffers=True)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

@@ -1,0 +1,348 @@
+"""The consolidator binds a model, a rule and an anchor to any training loop that calls `optimizer.step()`."""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rwalk._io import states
+from rwalk._parameters import named_parameters, once_built, refuse_odd
+from rwalk.anchors.base import Anchor
+from rwalk.anchors.match import Match
+from rwalk.consolidation import hooks, state_checks
+from rwalk.consolidation.memory import Memory
+from rwalk.consolidation.offload import Offload
+from rwalk.consolidation.protected import find_protected, refuse_nothing, refuse_shards, trainable
+from rwalk.consolidation.settings import Average, Nonfinite, Pull, check_choice, check_strength, resolve
+from rwalk.consolidation.step import StepObserver
+from rwalk.consolidation.summary import Summary, summarise
+from rwalk.consolidation.task_end import end_task, refuse_data, refuse_estimate
+from rwalk.distributed import checkpoint
+from rwalk.rules.base import Rule
+
+
+class Consolidator:
+    """Hold a model to what earlier tasks need, in a training loop that stays as it is.
+
+    `Consolidator(model)` is the recommended recipe: the rule `TaskFisher()`, strength 0.1, proximal pull and tail averaging.
+    `Consolidator(model, RWalk())` is Riemannian Walk as published. The arguments that are not given follow from the rule.
+
+    Args:
+        model: the network; parameters that the attached optimiser holds and that require gradients are protected.
+        rule: how importance is measured, for example `RWalk()`.
+        strength: factor of the penalty strength * sum of omega * (theta - point)^2, which has no half; at least 0.
+        pull: "gradient" adds the penalty's gradient before the optimiser's step; "proximal" moves the weights towards the
+            anchor after it, in the optimiser's own metric, and is stable for every strength.
+        average: "none", or "tail": the average of each task's later iterates becomes model and anchor at its end.
+        nonfinite: what happens when a gradient is not finite: "raise" an error, one step late on a GPU, since nothing waits for
+            the device; or "skip" the step, the optimiser's too. Either way the memory stays as it was.
+        state_dtype: `torch.bfloat16` keeps importance in two bytes an element instead of four.
+        state_device: "cpu" keeps the anchor, and what is read only when a task ends, off the accelerator.
+        strict: for rules with `fisher="example"`: raise an error, instead of a warning, where a layer's per-example gradients
+            cannot be computed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: Rule[Any] | None = None,
+        strength: float | None = None,
+        *,
+        pull: Pull | None = None,
+        average: Average | None = None,
+        nonfinite: Nonfinite = "raise",
+        state_dtype: torch.dtype | None = None,
+        state_device: torch.device | str | None = None,
+        strict: bool = False,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"`model` must be a `torch.nn.Module`, but is a `{type(model).__name__}`.")
+        check_choice("nonfinite", nonfinite, get_args(Nonfinite))
+        settings = resolve(rule, strength, pull, average)
+        self._memory = Memory(model, settings, Offload.of(state_dtype, state_device), strict)
+        self._observer = StepObserver(self._memory, settings.pull, nonfinite)
+        self._hooks: hooks.StepHooks | None = None
+
+    rule = property(lambda self: self._memory.rule, doc="How importance is measured; fixed.")
+    pull = property(lambda self: self._observer.pull, doc='How weights are pulled, "gradient" or "proximal"; fixed.')
+    average = property(lambda self: self._memory.average, doc='What the model is at a task\'s end, "none" or "tail"; fixed.')
+
+    def __repr__(self) -> str:
+        """Show the configuration and what was learned so far."""
+        options = f"strength={self.strength}, pull={self.pull!r}, average={self.average!r}"
+        return f"Consolidator({self.rule}, {options}, tasks={self.tasks}, tensors={len(self._memory.protected.theta)})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles are made of: everything except the hooks, which the copy makes anew."""
+        memory = self._memory
+        if memory.protected.shard_group.groups:
+            raise TypeError(
+                "The consolidator of a sharded model cannot be copied. Pass what `state_dict()` returns to `load_state_dict` "
+                "of a consolidator of the other model."
+            )
+        self._observer.resolve()
+        memory.moves.keep_changed(memory.changed())
+        return {**vars(self), "_hooks": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a copy, and watch the copy of the optimiser."""
+        vars(self).update(state)
+        memory = self._memory
+        refuse_odd(memory.protected.theta)
+        memory.moves.note_all(memory.protected.theta)
+        if memory.optimizer is not None:
+            self._watch(memory.optimizer)
+            once_built(memory.model, lambda: memory.collect_squares(memory.protected))
+
+    def __copy__(self) -> "Consolidator":
+        """Refuse: two consolidators would pull on one model."""
+        raise TypeError("A consolidator cannot be copied without its model. Use `copy.deepcopy((model, optimizer, memory))`.")
+
+    @property
+    def model(self) -> nn.Module:
+        """The network; another one whose parameters have the same names may take its place between tasks."""
+        return self._memory.model
+
+    @model.setter
+    def model(self, model: nn.Module) -> None:
+        self._memory.model = model
+
+    @property
+    def anchor(self) -> Anchor:
+        """What earlier tasks left behind: `anchor.point` and `anchor.omega` map parameter names to tensors.
+
+        Under `fully_shard` these are DTensors in the memory of each rank's parts.
+        """
+        return self._memory.whole_anchor()
+
+    @property
+    def strength(self) -> float:
+        """Factor of the penalty; may be changed at any time."""
+        return self._memory.strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self._memory.strength = check_strength(value)
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks have been consolidated."""
+        return self._memory.tasks
+
+    @property
+    def steps(self) -> int:
+        """How many steps of the current task have been observed; 0 right after `consolidate`."""
+        self._observer.resolve()
+        return self._memory.steps
+
+    @property
+    def skipped(self) -> int:
+        """How many steps were left out, by a loss scaler or because gradients were not finite."""
+        return self._observer.skipped
+
+    @torch.inference_mode(False)
+    def attach(self, optimizer: Optimizer) -> "Consolidator":
+        """Watch an optimiser from now on, and pull on the weights once there is an anchor.
+
+        Between tasks, attaching to another optimiser replaces the one before. If `optimizer` wraps another (as Accelerate
+        does), the inner one is watched. Returns the consolidator itself.
+
+        Args:
+            optimizer: what trains the model.
+
+        Raises:
+            TypeError: if `optimizer` is not a `torch.optim.Optimizer`, is LBFGS, or does not call the hooks of its steps.
+            RuntimeError: if a consolidator watches the optimiser already, or a task under another one is unfinished.
+            ValueError: if the optimiser holds none of the model's trainable parameters.
+        """
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"`optimizer` must be a `torch.optim.Optimizer`, but is a `{type(optimizer).__name__}`.")
+        self._observer.resolve()
+        memory, optimizer = self._memory, hooks.innermost(optimizer)
+        hooks.refuse_unwatchable(optimizer)
+        hooks.refuse_attachment(optimizer, self, memory.steps if memory.optimizer is not None else 0)
+        found = find_protected(memory.model, optimizer, memory.protected.theta)
+        refuse_odd(found.theta)
+        refuse_nothing(found)
+        refuse_shards(memory.rule, found)
+        self.detach()
+        memory.follow(found)
+        memory.optimizer = optimizer
+        self._watch(optimizer)
+        return self
+
+    def _watch(self, optimizer: Optimizer) -> None:
+        observer = self._observer
+        after = observer.after if observer.works_after else None
+        self._hooks = hooks.StepHooks(self, optimizer, observer.before, after)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def detach(self) -> None:
+        """Stop watching; what was learned stays, and `attach` continues from there.
+
+        What moves the weights in between counts for nothing.
+        """
+        if self._hooks is not None:
+            self._hooks.close()
+            self._memory.moves.pause()
+        self._memory.stop_collecting()
+        self._memory.optimizer, self._hooks = None, None
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def consolidate(
+        self,
+        data: Iterable[Any] | None = None,
+        *,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        logits: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        """End a task: turn what was observed into importance, and hold to the weights as they are now.
+
+        Args:
+            data: batches of the task, `(inputs, labels)` as a loader yields them, for rules that measure on data and for
+                models with BatchNorm under tail averaging; iterated once for each of the two.
+            loss: what the model's outputs mean where targets do not show it, such as `torch.nn.functional.mse_loss`; for
+                `labels="true"` any negative log-likelihood of one example; see `rwalk.gradients.per_example_over`.
+            logits: how to read logits of shape (batch, classes) or (batch, rows, classes) from the model's output.
+
+        Raises:
+            RuntimeError: if the consolidator was never attached and the rule measures during training.
+            ValueError: if the rule measures on data and there is none.
+        """
+        refuse_data(data, self.rule)
+        if not self._memory.protected.theta and self.rule.measures != "data":
+            raise RuntimeError(
+                "`consolidate()` was called before `attach`. Call `attach(optimizer)` before training; to protect a "
+                "pretrained model use EWC() and `estimate(loader)`."
+            )
+        self._observer.resolve()
+        end_task(self._memory, data, loss, logits)
+
+    @torch.inference_mode(False)
+    def estimate(
+        self,
+        data: Iterable[Any] | None = None,
+        *,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        logits: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        """Protect a pretrained model before any training: `consolidate` on data it already does well.
+
+        Needs no optimiser: all parameters that require gradients are protected. Arguments are those of `consolidate`.
+
+        Raises:
+            RuntimeError: if the rule measures during training, or a task is unfinished.
+            ValueError: if the rule measures on data and there is none.
+        """
+        refuse_estimate(self.rule, self.steps)
+        refuse_data(data, self.rule)
+        self._memory.widen(trainable(self.model))
+        self._memory.count_data_again()
+        self.consolidate(data, loss=loss, logits=logits)
+
+    @torch.inference_mode(False)
+    def adopt(self, anchor: Anchor, rename: Mapping[str, str] | Callable[[str], str] | None = None) -> Match:
+        """Hold to an anchor that was made elsewhere, for example `Anchor.load("anchor.safetensors")`.
+
+        Args:
+            anchor: the anchor; entries of tensors that grew since become their leading block.
+            rename: from the anchor's names to this model's, for models that call their parameters otherwise.
+
+        Returns:
+            What matched, grew, and did not match; print it.
+
+        Raises:
+            ValueError: if no name and shape matches, or the anchor is damaged or of another geometry than the rule's.
+        """
+        self._observer.resolve()
+        return self._memory.adopt(anchor, rename)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def penalty(self) -> Tensor:
+        """Return the current penalty, strength * sum of omega * (theta - point)^2, as a scalar for logging."""
+        self._observer.resolve()
+        theta = self._memory.theta()  # may carry the anchor over to tensors that grew
+        return self._memory.protected.shard_group.sum_(torch.as_tensor(self._memory.anchor.penalty(theta) * self.strength))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def summary(self, loss: float | Tensor | None = None) -> Summary:
+        """Return what is held and how it works, in figures; pass the current loss for the ratio of penalty to loss.
+
+        Besides the penalty: for `RWalk`, the share of windows and elements whose squared Riemannian distance exceeded eps, and
+        how much of the penalty comes from Fisher information and from score; for each layer, its share of the importance and
+        its drift from the anchor.
+        """
+        return summarise(self._memory, self.pull, self.skipped, float(self.penalty()), loss)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the tensors held for rule, anchor, average and per-example squares, on this rank."""
+        squares = self._memory.squares
+        return sum(t.nbytes for t in self._memory.tensors()) + (0 if squares is None else squares.nbytes)
+
+    @torch.inference_mode(False)
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that is needed to continue, mid-task included, as plain tensors and numbers, copied.
+
+        Under `fully_shard` the tensors are DTensors, as `torch.distributed.checkpoint` takes them, and all ranks have to call.
+        """
+        self._observer.resolve()
+        self._memory.theta()  # what grew or was replaced is saved as it is now, and can be loaded into the model as it is now
+        self._memory.follow_replaced()
+        return self._memory.content()
+
+    def blank_state_dict(self, folder: str | Path, key: str) -> dict[str, Any]:
+        """Return a state dictionary into which `torch.distributed.checkpoint` can load a saved one, on any number of ranks.
+
+        A state's content depends on how much was trained, and `torch.distributed.checkpoint.load` fills only what it is given.
+        So pass `{KEY: memory.blank_state_dict(FOLDER, KEY)}` to it, and what it has filled to `load_state_dict`.
+
+        Args:
+            folder: the checkpoint, as `torch.distributed.checkpoint.save` wrote it. Its metadata are a pickle, which is read
+                here without running any of it; but `torch.distributed.checkpoint.load` unpickles the same file, so pass only
+                checkpoints that you trust.
+            key: the key under which the `state_dict` was saved.
+
+        Raises:
+            FileNotFoundError: if there is no checkpoint.
+            ValueError: if its metadata cannot be read, or hold no such state.
+        """
+        parameters = named_parameters(self.model)
+        return checkpoint.empty_state(folder, key, parameters, state_checks.GROUPS)  # type: ignore[no-any-return]
+
+    @torch.inference_mode(False)
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict` of the same model and rule; on an error nothing changes.
+
+        Raises:
+            ValueError: if the state is of another format, rule or model; the message names the difference.
+        """
+        self._memory.restore(state_dict)
+        self._observer.forget_pending()
+
+    @torch.inference_mode(False)
+    def save(self, path: str | Path) -> None:
+        """Write `state_dict` to a safetensors file, whole or not at all, with a checksum and without pickle.
+
+        Under `fully_shard` all ranks have to call; the first one gathers and writes.
+        """
+        content = self.state_dict()
+        checkpoint.save_once(content, self._memory.protected.shard_group, partial(states.save, path, "consolidator"))
+
+    @torch.inference_mode(False)
+    def load(self, path: str | Path) -> None:
+        """Continue from a file that `save` wrote under the same model and rule; on an error nothing changes.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is damaged or something else, or of another rule or model; the message names the difference.
+        """
+        self.load_state_dict(states.load(path, "consolidator"))

@@ -1,0 +1,271 @@
+"""What a consolidator remembers: the rule's state, the anchor and the average, and how they follow a model that changes."""
+
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rwalk import gradients
+from rwalk._parameters import bare, listed, named_parameters, refuse_odd
+from rwalk.anchors.base import Anchor, anchor_kind
+from rwalk.anchors.elementwise import ElementwiseAnchor
+from rwalk.anchors.match import Match
+from rwalk.consolidation import state_checks
+from rwalk.consolidation.averaging import Tail
+from rwalk.consolidation.moves import Moves
+from rwalk.consolidation.offload import Offload
+from rwalk.consolidation.protected import (
+    ProtectedParameters,
+    find_protected,
+    grow_state,
+    refuse_new_shards,
+    refuse_shards,
+    trainable,
+)
+from rwalk.consolidation.repeats import LastEnd
+from rwalk.consolidation.settings import Settings
+from rwalk.distributed import shards
+from rwalk.rules._path import relocated
+
+
+class Memory:
+    """The rule's state, the anchor and the average of the protected parameters.
+
+    Args:
+        model: the network.
+        settings: rule, strength, pull and averaging.
+        offload: where and how precisely state is kept.
+        strict: whether layers without per-example gradients are an error.
+
+    Attributes:
+        optimizer: the optimiser that is watched, None for none.
+        protected: the parameters that all of this is about.
+        moves: which moves of the weights are not the optimiser's.
+        tasks: how many tasks have ended.
+        steps: how many steps of the current task have been observed.
+        last_end: how the last task ended, for rules that measure on data.
+        squares: the collector of per-example gradients, None where the rule needs none.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings, offload: Offload, strict: bool) -> None:
+        self.model, self.rule, self.strength = model, settings.rule, settings.strength
+        self.average, self.offload, self.strict = settings.average, offload, strict
+        self.optimizer: Optimizer | None = None
+        self.protected = ProtectedParameters()
+        self.state: Any = self.rule.init([])
+        self.anchor: Anchor = self.rule.anchor_kind()
+        self.tail, self.moves = Tail(), Moves()
+        self.tasks, self.steps = 0, 0
+        self.last_end: LastEnd | None = None
+        self.squares: gradients.Squares | None = None
+        self._renewed = True
+        self._followed = bare(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies are made of: everything except hooks on the model."""
+        return {**vars(self), "squares": None}
+
+    @property
+    def averages(self) -> bool:
+        """Whether the average of a task's later iterates becomes the model."""
+        return self.average == "tail"
+
+    def renew(self) -> None:
+        """Clear what the next task starts without; what was interrupted is done again."""
+        if not self._renewed:
+            self.rule.renew(self.state)
+            self._renewed = True
+
+    def end_task(self, anchor: Anchor, state: Any, last_end: LastEnd | None, moves: Moves) -> None:
+        """Take over what a task's end has brought."""
+        counts = self.steps or not self.tasks or self.rule.measures == "data"
+        self.anchor, self.state, self.last_end, self.moves = anchor, state, last_end, moves
+        self.tasks, self.steps, self._renewed = self.tasks + bool(counts), 0, False
+        self.tail.restart()
+        self.renew()
+        if self.squares is not None:
+            self.squares.look_again()
+
+    def theta(self) -> Mapping[str, Tensor]:
+        """Return the protected parameters, after taking up those that grew in place."""
+        if any(p.shape != self.protected.shapes[name] for name, p in self.protected.theta.items()):
+            self.widen(())
+        return self.protected.theta
+
+    def widen(self, names: Collection[str]) -> None:
+        """Protect parameters of these names too, and take up modules that were replaced."""
+        known = {*self.protected.theta, *names}
+        if self.optimizer is not None:
+            now = find_protected(self.model, self.optimizer, known)
+        else:
+            now = ProtectedParameters.of(named_parameters(self.model, known))
+        refuse_shards(self.rule, now)
+        if not now.same(self.protected):
+            self.follow(now)
+
+    def follow_optimizer(self, optimizer: Optimizer) -> None:
+        """Protect what an optimiser holds now, beside what was protected before."""
+        self.follow(find_protected(self.model, optimizer, self.protected.theta))
+
+    def follow_replaced(self) -> None:
+        """Take up parameters that replaced others of the same name, and let go of those that went away."""
+        known = self.protected.parameters
+        now = named_parameters(self.model, known)
+        if now.keys() != known.keys() or any(p is not known[name] for name, p in now.items()):
+            self.follow(ProtectedParameters.of(now))  # which is stale, so that the next step looks at the optimiser
+
+    def follow(self, now: ProtectedParameters) -> None:
+        """Carry state, anchor and average over to other parameters; if that fails, nothing changes."""
+        refuse_odd(now.theta)
+        refuse_new_shards(self.protected, now)
+        lost = self._lost(now)
+        state, moves = self._followed_state(now, lost)
+        anchor = self.anchor.align({name: p for name, p in now.theta.items() if name not in lost})
+        tail = self.tail.followed(now.theta, lost) if self.averages else self.tail
+        anchor, state = self.offload.keep_anchor(anchor), self.offload.keep(self.rule, state)
+        self.collect_squares(now)
+        self.anchor, self.state, self.tail, self.moves, self.protected = anchor, state, tail, moves, now
+        self._followed = bare(self.model)
+
+    def _followed_state(self, now: ProtectedParameters, lost: list[str]) -> tuple[Any, Moves]:
+        """Return the rule's state for other parameters, and what is known of their moves."""
+        old, state, moves = self.protected, self.state, self.moves
+        if not now.same(old):
+            state = moves.drop_foreign(self.rule, state, old, self.steps)
+            moves = moves.carried_over(self.changed(), now.theta)
+        known = {name: shape for name, shape in old.shapes.items() if name not in lost}
+        state = grow_state(state, list(old.shapes), known, now.theta, self.rule.init)
+        if self.rule.walks and moves is not self.moves:
+            state = relocated(state, list(now.theta.values()))
+        return state, moves
+
+    def _lost(self, now: ProtectedParameters) -> list[str]:
+        """List the parameters whose history is dropped, after a warning that says why."""
+        lost, same_model = self.protected.lost(now), bare(self.model) is self._followed
+        replaced = self.protected.replaced(now) if same_model else []  # another model keeps the names alone
+        for names, what in ((lost, "went away or became smaller"), (replaced, "were replaced by others with other values")):
+            if names:
+                warnings.warn(
+                    f"The parameters {listed(names)} {what}. Nothing of the old ones is held any more; new ones join with "
+                    "their first task.",
+                    stacklevel=6,
+                )
+        return [*lost, *replaced]
+
+    def collect_squares(self, now: ProtectedParameters) -> None:
+        """Collect per-example gradients in the user's backward passes, where the rule asks for them."""
+        self.stop_collecting()
+        if self.rule.per_example:
+            self.squares = gradients.Squares(self.model, now.parameters, self.strict)
+
+    def stop_collecting(self) -> None:
+        """Remove the hooks that collect per-example gradients."""
+        if self.squares is not None:
+            self.squares.close()
+        self.squares = None
+
+    def changed(self) -> list[str]:
+        """Name the parameters that something other than the optimiser has changed since the last step or task's end."""
+        return self.moves.changed(self.rule, self.state, self.protected, self.steps)
+
+    def count_data_again(self) -> None:
+        """Let other data of a model that was not trained in between count as another task."""
+        if self.last_end is not None:
+            self.last_end = replace(self.last_end, observed=False)
+
+    def adopt(self, anchor: Anchor, rename: Mapping[str, str] | Callable[[str], str] | None) -> Match:
+        """Hold to another anchor from now on; see `Consolidator.adopt`."""
+        if anchor.parts and not isinstance(anchor, self.rule.anchor_kind):
+            kind, name = type(anchor).__name__, type(self.rule).__name__
+            raise ValueError(
+                f"A `{kind}` cannot be held under {name}, which holds each weight alone. Use the rule `Kronecker()`."
+            )
+        anchor.refuse_damage()
+        match = anchor.match(named_parameters(self.model), rename)
+        if not match.names:
+            raise ValueError(
+                f"The anchor fits nothing of the model: {match}. Pass `rename`, which leads from the anchor's names to the "
+                "model's."
+            )
+        if not self.rule.accumulates:
+            warnings.warn(
+                f"{type(self.rule).__name__} replaces an adopted anchor at the next `consolidate`, by what it measured "
+                "itself. Use EWC, OnlineEWC, SI, MAS or L2 to keep it longer.",
+                stacklevel=4,
+            )
+        self.widen([*match.names.values(), *trainable(self.model)])
+        self.anchor = self.offload.keep_anchor(self._local(anchor.renamed(match.names)).align(self.protected.theta))
+        return match
+
+    def _local(self, anchor: Anchor) -> Anchor:
+        """Return this rank's parts of an anchor of whole tensors."""
+        if not self.protected.shard_group.groups:
+            return anchor
+        return ElementwiseAnchor(*(shards.local_parts(c, self.protected.parameters) for c in (anchor.point, anchor.omega)))
+
+    def whole_anchor(self) -> Anchor:
+        """Return the anchor; under `fully_shard` its tensors are DTensors in the memory of each rank's parts."""
+        if not self.protected.shard_group.groups:
+            return self.anchor
+        columns = (self.anchor.point, self.anchor.omega)
+        return ElementwiseAnchor(*(shards.as_dtensors(c, self.protected.parameters) for c in columns))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield all tensors that are held for rule, anchor and average, on this rank."""
+        for column in self.state:
+            yield from (t for t in column if isinstance(t, Tensor)) if isinstance(column, list) else ()
+        yield from self.anchor.tensors()
+        yield from self.tail.average.values()
+
+    def content(self) -> dict[str, Any]:
+        """Return the layout of `Consolidator.state_dict`, its tensors copied."""
+        parameters = self.protected.parameters
+        state = {key: shards.as_dtensors(_copied(value), parameters) for key, value in self.state._asdict().items()}
+        state |= {key: self.protected.shard_group.total(state[key]) for key in self.rule.counters}
+        return {
+            "format": state_checks.FORMAT,
+            "rule": state_checks.description(self.rule),
+            "strength": self.strength,
+            "average": self.average,
+            "tasks": self.tasks,
+            "steps": self.steps,
+            "changed": "\n".join(self.changed()),
+            "last_end": "" if self.last_end is None else self.last_end.text(),
+            "shapes": {name: list(p.shape) for name, p in parameters.items()},
+            "state": state,
+            "anchor": _copied(self.whole_anchor().content()),
+            "tail": {"average": shards.as_dtensors(_copied(self.tail.average), parameters), "count": dict(self.tail.count)},
+        }
+
+    def restore(self, content: Mapping[str, Any]) -> None:
+        """Continue from a `content` of the same model and rule; on an error nothing changes."""
+        parameters = named_parameters(self.model)
+        state_checks.refuse_state(content, self.rule, self.average, parameters, self.state)
+        now = ProtectedParameters.of({name: parameters[name] for name in content["shapes"]})
+        mine = partial(shards.local_parts, parameters=now.parameters)
+        state = type(self.state)(**{key: _copied(mine(value)) for key, value in content["state"].items()})
+        state = state._replace(**{key: now.shard_group.mine(getattr(state, key)) for key in self.rule.counters})
+        state = grow_state(state, list(now.shapes), now.shapes, now.theta, self.rule.init)
+        held = {key: mine(value) if key in ("point", "omega") else value for key, value in content["anchor"].items()}
+        kind = anchor_kind(held) or ElementwiseAnchor
+        anchor = kind.read(_copied(held)).align(now.theta)
+        self.tail = Tail.read(_copied(mine(content["tail"]["average"])), content["tail"]["count"])
+        self.strength, self.tasks, self.steps = (content[key] for key in ("strength", "tasks", "steps"))
+        self.moves, self._renewed, self.protected = Moves(content["changed"].splitlines()), True, now
+        self.last_end = LastEnd.read(content["last_end"]) if content["last_end"] else None
+        self.anchor, self.state = self.offload.keep_anchor(anchor), self.offload.keep(self.rule, state)
+        if self.optimizer is not None:
+            self.follow_optimizer(self.optimizer)
+
+
+def _copied(value: Any) -> Any:
+    """Copy the tensors in lists and dictionaries; pass plain values on."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, list):
+        return [_copied(v) for v in value]
+    return {k: _copied(v) for k, v in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,212 @@
+"""Which parameters are protected, and how state follows a model that grows."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rwalk._parameters import grow_tensor, grown, listed, named_parameters, refuse_uninitialised, zero
+from rwalk.distributed.shards import ALONE, ShardGroup, layout, local, sharded
+from rwalk.rules.base import Rule
+
+
+def trainable(model: nn.Module) -> list[str]:
+    """List the names of the parameters that require gradients."""
+    return [name for name, p in named_parameters(model).items() if p.requires_grad]
+
+
+@dataclass(frozen=True, eq=False)
+class ProtectedParameters:
+    """What is protected: the parameters of a model that an optimiser moves, and those that it or another one moved before.
+
+    Args:
+        parameters: the protected parameters by name.
+        theta: of each of them the part that this rank holds: the parameter itself, unless it is sharded.
+        shard_group: the ranks that hold the other parts.
+        in_optimizer: the names of those that the optimiser holds now.
+        shapes: the shapes of `theta` when it was looked at.
+        fingerprint: what the optimiser held when it was looked at.
+    """
+
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    theta: dict[str, Tensor] = field(default_factory=dict)
+    shard_group: ShardGroup = ALONE
+    in_optimizer: frozenset[str] = frozenset()
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
+    fingerprint: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, parameters: dict[str, nn.Parameter], **more: Any) -> "ProtectedParameters":
+        """Protect parameters by name."""
+        refuse_uninitialised(parameters)
+        theta = {name: local(p) for name, p in parameters.items()}
+        shapes = {name: p.shape for name, p in theta.items()}
+        return cls(parameters, theta, ShardGroup.of(parameters.values()), shapes=shapes, **more)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the gradients of the parameters that the optimiser is about to move, or this rank's parts of them."""
+        found = {name: g for name, p in self.parameters.items() if name in self.in_optimizer and (g := p.grad) is not None}
+        return {name: local(grad) for name, grad in found.items()} if self.shard_group.groups else found
+
+    def own_gradients(self) -> dict[str, Tensor]:
+        """Give each parameter a gradient of its own, and return them: the pull is different for each element."""
+        for p in self.parameters.values():
+            if p.grad is not None and not sharded(p):
+                p.grad = p.grad.clone(memory_format=torch.contiguous_format)
+        return self.gradients()
+
+    def ascends(self, optimizer: Optimizer) -> list[bool] | None:
+        """Tell for each parameter whether the optimiser maximises along its gradient; None if it does nowhere."""
+        up = [group for group in optimizer.param_groups if group.get("maximize")]
+        if not up:
+            return None
+        ids = {id(p) for group in up for p in group["params"]}
+        return [id(p) in ids for p in self.parameters.values()]
+
+    def stale(self, optimizer: Optimizer) -> bool:
+        """Return whether parameters joined the optimiser, were frozen, thawed, moved or grew since the look, or others grew."""
+        return _fingerprint(optimizer_parameters(optimizer), self.parameters, self.in_optimizer) != self.fingerprint
+
+    def same(self, other: "ProtectedParameters") -> bool:
+        """Return whether another look found the same parameters, of the same shapes."""
+        return self.shapes == other.shapes and all(p is other.parameters[name] for name, p in self.parameters.items())
+
+    def blocks(self) -> list[Tensor | None]:
+        """Return the parameters as they were then: the leading block of those that grew, None for those that shrank."""
+        return [
+            t if t.shape == old else t.detach()[tuple(slice(n) for n in old)] if grown(old, t.shape) else None
+            for t, old in zip(self.theta.values(), self.shapes.values(), strict=True)
+        ]
+
+    def lost(self, other: "ProtectedParameters") -> list[str]:
+        """List the names whose history cannot be carried over to `other`: gone, or no longer the leading block."""
+        return [n for n, old in self.shapes.items() if n not in other.shapes or not grown(old, other.shapes[n])]
+
+    def replaced(self, other: "ProtectedParameters") -> list[str]:
+        """List the names under which another parameter has come, with other values."""
+        both = [n for n, p in self.parameters.items() if n in other.parameters and p is not other.parameters[n]]
+        kept = [n for n in both if grown(self.theta[n].shape, other.theta[n].shape)]
+        return [n for n in kept if not _continues(self.theta[n], other.theta[n])]
+
+
+def shares_memory(tensors: Iterable[Tensor]) -> bool:
+    """Return whether one place in memory is an element of several tensors, or several elements of one, as after `expand`."""
+    tensors = [t for t in tensors if t.numel()]
+    if any(not t.is_contiguous() and 0 in t.stride() for t in tensors):
+        return True
+    return len({t.data_ptr() for t in tensors}) < len(tensors)
+
+
+def _continues(old: Tensor, new: Tensor) -> bool:
+    """Return whether a tensor has the values of another in its leading block, in the precision of either."""
+    old, new = old.detach(), new.detach()[tuple(slice(n) for n in old.shape)].to(old.device)
+    return torch.equal(new.to(old.dtype), old) or torch.equal(old.to(new.dtype), new)
+
+
+def _fingerprint(held: list[nn.Parameter], parameters: Mapping[str, nn.Parameter], in_optimizer: Collection[str]) -> list[Any]:
+    """Describe what an optimiser holds, and what is protected beside it."""
+    everything = [*held, *[p for name, p in parameters.items() if name not in in_optimizer]]
+    return [
+        (id(p), p.shape, p.dtype, p.device, p.requires_grad, None if type(p) is nn.Parameter else _place(p)) for p in everything
+    ]
+
+
+def _place(parameter: Tensor) -> int | None:
+    """Return where this rank's part of a DTensor lies; None for anything else."""
+    return local(parameter).data_ptr() if sharded(parameter) else None
+
+
+def optimizer_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    """List the parameters of an optimiser in the order of its groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def find_protected(model: nn.Module, optimizer: Optimizer, known: Collection[str] = ()) -> ProtectedParameters:
+    """Find the parameters to protect: those of the model that the optimiser trains, and those of names already `known`."""
+    now = optimizer_parameters(optimizer)
+    ids, trained = {id(p) for p in now}, {id(p) for p in now if p.requires_grad}
+    parameters = {name: p for name, p in named_parameters(model).items() if name in known or id(p) in trained}
+    refuse_uninitialised(parameters)
+    in_optimizer = frozenset(name for name, p in parameters.items() if id(p) in ids)
+    return ProtectedParameters.of(
+        parameters, in_optimizer=in_optimizer, fingerprint=_fingerprint(now, parameters, in_optimizer)
+    )
+
+
+def grow_state(
+    state: Any,
+    names: Sequence[str],
+    known: Mapping[str, torch.Size],
+    theta: Mapping[str, Tensor],
+    init: Callable[[list[Tensor]], Any],
+) -> Any:
+    """Carry a rule's state over to other parameters.
+
+    Args:
+        state: the rule's state, a named tuple whose list fields run parallel to `names`.
+        names: the names that `state` is about.
+        known: shapes of the entries whose history counts, by name.
+        theta: the parameters to be about from now on, by name; a known one is as large as before or larger.
+        init: the rule's `init`, called for those that are new or grew.
+
+    Returns:
+        The state with every known entry kept, leading blocks of grown tensors kept, and newcomers at their initial state.
+    """
+    fresh_names = [name for name, now in theta.items() if known.get(name) != now.shape]
+    fresh = init([theta[name].detach() for name in fresh_names])
+    old_place, new_place = ({name: i for i, name in enumerate(ns)} for ns in (names, fresh_names))
+
+    def entry(old: list[Any], new: list[Any], name: str) -> Any:
+        if name not in known:
+            return new[new_place[name]]
+        kept, now = old[old_place[name]], theta[name]
+        if not isinstance(kept, Tensor):
+            return kept
+
+        start = new[new_place[name]] if name in new_place else None
+        return grow_tensor(kept, now, zero if start is None else lambda _: start)
+
+    def column(old: Any, new: Any) -> Any:
+        return [entry(old, new, name) for name in theta] if isinstance(old, list) else old
+
+    return type(state)(*(column(old, new) for old, new in zip(state, fresh, strict=True)))
+
+
+def refuse_nothing(protected: ProtectedParameters) -> None:
+    """Raise a ValueError for an optimiser that moves no parameter of the model."""
+    if not protected.in_optimizer:
+        raise ValueError(
+            "The optimiser holds none of the model's trainable parameters. Build it from `model.parameters()` of the model "
+            "that was given to the consolidator."
+        )
+
+
+def refuse_shards(rule: Rule[Any], protected: ProtectedParameters) -> None:
+    """Raise a ValueError for shards under a rule whose anchor needs whole layers."""
+    if protected.shard_group.groups and not rule.anchor_kind.allows_shards:
+        raise ValueError(
+            f"{type(rule).__name__} holds whole layers, so the model cannot be sharded. Use DistributedDataParallel, or a "
+            "rule that holds each weight alone, such as `EWC()`."
+        )
+
+
+def refuse_new_shards(old: ProtectedParameters, new: ProtectedParameters) -> None:
+    """Raise a RuntimeError for parameters that were sharded, or sharded otherwise, while there is state beside them."""
+    both = [(name, p, new.parameters[name]) for name, p in old.parameters.items() if name in new.parameters]
+    changed = [name for name, p, q in both if (sharded(p) or sharded(q)) and layout(p) != layout(q)]
+    if changed:
+        raise RuntimeError(
+            f"The parameters {listed(changed)} were sharded anew, or grew in shards, under a consolidator. Call `fully_shard` "
+            "before `attach`. To continue with what was learned: `save` it before, `load` it into a new consolidator of the "
+            "plain model as it was, let that grow, and `load` once more what that one saves."
+        )
+
+
+def refuse_sparse(grad: Mapping[str, Tensor]) -> None:
+    """Raise a RuntimeError for sparse gradients."""
+    sparse = [name for name, g in grad.items() if g.layout is not torch.strided]
+    if sparse:
+        raise RuntimeError(f"The gradients of {listed(sparse)} are sparse. Build the embedding with `sparse=False`.")

@@ -1,0 +1,141 @@
+"""The end of a task: what was observed, or is measured on data, becomes the anchor of the next tasks."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from rwalk import gradients
+from rwalk._parameters import listed
+from rwalk.anchors.base import Anchor
+from rwalk.consolidation.batchnorm import renew_statistics, statistics_kept
+from rwalk.consolidation.memory import Memory
+from rwalk.consolidation.moves import Moves
+from rwalk.consolidation.protected import trainable
+from rwalk.consolidation.repeats import LastEnd, SummedData
+from rwalk.distributed import ranks, wrappers
+from rwalk.rules.base import Factors, Gradients, Rule, TaskEnd, no_data, no_factors
+
+
+def end_task(memory: Memory, data: Iterable[Any] | None, loss: Any, logits: Any) -> None:
+    """End a task; see `Consolidator.consolidate` for the arguments. If it fails, nothing changes."""
+    wrappers.reshard_fsdp(memory.model)
+    if memory.rule.measures == "steps":
+        memory.follow_replaced()
+    else:
+        memory.widen(() if memory.protected.theta else trainable(memory.model))
+    theta = memory.theta()
+    if data is not None and memory.rule.measures == "data" and not isinstance(data, Iterator):
+        data = SummedData(data)
+    last = _unmoved_since(memory, theta)
+    if last and last.observed:
+        return _warn_of_repeat()
+    _accept_changes(memory)
+    undo = memory.anchor.apply_deferred_pull(theta)
+    try:
+        with memory.tail.swapped(theta) as raw, statistics_kept(memory.model):
+            if any(memory.tail.count.values()):
+                renew_statistics(memory.model, data, gradients.forward)
+            anchor, state = _concluded(memory, _task_end(memory, raw, data, loss, logits))
+            sums = _sums(memory, data)
+            end = _last_end(memory, theta, sums)
+            moves = Moves.from_now(theta)
+    except BaseException:
+        undo()
+        memory.moves.note_all(theta)
+        raise
+    if last and last.same_data(sums):
+        return _warn_of_repeat()
+    return memory.end_task(anchor, state, end, moves)
+
+
+def refuse_data(data: Any, rule: Rule[Any] | None = None) -> None:
+    """Refuse data that yields no batches, and missing data under a rule that measures on it."""
+    tensors = isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data)
+    if tensors or isinstance(data, Tensor | Dataset):
+        came = "a tuple of tensors" if tensors else f"a `{type(data).__name__}`"
+        raise TypeError(
+            f"`data` must yield batches `(inputs, labels)`, but is {came}. Pass a DataLoader, or a list such as `[(x, y)]`."
+        )
+    if data is None and rule is not None and rule.measures == "data":
+        no_data("true", torch.square)
+
+
+def refuse_estimate(rule: Rule[Any], steps: int) -> None:
+    """Refuse to estimate under a rule that measures during training, and in the middle of a task."""
+    if rule.measures == "steps":
+        raise RuntimeError(
+            f"{type(rule).__name__} measures during training, so it cannot estimate. Protect a pretrained model with EWC() or "
+            "MAS() and a loader, or with L2()."
+        )
+    if steps:
+        raise RuntimeError(f"`estimate` was called {steps} steps into a task. Call `consolidate` to end the task.")
+
+
+def _unmoved_since(memory: Memory, theta: Mapping[str, Tensor]) -> LastEnd | None:
+    """Return how the last task ended, if a rule that measures on data would measure on the same weights again."""
+    last = memory.last_end
+    return last if last and not memory.steps and last.unmoved(theta, memory.protected.shard_group) else None
+
+
+def _last_end(memory: Memory, theta: Mapping[str, Tensor], sums: list[float]) -> LastEnd | None:
+    """Return what identifies this end, for rules that measure on data."""
+    if memory.rule.measures != "data":
+        return None
+    return LastEnd.of(theta, memory.protected.shard_group, sums, memory.steps > 0)
+
+
+def _warn_of_repeat() -> None:
+    warnings.warn(
+        "`consolidate()` was called again without any training since the last time. Nothing was changed, so that no task "
+        "counts twice. To protect what other data needs too, call `estimate(loader)`.",
+        stacklevel=5,
+    )
+
+
+def _accept_changes(memory: Memory) -> None:
+    """Drop the average and deferred pulls where something has changed the weights after the last step."""
+    changed = memory.changed()
+    memory.moves.keep_changed(changed)
+    if memory.rule.walks and not memory.state.resting:
+        memory.state = memory.moves.drop_foreign(memory.rule, memory.state, memory.protected, memory.steps)
+    if not changed:
+        return
+    memory.anchor.drop_deferred_pull()
+    if any(memory.tail.count.get(name) for name in changed):
+        memory.tail.restart()
+        warnings.warn(
+            f"The weights {listed(changed)} were changed after the last step of the task. They are kept as they are, and the "
+            "average is dropped. To have the average, call `consolidate()` right after the last step, before anything restores "
+            'or averages weights; to have no average, pass `average="none"`.',
+            stacklevel=5,
+        )
+
+
+def _task_end(memory: Memory, raw: Mapping[str, Tensor], data: Any, loss: Any, logits: Any) -> TaskEnd:
+    """Return what the rule sees when a task ends; `raw` is where the optimiser left the parameters."""
+    theta, parameters = memory.protected.theta, memory.protected.parameters
+    measured: Gradients = no_data
+    factors: Factors = no_factors
+    if data is not None and memory.rule.measures == "data":
+        measured = gradients.per_example_over(memory.model, parameters, data, loss=loss, logits=logits)
+        factors = gradients.moments(memory.model, parameters, data, loss=loss, logits=logits)
+    return TaskEnd(raw, theta, memory.anchor.align(theta), measured, memory.protected.shard_group, factors)
+
+
+def _concluded(memory: Memory, end: TaskEnd) -> tuple[Anchor, Any]:
+    """Return the anchor and the state after a task, offloaded."""
+    state = memory.offload.fetch(memory.rule, memory.state, list(end.point.values()))
+    anchor, state = memory.rule.conclude(state, end)
+    return memory.offload.keep_anchor(anchor), memory.offload.keep(memory.rule, state)
+
+
+def _sums(memory: Memory, data: Any) -> list[float]:
+    """Return sums over the data of all ranks, which identify it; none where the data could not be watched."""
+    if not isinstance(data, SummedData):
+        return []
+    device = next(iter(memory.protected.theta.values())).device
+    return ranks.Ranks.of(memory.model, warn=False).sums(data.sums, device)

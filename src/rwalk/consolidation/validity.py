@@ -1,0 +1,144 @@
+"""Steps that must leave no trace: those that a loss scaler leaves out, and those whose gradients are not finite.
+
+A flag on a GPU is not waited for: the step goes ahead, its pass over memory reads the flag on the device and writes nothing if
+it is set, and what the host has counted meanwhile is taken back before the next use. By then the flag has been copied, so that
+the host waits for no work that came after it.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rwalk._parameters import listed
+from rwalk.distributed.shards import ALONE, ShardGroup
+
+ACCEPTED = torch.zeros((), device="cpu")
+"""The flag of a step that counts, on the host."""
+
+
+class AsyncFlag(NamedTuple):
+    """What a flag says, on its way to the host.
+
+    Args:
+        value: where it arrives.
+        event: has happened when it is there; None where it need not be sent.
+    """
+
+    value: Tensor
+    event: Any
+
+    @classmethod
+    def of(cls, flag: Tensor) -> "AsyncFlag":
+        """Send for it."""
+        if not flag.is_cuda:
+            return cls(flag, None)
+        value = torch.empty(flag.shape, dtype=flag.dtype, device="cpu", pin_memory=True)
+        with torch.cuda.device_of(flag):
+            value.copy_(flag, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        return cls(value, event)
+
+    def read(self) -> bool:
+        """Wait for it."""
+        if self.event is not None:
+            self.event.synchronize()
+        return bool(self.value)
+
+
+class PendingCheck(NamedTuple):
+    """A step whose validity check is still pending.
+
+    Args:
+        flag: one element, not 0 (a NaN, where it comes from gradients) if the step does not count.
+        before: the rule's state before it.
+        norms: the norm of each gradient, where the flag comes from them.
+        names: the parameters' names, parallel to `norms`.
+        step: the step's number in its task, from 1.
+        answer: the flag on its way to the host, once it was sent.
+    """
+
+    flag: Tensor
+    before: Any
+    norms: Tensor | None = None
+    names: tuple[str, ...] = ()
+    step: int = 0
+    answer: AsyncFlag | None = None
+
+    @classmethod
+    def of(
+        cls, before: Any, grad: Mapping[str, Tensor], skip: Tensor | None, step: int, shard_group: ShardGroup = ALONE
+    ) -> "PendingCheck":
+        """Take a loss scaler's word for a step where there is one, else look at the gradients: at those of all ranks."""
+        if skip is not None:
+            return cls(skip, before)
+        if not grad:
+            return cls(ACCEPTED, before)
+        norms = norms_of(grad)
+        norms = shard_group.sum_(norms) if shard_group.groups else norms
+        if norms.is_cpu and all(map(math.isfinite, norms.tolist())):
+            return cls(ACCEPTED, before)
+        total = norms.sum()
+        return cls(total - total, before, norms, tuple(grad), step)
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the flag is on a device that would have to be waited for."""
+        return not self.flag.is_cpu
+
+    def sent(self) -> "PendingCheck":
+        """Start copying the flag to the host, which need not wait for it."""
+        return self._replace(answer=AsyncFlag.of(self.flag))
+
+    def fails(self) -> bool:
+        """Return whether the step does not count."""
+        return bool(self.flag) if self.answer is None else self.answer.read()
+
+    def passed(self) -> "PendingCheck":
+        """Return the doubt of a step that counts."""
+        return self._replace(flag=ACCEPTED)
+
+    def raise_if_not_finite(self) -> None:
+        """Raise the error that is due if gradients were not finite."""
+        if self.norms is None:
+            return
+        bad = [name for name, fine in zip(self.names, torch.isfinite(self.norms).tolist(), strict=True) if not fine]
+        late = ", found one step later, as nothing waits for the device" if self.on_device else ""
+        raise FloatingPointError(
+            f"The gradients of {listed(bad)} are not finite, or their squares are not, at step {self.step} of this "
+            f"task{late}. What has been measured so far is untouched. Look for the cause in the loss or the data, or build "
+            'the consolidator with `nonfinite="skip"` to leave out such steps.'
+        )
+
+
+def loss_scale(optimizer: Optimizer) -> Tensor | None:
+    """Return the loss scale in the gradients that a `GradScaler` has given to a fused optimiser."""
+    return _scalar(getattr(optimizer, "grad_scale", None))
+
+
+def skip_flag(optimizer: Optimizer) -> Tensor | None:
+    """Return the flag by which a `GradScaler` has a fused optimiser skip this step."""
+    return _scalar(getattr(optimizer, "found_inf", None))
+
+
+def _scalar(value: Any) -> Tensor | None:
+    return value.reshape(()) if isinstance(value, Tensor) else None
+
+
+def norms_of(grad: Mapping[str, Tensor]) -> Tensor:
+    """Return the norm of each gradient: infinite or no number if an element or its square is. One pass, nothing kept.
+
+    A sum of squares may overflow where no single one does, from elements of 1e18 on; such a gradient is refused too.
+    """
+    kinds = {g.dtype for g in grad.values()}
+    if torch.float16 in kinds:  # norms may exceed its range
+        each = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grad.values()]
+    else:
+        each = list(torch._foreach_norm(list(grad.values())))
+    if len(kinds) > 1 or len({n.device for n in each}) > 1:
+        each = [n.to(each[0].device, torch.float64) for n in each]
+    return torch.stack(each)

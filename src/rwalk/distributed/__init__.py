@@ -1,0 +1,1 @@
+"""Models on several ranks: shards, sums over ranks, wrappers and distributed checkpoints."""

@@ -1,0 +1,111 @@
+"""What the callbacks of all hosts share: they make a memory at the first task, attach it to optimisers, and end tasks."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from rwalk import Consolidator
+from rwalk._parameters import bare, listed
+from rwalk.rules.base import Rule
+
+
+class HostCallback:
+    """A memory for a loop that makes model and optimiser only when training begins.
+
+    Args:
+        rule: how importance is measured; None for the recommended recipe; or an existing `Consolidator`, for example after
+            `estimate`.
+        strength: factor of the penalty; see `Consolidator`.
+        options: further arguments of `Consolidator`.
+    """
+
+    def __init__(self, rule: Rule[Any] | Consolidator | None = None, strength: float | None = None, **options: Any) -> None:
+        self._memory: Consolidator | None = None
+        self._saved: Mapping[str, Any] | None = None
+        if isinstance(rule, Consolidator):
+            if strength is not None or options:
+                raise TypeError(
+                    "A `Consolidator` cannot be passed together with further arguments; pass these to the `Consolidator`."
+                )
+            self._memory = rule
+            return
+        Consolidator(nn.Identity(), rule, strength, **options)  # raises errors about the arguments at once
+        self._arguments: tuple[Any, ...] = (rule, strength, options)
+
+    @property
+    def memory(self) -> Consolidator:
+        """The consolidator.
+
+        Raises:
+            RuntimeError: before training has begun for the first time, as the model is not known then.
+        """
+        if self._memory is None:
+            raise RuntimeError(
+                "There is no memory before training has begun, as it needs the model. Train first, or build a "
+                "`Consolidator(model, rule)` and pass that in place of the rule."
+            )
+        return self._memory
+
+    def bind(self, model: nn.Module) -> Consolidator:
+        """Return the memory of a model, with the state to continue from; make it if there is none.
+
+        Raises:
+            ValueError: if `model` is not the one of the tasks before, or a state to continue from does not fit.
+        """
+        memory = self._memory
+        if memory is None:
+            rule, strength, options = self._arguments
+            memory = Consolidator(model, rule, strength, **options)
+        if bare(memory.model) is not bare(model):
+            raise ValueError(
+                "This is another model than that of the tasks before, and a memory holds one. Train the same model again, or "
+                "make a new callback for this one."
+            )
+        if self._saved is not None:
+            memory.load_state_dict(self._saved)
+        self._memory, self._saved = memory, None
+        return memory
+
+    def begin(self, model: nn.Module, optimizer: Optimizer) -> Consolidator:
+        """Attach the memory to the optimiser of a new task, or of an interrupted task that continues.
+
+        Raises:
+            ValueError: if `model` is not the one of the tasks before, or a state to continue from does not fit.
+        """
+        memory = self.bind(model)
+        memory.detach()
+        memory.model = model  # a host may wrap it anew for each task
+        return memory.attach(optimizer)
+
+    def end(self, data: Iterable[Any] | None = None, **options: Any) -> None:
+        """End the task: `Consolidator.consolidate`, then detach."""
+        self.memory.consolidate(data, **options)
+        self.memory.detach()
+        self.memory.model = bare(self.memory.model)
+
+    def refuse_later_changes(self) -> None:
+        """Raise a RuntimeError if the weights are no longer those that `end` consolidated."""
+        changed = self._memory._memory.changed() if self._memory is not None and not self._memory.steps else []
+        if changed:
+            raise RuntimeError(
+                f"Something changed weights ({listed(changed)}) after the task was consolidated, so that model and anchor "
+                f"differ. If it is a callback that averages or restores weights, put `{type(self).__name__}` after it in the "
+                "list; else let it change the weights before training ends."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the memory's state; empty before training has begun."""
+        return self._memory.state_dict() if self._memory is not None else dict(self._saved or {})
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`, at once or as soon as there is a model.
+
+        Raises:
+            ValueError: if the state is of another format, rule or model.
+        """
+        if self._memory is not None and state_dict:
+            self._memory.load_state_dict(state_dict)
+        else:
+            self._saved = state_dict or None

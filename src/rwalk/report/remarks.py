@@ -1,0 +1,278 @@
+"""The result of a comparison in one sentence, and remarks on figures that need one."""
+
+from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
+from typing import NamedTuple
+
+from rwalk.report.figures import best_of_each_method, contenders, with_deviation
+from rwalk.report.names import listed, method_name, names
+from rwalk.report.summary import REFERENCES, Line, MethodComparison, Spread
+
+ENOUGH = 3
+"""Seeds from which a spread is meaningful."""
+CLEAR = 0.02
+"""Difference of accuracy, a fraction, from which it counts for remarks."""
+
+
+class Remark(NamedTuple):
+    """A remark; with `trouble` a figure should not be taken at face value, otherwise it is for information."""
+
+    text: str
+    trouble: bool = True
+
+
+def best(comparison: MethodComparison) -> Line | None:
+    """Return the line with the highest average accuracy; a reference only if there is nothing else."""
+    lines = contenders(comparison) or comparison.lines
+    known = [(line.average_accuracy.mean, -i, line) for i, line in enumerate(lines) if line.average_accuracy]
+    return max(known)[-1] if known else None
+
+
+def sentence(comparison: MethodComparison) -> str:
+    """Return one sentence: which method kept how much, and at what cost."""
+    line = best(comparison)
+    if line is None or line.average_accuracy is None:
+        return "These runs hold no average accuracy."
+    name = dict(zip(map(id, comparison.lines), names(comparison), strict=True))[id(line)]
+    first = "ended at the highest average accuracy" if len(contenders(comparison)) > 1 else "ended at an average accuracy of"
+    reached = f"{first}{', ' if first.endswith('accuracy') else ' '}{_percent(line.average_accuracy)}"
+    kept = (
+        f"kept {_percent(line.kept)} of what was learned on earlier tasks{_others(comparison, line)} and " if line.kept else ""
+    )
+    return _capital(f"{name} {kept}{reached}{_cost(line)}.")
+
+
+def _others(comparison: MethodComparison, line: Line) -> str:
+    others = [(m, _one(comparison, m)) for m in ("finetune", "joint") if m != line.method]
+    kept = [f"{method_name(method)} {_percent(other.kept)}" for method, other in others if other and other.kept]
+    return f" ({', '.join(kept)})" if kept else ""
+
+
+def _cost(line: Line) -> str:
+    """Return what a method costs beside fine-tuning, as far as it is known."""
+    if line.method == "finetune":
+        return ""
+    time = f"a step took {line.step_ratio.mean:.1f}× the CPU time of fine-tuning's" if line.step_ratio else ""
+    stored = line.stored_examples
+    data = "" if stored is None else f"stored {stored.mean:.0f} examples" if stored.mean else "stored no data"
+    return f"; {time}" * bool(time) + (f"{', and it' if time else '; it'} {data}" if data else "")
+
+
+def remarks(comparison: MethodComparison) -> list[Remark]:
+    """Return remarks on the figures, trouble first."""
+    found = [Remark(text, trouble) for trouble, rule in RULES for text in rule(comparison)]
+    return sorted(found, key=lambda remark: not remark.trouble)
+
+
+def _few_seeds(comparison: MethodComparison) -> Iterator[str]:
+    few = min(len(line.seeds) for line in comparison.lines)
+    if few < ENOUGH:
+        yield f"Only {few} seed{'s' * (few > 1)}: differences may be noise. Run at least {ENOUGH} (`--seeds {ENOUGH}`)."
+    if len({tuple(sorted(line.seeds)) for line in comparison.lines}) > 1:
+        yield "Not all methods were run with the same seeds, so their means are over different draws."
+
+
+def single_labels(comparison: MethodComparison) -> Iterator[str]:
+    """Yield a remark for tasks in which a single label competes, occurs or is trained."""
+    counts = next((record.labels for line in comparison.lines for record in line.records if record.labels), [])
+    scenario = comparison.setting.get("stream", {}).get("scenario")
+    alone = [k for k, task in enumerate(counts) if task["compete"] == 1]
+    same = [k for k, task in enumerate(counts) if task["occur"] == 1 and k not in alone]
+    if alone:
+        other = "or `--scenario class`, in which the labels of all tasks compete" if scenario == "task" else "or other data"
+        yield (
+            f"In {_tasks(alone, counts)} there is a single label to choose from. There is nothing to tell apart, so that every "
+            f"method reaches 100\u00a0%. Take fewer tasks, {other}."
+        )
+    if same and scenario != "class":
+        yield (
+            f"In {_tasks(same, counts)} all test examples have the same label, and a network that always answers with it is "
+            "right: accuracies mean little there. Take fewer or other tasks."
+        )
+    if same and scenario == "class" and comparison.setting.get("training", {}).get("mask") == "task":
+        yield (
+            f"In {_tasks(same, counts)} a single label is in the training softmax, so that nothing is learned. "
+            "Take fewer tasks, or `--mask seen`."
+        )
+
+
+def _tasks(some: list[int], counts: Sequence[object]) -> str:
+    """Return the names of tasks, counted from 1, at most six."""
+    if len(some) == len(counts):
+        return "each task"
+    words = [str(k + 1) for k in some]
+    words = words if len(words) <= 6 else [*words[:5], f"{len(words) - 5} others"]
+    return f"task{'s' * (len(some) > 1)} {listed(words)}"
+
+
+def _class_incremental(comparison: MethodComparison) -> Iterator[str]:
+    bare = list(dict.fromkeys(method_name(line.method) for _, line in _named(comparison) if _hopeless(line, comparison)))
+    if bare:
+        yield (
+            f"Class-incremental without stored examples: expect {listed(bare)} near fine-tuning, whatever the strength. "
+            "Add replay (`--replay 200`)."
+        )
+
+
+def _hopeless(line: Line, comparison: MethodComparison) -> bool:
+    """Return whether a line is class-incremental without stored examples, where no method of this family helps."""
+    bare = line.strength is not None and not (line.stored_examples and line.stored_examples.mean)
+    return bare and comparison.setting.get("stream", {}).get("scenario") == "class"
+
+
+def _diverged(comparison: MethodComparison) -> Iterator[str]:
+    for name, line in _named(comparison):
+        chance = fmean([a for r in line.records for a in r.untrained if a is not None] or [0.0])
+        lost = [r for r in line.records if any(d.get("figures", {}).get("penalty", 0) is None for d in r.diagnostics)]
+        end = line.average_accuracy
+        if line.strength and (lost or (end and end.mean <= chance + CLEAR)):
+            why = "its penalty overflowed" if lost else "it ended no better than the untrained network"
+            pull = "the gradient pull overshoots at this strength: take `--pull proximal` or a smaller strength"
+            remedy = pull if line.fields.get("pull") == "gradient" else "take a smaller strength or learning rate"
+            yield f"{_capital(name)} seems to have diverged ({why}); {remedy}."
+
+
+def _below_finetune(comparison: MethodComparison) -> Iterator[str]:
+    plain = _one(comparison, "finetune")
+    for name, line in _tops(comparison):
+        a, b = line.average_accuracy, plain and plain.average_accuracy
+        if a and b and _gap(b, a) > max(a.deviation or 0, b.deviation or 0, CLEAR / 4):
+            figures = f"{_percent(a)} against {_percent(b)}"
+            yield f"{_capital(name)} ended below fine-tuning ({figures}): with these settings it does not help."
+
+
+def _strength(comparison: MethodComparison) -> Iterator[str]:
+    plain = _one(comparison, "finetune")
+    held = [(name, line) for name, line in _tops(comparison) if line.strength and not _hopeless(line, comparison)]
+    hard = [
+        (n, line.learned)
+        for n, line in held
+        if plain and line.learned and plain.learned and _stiff(line.learned, plain.learned)
+    ]
+    idle = [
+        n for n, line in held if plain and line.forgetting and plain.forgetting and _idle(line.forgetting, plain.forgetting)
+    ]
+    if hard and plain:
+        reach = listed([f"{_percent(learned)} with {name}" for name, learned in hard])
+        yield f"New tasks reach only {reach}, with fine-tuning {_percent(plain.learned)}: try smaller strengths."
+    if idle:
+        yield f"With {listed(idle)} as much is forgotten as with fine-tuning: try larger strengths."
+
+
+def _stiff(mine: Spread, plain: Spread) -> bool:
+    """Return whether new tasks are learned clearly worse than by fine-tuning."""
+    return _gap(plain, mine) > 2.5 * CLEAR
+
+
+def _idle(mine: Spread, plain: Spread) -> bool:
+    """Return whether much is forgotten, and not clearly less than by fine-tuning."""
+    return plain.mean > 5 * CLEAR and _gap(plain, mine) < CLEAR
+
+
+def _picked(comparison: MethodComparison) -> Iterator[str]:
+    for method in dict.fromkeys(line.method for line in comparison.lines):
+        strengths = {line.strength for line in comparison.lines if line.method == method}
+        if len(strengths) > 1:
+            yield (
+                f"{_capital(method_name(method))} was run with {len(strengths)} strengths. The best of them was picked on the "
+                "test examples, which flatters it; `rwalk tune` picks on held-out training examples."
+            )
+
+
+def _left_out(comparison: MethodComparison) -> Iterator[str]:
+    for name, line in _named(comparison):
+        steps = [d.get("figures", {}).get("steps left out") or 0 for r in line.records for d in r.diagnostics[-1:]]
+        if any(steps):
+            yield f"{_capital(name)} left out {sum(steps):.0f} steps whose gradients were not finite."
+
+
+def _close(comparison: MethodComparison) -> Iterator[str]:
+    first = best(comparison)
+    near, name = [], ""
+    for other, line in _tops(comparison):
+        a, b = first and first.average_accuracy, line.average_accuracy
+        if line is first:
+            name = other
+        elif a and b and _gap(a, b) <= max(a.deviation or 0, b.deviation or 0):
+            near.append(other)
+    if near:
+        yield f"These seeds do not distinguish {name} from {listed(near)}: the means differ by less than the spread."
+
+
+def _missing(comparison: MethodComparison) -> Iterator[str]:
+    plain, joint, first = _one(comparison, "finetune"), _one(comparison, "joint"), best(comparison)
+    if comparison.setting.get("stream", {}).get("tasks") == 1 or all(
+        len(r.accuracy) < 2 for line in comparison.lines for r in line.records
+    ):
+        yield "One task: there is nothing to forget."
+    if plain is None:
+        yield "No fine-tuning among the runs, so gains and the cost of a step are unknown. Add `finetune` to `--methods`."
+    elif plain.forgetting and plain.forgetting.mean < CLEAR and len(comparison.lines) > 1:
+        yield f"Fine-tuning forgets {with_deviation(plain.forgetting, 100)} points here: there is little to gain."
+    if joint is None:
+        yield "No joint training among the runs, so intransigence is unknown. Add `joint` to `--methods`."
+    elif (
+        first and first.average_accuracy and joint.average_accuracy and _gap(first.average_accuracy, joint.average_accuracy) > 0
+    ):
+        yield "Joint training ends below the best method: it may need more epochs, and intransigence means little here."
+
+
+def _path(comparison: MethodComparison) -> Iterator[str]:
+    mine: dict[str, list[str]] = {}
+    for name, line in _tops(comparison):
+        shares = [d.get("figures", {}).get("windows beyond eps") for r in line.records for d in r.diagnostics[-1:]]
+        known = [share for share in shares if share is not None]
+        if known and fmean(known) < CLEAR:
+            mine.setdefault(_share(fmean(known)), []).append(name)
+    for share, found in mine.items():
+        yield (
+            f"The squared Riemannian distance exceeded eps in {share} of the windows of {listed(found)}: its score is the "
+            "path integral, rescaled."
+        )
+
+
+RULES: tuple[tuple[bool, Callable[[MethodComparison], Iterator[str]]], ...] = (
+    (True, single_labels),
+    (True, _diverged),
+    (True, _class_incremental),
+    (True, _few_seeds),
+    (True, _below_finetune),
+    (True, _strength),
+    (True, _picked),
+    (True, _left_out),
+    (False, _close),
+    (False, _missing),
+    (False, _path),
+)
+
+
+def _named(comparison: MethodComparison) -> list[tuple[str, Line]]:
+    """Return the lines that are compared, with names."""
+    named = zip(names(comparison), comparison.lines, strict=True)
+    return [(name, line) for name, line in named if line.method not in REFERENCES]
+
+
+def _tops(comparison: MethodComparison) -> list[tuple[str, Line]]:
+    """Return the best line of each method that is compared, with names."""
+    best_of = [comparison.lines[i] for i in best_of_each_method(comparison)]
+    return [(name, line) for name, line in _named(comparison) if any(line is other for other in best_of)]
+
+
+def _one(comparison: MethodComparison, method: str) -> Line | None:
+    return next((line for line in comparison.lines if line.method == method), None)
+
+
+def _gap(a: Spread, b: Spread) -> float:
+    return a.mean - b.mean
+
+
+def _percent(value: Spread | None) -> str:
+    return "–" if value is None else f"{100 * value.mean:.1f}\u00a0%"
+
+
+def _share(share: float) -> str:
+    return f"{100 * share:.1f}\u00a0%" if share >= 0.001 else "less than 0.1\u00a0%"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

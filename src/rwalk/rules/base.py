@@ -1,0 +1,264 @@
+"""What every rule is: a frozen dataclass that watches training and says how much each weight mattered."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from rwalk import kernels
+from rwalk._parameters import listed
+from rwalk.anchors.base import Anchor, PullColumns
+from rwalk.anchors.elementwise import ElementwiseAnchor
+from rwalk.anchors.factors import Moments
+from rwalk.distributed.shards import ALONE, ShardGroup
+
+State = TypeVar("State", bound=tuple[Any, ...])
+Objective = Literal["true", "sample", "exact", "norm"]
+"""What a per-example gradient is of: the log-likelihood of the data's label, of one drawn from the model, of every label
+weighted by its probability, or the squared norm of the output."""
+
+Fisher = Literal["batch", "example"]
+"""What the running Fisher information averages: the square of the batch's gradient, or the squares of its examples'."""
+
+
+@dataclass
+class Step:
+    """What a rule sees of one optimiser step, just before the optimiser moves, and its one pass over the parameters' memory.
+
+    Args:
+        theta: the protected parameters.
+        grad: the gradient of the task loss alone, parallel to `theta`, multiplied by `scale`; None where a parameter takes no
+            part in this step.
+        squares: for rules whose `fisher` is "example": the mean over examples of the squared per-example gradient, parallel to
+            `theta`; None where it could not be had.
+        pull: the pull to the anchor, which `update` adds to the gradients after the rule has read them.
+        scale: what a loss scaler has multiplied the gradients by, one element; None for 1.
+        skip: one element, not 0 if the optimiser is going to leave out this step; None for 0.
+        ascends: for each parameter, whether the optimiser maximises; None where it minimises everywhere.
+        updated: whether `update` has been called.
+    """
+
+    theta: list[Tensor]
+    grad: list[Tensor | None]
+    squares: list[Tensor | None] | None = None
+    pull: PullColumns | None = None
+    scale: Tensor | None = None
+    skip: Tensor | None = None
+    ascends: list[bool] | None = None
+    updated: bool = False
+
+    def update(self, **columns: Any) -> Tensor | None:
+        """Do all of a rule's elementwise work at this step, and the pull, in one pass over memory.
+
+        Call it last in `observe`; a second call does not pull again.
+
+        Args:
+            columns: fields of `rwalk.kernels.PreStepPass`: lists of the rule's state parallel to `theta`, and numbers.
+
+        Returns:
+            What `rwalk.kernels.before_step_` returns.
+        """
+        pull = self.pull._asdict() if self.pull is not None and not self.updated else {}
+        self.updated = True
+        same = {name: getattr(self, name) for name in ("theta", "grad", "squares", "scale", "skip", "ascends")}
+        return kernels.before_step_(kernels.PreStepPass(**same, **pull, **columns))
+
+    def finish(self) -> None:
+        """Add the pull, if the rule has not updated anything."""
+        if not self.updated and self.pull is not None:
+            self.update()
+
+
+class Gradients(Protocol):
+    """Per-example gradients over a task's data, as `rwalk.gradients.per_example_over` makes them."""
+
+    def __call__(
+        self,
+        objective: Objective,
+        of: Callable[[Tensor], Tensor],
+        samples: int | None = None,
+        only: Collection[str] | None = None,
+    ) -> list[Tensor]:
+        """Return the mean over examples of `of(gradient of the objective)`, for all protected parameters or `only` some."""
+
+
+class Factors(Protocol):
+    """Second moments of linear layers over a task's data, as `rwalk.gradients.moments` makes them."""
+
+    def __call__(self, objective: Objective, samples: int | None = None) -> dict[str, Moments]:
+        """Return the moments of the layers that can be measured, by the names of their weights."""
+
+
+def no_factors(objective: Objective, samples: int | None = None) -> dict[str, Moments]:  # noqa: ARG001
+    """Return no moments: there is no data to measure them on."""
+    return {}
+
+
+def no_data(
+    objective: Objective,  # noqa: ARG001
+    of: Callable[[Tensor], Tensor],  # noqa: ARG001
+    samples: int | None = None,  # noqa: ARG001
+    only: Collection[str] | None = None,  # noqa: ARG001
+) -> list[Tensor]:
+    """Raise a ValueError that asks for the data to measure gradients on."""
+    raise ValueError(
+        "`consolidate()` needs data under a rule that measures importance on the task's data. "
+        "Call `consolidate(loader)`, or choose a rule that measures during training, such as `RWalk()` or `SI()`."
+    )
+
+
+class TaskEnd(NamedTuple):
+    """What a rule sees when a task ends.
+
+    Args:
+        theta: where the optimiser left the protected parameters, by name, in the order of the rule's state.
+        point: the parameters that will be kept: those of `theta`, or their average over the task.
+        anchor: what earlier tasks left behind.
+        gradients: per-example gradients over the task's data; raises an error when the user passed no data.
+        shard_group: the ranks that hold the other parts of all these tensors, for figures about whole tensors.
+        factors: second moments of linear layers over the task's data; none when the user passed no data.
+    """
+
+    theta: Mapping[str, Tensor]
+    point: Mapping[str, Tensor]
+    anchor: Anchor
+    gradients: Gradients = no_data
+    shard_group: ShardGroup = ALONE
+    factors: Factors = no_factors
+
+    def earlier(self) -> list[Tensor | None]:
+        """Return the importance that earlier tasks left, None for parameters that are new to the anchor."""
+        return [self.anchor.omega.get(name) for name in self.point]
+
+    def renew(self, omega: list[Tensor]) -> Anchor:
+        """Return an anchor at `point` with this importance, which runs parallel to it."""
+        return ElementwiseAnchor.at(self.point, omega)
+
+
+class Defaults(NamedTuple):
+    """How a rule works unless the user says otherwise: the settings of its paper."""
+
+    strength: float = 1.0
+    pull: Literal["gradient", "proximal"] = "gradient"
+    average: Literal["none", "tail"] = "none"
+
+
+@dataclass(frozen=True)
+class Rule(ABC, Generic[State]):
+    """A rule: its fields are its hyperparameters, its state is an explicit named tuple, and it knows no model.
+
+    The fields of a state are lists parallel to the protected parameters (of tensors, numbers or None) or plain values.
+    Only `observe` and `renew` write into tensors of the state that they are given, and into no others. So a task's end that
+    fails can be repeated.
+
+    Attributes:
+        measures: what the rule needs: "steps" of training, "data" at a task's end, or "nothing".
+        slow: fields of its state that may be kept on another device between tasks: what only `conclude` reads.
+        counters: fields of its state that count elements, so that parts of tensors have parts of the count.
+        defaults: how it works unless the user says otherwise.
+        anchor_kind: the kind of anchor that it makes.
+        walks: whether it follows the optimiser's moves, so that it must be told which moves are not the optimiser's.
+    """
+
+    measures: ClassVar[Literal["steps", "data", "nothing"]] = "steps"
+    slow: ClassVar[tuple[str, ...]] = ()
+    counters: ClassVar[tuple[str, ...]] = ()
+    defaults: ClassVar[Defaults] = Defaults()
+    anchor_kind: ClassVar[type[Anchor]] = ElementwiseAnchor
+    walks: ClassVar[bool] = False
+
+    @abstractmethod
+    def init(self, theta: list[Tensor]) -> State:
+        """Return the state before the first step, for protected parameters `theta`."""
+
+    @abstractmethod
+    def observe(self, state: State, step: Step) -> State:
+        """Take one optimiser step into account, just before the optimiser moves."""
+
+    @abstractmethod
+    def conclude(self, state: State, end: TaskEnd) -> tuple[Anchor, State]:
+        """End a task: return the anchor that protects all tasks so far, and the state for the next task."""
+
+    def renew(self, state: State) -> None:
+        """Clear what a new task starts without. Called with the state that `conclude` returned, perhaps more than once."""
+
+    def resume(self, state: State, theta: Sequence[Any], places: Sequence[int]) -> State:  # noqa: ARG002
+        """Return a state at rest that starts anew for the parameters at `places`, which something else has moved."""
+        return state
+
+    def abandon(self, state: State, theta: Sequence[Any], places: Sequence[int]) -> State:  # noqa: ARG002
+        """Return a state at rest without the last step, which failed; the parameters at `places` have moved since."""
+        return state
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether `conclude` builds on the anchor it is given, whoever made it, and not only on the rule's state."""
+        return False
+
+    @property
+    def per_example(self) -> bool:
+        """Whether `observe` asks for squared per-example gradients."""
+        return False
+
+    def report(
+        self,
+        state: State,  # noqa: ARG002
+        anchor: Anchor,  # noqa: ARG002
+        theta: Mapping[str, Tensor],  # noqa: ARG002
+        shard_group: ShardGroup = ALONE,  # noqa: ARG002
+    ) -> dict[str, float]:
+        """Return figures about the rule's own workings, by name, for `Consolidator.summary`."""
+        return {}
+
+
+TINY, HUGE = 1e-30, 1e30
+"""The least and the most that may be added to a denominator: float32 turns neither into 0 or infinity."""
+
+
+def number(value: Any) -> Any:
+    """Return a number, NumPy's or a tensor's too, as a plain one; None for anything else, also for a bool or NaN."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    return value if isinstance(value, Real) and not isinstance(value, bool) and value == value else None
+
+
+def check_number(rule: Rule[Any], name: str, least: float, most: float, expected: str) -> None:
+    """Keep the field `name` of a rule as a plain number; raise a ValueError unless it is one from `least` to `most`."""
+    value = number(getattr(rule, name))
+    check(value is not None and least <= value <= most, rule, name, expected)
+    object.__setattr__(rule, name, value)
+
+
+def check_share(rule: Rule[Any], name: str) -> None:
+    """Raise a ValueError unless the field `name` of a rule is a number from 0 to 1."""
+    check_number(rule, name, 0, 1, "a number in [0, 1]")
+
+
+def check_count(rule: Rule[Any], name: str, expected: str) -> None:
+    """Raise a ValueError unless the field `name` of a rule is a whole number of 1 or more."""
+    value = number(getattr(rule, name))
+    check(isinstance(value, Integral), rule, name, expected)
+    check_number(rule, name, 1, math.inf, expected)
+
+
+def check_damping(rule: Rule[Any], name: str) -> None:
+    """Raise a ValueError unless the field `name` of a rule, which is added to a denominator, is from `TINY` to `HUGE`."""
+    check_number(rule, name, TINY, HUGE, f"a number from {TINY:g} to {HUGE:g}")
+
+
+def check(holds: bool, rule: Rule[Any], name: str, expected: str) -> None:
+    """Raise a ValueError about the field `name` of a rule unless `holds`."""
+    if not holds:
+        raise ValueError(f"`{name}` of {type(rule).__name__} must be {expected}, but is {getattr(rule, name)!r}.")
+
+
+def check_finite(end: TaskEnd, omega: Sequence[Tensor], remedy: str) -> None:
+    """Raise a FloatingPointError that names the parameters whose importance is not finite."""
+    bad = [name for name, o in zip(end.point, omega, strict=True) if not bool(torch.isfinite(o).all())]
+    if bad:
+        raise FloatingPointError(f"The importance of {listed(bad)} is not finite. Nothing was changed. {remedy}")

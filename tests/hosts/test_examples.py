@@ -1,0 +1,62 @@
+"""Every example runs, and prints a line that begins `without` and one that begins `with RWalk`, which has the better figure."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import hosts
+import rwalk
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def imported(script):
+    """The packages that a script imports, without those that are part of Python."""
+    nodes = list(ast.walk(ast.parse(script.read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.split(".")[0] for name in names} - sys.stdlib_module_names
+
+
+def run(script, folder):
+    """Run a script as a user does; what a script with Avalanche needs before its first line is in `hosts`."""
+    packages = imported(script)
+    start = [str(script)]
+    if "avalanche" in packages:
+        hosts.avalanche()
+        start = ["-c", f"import hosts, runpy; hosts.avalanche(); runpy.run_path({str(script)!r}, run_name='__main__')"]
+    missing = [name for name in packages if name != "avalanche" and find_spec(name) is None]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}: make test-integrations")
+    paths = [Path(rwalk.__file__).parents[1], ROOT, Path(__file__).parent]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *start], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def figure(printed, beginning):
+    """The first number of the line that begins like this: how well the first task, or all, are done after the last."""
+    found = re.findall(rf"^{beginning}\b[^\d\n]*(\d+\.\d+)", printed, re.MULTILINE | re.IGNORECASE)
+    assert len(found) == 1, f"{beginning} in:\n{printed}"
+    return float(found[0])
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.stem)
+def test_an_example_keeps_more_with_us_than_without(script, tmp_path):
+    printed = run(script, tmp_path)
+    plain, ours = figure(printed, "(?:without|no memory)"), figure(printed, "(?:with )?RWalk")
+    worse, better = (ours, plain) if "lower is better" in printed else (plain, ours)
+    assert better > 1.1 * worse, printed
+
+
+def test_there_is_an_example_for_each_host():
+    modules = {path.stem for path in (ROOT / "src" / "rwalk" / "integrations").glob("[a-z]*.py")}
+    assert {f"with_{name}" for name in modules} <= {script.stem for script in EXAMPLES}

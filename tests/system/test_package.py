@@ -1,0 +1,147 @@
+"""The package as a whole: public names, what importing costs, and the documentation's promises."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rwalk
+from rwalk import bench, replay
+from rwalk.rules import rules
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("module", [rwalk, bench, replay], ids=lambda m: m.__name__)
+def test_public_names_exist(module):
+    for name in module.__all__:
+        assert getattr(module, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = module.nothing
+
+
+def test_the_core_imports_none_of_the_extras():
+    extras = {"sklearn", "pyarrow", "PIL", "datasets", "tyro", "rich", "pandas", "jinja2", "vl_convert"}
+    code = f"import sys; from rwalk import Anchor, Consolidator, RWalk; sys.exit(bool({extras!r} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+ELSEWHERE = r"""
+import os, signal, sys
+import loky, numba, optuna, rich, torch, torch.distributed.checkpoint, tyro, vl_convert  # others come first
+POSIX = ("chown chroot confstr ctermid fchmod fchown fork forkpty getegid geteuid getgid getgroups getloadavg getpgid getpgrp"
+         " getpriority getuid killpg lchown mkfifo mknod nice pipe2 posix_spawn pread pwrite register_at_fork sched_getaffinity"
+         " sched_yield setsid setuid statvfs sync sysconf tcgetpgrp uname wait wait3 O_CLOEXEC O_DIRECTORY O_DSYNC O_NOCTTY"
+         " O_NOFOLLOW O_NONBLOCK O_SYNC").split()
+for name in POSIX:
+    if hasattr(os, name):
+        delattr(os, name)
+for name in ("SIGALRM", "SIGHUP", "SIGKILL", "SIGQUIT", "SIGUSR1", "alarm", "pthread_kill", "setitimer", "sigwait"):
+    delattr(signal, name)
+for name in ("fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"):
+    sys.modules[name] = None
+real_open = os.open
+def opened(path, *rest, **more):
+    if os.path.isdir(path):
+        raise PermissionError(13, "Permission denied")  # Windows opens no folders
+    return real_open(path, *rest, **more)
+os.open = opened
+
+from rwalk import Anchor, Consolidator, RWalk, bench, kernels, replay
+from rwalk._io import files
+from rwalk.cli import main
+kernels.use(sys.argv[1])
+model = torch.nn.Linear(2, 2)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+memory = Consolidator(model, RWalk()).attach(optimizer)
+for _ in range(3):
+    optimizer.zero_grad()
+    model(torch.randn(4, 2)).square().mean().backward()
+    optimizer.step()
+memory.consolidate()
+for _ in range(2):  # the second time over the first file
+    memory.save("state")
+    memory.anchor.save("anchor")
+memory.load("state")
+memory.adopt(Anchor.load("anchor"), lambda name: name)
+buffer = replay.Buffer(2)
+buffer.save("buffer")
+buffer.load("buffer")
+quick = ["split-digits", "--seeds", "1", "--tasks", "2", "--hidden", "4", "--out", "runs"]
+assert main.main(["run", *quick, "--methods", "finetune,recipe"]) == 0
+assert main.main(["run", *quick, "--methods", "finetune,recipe"]) == 0
+assert main.main(["tune", *quick, "--methods", "rwalk", "--strength", "0.1,1", "--tune-tasks", "1"]) == 0
+assert main.main(["report", "runs"]) == main.main(["compare", "runs", "runs"]) == 0
+assert not files.is_locked("runs/x.lock")
+"""
+
+
+@pytest.mark.filterwarnings("ignore:Got")
+@pytest.mark.parametrize("backend", ["blocked", "numba"])
+def test_the_package_works_without_what_windows_lacks(tmp_path, backend):
+    command = [sys.executable, "-W", "ignore", "-c", ELSEWHERE, backend]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("(on disk)") == 2
+
+
+def test_every_rule_says_where_it_comes_from():
+    for name, rule in rules().items():
+        assert rule.__doc__, name
+        assert re.search(r"(19|20)\d\d", sys.modules[rule.__module__].__doc__), name
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/strength.md", "docs/replay.md"])
+def test_the_python_of_pages_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+    assert blocks
+    scope = {}
+    for block in blocks:
+        exec(compile(block, page, "exec"), scope)
+
+
+def test_the_readmes_commands_run(tmp_path):
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+    mine = [line for line in commands if line.startswith("rwalk ")]
+    assert len(mine) >= 3
+    for command in mine:
+        words = [sys.executable, "-m", *command.split("#")[0].split()]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_makefile_has_the_readmes_targets():
+    targets = set(re.findall(r"^make (\w+)", README, re.M))
+    assert {"demo", "test"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
+
+
+def test_the_demo_command_is_one_that_the_command_line_takes(tmp_path):
+    dry = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = next(line for line in dry.splitlines() if " run permuted-digits" in line).split()
+    words = [sys.executable, "-m", "rwalk", *command[1:], "--seeds", "1", "--epochs", "1", "--tasks", "2"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "joint" in done.stdout
+
+
+def test_contributings_rule_is_found_by_laws_and_command_line(tmp_path):
+    """The example of CONTRIBUTING.md, dropped beside the other rules of a copy of the package, with no other edit."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+    shutil.copytree(ROOT / "src", tmp_path / "src")
+    shutil.copytree(ROOT / "tests", tmp_path / "tests")
+    (tmp_path / "src" / "rwalk" / "rules" / "plain.py").write_text(code)
+    place = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(tmp_path / "src")}, "capture_output": True, "text": True}
+    laws = subprocess.run([sys.executable, "-m", "pytest", "tests/laws/test_laws.py", "-k", "plain"], check=False, **place)
+    assert laws.returncode == 0, laws.stdout
+    command = [sys.executable, "-m", "rwalk", "run", "split-digits", "--methods", "plain", "--seeds", "1", "--out", "out"]
+    done = subprocess.run(command, check=False, **place)
+    assert done.returncode == 0, done.stderr
+    assert '"method": "plain"' in next((tmp_path / "out").glob("*.json")).read_text()
