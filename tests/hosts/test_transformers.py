@@ -736,7 +736,7 @@ def test_callbacks_that_change_the_weights_at_the_end_come_first_wherever_they_s
     for task in range(2):
         averaging = Averaging()
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Got weights .* changed after the last step")
+            warnings.filterwarnings("ignore", message="The weights .* changed after the last step")
             trainer(tmp_path, model, sentences(task), [callback, averaging] if first else [averaging, callback]).train()
         for name, p in model.named_parameters():
             torch.testing.assert_close(p.detach(), averaging.average[name], **EXACT)

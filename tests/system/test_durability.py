@@ -321,13 +321,11 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_costs_nothing_else(tmp_
 
     def full(path, kind, content):
         if len(content["measured"]["accuracy"]) > 1:
-            raise OSError(errno.ENOSPC, f"Got `{path}`, which cannot be written. Expected room. Make room.")
+            raise OSError(errno.ENOSPC, f"`{path}` cannot be written. Make room.")
         save(path, kind, content)
 
     monkeypatch.setattr(states, "save", full)
-    with pytest.warns(
-        UserWarning, match=r"Got `.*c`, which cannot be written.*The run continues without this checkpoint"
-    ) as said:
+    with pytest.warns(UserWarning, match=r"`.*c` cannot be written.*The run continues without this checkpoint") as said:
         record = bench.run(stream, "finetune", training=SMALL, checkpoint=place)
     assert len(said) == 2  # after the second and the third task, and not after the last one
     assert {Path(one.filename).name for one in said} == {Path(__file__).name}
