@@ -26,7 +26,8 @@ from reproduce.variants import RecipeVariant
 from rwalk import EWC, L2, Kronecker, RWalk, TaskFisher, kernels
 from rwalk.bench import Experience, Record, Training, permuted
 from rwalk.bench.baselines import AGEM, Addition, Rehearsal, Replay
-from rwalk.bench.data import DataSet, load
+from rwalk.bench.data import load
+from rwalk.bench.dataset import DataSet
 from rwalk.bench.record import file_name
 from rwalk.bench.training import Batch, Learner
 from rwalk.consolidation.settings import Pull, Settings, resolve

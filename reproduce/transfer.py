@@ -24,7 +24,8 @@ from reproduce.together import Together
 from reproduce.variants import RecipeVariant, SummedWalk
 from rwalk import EWC, L2, MAS, SI, RWalk, TaskFisher, bench, kernels
 from rwalk.bench import Experience, Record, Training
-from rwalk.bench.data import DataSet, load
+from rwalk.bench.data import load
+from rwalk.bench.dataset import DataSet
 from rwalk.bench.models import build
 from rwalk.bench.pool import run_or_load
 from rwalk.bench.record import file_name

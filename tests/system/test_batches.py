@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from rwalk import EWC, RWalk, bench
 from rwalk.bench import Rehearsal, Training
-from rwalk.bench.data import DataSet
+from rwalk.bench.dataset import DataSet
 from rwalk.bench.training import Learner, batches
 from rwalk.cli.main import main
 from rwalk.consolidation.settings import resolve

@@ -10,7 +10,7 @@ import torch
 
 from rwalk import EWC, MAS, Kronecker, RWalk, bench
 from rwalk.bench import Training, models
-from rwalk.bench.data import DataSet
+from rwalk.bench.dataset import DataSet
 from rwalk.bench.training import Learner
 from rwalk.cli.main import main
 from rwalk.consolidation.settings import resolve

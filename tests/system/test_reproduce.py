@@ -15,7 +15,7 @@ from rwalk import L2, RWalk, bench
 from rwalk.anchors import ElementwiseAnchor
 from rwalk.bench import Training
 from rwalk.bench.baselines import Rehearsal
-from rwalk.bench.data import DataSet
+from rwalk.bench.dataset import DataSet
 from rwalk.bench.models import build
 from rwalk.bench.streams import Subset
 from rwalk.bench.training import Learner

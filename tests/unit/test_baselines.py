@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from rwalk import RWalk, bench
 from rwalk.bench import Rehearsal, Training
 from rwalk.bench.baselines import AGEM, LwF, Past, Replay
-from rwalk.bench.data import DataSet
+from rwalk.bench.dataset import DataSet
 from rwalk.bench.models import mlp
 from rwalk.bench.training import Learner
 from rwalk.consolidation.consolidator import Consolidator

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from rwalk import RWalk, bench
 from rwalk.bench import Record, Training
-from rwalk.bench.data import DataSet, load
+from rwalk.bench.data import load
+from rwalk.bench.dataset import DataSet
 from rwalk.bench.holdout import early, later
 from rwalk.cli.main import main
 from rwalk.report import show, summarise

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from rwalk import bench
-from rwalk.bench.data import DataSet, load
+from rwalk.bench.data import load
+from rwalk.bench.dataset import DataSet
 from rwalk.bench.streams import check, make, parse, rotate
 
 SHARED = Path(os.environ.get("RWALK_DATA") or Path(__file__).parents[3] / "shared" / "data")

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from rwalk import bench
-from rwalk.bench.data import DataSet, load
+from rwalk.bench.data import load
+from rwalk.bench.dataset import DataSet
 from stored import splits, write
 
 LABEL = [0, 1, 0, 1]

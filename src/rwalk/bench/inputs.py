@@ -75,7 +75,7 @@ def schema_error(name: str, rows: Rows, needed: str) -> ValueError:
 
 
 def tensors(name: str, form: Form, columns: Sequence[str], train: Rows, test: Rows) -> tuple[Tensor, Tensor]:
-    """Return the inputs that some columns hold, as in `rwalk.bench.data.DataSet`."""
+    """Return the inputs that some columns hold, as in `rwalk.bench.dataset.DataSet`."""
     if form == "images":
         known, others = images.tensors(name, *(_encoded(rows, columns[0]) for rows in (train, test)))
         return known, others

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rwalk._errors import printable
 from rwalk.bench import inputs, texts, times
-from rwalk.bench.data import HUB, DataSet
+from rwalk.bench.dataset import HUB, DataSet
 from rwalk.bench.labels import numbered, refuse_names, usual_column
 from rwalk.bench.rows import Rows, features, plain, read
 

@@ -18,7 +18,8 @@ from rwalk._errors import printable
 from rwalk.bench import devices, models, streams
 from rwalk.bench.baselines import BASELINES, LwF, Rehearsal, addition
 from rwalk.bench.checkpoint import Checkpoint, Measured
-from rwalk.bench.data import DataSet, load
+from rwalk.bench.data import load
+from rwalk.bench.dataset import DataSet
 from rwalk.bench.holdout import early, later
 from rwalk.bench.record import Record, file_name
 from rwalk.bench.streams import Experience, Scenario, label_counts

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rwalk._errors import printable
-from rwalk.bench.data import DataSet, load, scaled
+from rwalk.bench.data import load
+from rwalk.bench.dataset import DataSet, scaled
 
 Scenario = Literal["task", "domain", "class"]
 """Task-incremental: the task is known at test time. Domain-incremental: all tasks share their labels. Class-incremental: the

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rwalk._errors import printable
-from rwalk.bench.data import scaled
+from rwalk.bench.dataset import scaled
 from rwalk.bench.rows import Rows, is_text, refuse_rows
 
 VALUES = 100

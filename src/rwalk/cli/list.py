@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from rwalk.bench.baselines import BASELINES
-from rwalk.bench.data import HUB
+from rwalk.bench.dataset import HUB
 from rwalk.bench.models import MODELS
 from rwalk.bench.streams import STREAMS
 from rwalk.report.plain import shown
