@@ -265,9 +265,9 @@ def test_labels_drawn_from_the_model_come_near_the_exact_ones():
     found = []
     for labels in ("exact", "sample"):
         memory = Consolidator(model, Kronecker(labels=labels))
-        memory.estimate(data(0, 3000))
+        memory.estimate(data(0, 1000))
         found.append(memory.anchor.layers["2.weight"].outputs.matrix())
-    assert torch.allclose(*found, atol=0.03 * float(found[0].max()))
+    assert torch.allclose(*found, atol=0.05 * float(found[0].max()))
 
 
 def test_measuring_leaves_no_trace_and_a_cap_counts():

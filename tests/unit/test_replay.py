@@ -134,7 +134,7 @@ def test_examples_that_depend_on_each_other_are_refused(select):
 def test_plane_distance_draws_with_weights_one_over_the_distance():
     """phi(x).w is 1, 2 and -4 for three examples: weights 1, 1/2 and 1/4. All orders of two, against the closed form."""
     x, weight = torch.tensor([[1.0, 7.0], [2.0, 5.0], [-4.0, 3.0]]), [[9.0, 9.0], [1.0, 0.0]]
-    q, runs = np.array([4.0, 2.0, 1.0]) / 7, 4000
+    q, runs = np.array([4.0, 2.0, 1.0]) / 7, 1500
     seen, model = Counter(), Known(weight)
     for seed in range(runs):
         buffer = Buffer(2, select="plane", seed=seed)
@@ -158,7 +158,7 @@ def test_plane_distance_surely_keeps_what_lies_on_the_plane():
 def test_samples_are_uniform(select):
     """Each of 30 examples stays in 10 of 30 buffers on average. For sums over inclusions, sampling without replacement makes
     sum (n_i - E)^2 / (E (1 - p)) chi-square with 29 degrees of freedom times 30/29; 4 deviations of it are allowed."""
-    runs, n, m = 3000, 30, 10
+    runs, n, m = 1500, 30, 10
     x, y = torch.arange(float(n))[:, None], torch.zeros(n, dtype=torch.int64)
     hits = np.zeros(n)
     for seed in range(runs):
