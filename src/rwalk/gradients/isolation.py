@@ -108,7 +108,7 @@ class _SavedAttributes:
                 value.extend(content) if isinstance(value, list | deque) else value.update(content)
 
     def stale(self, run: Callable[[], Any]) -> str | None:
-        """Return the name of an attribute with tensors because of which a function fails: with None there it works."""
+        """Return the name of an attribute whose tensors make a function fail, which works with None there."""
         for table, saved in self._attributes:
             for key, value in saved.items():
                 if any(isinstance(t, Tensor) for t in (value if isinstance(value, tuple | list) else [value])):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 
 class Candidates(NamedTuple):
-    """Examples of one class, some of which will be kept; features, logits and weight are in float64.
+    """Examples of one class, to choose from; features, logits and weight are in float64.
 
     Args:
         x, y: inputs and labels, first dimension examples.
