@@ -5,7 +5,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+from dense import ENGINES
 from rwalk import kernels
+from rwalk.gradients import layerwise, over_data
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: the tests run its kernels on the CPU
@@ -32,3 +34,17 @@ def _plain_kernels():
     """Let no test leave its choice of a backend to the next one."""
     yield
     kernels.use("blocked")
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request, monkeypatch):
+    """Have all parameters go layer by layer where they can, or by `vmap`, or example by example."""
+    if request.param != "layers":
+        monkeypatch.setattr(layerwise, "ROOTS", {})
+    if request.param == "alone":
+
+        def refuse(*_):
+            raise RuntimeError("not today")
+
+        monkeypatch.setattr(over_data, "mapped", refuse)
+    return request.param

@@ -7,6 +7,9 @@ from torch.nn import functional as F
 from rwalk._parameters import named_parameters
 from rwalk.gradients import per_example_over
 
+ENGINES = ["layers", "mapped", "alone"]
+"""Layer by layer where that is possible, by `vmap`, or example by example."""
+
 
 def gradients_of(model, data, **options):
     """Functions of per-example gradients over data, for all parameters of a model."""

@@ -13,26 +13,11 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from cases import pairwise
-from dense import close, gradients_of
+from dense import ENGINES, close, gradients_of
 from rwalk import EWC, MAS, Consolidator, Kronecker, OnlineEWC
-from rwalk.gradients import layerwise, over_data
 from rwalk.replay import Buffer
 
 RULES = [EWC(), EWC(labels="true"), OnlineEWC(labels="sample"), MAS(), Kronecker()]
-ENGINES = ["layers", "mapped", "alone"]
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request, monkeypatch):
-    """Have all parameters go layer by layer where they can, or by `vmap`, or example by example."""
-    if request.param != "layers":
-        monkeypatch.setattr(layerwise, "ROOTS", {})
-    if request.param == "alone":
-
-        def refuse(*_):
-            raise RuntimeError("not today")
-
-        monkeypatch.setattr(over_data, "mapped", refuse)
 
 
 class Storing(nn.Module):

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cases import pairwise
-from dense import close, gradients_of
+from dense import ENGINES, close, gradients_of
 from rwalk import EWC, MAS, Consolidator, Kronecker, OnlineEWC
 from rwalk._parameters import named_parameters
-from rwalk.gradients import layerwise, moments, over_data, per_example_over
+from rwalk.gradients import moments, over_data, per_example_over
 from rwalk.gradients.batches import examples
 from rwalk.gradients.isolation import isolated
 from rwalk.gradients.objectives import Scores
@@ -102,22 +102,6 @@ CASES = {
     "rows": (lambda: Head(6, lambda z: z.reshape(-1, 3)), vectors, (2,)),
 }
 """Models of three classes, their inputs, and the shape of an example's labels."""
-
-ENGINES = ["layers", "mapped", "alone"]
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request, monkeypatch):
-    """Have all parameters go layer by layer where they can, or by `vmap`, or example by example."""
-    if request.param != "layers":
-        monkeypatch.setattr(layerwise, "ROOTS", {})
-    if request.param == "alone":
-
-        def refuse(*_):
-            raise RuntimeError("not today")
-
-        monkeypatch.setattr(over_data, "mapped", refuse)
-    return request.param
 
 
 def gradients(model, theta, score):

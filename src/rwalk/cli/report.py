@@ -14,7 +14,7 @@ from rwalk import report
 from rwalk._errors import printable
 from rwalk.bench.record import Record
 from rwalk.report import compared
-from rwalk.report.plain import complain, say
+from rwalk.report.plain import complain, print_plain
 
 REFRESH = 5
 """Seconds after which a browser loads the page again while runs are unfinished."""
@@ -101,7 +101,7 @@ class LivePage:
 
 def show_page(place: Path, in_browser: bool, console: Console) -> None:
     """Print where a page is, and show it in a browser if asked to."""
-    say(console, f"Report: {place}")
+    print_plain(console, f"Report: {place}")
     if in_browser:
         webbrowser.open(place.resolve().as_uri())
 

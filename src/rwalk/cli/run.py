@@ -26,7 +26,7 @@ from rwalk.cli.progress import Display
 from rwalk.cli.report import LivePage, show_page
 from rwalk.consolidation.settings import Average, Pull, check_strength
 from rwalk.replay.buffer import Per
-from rwalk.report.plain import complain, say
+from rwalk.report.plain import complain, print_plain
 from rwalk.rules import rules
 from rwalk.rules.base import Rule
 
@@ -128,7 +128,7 @@ class Run:
         finally:
             if records:
                 report.show(report.summarise(records), console)
-                say(console, f"Records: {self.out}")
+                print_plain(console, f"Records: {self.out}")
             complain_of(failures, runs)
         if place is not None:
             show_page(place, self.open, console)
@@ -273,7 +273,7 @@ def done(command: Run, runs: Sequence[RunSpec], console: Console, page: LivePage
             display.end(spec)
             if isinstance(result, Record) and not (command.out / spec.name).exists():  # of a worker without our folder
                 result.save(command.out)
-            say(console, f"{names[spec]}: {_in_words(result, existed)}")
+            print_plain(console, f"{names[spec]}: {_in_words(result, existed)}")
             page.changed()
             yield spec, result
 

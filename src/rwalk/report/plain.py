@@ -106,9 +106,6 @@ def print_plain(console: Console, text: str, style: str = "") -> None:
     console.print(shown(console, plain(text, 100_000), style), soft_wrap=True)
 
 
-say = print_plain  # until all callers use the new name
-
-
 def complain(problem: Any) -> None:
     """Print a problem to standard error."""
     print(f"rwalk: {printable(str(problem))}", file=sys.stderr)

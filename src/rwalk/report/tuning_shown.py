@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rwalk.bench.tuned import Tuned
-from rwalk.report.plain import plain, say, shown
+from rwalk.report.plain import plain, print_plain, shown
 
 
 def show(chosen: Tuned, command: str, console: Console) -> None:
@@ -23,10 +23,10 @@ def show(chosen: Tuned, command: str, console: Console) -> None:
         cells = f"{trial['strength']:.6g}", f"{trial['lr']:.6g}", _percent(trial["accuracy"]), by_seed
         table.add_row(*cells, style="bold" if best else None)
     console.print(table)
-    say(console, f"Chosen: strength {chosen.strength:.6g}, learning rate {chosen.lr:.6g}.")
+    print_plain(console, f"Chosen: strength {chosen.strength:.6g}, learning rate {chosen.lr:.6g}.")
     for name in chosen.edge:
-        say(console, f"This {name} lies at an end of what was tried: try further ones.")
-    say(console, f"Run: {command}")
+        print_plain(console, f"This {name} lies at an end of what was tried: try further ones.")
+    print_plain(console, f"Run: {command}")
 
 
 def _percent(accuracy: float | None) -> str:
