@@ -27,10 +27,13 @@ def step(model, optimizer):
 
 
 def large():
-    """Count the live plain tensors of the model's size: no parameter, no gradient."""
+    """Count the live plain tensors of the model's size: no parameter or view of one, no gradient."""
     gc.collect()
-    pool = {t.untyped_storage().data_ptr() for t in gc.get_objects() if type(t) is torch.Tensor and t.numel() == SIZE * SIZE}
-    return len(pool)
+    found = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.numel() == SIZE * SIZE]
+    plain, own = (
+        {t.untyped_storage().data_ptr() for t in found if (type(t) is torch.Tensor) == kind} for kind in (True, False)
+    )
+    return len(plain - own)
 
 
 def test_one_forward_one_backward_and_a_hook_before_and_after_each_step():
@@ -65,7 +68,7 @@ def test_per_example_squares_cost_a_small_forward_pass_at_the_first_step_of_a_ta
                 optimizer.step()
             counts.append(operations.count)
         memory.consolidate()
-        assert counts[0] > counts[1] == counts[2] == counts[3]
+        assert counts[0] > counts[1] >= counts[2] == counts[3]  # at the first comparison something is laid out
     assert sizes == 2 * [2, 6, 6, 6, 6]
 
 
@@ -79,21 +82,21 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_walk_holds_five_tensors_and_eight_once_there_is_an_anchor():
-    """Five in the first task. Later point, omega and S join; S is read at a task's end only, so a step visits seven."""
+def test_the_walk_holds_six_tensors_and_nine_once_there_is_an_anchor():
+    """Six in the first task, the gradient of the step among them. Later point, omega and S join, which a step does not visit."""
     before = large()
     model, optimizer, memory = attached()
     size = model.weight.numel() * model.weight.element_size()
     for _ in range(9):
         step(model, optimizer)
-    assert memory.state_bytes == 5 * size
-    assert large() - before == 5
+    assert memory.state_bytes == 6 * size
+    assert large() - before == 6
     for _ in range(3):
         memory.consolidate()
         for _ in range(9):
             step(model, optimizer)
-        assert memory.state_bytes == 8 * size
-        assert large() - before == 8
+        assert memory.state_bytes == 9 * size
+        assert large() - before == 9
 
 
 class LargeTensors(TorchDispatchMode):

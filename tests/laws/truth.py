@@ -77,7 +77,7 @@ class Truth:
         self.steps = self.tasks = self.windows = 0
         self.lengths = []
         self.beyond_eps = np.zeros(2)
-        self.written, self.disturbed = set(), False
+        self.written, self.disturbed, self.due = set(), False, False
 
     def look(self, theta, newcomers):
         """Take up parameters that grew, were moved by hand or are new."""
@@ -111,8 +111,6 @@ class Truth:
         for held in self.held.values():
             if self.steps == 0:
                 held.mark, held.start, held.steps = held.theta.copy(), held.theta.copy(), []
-        if self.kind == "RWalk" and self.steps and self.steps % self.rule["delta_t"] == 0:
-            self.settle()
         for name, g in grads.items():
             held = self.held[name]
             if self.kind in ("RWalk", "EWCpp", "TaskFisher"):
@@ -121,6 +119,7 @@ class Truth:
                 held["fisher_slack"] = (1 - a) * held["fisher_slack"] + (self.unit + self.coarse) * held["fisher"]
             held.ever, held.seen = True, held.seen + 1
         self.steps += 1
+        self.due = self.kind == "RWalk" and self.steps % self.rule["delta_t"] == 0
 
     def after(self, grads, theta):
         self.written -= grads.keys()
@@ -132,6 +131,9 @@ class Truth:
             held.theta = theta[name].copy()
             held.count += 1
             held.average = held.average + (ETA + 1) / (held.count + ETA) * (held.theta - held.average)
+        if self.kind == "RWalk" and self.due:
+            self.settle()
+        self.due = False
 
     def settle(self, which=None):
         eps = self.rule["eps"]
@@ -191,7 +193,7 @@ class Truth:
         return sure
 
     def _rwalk(self):
-        if self.steps:
+        if self.steps % self.rule["delta_t"]:
             self.settle([held for held in self.held.values() if not held.ended])
         for held in self.held.values():
             held["score_slack"] = np.where(held["score"] < -held["score_slack"], 0.0, held["score_slack"])

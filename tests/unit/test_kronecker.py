@@ -358,7 +358,6 @@ def estimated(labels, batches):
         (lambda: Kronecker(samples=0), ValueError, "`samples` of Kronecker must be"),
         (lambda: Consolidator(mlp(), EWC()).adopt(consolidated(1)[2].anchor), ValueError, r"Use the rule `Kronecker\(\)`"),
         (lambda: consolidated(1)[2].anchor.merge({}, []), TypeError, "merged into a KroneckerAnchor"),
-        (lambda: consolidated(1)[2].anchor.pull_columns([], 1.0), TypeError, "KroneckerAnchor cannot pull on gradients"),
         (lambda: estimated("true", [(torch.ones(2, 5).double(), torch.ones(3).long())]), ValueError, r"\(3,\).* 2 examples"),
         (lambda: estimated("true", [torch.ones(2, 5).double()]), ValueError, "without a target"),
         (lambda: estimated("exact", []), ValueError, "no examples"),

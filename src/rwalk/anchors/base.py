@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -15,15 +15,6 @@ from rwalk._io import states
 from rwalk._parameters import listed
 from rwalk.anchors.match import Match, match_names
 from rwalk.distributed import checkpoint, shards
-from rwalk.kernels import PostStepRow
-
-
-class PullColumns(NamedTuple):
-    """The gradient pull at one step: columns of `rwalk.kernels.PreStepPass`, None for parameters that are not held."""
-
-    point: list[Tensor | None]
-    omega: list[Tensor | None]
-    strength: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,16 +72,16 @@ class Anchor(ABC):
         """
         return match_names(self.point, theta, rename)
 
-    @abstractmethod
-    def pull_columns(self, names: Sequence[str], strength: float) -> PullColumns:
-        """Return where parameters of these names are pulled, to be added to their gradients (equation 8)."""
+    def columns(self, names: Sequence[str]) -> dict[str, list[Tensor | None]]:
+        """Return "point" and "omega" of parameters of these names, None for those that are not held element by element."""
+        return {"point": [self.point.get(name) for name in names], "omega": [self.omega.get(name) for name in names]}
 
-    @abstractmethod
-    def draw(self, rows: Mapping[str, PostStepRow]) -> dict[str, PostStepRow]:
-        """Add the proximal pull to what is done after a step.
+    def draw(self, theta: Mapping[str, Tensor], step_size: Callable[[str], float]) -> None:  # noqa: B027 - most kinds have none
+        """Make the proximal pull of whole layers after a step.
 
         Args:
-            rows: what is done to each parameter that has just moved, by name, with the metric of the pull filled in.
+            theta: the parameters that have just moved, by name.
+            step_size: tells by name how long a step of a parameter's pull is, in one number for all of it.
         """
 
     def apply_deferred_pull(self, theta: Mapping[str, Tensor]) -> Callable[[], None]:  # noqa: ARG002

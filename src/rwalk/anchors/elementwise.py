@@ -9,8 +9,7 @@ from torch import Tensor
 
 from rwalk import kernels
 from rwalk._parameters import copies, copy, grow_tensor, zero
-from rwalk.anchors.base import Anchor, PullColumns
-from rwalk.kernels import PostStepRow
+from rwalk.anchors.base import Anchor
 
 
 @final
@@ -52,14 +51,6 @@ class ElementwiseAnchor(Anchor):
     def renamed(self, names: Mapping[str, str]) -> "ElementwiseAnchor":
         """Return the entries of some names under others."""
         return ElementwiseAnchor({n: self.point[o] for o, n in names.items()}, {n: self.omega[o] for o, n in names.items()})
-
-    def pull_columns(self, names: Sequence[str], strength: float) -> PullColumns:
-        """Return where parameters of these names are pulled, to be added to their gradients (equation 8)."""
-        return PullColumns([self.point.get(name) for name in names], [self.omega.get(name) for name in names], strength)
-
-    def draw(self, rows: Mapping[str, PostStepRow]) -> dict[str, PostStepRow]:
-        """Add the proximal pull to what is done after a step; every name in `rows` is held."""
-        return {name: row._replace(point=self.point[name], omega=self.omega[name]) for name, row in rows.items()}
 
     @torch.no_grad()
     def penalty(self, theta: Mapping[str, Tensor]) -> float | Tensor:

@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
-from rwalk.anchors.base import Anchor, PullColumns
+from rwalk.anchors.base import Anchor
 from rwalk.anchors.elementwise import ElementwiseAnchor
 from rwalk.anchors.factors import KroneckerFactor
-from rwalk.kernels import PostStepRow, counted
 
 
 @final
@@ -38,9 +38,13 @@ class KroneckerAnchor(Anchor):
     @property
     def elementwise(self) -> ElementwiseAnchor:
         """The parameters that are held by importance alone."""
-        inside = {name for weight, layer in self.layers.items() for name in layer.names(weight)}
-        names = [name for name in self.point if name not in inside]
+        names = [name for name in self.point if name not in self._inside]
         return ElementwiseAnchor({n: self.point[n] for n in names}, {n: self.omega[n] for n in names})
+
+    @cached_property
+    def _inside(self) -> set[str]:
+        """The names of parameters that belong to a layer."""
+        return {name for weight, layer in self.layers.items() for name in layer.names(weight)}
 
     def align(self, theta: Mapping[str, Tensor]) -> "KroneckerAnchor":
         """Follow a model that changed, as `Anchor.align` does: grown layers keep their old block."""
@@ -59,22 +63,20 @@ class KroneckerAnchor(Anchor):
         aligned = layer.aligned(self.point[weight], layer.bias in names)
         return replace(aligned, bias=names.get(layer.bias or ""), deferred=[0.0, 0])
 
-    def pull_columns(self, names: Sequence[str], strength: float) -> PullColumns:  # noqa: ARG002
-        """Raise a TypeError: this anchor pulls after the step."""
-        raise TypeError('A KroneckerAnchor cannot pull on gradients. Pass `pull="proximal"`.')
+    def columns(self, names: Sequence[str]) -> dict[str, list[Tensor | None]]:
+        """Return "point" and "omega" of parameters that are held element by element: see `Anchor.columns`."""
+        inside = self._inside
+        apart = [None if name in inside else name for name in names]
+        return {"point": [self.point.get(n or "") for n in apart], "omega": [self.omega.get(n or "") for n in apart]}
 
-    def draw(self, rows: Mapping[str, PostStepRow]) -> dict[str, PostStepRow]:
-        """Add the pull of what is held elementwise to the rows, and pull the layers whose turn it is."""
-        rows = dict(zip(rows, counted(rows.values()), strict=True))
+    def draw(self, theta: Mapping[str, Tensor], step_size: Callable[[str], float]) -> None:
+        """Pull the layers whose turn it is: see `Anchor.draw`."""
         for weight, layer in self.layers.items():
-            if weight in rows:
-                layer.deferred[0] += _step_size(rows[weight])
+            if weight in theta:
+                layer.deferred[0] += step_size(weight)
                 layer.deferred[1] += 1
                 if layer.deferred[1] >= self.every:
-                    self._draw_layer(weight, {name: row.theta for name, row in rows.items()})
-        rest = self.elementwise
-        drawn = rest.draw({name: row for name, row in rows.items() if name in rest.point})
-        return {name: drawn.get(name, PostStepRow(row.theta)) for name, row in rows.items()}
+                    self._draw_layer(weight, theta)
 
     def apply_deferred_pull(self, theta: Mapping[str, Tensor]) -> Callable[[], None]:
         """Pull the layers that have moved since their last turn; return a function that undoes it."""
@@ -143,9 +145,3 @@ class KroneckerAnchor(Anchor):
                 wrong.append(str(weight))
         return wrong if type(content["every"]) is int and content["every"] >= 1 else [*wrong, "every"]
 
-
-def _step_size(row: PostStepRow) -> float:
-    """Return 2 * strength * the optimiser's step of a layer: one number for all of it, from the mean of Adam's denominators."""
-    if row.second is None:
-        return row.step
-    return row.step / float((row.second / row.correction).sqrt().mean() + row.eps)

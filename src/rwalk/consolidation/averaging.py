@@ -1,12 +1,11 @@
 """Averaging of each task's later iterates, which become both model and anchor when the task ends."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
 
 from rwalk._parameters import copy, grow_tensor
-from rwalk.kernels import PostStepRow
 
 ETA = 3
 """Order of the polynomial average: larger forgets the start of a task sooner (Shamir and Zhang 2013, arXiv 1212.1824)."""
@@ -41,14 +40,12 @@ class Tail:
         tail.count = {name: self.count[name] if name in known else 0 for name in theta}
         return tail
 
-    def averaged(self, rows: Mapping[str, PostStepRow]) -> dict[str, PostStepRow]:
-        """Count an optimiser step for some parameters, and add the average to what is done after it."""
-        for name in rows:
-            self.count[name] += 1
-        return {
-            name: row._replace(average=self.average[name], weight=(ETA + 1) / (self.count[name] + ETA))
-            for name, row in rows.items()
-        }
+    def shares(self, names: Sequence[str], moved: Sequence[bool]) -> list[float]:
+        """Count an optimiser step for those parameters that have moved; return the share of each in its average."""
+        count = self.count
+        for name, has in zip(names, moved, strict=True):
+            count[name] += has
+        return [(ETA + 1) / (count[name] + ETA) for name in names]
 
     def take_back(self, names: Iterable[str]) -> None:
         """Uncount a step that turned out not to count; it wrote nothing."""

@@ -190,6 +190,7 @@ class Consolidator:
         if self._hooks is not None:
             self._hooks.close()
             self._memory.moves.pause()
+        self._observer.release()
         self._memory.stop_collecting()
         self._memory.optimizer, self._hooks = None, None
 
@@ -286,7 +287,8 @@ class Consolidator:
     def state_bytes(self) -> int:
         """Bytes of the tensors held for rule, anchor, average and per-example squares, on this rank."""
         squares = self._memory.squares
-        return sum(t.nbytes for t in self._memory.tensors()) + (0 if squares is None else squares.nbytes)
+        held = [*self._memory.tensors(), *self._observer.tensors()]
+        return sum(t.nbytes for t in held) + (0 if squares is None else squares.nbytes)
 
     @torch.inference_mode(False)
     def state_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rwalk import gradients
-from rwalk._parameters import bare, listed, named_parameters, refuse_odd
+from rwalk._parameters import bare, copies, listed, named_parameters, refuse_odd
 from rwalk.anchors.base import Anchor, anchor_kind
 from rwalk.anchors.elementwise import ElementwiseAnchor
 from rwalk.anchors.match import Match
@@ -29,7 +29,6 @@ from rwalk.consolidation.protected import (
 from rwalk.consolidation.repeats import LastEnd
 from rwalk.consolidation.settings import Settings
 from rwalk.distributed import shards
-from rwalk.rules._path import relocated
 
 
 class Memory:
@@ -139,8 +138,8 @@ class Memory:
             moves = moves.carried_over(self.changed(), now.theta)
         known = {name: shape for name, shape in old.shapes.items() if name not in lost}
         state = grow_state(state, list(old.shapes), known, now.theta, self.rule.init)
-        if self.rule.walks and moves is not self.moves:
-            state = relocated(state, list(now.theta.values()))
+        if self.rule.walks and self.steps and moves is not self.moves:
+            state = state._replace(last=copies(list(now.theta.values())))
         return state, moves
 
     def _lost(self, now: ProtectedParameters) -> list[str]:
@@ -244,6 +243,7 @@ class Memory:
     def restore(self, content: Mapping[str, Any]) -> None:
         """Continue from a `content` of the same model and rule; on an error nothing changes."""
         parameters = named_parameters(self.model)
+        content = state_checks.current_format(content, parameters)
         state_checks.refuse_state(content, self.rule, self.average, parameters, self.state)
         now = ProtectedParameters.of({name: parameters[name] for name in content["shapes"]})
         mine = partial(shards.local_parts, parameters=now.parameters)

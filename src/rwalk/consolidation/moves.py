@@ -1,20 +1,19 @@
 """Foreign moves: changes of the weights that the watched optimiser has not made, and that count for nothing.
 
-At the end of each step a rule that follows the path comes to rest: it adds the optimiser's move to the path, and stores where
-it ended. Whatever the weights have moved by the next step is foreign.
+At the end of each step a rule that follows the path stores where it ended. Whatever the weights have moved by the next step is
+foreign.
 
 A write in place raises a tensor's version, unless it goes past autograd, as through `.data` or NumPy. So a few elements of the
 largest tensors are compared too, which finds whatever changes a whole model.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rwalk.consolidation.protected import ProtectedParameters
-from rwalk.rules._path import moved, rested, wake
 from rwalk.rules.base import Rule
 
 TENSORS, ELEMENTS = 3, 32
@@ -47,31 +46,18 @@ class Moves:
         """
         if not rule.walks or not steps:
             return state
-        if not state.resting:  # the step that was observed last has failed
-            return rule.abandon(state, protected.blocks(), self._places(protected, self._writes.found(protected.theta)))
         theta = protected.blocks()
-        return rule.resume(state, theta, moved(state, theta, self._suspects(protected)))
+        places = moved(state, theta, self._suspects(protected))
+        return rule.resume(_owned(state, places), theta, places) if places else state
 
-    def before_step(
-        self, rule: Rule[Any], state: Any, protected: ProtectedParameters, steps: int, skip: Tensor | None = None
-    ) -> Any:
-        """Return a rule's state that is ready to observe a step; where `skip` is set on a device, it stays at rest there."""
-        if not rule.walks or not steps:
-            return state
-        state = self.drop_foreign(rule, state, protected, steps)
-        self._unobserved = False
-        return wake(state, skip)
-
-    def after_step(
-        self, rule: Rule[Any], state: Any, protected: ProtectedParameters, names: Collection[str], skip: Tensor | None
-    ) -> Any:
-        """Return a rule's state at rest; note how the parameters of these names, which the optimiser has moved, are now."""
-        if rule.walks:
-            state = rested(state, list(protected.theta.values()), skip)
-        self._changed = [name for name in self._changed if name not in names]
+    def after_step(self, protected: ProtectedParameters, names: Sequence[str], moved: Sequence[bool]) -> None:
+        """Note how the parameters that the optimiser has moved are now."""
+        mine = [name for name, has in zip(names, moved, strict=True) if has]
+        if self._changed:
+            self._changed = [name for name in self._changed if name not in mine]
         self._writes = self._writes if self._writes.known else Writes(protected.theta)
-        self._writes.note(protected.theta, names)
-        return state
+        self._writes.note(protected.theta, mine)
+        self._unobserved = False
 
     def pause(self) -> None:
         """Compare all parameters next time, as steps are not observed meanwhile."""
@@ -80,7 +66,7 @@ class Moves:
     def changed(self, rule: Rule[Any], state: Any, protected: ProtectedParameters, steps: int) -> list[str]:
         """Name the parameters that were changed after the last observed step."""
         found = {*self._changed, *self._writes.found(protected.theta)}
-        if rule.walks and steps and state.resting and all(t.is_cpu for t in protected.theta.values()):
+        if rule.walks and steps and protected.on_cpu:
             names = list(protected.theta)
             found |= {names[i] for i in moved(state, protected.blocks(), range(len(names)))}
         return [name for name in protected.theta if name in found]
@@ -100,19 +86,41 @@ class Moves:
         """Note how the parameters are now, and compare all of them next time."""
         self._writes, self._unobserved = Writes(theta), True
 
-    def forget(self) -> None:
-        """Forget how the parameters were: a step has failed late, and its weights have to be restored."""
-        self._writes, self._changed, self._unobserved = Writes({}), [], True
+    def noticed(self, protected: ProtectedParameters) -> list[str]:
+        """Name the parameters that are known to have changed after the last observed step, without waiting for a device."""
+        return [*self._changed, *self._writes.seen(protected.theta)]
+
+    def forget(self, changed: Iterable[str]) -> None:
+        """Forget how the parameters were: a step has failed late, and its weights have to be restored.
+
+        Args:
+            changed: what was `noticed` before that step.
+        """
+        self._writes, self._changed, self._unobserved = Writes({}), list(changed), True
 
     def _suspects(self, protected: ProtectedParameters) -> list[int]:
         """List the places of parameters to compare: all on a CPU; elsewhere those written to, as comparing would wait."""
-        if self._unobserved or all(t.is_cpu for t in protected.theta.values()):
+        if self._unobserved or protected.on_cpu:
             return list(range(len(protected.theta)))
-        return self._places(protected, self._writes.seen(protected.theta))
+        seen = self._writes.seen(protected.theta)
+        return [i for i, name in enumerate(protected.theta) if name in seen]
 
-    @staticmethod
-    def _places(protected: ProtectedParameters, names: Collection[str]) -> list[int]:
-        return [i for i, name in enumerate(protected.theta) if name in names]
+
+def moved(state: Any, theta: Sequence[Tensor | None], places: Iterable[int]) -> list[int]:
+    """List those of some places whose parameters are not where the last step left them."""
+    pairs = [(i, now, state.last[i]) for i in places if (now := theta[i]) is not None]
+    return [i for i, now, last in pairs if not torch.equal(now.to(last.dtype), last)]
+
+
+def _owned(state: Any, places: Collection[int]) -> Any:
+    """Copy what a rule may write to when it resumes, so that the tensors of the state that was given stay as they are."""
+
+    def copied(value: Any, mine: bool) -> Any:
+        return value.clone() if mine and isinstance(value, Tensor) else value
+
+    return type(state)(*(
+        [copied(v, i in places) for i, v in enumerate(field)] if isinstance(field, list) else copied(field, True) for field in state
+    ))  # fmt: skip
 
 
 class Writes:
@@ -130,10 +138,9 @@ class Writes:
 
     def note(self, theta: Mapping[str, Tensor], names: Iterable[str]) -> None:
         """Note what parameters of these names are like now."""
-        for name in names:
-            self._versions[name] = theta[name]._version
-            if name in self._probes:
-                self._probes[name] = _some(theta[name]).clone()
+        self._versions |= {name: theta[name]._version for name in names}
+        for name in self._probes.keys() & set(names):
+            self._probes[name] = _some(theta[name]).clone()
 
     def found(self, theta: Mapping[str, Tensor]) -> list[str]:
         """Name the parameters that have been written to since, all if elements alone tell; comparing waits for a device."""
@@ -147,7 +154,7 @@ class Writes:
 
 
 def _some(tensor: Tensor) -> Tensor:
-    """View a few elements, shard_group over the tensor's memory."""
+    """View a few elements, spread over the tensor's memory."""
     count = min(tensor.numel(), ELEMENTS)
     return tensor.detach().as_strided((count,), (tensor.numel() // count,))
 

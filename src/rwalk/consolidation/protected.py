@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from operator import is_
 from typing import Any
 
 import torch
@@ -28,7 +30,8 @@ class ProtectedParameters:
         shard_group: the ranks that hold the other parts.
         in_optimizer: the names of those that the optimiser holds now.
         shapes: the shapes of `theta` when it was looked at.
-        fingerprint: what the optimiser held when it was looked at.
+        looked_at: the parameters that the optimiser held when it was looked at.
+        fingerprint: what they were like.
     """
 
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -36,7 +39,18 @@ class ProtectedParameters:
     shard_group: ShardGroup = ALONE
     in_optimizer: frozenset[str] = frozenset()
     shapes: dict[str, torch.Size] = field(default_factory=dict)
-    fingerprint: list[Any] = field(default_factory=list)
+    looked_at: list[Tensor] = field(default_factory=list)
+    fingerprint: Any = None
+
+    @cached_property
+    def on_cpu(self) -> bool:
+        """Whether all of them lie in the host's memory."""
+        return all(t.is_cpu for t in self.theta.values())
+
+    @cached_property
+    def held(self) -> list[bool]:
+        """Tell for each parameter whether the optimiser holds it."""
+        return [name in self.in_optimizer for name in self.parameters]
 
     @classmethod
     def of(cls, parameters: dict[str, nn.Parameter], **more: Any) -> "ProtectedParameters":
@@ -46,12 +60,12 @@ class ProtectedParameters:
         shapes = {name: p.shape for name, p in theta.items()}
         return cls(parameters, theta, ShardGroup.of(parameters.values()), shapes=shapes, **more)
 
-    def gradients(self) -> dict[str, Tensor]:
+    def gradients(self) -> list[Tensor | None]:
         """Return the gradients of the parameters that the optimiser is about to move, or this rank's parts of them."""
-        found = {name: g for name, p in self.parameters.items() if name in self.in_optimizer and (g := p.grad) is not None}
-        return {name: local(grad) for name, grad in found.items()} if self.shard_group.groups else found
+        found = [p.grad if held else None for p, held in zip(self.parameters.values(), self.held, strict=True)]
+        return [g if g is None else local(g) for g in found] if self.shard_group.groups else found
 
-    def own_gradients(self) -> dict[str, Tensor]:
+    def own_gradients(self) -> list[Tensor | None]:
         """Give each parameter a gradient of its own, and return them: the pull is different for each element."""
         for p in self.parameters.values():
             if p.grad is not None and not sharded(p):
@@ -68,7 +82,10 @@ class ProtectedParameters:
 
     def stale(self, optimizer: Optimizer) -> bool:
         """Return whether parameters joined the optimiser, were frozen, thawed, moved or grew since the look, or others grew."""
-        return _fingerprint(optimizer_parameters(optimizer), self.parameters, self.in_optimizer) != self.fingerprint
+        held = optimizer_parameters(optimizer)
+        if len(held) != len(self.looked_at) or not all(map(is_, held, self.looked_at)):
+            return True
+        return _fingerprint(optimizer, held, self.parameters, self.in_optimizer) != self.fingerprint
 
     def same(self, other: "ProtectedParameters") -> bool:
         """Return whether another look found the same parameters, of the same shapes."""
@@ -92,12 +109,16 @@ class ProtectedParameters:
         return [n for n in kept if not _continues(self.theta[n], other.theta[n])]
 
 
-def shares_memory(tensors: Iterable[Tensor]) -> bool:
+def shares_memory(tensors: Iterable[Tensor | None]) -> bool:
     """Return whether one place in memory is an element of several tensors, or several elements of one, as after `expand`."""
-    tensors = [t for t in tensors if t.numel()]
-    if any(not t.is_contiguous() and 0 in t.stride() for t in tensors):
+    there = [t for t in tensors if t is not None]
+    if not all(map(Tensor.is_contiguous, there)) and any(0 in t.stride() for t in there if not t.is_contiguous()):
         return True
-    return len({t.data_ptr() for t in tensors}) < len(tensors)
+    addresses = list(map(Tensor.data_ptr, there))
+    if len(set(addresses)) == len(addresses):
+        return False
+    addresses = [address for address, t in zip(addresses, there, strict=True) if t.numel()]
+    return len(set(addresses)) < len(addresses)
 
 
 def _continues(old: Tensor, new: Tensor) -> bool:
@@ -106,12 +127,15 @@ def _continues(old: Tensor, new: Tensor) -> bool:
     return torch.equal(new.to(old.dtype), old) or torch.equal(old.to(new.dtype), new)
 
 
-def _fingerprint(held: list[nn.Parameter], parameters: Mapping[str, nn.Parameter], in_optimizer: Collection[str]) -> list[Any]:
+def _fingerprint(
+    optimizer: Optimizer, held: list[nn.Parameter], parameters: Mapping[str, nn.Parameter], in_optimizer: Collection[str]
+) -> Any:
     """Describe what an optimiser holds, and what is protected beside it."""
-    everything = [*held, *[p for name, p in parameters.items() if name not in in_optimizer]]
-    return [
-        (id(p), p.shape, p.dtype, p.device, p.requires_grad, None if type(p) is nn.Parameter else _place(p)) for p in everything
-    ]
+    others = [p for name, p in parameters.items() if name not in in_optimizer] if len(in_optimizer) < len(parameters) else []
+    everything: list[nn.Parameter] = [*held, *others]
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    form = [p.shape for p in everything], [p.dtype for p in everything], [p.device for p in everything]
+    return sizes, *form, [p.requires_grad for p in everything], [_place(p) for p in everything if type(p) is not nn.Parameter]
 
 
 def _place(parameter: Tensor) -> int | None:
@@ -132,7 +156,10 @@ def find_protected(model: nn.Module, optimizer: Optimizer, known: Collection[str
     refuse_uninitialised(parameters)
     in_optimizer = frozenset(name for name, p in parameters.items() if id(p) in ids)
     return ProtectedParameters.of(
-        parameters, in_optimizer=in_optimizer, fingerprint=_fingerprint(now, parameters, in_optimizer)
+        parameters,
+        in_optimizer=in_optimizer,
+        looked_at=list(now),
+        fingerprint=_fingerprint(optimizer, now, parameters, in_optimizer),
     )
 
 
@@ -205,8 +232,8 @@ def refuse_new_shards(old: ProtectedParameters, new: ProtectedParameters) -> Non
         )
 
 
-def refuse_sparse(grad: Mapping[str, Tensor]) -> None:
+def refuse_sparse(grad: Sequence[Tensor | None], names: Iterable[str]) -> None:
     """Raise a RuntimeError for sparse gradients."""
-    sparse = [name for name, g in grad.items() if g.layout is not torch.strided]
-    if sparse:
+    if any(g is not None and g.layout is not torch.strided for g in grad):
+        sparse = [name for name, g in zip(names, grad, strict=True) if g is not None and g.layout is not torch.strided]
         raise RuntimeError(f"The gradients of {listed(sparse)} are sparse. Build the embedding with `sparse=False`.")

@@ -1,17 +1,17 @@
 """The proximal pull: after the optimiser's step, move towards the anchor by a weighted mean that no strength can overshoot."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
 
-from rwalk.anchors.base import Anchor
+from rwalk import kernels
 from rwalk.distributed.shards import local, sharded
-from rwalk.kernels import PostStepRow
 
 BLOCKS = [2**n for n in range(4, 14)]
 """How many elements may share a scale where a moment is kept in eight bits."""
@@ -23,33 +23,92 @@ UNLIKE_ADAM = ("lamb", "soap", "adamod", "adai", "avagrad", "padam", "exadam", "
 """Parts of the names of optimisers that keep Adam's second moment, and give their steps another length."""
 
 
-def drawn(
-    rows: Mapping[str, PostStepRow], optimizer: Optimizer, anchor: Anchor, strength: float, parameters: Mapping[str, Tensor]
-) -> dict[str, PostStepRow]:
-    """Add the pull of parameters that have just moved to what is done after the step: theta <- (theta + w * point) / (1 + w).
+class Metrics:
+    """Reads in which metric an optimiser's steps are made: theta <- (theta + w * point) / (1 + w), w = 2 * m * strength * omega.
 
-    w is 2 * m * strength * omega, with m the optimiser's own metric: Adam's per coordinate, that of momentum, or the learning
-    rate.
+    m is the optimiser's own metric: Adam's per coordinate, that of momentum, or the learning rate. It is read from the groups;
+    where a parameter's second moment lies is remembered.
 
     Args:
-        rows: what is done to each parameter after the step, by name.
-        optimizer: the optimiser that has just made its step; m is read from it, group by group.
-        anchor: where to, and with which importance.
-        strength: factor of the penalty.
-        parameters: those that the optimiser knows, by name.
+        optimizer: the optimiser.
+        parameters: those that are protected; the optimiser may not know some.
     """
-    metrics: dict[int, Metric] = {}
-    for group in optimizer.param_groups:
-        metrics |= dict.fromkeys(map(id, group["params"]), Metric.of(optimizer, group))
-    held = {
-        name: metrics[id(parameters[name])].fill(row, optimizer, parameters[name], 2 * strength)
-        for name, row in rows.items()
-        if name in anchor.point
-    }
-    return {**rows, **anchor.draw(held)}
+
+    def __init__(self, optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+        self._optimizer, self._parameters = optimizer, list(parameters)
+        groups = {id(p): k for k, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self._group = [groups.get(id(p), 0) for p in self._parameters]
+        self._known: list[Tensor] = []
+
+    def read(self, moved: Sequence[bool], factor: float) -> kernels.Metric:
+        """Return the metric after a step, for parameters that have moved.
+
+        Args:
+            moved: which of them have.
+            factor: 2 * strength.
+        """
+        groups = [GroupMetric.of(self._optimizer, group) for group in self._optimizer.param_groups]
+        second, made = self._moments(groups, moved)
+        steps, eps = [m.step(factor) for m in groups], [m.eps * m.unit for m in groups]
+        along = [factor * m.rate / (1 - m.momentum) for m in groups]
+        there = [m if isinstance(m, Tensor) and not m.is_cpu else None for m in made]
+        pairs = list(zip(self._group, second, strict=True))
+        return kernels.Metric(
+            step=[along[k] if s is None else steps[k] for k, s in pairs],
+            second=second,
+            eps=[eps[k] for k in self._group],
+            correction=_corrections([groups[k].beta or 0.0 for k in self._group], made),
+            made=there if any(m is not None for m in there) else None,
+        )
+
+    def _moments(self, groups: Sequence["GroupMetric"], moved: Sequence[bool]) -> tuple[list[Tensor | None], list[Any]]:
+        """Return of each parameter the second moment, None where there is none, and the steps made."""
+        quick = self._quick(groups, moved)
+        if quick is not None:
+            return quick
+        states = [self._optimizer.state.get(p, {}) if has else {} for p, has in zip(self._parameters, moved, strict=True)]
+        rows = zip(self._group, states, self._parameters, strict=True)
+        found = [groups[k].known(state, p) for k, state, p in rows]
+        return [second for _, second in found], [0 if second is None else count for count, second in found]
+
+    def _quick(self, groups: Sequence["GroupMetric"], moved: Sequence[bool]) -> tuple[list[Any], list[Any]] | None:
+        """Look only where PyTorch's Adam keeps its moments; return None if they are not all there, or new."""
+        if not all(moved) or any(m.beta is None or m.keeps_largest for m in groups):
+            return None
+        state = self._optimizer.state
+        try:
+            mine = [state[p] for p in self._parameters]
+            second, made = [s["exp_avg_sq"] for s in mine], [s["step"] for s in mine]
+        except KeyError:
+            return None
+        if len(self._known) != len(second) or not all(map(is_, second, self._known)):
+            if not all(type(s) is Tensor and s.shape == p.shape for s, p in zip(second, self._parameters, strict=True)):
+                return None
+            if any(s.dtype is torch.uint8 for s in second):
+                return None
+            self._known = second
+        return second, made
 
 
-class Metric(NamedTuple):
+def _corrections(beta: Sequence[float], made: Sequence[Any]) -> list[float]:
+    """Return 1 - beta ** made, or beta alone for steps that only a device has counted."""
+    counts: list[Any] = list(made)
+    tensors = [m for m in made if isinstance(m, Tensor)]
+    if tensors and all(m.is_cpu for m in tensors):
+        known = iter(torch.stack([m.reshape(()) for m in tensors]).tolist())
+        counts = [next(known) if isinstance(m, Tensor) else m for m in made]
+    return [b if isinstance(n, Tensor) else 1 - b ** float(n) if n else 1.0 for b, n in zip(beta, counts, strict=True)]
+
+
+def mean_step(metric: kernels.Metric, i: int) -> float:
+    """Return the length of a pull in one number for all of a parameter, from the mean of Adam's denominators."""
+    second = metric.second[i]
+    if second is None:
+        return metric.step[i]
+    return metric.step[i] / float((second / metric.correction[i]).sqrt().mean() + metric.eps[i])
+
+
+class GroupMetric(NamedTuple):
     """In which metric the parameters of an optimiser's group are drawn.
 
     Args:
@@ -59,6 +118,7 @@ class Metric(NamedTuple):
         eps: what Adam adds to the root of its second moment.
         count: the steps that have been made, for an optimiser that counts them by group.
         unit: what the gradients in the second moment were multiplied by.
+        keeps_largest: whether the largest second moment so far is divided by.
     """
 
     rate: float
@@ -67,16 +127,17 @@ class Metric(NamedTuple):
     eps: float
     count: Any = None
     unit: float = 1.0
+    keeps_largest: bool = False
 
     @classmethod
-    def of(cls, optimizer: Optimizer, group: dict[str, Any]) -> "Metric":
+    def of(cls, optimizer: Optimizer, group: dict[str, Any]) -> "GroupMetric":
         """Read a group's."""
         lr, momentum, count = rate(group), _momentum(optimizer, group), _first(group, STEP_COUNTS)
         if not _adaptive(optimizer, group):
             return cls(lr, momentum, None, 0.0)
         beta = 0.0 if _first(group, CORRECTIONS) is False else float(group["betas"][1])
         unit = float(group["d"]) if "d_coef" in group else 1.0  # Prodigy averages the squares of d * gradient
-        return cls(lr, momentum, beta, float(group["eps"]), count, unit)
+        return cls(lr, momentum, beta, float(group["eps"]), count, unit, bool(group.get("amsgrad")))
 
     def known(self, state: Mapping[str, Any], parameter: Tensor) -> tuple[Any, Tensor | None]:
         """Return the steps made and the second moment that a parameter's step is divided by, None if either is unknown."""
@@ -86,15 +147,9 @@ class Metric(NamedTuple):
         count = self.count if count is None else count
         return count, None if count is None else _second_moment(state, parameter)
 
-    def fill(self, row: PostStepRow, optimizer: Optimizer, parameter: Tensor, factor: float) -> PostStepRow:
-        """Fill it in; a count of steps that a GPU has is not waited for."""
-        count, second = self.known(optimizer.state.get(parameter, {}), parameter)
-        if second is None or self.beta is None:
-            return row._replace(step=factor * self.rate / (1 - self.momentum))
-        there = isinstance(count, Tensor) and not count.is_cpu
-        correction = self.beta if there else 1 - self.beta ** float(count)
-        step, eps = factor * self.rate * self.unit, self.eps * self.unit
-        return row._replace(second=second, step=step, correction=correction, eps=eps, made=count if there else None)
+    def step(self, factor: float) -> float:
+        """Return the length of a pull before it is divided by the root of the second moment."""
+        return factor * self.rate * self.unit
 
 
 def _first(settings: Mapping[str, Any], names: Sequence[str]) -> Any:
@@ -161,7 +216,7 @@ def _of_pytorch(optimizer: Optimizer) -> bool:
 
 def _recognised(optimizer: Optimizer) -> list[bool]:
     """Tell for each parameter that has moved whether Adam's second moment is known of it."""
-    groups = [(Metric.of(optimizer, group), group["params"]) for group in optimizer.param_groups]
+    groups = [(GroupMetric.of(optimizer, group), group["params"]) for group in optimizer.param_groups]
     held = [(metric, p) for metric, parameters in groups for p in parameters if optimizer.state.get(p)]
     return [metric.known(optimizer.state[p], p)[1] is not None for metric, p in held]
 

@@ -11,14 +11,34 @@ from torch import Tensor
 from rwalk._errors import printable
 from rwalk._parameters import listed, refuse_uninitialised
 from rwalk.anchors.base import anchor_kind
+from rwalk.consolidation.old_states import upgraded
 from rwalk.consolidation.repeats import LastEnd
 from rwalk.consolidation.settings import check_strength
 from rwalk.rules.base import Rule
 
-FORMAT = 3
-"""Version of the layout of `Consolidator.state_dict`."""
+FORMAT = 4
+"""Version of the layout of `Consolidator.state_dict`; `old_states` brings states of format 3 up to it."""
 GROUPS = (("shapes",), ("state",), ("anchor", "point"), ("anchor", "omega"), ("tail", "average"), ("tail", "count"))
 """The dictionaries of that layout."""
+
+
+def current_format(content: Any, parameters: Mapping[str, Tensor]) -> Any:
+    """Return a state in the layout of today.
+
+    Raises:
+        ValueError: if it is of an earlier one, and damaged.
+    """
+    try:
+        return upgraded(content, parameters)
+    except (ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise _damaged([f"{type(error).__name__} {error}"]) from None
+
+
+def _damaged(parts: list[str]) -> ValueError:
+    return ValueError(
+        f"The state is damaged: {listed(parts)} is missing, left over, or of another kind or shape than expected. Pass "
+        "what `Consolidator.state_dict()` returned, unchanged."
+    )
 
 
 def refuse_state(
@@ -43,10 +63,7 @@ def refuse_state(
     except (ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         damaged = [f"{type(error).__name__} {error}"]
     if damaged:
-        raise ValueError(
-            f"The state is damaged: {listed(damaged)} is missing, left over, or of another kind or shape than expected. Pass "
-            "what `Consolidator.state_dict()` returned, unchanged."
-        )
+        raise _damaged(damaged)
 
 
 def _refuse_origin(state_dict: Mapping[str, Any], rule: Rule[Any], average: str) -> None:

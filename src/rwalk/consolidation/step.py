@@ -1,21 +1,41 @@
 """One optimiser step: it is checked, observed by the rule, and followed by the pull and the average."""
 
 import warnings
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from rwalk import kernels
-from rwalk.anchors.base import Anchor, PullColumns
+from rwalk.anchors.base import Anchor
 from rwalk.consolidation import proximal
 from rwalk.consolidation.memory import Memory
 from rwalk.consolidation.protected import refuse_sparse, shares_memory
 from rwalk.consolidation.settings import Nonfinite, Pull
-from rwalk.consolidation.validity import PendingCheck, loss_scale, skip_flag
-from rwalk.kernels import PostStepRow
+from rwalk.consolidation.validity import ACCEPTED, PendingCheck, loss_scale, skip_flag
 from rwalk.rules.base import Step
+
+
+class OpenStep(NamedTuple):
+    """A step between the pass before it and the one after it.
+
+    Args:
+        moved: which of the protected parameters it moves.
+        made: what the rule has updated.
+        squares: the mean squares of per-example gradients, where there are any.
+        scale: the loss scale.
+        skip: one element, not 0 if the step does not count; None where it does.
+        before: the rule's state before the step.
+    """
+
+    moved: list[bool]
+    made: kernels.RuleUpdate
+    squares: list[Tensor | None] | None
+    scale: Tensor | None
+    skip: Tensor | None
+    before: Any
 
 
 class StepObserver:
@@ -33,12 +53,17 @@ class StepObserver:
     def __init__(self, memory: Memory, pull: Pull, nonfinite: Nonfinite) -> None:
         self.memory, self.pull, self.nonfinite = memory, pull, nonfinite
         self.skipped = 0
-        self._moved: list[str] = []
+        self._open: OpenStep | None = None
         self._averaged: list[str] = []
+        self._changed: list[str] = []
         self._pending: PendingCheck | None = None
         self._checked_anchor: Anchor | None = None
         self._largest = 0.0
+        self._metrics: tuple[Any, Any, proximal.Metrics] | None = None
         self._checked_optimizer: Optimizer | None = None
+        self._layout: kernels.Layout | None = None
+        self._kept: list[Tensor] = []
+        self._kept_beside: list[Tensor] | None = None
 
     @property
     def works_after(self) -> bool:
@@ -50,92 +75,160 @@ class StepObserver:
         """Let the rule observe the step that the optimiser is about to take, then add the pull to its gradients."""
         self.resolve()
         memory = self.memory
-        self._moved, self._averaged = [], []
+        self._averaged = []
         squares = memory.squares.take() if memory.squares is not None else None
         grad = self._gradients(optimizer)
         check = self._checked(optimizer, grad)
-        if check is None or not grad:
+        if check is None or not any(g is not None for g in grad):
             return
-        pending = check if check.on_device else None
-        skip = None if pending is None else pending.flag
-        memory.state = memory.moves.before_step(memory.rule, memory.state, memory.protected, memory.steps, skip)
-        self._moved = list(grad)
-        theta = memory.protected.theta
-        step = Step(
-            list(theta.values()),
-            [grad.get(name) for name in theta],
-            squares=None if squares is None else [squares.get(name) for name in theta],
-            pull=self._gradient_pull(optimizer),
-            scale=loss_scale(optimizer),
-            skip=skip,
-            ascends=memory.protected.ascends(optimizer),
-        )
+        before, changed = memory.state, memory.moves.noticed(memory.protected) if check.on_device else []
+        if check.on_device or not memory.protected.on_cpu:  # otherwise the pass before the step finds foreign moves
+            memory.state = memory.moves.drop_foreign(memory.rule, memory.state, memory.protected, memory.steps)
+        theta = list(memory.protected.theta.values())
+        step = Step(theta, grad)
         memory.state = memory.rule.observe(memory.state, step)
-        step.finish()
         memory.steps += 1
-        self._pending = None if pending is None else pending.sent()
+        skip = check.flag if check.on_device else None
+        columns = None if squares is None else [squares.get(name) for name in memory.protected.theta]
+        moved = [g is not None for g in grad]
+        self._open = OpenStep(moved, step.made, columns, loss_scale(optimizer), skip, before)
+        self._visit(optimizer, theta, grad, self._open)
+        self._pending = check._replace(before=before).sent() if check.on_device else None
+        self._changed = changed
+
+    def _visit(self, optimizer: Optimizer, theta: list[Tensor], grad: list[Tensor | None], step: OpenStep) -> None:
+        """Make the pass before the step; foreign moves that it comes upon count for nothing."""
+        memory = self.memory
+        compare = memory.rule.walks and memory.steps > 1 and memory.protected.on_cpu and step.skip is None
+        strength = self._gradient_pull(optimizer)
+        places = self._laid_out(optimizer, theta, step.made).before(
+            kernels.BeforeStep(grad, step.squares, step.made.weight, strength, step.scale, step.skip, compare)
+        )
+        if places:
+            memory.state = memory.rule.resume(memory.state, theta, places)
 
     @torch.no_grad()
     def after(self, optimizer: Optimizer) -> None:
-        """Draw the parameters that have just moved towards the anchor, average them, and note where they are."""
-        moved, self._moved = self._moved, []
-        if not moved:
+        """Draw the parameters that have just moved towards the anchor, average them, and extend the path."""
+        step, self._open = self._open, None
+        if step is None:
             return
         memory, pending = self.memory, self._pending
-        skip = None if pending is None else pending.flag
-        if memory.anchor.reads_skip_flag or pending is None or not pending.fails():
-            self._draw_and_average(moved, optimizer, skip)
-        memory.state = memory.moves.after_step(memory.rule, memory.state, memory.protected, moved, skip)
+        names, theta = list(memory.protected.theta), list(memory.protected.theta.values())
+        metric = share = None
+        if pending is None or memory.anchor.reads_skip_flag or not pending.fails():
+            metric = self._metric(optimizer, step.moved)
+            if memory.averages:
+                share = memory.tail.shares(names, step.moved)
+                self._averaged = [name for name, has in zip(names, step.moved, strict=True) if has]
+        made = step.made
+        numbers = (made.weight, made.close, made.eps, made.beyond_eps, step.scale, step.skip)
+        self._drop_layout(theta)
+        layout = self._laid_out(optimizer, theta, made) if self._layout is None else self._layout
+        layout.after(kernels.AfterStep(step.moved, metric, share, step.squares, *numbers))
+        memory.moves.after_step(memory.protected, names, step.moved)
 
     def resolve(self) -> None:
-        """Take back what was counted for the last step, if it has turned out not to count."""
+        """Take back what was counted for the last step, if it has turned out not to count, or has failed."""
         memory = self.memory
         memory.renew()
         pending, self._pending = self._pending, None
+        step, self._open = self._open, None
         if pending is not None and pending.fails():
             memory.state = pending.before
             memory.tail.take_back(self._averaged)
             memory.steps -= 1
             self.skipped += 1
-            memory.moves.forget()
+            memory.moves.forget(self._changed)
             pending.raise_if_not_finite()
+        elif step is not None and memory.rule.walks:  # the optimiser has not come to the end of its step
+            memory.state = step.before
+            memory.steps -= 1
 
     def forget_pending(self) -> None:
         """Forget a check whose step belongs to a state that was replaced."""
-        self._pending = None
+        self._pending = self._open = None
 
-    def _gradients(self, optimizer: Optimizer) -> dict[str, Tensor]:
-        """Return the gradients of the protected parameters that the optimiser holds now."""
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield what is held from the pass before a step to the one after it."""
+        yield from self._kept
+
+    def release(self) -> None:
+        """Let go of what only steps need."""
+        self._layout, self._kept, self._kept_beside, self._metrics = None, [], None, None
+
+    def _drop_layout(self, theta: list[Tensor]) -> None:
+        """Forget the layout if parameters lie elsewhere now."""
+        if self._layout is not None and not self._layout.in_place(theta):
+            self._layout = None
+
+    def _laid_out(self, optimizer: Optimizer, theta: list[Tensor], made: kernels.RuleUpdate) -> kernels.Layout:
+        """Return the layout of what a step touches: the last one, unless something is elsewhere now."""
+        memory = self.memory
+        names = list(memory.protected.theta)
+        columns: dict[str, Any] = {name: getattr(made, name) for name in ("fisher", "path", "last", "mark", "score")}
+        if made.path is not None:
+            if self._kept_beside is not made.path:
+                self._kept_beside = made.path
+                if not _alike(self._kept, made.path):
+                    self._kept = [torch.empty_like(path) for path in made.path]
+            columns["previous"] = self._kept
+        if memory.anchor.point:
+            columns |= memory.anchor.columns(names)
+        if memory.averages:
+            columns["average"] = [memory.tail.average[name] for name in names]
+        layout = kernels.laid_out(self._layout, theta, columns, memory.protected.ascends(optimizer))
+        if layout is not self._layout:
+            self._layout = layout
+            _put_back(columns.get("average"), names, memory.tail.average)
+            _put_back(columns.get("point"), names, memory.anchor.point)
+            _put_back(columns.get("omega"), names, memory.anchor.omega)
+        return layout
+
+    def _gradients(self, optimizer: Optimizer) -> list[Tensor | None]:
+        """Return the gradients of the protected parameters, None for those that the optimiser does not move now."""
         memory = self.memory
         if memory.protected.stale(optimizer):
             memory.follow_optimizer(optimizer)
         grad = memory.protected.gradients()
-        refuse_sparse(grad)
-        shared = self.pull == "gradient" and shares_memory(grad.values())
+        refuse_sparse(grad, memory.protected.theta)
+        shared = self.pull == "gradient" and memory.anchor.point and shares_memory(grad)
         return memory.protected.own_gradients() if shared else grad
 
-    def _checked(self, optimizer: Optimizer, grad: dict[str, Tensor]) -> PendingCheck | None:
+    def _checked(self, optimizer: Optimizer, grad: list[Tensor | None]) -> PendingCheck | None:
         """Return the check of a step that counts, as far as is known without waiting for a device; None if it does not."""
         memory = self.memory
-        check = PendingCheck.of(memory.state, grad, skip_flag(optimizer), memory.steps + 1, memory.protected.shard_group)
-        if check.on_device and not (self.nonfinite == "skip" and check.norms is not None):
+        check = self._check(optimizer, grad)
+        if check.on_device and not (self.nonfinite == "skip" and check.bad is not None):
             return check
         if not check.fails():
             return check.passed()
         if self.nonfinite == "raise":
             check.raise_if_not_finite()
-        elif check.norms is not None:
+        elif check.bad is not None:
             optimizer.zero_grad(set_to_none=True)  # an optimiser leaves out parameters without a gradient
         self.skipped += 1
         return None
 
-    def _gradient_pull(self, optimizer: Optimizer) -> PullColumns | None:
-        """Return the pull to add to the gradients, None for none; warn where it overshoots at the learning rate."""
+    def _check(self, optimizer: Optimizer, grad: list[Tensor | None]) -> PendingCheck:
+        """Take a loss scaler's word for a step where there is one, else look at the gradients."""
+        memory, flag = self.memory, skip_flag(optimizer)
+        self._drop_layout(list(memory.protected.theta.values()))
+        if flag is not None:
+            return PendingCheck(flag, memory.state)
+        protected = memory.protected
+        if not any(g is not None for g in grad):
+            return PendingCheck(ACCEPTED, memory.state)
+        bad = kernels.nonfinite(grad) if self._layout is None else self._layout.nonfinite(grad)
+        return PendingCheck.of_gradients(bad, memory.state, protected.theta, memory.steps + 1, protected.shard_group)
+
+    def _gradient_pull(self, optimizer: Optimizer) -> float:
+        """Return the strength of the pull to add to the gradients, 0 for none; warn where it overshoots at the learning rate."""
         memory = self.memory
         if self.pull != "gradient" or not memory.strength or not memory.anchor.point:
-            return None
+            return 0.0
         self._warn_of_overshoot(max(map(proximal.rate, optimizer.param_groups)))
-        return memory.anchor.pull_columns(list(memory.protected.theta), memory.strength)
+        return memory.strength
 
     def _warn_of_overshoot(self, lr: float) -> None:
         """Warn, once for an anchor, when steps along the penalty's gradient are longer than the distance to the anchor."""
@@ -150,19 +243,24 @@ class StepObserver:
                 "The gradient pull overshoots the anchor: lr * 2 * strength * max omega is more than 1, at strength "
                 f"{strength:g}, learning rate {lr:g} and largest importance {largest:.3g}. Build the consolidator with "
                 f'`pull="proximal"`, or with a strength below {0.5 / (lr * largest):.3g}.',
-                stacklevel=5,
+                stacklevel=6,
             )
 
-    def _draw_and_average(self, moved: list[str], optimizer: Optimizer, skip: Tensor | None) -> None:
+    def _metric(self, optimizer: Optimizer, moved: list[bool]) -> kernels.Metric | None:
+        """Return the metric of the proximal pull, after whole layers were pulled in it; None for no pull."""
         memory = self.memory
-        rows = {name: PostStepRow(memory.protected.theta[name]) for name in moved}
-        if self.pull == "proximal" and memory.strength and memory.anchor.point:
-            self._warn_of_unknown_metric(optimizer)
-            rows = proximal.drawn(rows, optimizer, memory.anchor, memory.strength, memory.protected.parameters)
-        if memory.averages:
-            rows = memory.tail.averaged(rows)
-            self._averaged = moved
-        kernels.after_step_(rows.values(), skip)
+        if self.pull != "proximal" or not memory.strength or not memory.anchor.point:
+            return None
+        self._warn_of_unknown_metric(optimizer)
+        if self._metrics is None or self._metrics[0] is not optimizer or self._metrics[1] is not memory.protected:
+            self._metrics = optimizer, memory.protected, proximal.Metrics(optimizer, memory.protected.parameters.values())
+        metric = self._metrics[2].read(moved, 2 * memory.strength)
+        if memory.anchor.parts:
+            metric = metric.counted()
+            place = {name: i for i, name in enumerate(memory.protected.theta) if moved[i]}
+            theta = {name: memory.protected.theta[name] for name in place}
+            memory.anchor.draw(theta, lambda name: proximal.mean_step(metric, place[name]))
+        return metric
 
     def _warn_of_unknown_metric(self, optimizer: Optimizer) -> None:
         """Warn, once for an optimiser, where the pull does not know the length of its steps."""
@@ -173,4 +271,18 @@ class StepObserver:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies are made of."""
-        return {**vars(self), "_checked_optimizer": None}
+        fresh = {"_checked_optimizer": None, "_layout": None, "_kept": [], "_kept_beside": None, "_metrics": None, "_open": None}
+        return {**vars(self), **fresh}
+
+
+def _alike(mine: list[Tensor], like: list[Tensor]) -> bool:
+    """Return whether there is a tensor of the same kind, shape and place beside each."""
+    pairs = zip(mine, like, strict=True) if len(mine) == len(like) else ()
+    return len(mine) == len(like) and all(a.shape == b.shape and a.dtype is b.dtype and a.device == b.device for a, b in pairs)
+
+
+def _put_back(column: list[Tensor | None] | None, names: list[str], into: dict[str, Tensor]) -> None:
+    """Have a dictionary hold the tensors of a column, which a layout may have moved."""
+    for name, tensor in zip(names, column or [None] * len(names), strict=True):
+        if tensor is not None:
+            into[name] = tensor

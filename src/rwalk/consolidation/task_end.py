@@ -100,8 +100,6 @@ def _accept_changes(memory: Memory) -> None:
     """Drop the average and deferred pulls where something has changed the weights after the last step."""
     changed = memory.changed()
     memory.moves.keep_changed(changed)
-    if memory.rule.walks and not memory.state.resting:
-        memory.state = memory.moves.drop_foreign(memory.rule, memory.state, memory.protected, memory.steps)
     if not changed:
         return
     memory.anchor.drop_deferred_pull()

@@ -5,8 +5,7 @@ it is set, and what the host has counted meanwhile is taken back before the next
 the host waits for no work that came after it.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rwalk._parameters import listed
-from rwalk.distributed.shards import ALONE, ShardGroup
+from rwalk.distributed.shards import ShardGroup
 
 ACCEPTED = torch.zeros((), device="cpu")
 """The flag of a step that counts, on the host."""
@@ -54,36 +53,28 @@ class PendingCheck(NamedTuple):
     """A step whose validity check is still pending.
 
     Args:
-        flag: one element, not 0 (a NaN, where it comes from gradients) if the step does not count.
+        flag: one element, not 0 if the step does not count.
         before: the rule's state before it.
-        norms: the norm of each gradient, where the flag comes from them.
-        names: the parameters' names, parallel to `norms`.
+        bad: for each parameter 0 unless its gradient is not finite, where the flag comes from gradients.
+        names: the parameters' names, parallel to `bad`.
         step: the step's number in its task, from 1.
         answer: the flag on its way to the host, once it was sent.
     """
 
     flag: Tensor
     before: Any
-    norms: Tensor | None = None
+    bad: Tensor | None = None
     names: tuple[str, ...] = ()
     step: int = 0
     answer: AsyncFlag | None = None
 
     @classmethod
-    def of(
-        cls, before: Any, grad: Mapping[str, Tensor], skip: Tensor | None, step: int, shard_group: ShardGroup = ALONE
-    ) -> "PendingCheck":
-        """Take a loss scaler's word for a step where there is one, else look at the gradients: at those of all ranks."""
-        if skip is not None:
-            return cls(skip, before)
-        if not grad:
+    def of_gradients(cls, bad: Tensor, before: Any, names: Iterable[str], step: int, shard_group: ShardGroup) -> "PendingCheck":
+        """Look at what is known of the gradients: of those of all ranks."""
+        bad = shard_group.sum_(bad.float()) if shard_group.groups else bad
+        if bad.is_cpu and not bool(bad.any()):
             return cls(ACCEPTED, before)
-        norms = norms_of(grad)
-        norms = shard_group.sum_(norms) if shard_group.groups else norms
-        if norms.is_cpu and all(map(math.isfinite, norms.tolist())):
-            return cls(ACCEPTED, before)
-        total = norms.sum()
-        return cls(total - total, before, norms, tuple(grad), step)
+        return cls(bad.sum(), before, bad, tuple(names), step)
 
     @property
     def on_device(self) -> bool:
@@ -104,9 +95,9 @@ class PendingCheck(NamedTuple):
 
     def raise_if_not_finite(self) -> None:
         """Raise the error that is due if gradients were not finite."""
-        if self.norms is None:
+        if self.bad is None:
             return
-        bad = [name for name, fine in zip(self.names, torch.isfinite(self.norms).tolist(), strict=True) if not fine]
+        bad = [name for name, fine in zip(self.names, self.bad.eq(0).tolist(), strict=True) if not fine]
         late = ", found one step later, as nothing waits for the device" if self.on_device else ""
         raise FloatingPointError(
             f"The gradients of {listed(bad)} are not finite, or their squares are not, at step {self.step} of this "
@@ -127,18 +118,3 @@ def skip_flag(optimizer: Optimizer) -> Tensor | None:
 
 def _scalar(value: Any) -> Tensor | None:
     return value.reshape(()) if isinstance(value, Tensor) else None
-
-
-def norms_of(grad: Mapping[str, Tensor]) -> Tensor:
-    """Return the norm of each gradient: infinite or no number if an element or its square is. One pass, nothing kept.
-
-    A sum of squares may overflow where no single one does, from elements of 1e18 on; such a gradient is refused too.
-    """
-    kinds = {g.dtype for g in grad.values()}
-    if torch.float16 in kinds:  # norms may exceed its range
-        each = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grad.values()]
-    else:
-        each = list(torch._foreach_norm(list(grad.values())))
-    if len(kinds) > 1 or len({n.device for n in each}) > 1:
-        each = [n.to(each[0].device, torch.float64) for n in each]
-    return torch.stack(each)

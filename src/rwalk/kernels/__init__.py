@@ -4,7 +4,8 @@ The formulas stand in `reference`; `blocked` runs them in plain PyTorch, `numba`
 takes the parameters that it can work on and leaves the others to the next one, so every call does all of its work.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -13,37 +14,36 @@ import torch
 from torch import Tensor
 
 from rwalk.kernels import blocked
-from rwalk.kernels.passes import PostStepRow, PreStepPass, counted
+from rwalk.kernels.layout import Layout
+from rwalk.kernels.passes import AfterStep, BeforeStep, Column, Metric, RuleUpdate
+from rwalk.kernels.rows import Rows
 
 __all__ = [
     "BACKENDS",
-    "PostStepRow",
-    "PreStepPass",
+    "AfterStep",
+    "BeforeStep",
+    "Layout",
+    "Metric",
+    "RuleUpdate",
     "add_si_importance_",
-    "after_step_",
     "available",
-    "before_step_",
-    "counted",
     "current",
+    "laid_out",
+    "nonfinite",
     "penalty",
-    "rest_",
     "settle_",
     "settled",
-    "unlike",
     "use",
 ]
 
 Tensors = Sequence[Tensor]
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "reference": ("reference",),
+    "reference": ("rows",),
     "blocked": ("blocked",),
     "numba": ("numba", "blocked"),
     "triton": ("triton", "blocked"),
 }
 """What `use` takes, and the modules that share the work under each name, in order."""
-
-FETCH = 2**26
-"""Bytes that are brought to a device at a time."""
 
 _name = "blocked"
 _chain: tuple[ModuleType, ...] = (blocked,)
@@ -53,9 +53,9 @@ def use(name: str) -> None:
     """Choose the backend of the arithmetic in this process.
 
     Args:
-        name: "blocked" is the default and needs nothing but PyTorch; "numba" fuses on CPUs and comes with the extra `fast`;
-            "triton" fuses on GPUs and comes with PyTorch for CUDA; "auto" is what of these works here, by the device of each
-            parameter; "reference" is the slow truth.
+        name: "auto" is the default: what of these works here, by the device of each parameter. "blocked" needs nothing but
+            PyTorch; "numba" fuses on CPUs and comes with the extra `fast`; "triton" fuses on GPUs and comes with PyTorch for
+            CUDA; "reference" is the slow truth.
 
     Raises:
         ValueError: if there is no such backend.
@@ -88,61 +88,23 @@ def available() -> list[str]:
     return [name for name in BACKENDS if works.get(name, True)]
 
 
-def before_step_(step: PreStepPass) -> Tensor | None:
-    """Do what is to be done before an optimiser step, or at a task's end, in one pass over each parameter's memory.
-
-    Returns for how many elements of finished windows the squared Riemannian distance exceeded eps, None where no window ended.
-    """
-    counts: list[Tensor] = []
-    for one_way, mine in step.directions():
-        for rows in fetched(mine):
-            for backend in _chain:
-                if rows:
-                    rows, beyond_eps = backend.before_step_(rows, one_way)
-                    counts += beyond_eps
-    return torch.stack([count.to(counts[0].device) for count in counts]).sum() if counts else None
+def laid_out(
+    layout: Layout | None, theta: Tensors, columns: Mapping[str, Column | None], ascends: Sequence[bool] | None = None
+) -> Layout:
+    """Return a layout of parameters and of what belongs to each: the given one, of parameters in place, where it still fits."""
+    if layout is not None and layout.fits(columns, ascends, _chain):
+        return layout
+    return Layout(theta, columns, ascends, _chain)
 
 
-def after_step_(rows: Iterable[PostStepRow], skip: Tensor | None = None) -> None:
-    """Do what is to be done after an optimiser step, in one pass over each parameter's memory.
-
-    Args:
-        rows: the parameters.
-        skip: one element, not 0 if the step did not count and nothing is to be done; None for 0.
-    """
-    for left in fetched(rows):
-        for backend in _chain:
-            left = backend.after_step_(left, skip) if left else left
+def nonfinite(grad: Column) -> Tensor:
+    """Return for each gradient a number that is 0 unless an element of it, or its square, is not finite."""
+    found = Rows([], {}, list(range(len(grad))), iter).nonfinite(grad)
+    device = max((f.device for f in found), key=lambda d: d.type != "cpu")
+    return torch.stack([f.to(device, torch.float32) for f in found])
 
 
-def fetched(rows: Iterable[blocked.AnyRow], limit: int = FETCH) -> Iterator[list[blocked.AnyRow]]:
-    """Yield rows with the anchor beside the parameter; if it lies elsewhere, it comes over a few rows at a time.
-
-    From pinned memory the copies are queued and nothing waits for them; what they bring is freed before the next ones come.
-    """
-    batch: list[blocked.AnyRow] = []
-    brought = 0
-    for row in rows:
-        if row.omega is None or row.point is None or row.omega.device == row.theta.device:
-            batch.append(row)
-            continue
-        size = row.omega.nbytes + row.point.nbytes
-        if batch and brought + size > limit:
-            yield batch
-            batch, brought = [], 0
-        point, omega = (t.to(row.theta.device, non_blocking=True) for t in (row.point, row.omega))
-        batch.append(row._replace(point=point, omega=omega))
-        brought += size
-    if batch:
-        yield batch
-
-
-def rest_(theta: Tensors, path: Tensors, mark: Tensors, previous: Tensors, skip: Tensor | None = None) -> None:
-    """Add the optimiser's last move to the path, and keep where it ended in place of the gradient of the last step."""
-    blocked.rest_(zip(theta, path, mark, previous, strict=True), skip)
-
-
-settle_, settled, add_si_importance_, unlike = blocked.settle_, blocked.settled, blocked.add_si_importance_, blocked.unlike
+settle_, settled, add_si_importance_ = blocked.settle_, blocked.settled, blocked.add_si_importance_
 
 
 def penalty(theta: Tensors, point: Tensors, omega: Tensors) -> float | Tensor:

@@ -1,136 +1,227 @@
-"""One fused pass over each parameter on a CPU, compiled by Numba: lays out tensors for `numba_loops`, and calls them.
+"""One fused pass over each parameter on a CPU, compiled by Numba: lays out addresses for `numba_loops`, and calls them.
 
 Tensors go over as addresses in a table, because handing over arrays one by one costs more than a small pass. Taken are float32
 and float64, and bfloat16 beside float32 state; the next backend does the rest.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, lru_cache
+from functools import cache
+from operator import is_
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rwalk.kernels.blocked import AnyRow, one_order
+from rwalk.kernels import blocked
 from rwalk.kernels.numba_loops import (
     COARSE,
-    FISHER,
+    COLUMNS,
     GRAD,
-    NONE,
     OMEGA,
-    PATH,
-    SCORE,
+    SECOND,
     SQUARES,
+    THETA,
     TILE,
     WIDE,
-    Compiled,
-    after_step_rows,
-    before_step_rows,
+    after_rows,
+    before_rows,
+    nonfinite_rows,
 )
-from rwalk.kernels.passes import PostStepRow, PreStepPass, PreStepRow, counted
+from rwalk.kernels.passes import AfterStep, BeforeStep, Column, Metric, Part
+from rwalk.kernels.rows import Rows
 
 SHARE = 2**18
 """Elements of work below which a second thread does not pay."""
-ROW = (COARSE, COARSE, WIDE, WIDE, WIDE, WIDE, WIDE, WIDE, WIDE, COARSE)
-AFTER = (COARSE, WIDE, COARSE, COARSE, WIDE)
-"""The most that the compiled code takes in each column of `PreStepRow` and `PostStepRow`."""
-FLAGS = (GRAD, PATH, SCORE, FISHER, SQUARES, OMEGA)
-"""The columns that `before_step_rows` handles only where they are present."""
 PRECISION = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
 """State precision of each kind of parameter that the compiled code takes."""
 
-Key = tuple[Any, ...]
-Entry = tuple[tuple[int, ...], int, tuple[float, ...]]
+
+def prepare(
+    theta: Sequence[Tensor], columns: dict[str, list[Tensor | None]], places: list[int]
+) -> tuple[list[Part], list[int]]:
+    """Lay out the parameters that the compiled code takes, those with the same columns together: see `passes.Prepare`."""
+    groups: dict[Any, list[int]] = {}
+    rest = []
+    for i in places:
+        held = {name: t for name, c in columns.items() if (t := c[i]) is not None}
+        if theta[i].numel() and _takes(theta[i], held):
+            groups.setdefault((theta[i].dtype, *((name, t.dtype) for name, t in held.items())), []).append(i)
+        else:
+            rest.append(i)
+    return [Table(theta, columns, group) for group in groups.values()], rest
 
 
-def before_step_(rows: Iterable[PreStepRow], step: PreStepPass) -> tuple[list[PreStepRow], list[Tensor]]:
-    """Update parameters before a step: see `PreStepPass`. Returns rows for the next backend, and the counts of `settle_`."""
-    tables, left = _tables(rows)
-    if not tables or step.left_out:
-        return left, []
-    numbers = (step.eps, 2 * step.strength, 1.0 if step.scale is None else float(step.scale))
-    beyond_eps = []
-    for key, table in tables.items():
-        has = [True if key[place] else None for place in FLAGS]
-        count = _run(before_step_rows, key, table, numbers, step.close, *has)
-        beyond_eps += [torch.tensor(count)] if step.close and key[PATH] and key[SCORE] else []
-    return left, beyond_eps
+def _takes(theta: Tensor, held: dict[str, Tensor]) -> bool:
+    """Return whether the compiled code can work on a parameter with what belongs to it."""
+    wide = PRECISION.get(theta.dtype)
+    kinds = all(t.dtype is wide or (name == "omega" and t.dtype is torch.bfloat16 and wide is torch.float32) for name, t in held.items())
+    return kinds and all(t.is_cpu for t in (theta, *held.values())) and blocked.one_order([theta, *held.values()])
 
 
-def after_step_(rows: Iterable[PostStepRow], skip: Tensor | None = None) -> list[PostStepRow]:
-    """Update parameters after a step: see `PostStepRow`. Returns the rows left to the next backend."""
-    if skip is not None and skip.is_cpu and bool(skip):
-        return []
-    tables, left = _tables(counted(rows))
-    for key, table in tables.items():
-        _run(after_step_rows, key, table, (), *[True if kind else None for kind in key[2 : len(AFTER)]])
-    return left
+class Table:
+    """Parameters with the same columns, as addresses.
 
-
-def _tables(rows: Iterable[AnyRow]) -> tuple[dict[Key, list[Entry]], list[AnyRow]]:
-    """Lay out rows for the compiled code, those with the same columns together: addresses, size and numbers of each.
-
-    Also returns the rows that the compiled code cannot take.
+    Args:
+        theta: all parameters.
+        columns: what belongs to each, by name.
+        places: which of them these are.
     """
-    tables: dict[Key, list[Entry]] = {}
-    left: list[AnyRow] = []
-    for row in rows:
-        columns, numbers = _parts(row)
-        kind: Any = type(row)
-        key = _key(kind, tuple([None if t is None else t.dtype for t in columns]))
-        if key is None or not row.theta.is_cpu or not one_order([t for t in columns if t is not None]):
-            left.append(row)
-            continue
-        addresses = tuple([0 if t is None else t.data_ptr() for t in columns])
-        tables.setdefault(key, []).append((addresses, row.theta.numel(), numbers))
-    return tables, left
 
+    def __init__(self, theta: Sequence[Tensor], columns: dict[str, list[Tensor | None]], places: list[int]) -> None:
+        self.places, self._theta, self._columns = places, theta, columns
+        first = theta[places[0]]
+        self._like = np.float64(1) if first.dtype is torch.float64 else np.float32(1)
+        self._kinds = np.full(len(COLUMNS), WIDE, np.int8)
+        self._kinds[[THETA, GRAD]] = COARSE if first.dtype is torch.bfloat16 else WIDE
+        self._at = np.zeros((len(places), len(COLUMNS)), np.int64)
+        self._at[:, THETA] = [theta[i].data_ptr() for i in places]
+        self._has = {name for name, c in columns.items() if c[places[0]] is not None}
+        for name in self._has:
+            self._at[:, COLUMNS.index(name)] = [c.data_ptr() for i in places if (c := columns[name][i]) is not None]
+        omega = columns["omega"][places[0]] if "omega" in self._has else None
+        self._kinds[OMEGA] = COARSE if omega is not None and omega.dtype is torch.bfloat16 else WIDE
+        self._sizes = np.array([theta[i].numel() for i in places], np.int64)
+        self._elements = int(self._sizes.sum())
+        self._whole = len(places) == len(theta)
+        self._strides = [theta[i].stride() for i in places]
+        self._contiguous = all(theta[i].is_contiguous() for i in places)
+        self._grad: Any = None
+        self._odd: list[int] = []
+        self._second: list[Tensor | None] = []
+        self._seen: list[Tensor | None] = []
 
-def _parts(row: Any) -> tuple[Any, Any]:
-    """Return the tensors of a row, and its numbers."""
-    return (row[: len(AFTER)], row[len(AFTER) : -1]) if isinstance(row, PostStepRow) else (row[: len(ROW)], (row.weight,))
+    def nonfinite(self, grad: Column) -> list[Tensor] | Tensor:
+        """Return for each of the places a number that is 0 unless an element of its gradient, or its square, is not finite."""
+        self._find(grad)
+        bad = np.zeros((self._parts(), len(self.places)), np.int64)
+        self._run(nonfinite_rows, (), bad)
+        found = torch.from_numpy(bad.sum(0))
+        for i, value in zip(self._odd, self._alone(self._odd).nonfinite(grad), strict=True):
+            found[self.places.index(i)] = int(bool(value != 0))
+        return found
 
+    def before(self, step: BeforeStep) -> list[int]:
+        """Do what is to be done before the step; return the places of parameters that something else has moved."""
+        self._find(step.grad)
+        weight = np.array(self._mine(step.weight), self._like.dtype) if step.weight is not None else np.zeros(0)
+        moved = np.zeros(len(self.places), np.int8) if step.compare else None
+        walks = "previous" in self._has
+        if step.skip is None or not bool(step.skip):
+            squared = not walks and self._see(SQUARES, step.squares)
+            scale = 1.0 if step.scale is None else float(step.scale)
+            numbers = np.array((2 * step.strength, scale), self._like.dtype)
+            pulls = step.strength != 0 and "point" in self._has
+            flags = (walks, not walks and "fisher" in self._has, squared, pulls)
+            self._run(before_rows, (weight, numbers), moved, *[flag or None for flag in flags])
+            if self._odd:
+                self._alone(self._odd).before(step._replace(compare=False))
+        elif moved is not None:
+            return self._alone(self.places).moved()
+        self._grad = None
+        return [] if moved is None else [self.places[k] for k in moved.nonzero()[0]]
 
-@lru_cache(maxsize=64)
-def _key(row: Any, dtypes: tuple[Any, ...]) -> Key | None:
-    """Return the kind of each column of a row, then the precision of state.
+    def after(self, step: AfterStep) -> None:
+        """Do what is to be done after the step."""
+        if step.skip is not None and bool(step.skip):
+            return
+        metric = None if step.metric is None else step.metric.counted()
+        spreads = metric is not None and "point" in self._has and self._see_second(metric)
+        if spreads is None:
+            self._alone(self.places, blocked.pieces).after(step)
+            return
+        walks = "path" in self._has
+        squared = walks and self._see(SQUARES, step.squares)
+        zero = [0.0] * len(self._theta)
+        lists = (metric.step, metric.correction, metric.eps) if metric is not None else (zero, zero, zero)
+        rows = np.array([self._mine(numbers) for numbers in (*lists, step.share or zero, step.weight or zero)], self._like.dtype)
+        scale = 1.0 if step.scale is None else float(step.scale)
+        numbers = np.array((step.eps, scale), self._like.dtype)
+        on = np.array(self._mine(step.moved), np.int8)
+        pulls = metric is not None and "point" in self._has
+        averages = step.share is not None and "average" in self._has
+        flags = (pulls, spreads, averages, walks, walks and "fisher" in self._has, squared, walks and step.close)
+        if pulls or averages or walks:
+            beyond_eps = self._run(after_rows, (np.ascontiguousarray(rows.T), numbers), on, *[flag or None for flag in flags])
+            if flags[-1] and step.beyond_eps is not None:
+                step.beyond_eps.add_(beyond_eps)
 
-    None if the compiled code does not know such rows.
-    """
-    wide = PRECISION.get(dtypes[0])
-    allowed = AFTER if row is PostStepRow else ROW
-    if wide is None or not row(*dtypes).whole:
-        return None
-    kinds = [NONE if dtype is None else WIDE if dtype is wide else COARSE for dtype in dtypes]
-    for dtype, kind, most in zip(dtypes, kinds, allowed, strict=True):
-        if kind > most or (kind == COARSE and not (dtype is torch.bfloat16 and wide is torch.float32)):
-            return None
-    return *kinds, np.float64 if wide is torch.float64 else np.float32
+    def _alone(self, places: list[int], pieces: Any = iter) -> Rows:
+        """Return some parameters as rows, for what the compiled code does not take."""
+        return Rows(self._theta, self._columns, places, pieces)
 
+    def _mine(self, values: Sequence[Any]) -> Sequence[Any]:
+        return values if self._whole else [values[i] for i in self.places]
 
-def _run(kernel: Compiled, key: Key, table: list[Entry], numbers: tuple[float, ...], *rest: Any) -> int:
-    """Call compiled code, on as many of torch's threads as the work is worth, and add up what it returns."""
-    kinds, wide = key[:-1], key[-1]
-    addresses, sizes, own = zip(*table, strict=True)
-    columns = (_array(addresses, np.int64), _array((kinds,) * len(sizes), np.int8), _array(sizes, np.int64), _array(own, wide))
-    parts = max(1, min(torch.get_num_threads(), sum(sizes) // SHARE))
+    def _find(self, grad: Column) -> None:
+        """Write down where the gradients lie; those in another order or precision are odd, and are none of ours."""
+        if self._grad is grad:
+            return
+        mine = self._mine(grad)
+        there = [k for k, g in enumerate(mine) if g is not None]
+        found: list[Any] = list(mine) if len(there) == len(mine) else [mine[k] for k in there]
+        kind = self._theta[self.places[0]].dtype
+        fits = self._contiguous and all(map(Tensor.is_contiguous, found)) and all(g.dtype is kind for g in found)
+        self._odd = [] if fits else [self.places[k] for k in there if not self._fits(k, mine[k])]
+        addresses = [g.data_ptr() for g in found]
+        if len(there) == len(mine):
+            self._at[:, GRAD] = addresses
+        else:
+            self._at[:, GRAD] = 0
+            self._at[there, GRAD] = addresses
+        for i in self._odd:
+            self._at[self.places.index(i), GRAD] = 0
+        self._grad = grad
 
-    def call(part: int) -> int:
-        scratch = np.empty((4, TILE), wide) if COARSE in kinds else None
-        address = 0 if scratch is None else scratch.ctypes.data
-        return int(kernel(*columns, _array(numbers, wide), address, wide(1), part, parts, *rest))
+    def _fits(self, k: int, tensor: Any) -> bool:
+        theta = self._theta[self.places[k]]
+        return tensor.dtype is theta.dtype and blocked.one_order([theta, tensor])
 
-    others = [_pool().submit(call, part) for part in range(1, parts)]
-    return call(0) + sum(other.result() for other in others)
+    def _see(self, column: int, tensors: Column | None) -> bool:
+        """Write down where tensors in state precision lie, in the order of the parameters; return whether there are any."""
+        mine = [None] * len(self.places) if tensors is None else [self._ordered(i, tensors[i]) for i in self.places]
+        self._seen = mine  # which keeps copies alive
+        self._at[:, column] = [0 if t is None else t.data_ptr() for t in mine]
+        return any(t is not None for t in mine)
 
+    def _ordered(self, i: int, tensor: Tensor | None) -> Tensor | None:
+        """Return a tensor in the memory order of a parameter, a copy where it is in another one."""
+        if tensor is None or blocked.one_order([self._theta[i], tensor]):
+            return tensor
+        return torch.empty_like(self._theta[i], dtype=tensor.dtype).copy_(tensor)
 
-@lru_cache(maxsize=64)
-def _array(values: tuple[Any, ...], dtype: Any) -> Any:
-    """Make a column of a table; most are as at the step before, gradients are often where they were then."""
-    return np.array(values, dtype)
+    def _see_second(self, metric: Metric) -> bool | None:
+        """Write down where second moments lie; return whether there are any, None for such as the compiled code does not take."""
+        mine = self._mine(metric.second)
+        if len(self._second) != len(mine) or not all(map(is_, mine, self._second)):
+            kinds = {s.dtype for s in mine if s is not None}
+            wide = PRECISION[self._theta[self.places[0]].dtype]
+            if not kinds <= {wide} and not (kinds == {torch.bfloat16} and wide is torch.float32):
+                return None
+            pairs = zip(self.places, mine, strict=True)
+            if not all(s is None or (s.is_cpu and blocked.one_order([self._theta[i], s])) for i, s in pairs):
+                return None
+            self._second = list(mine)
+            self._kinds[SECOND] = COARSE if kinds == {torch.bfloat16} else WIDE
+        self._at[:, SECOND] = [0 if s is None else s.data_ptr() for s in mine]
+        return bool(self._at[:, SECOND].any())
+
+    def _parts(self) -> int:
+        return max(1, min(torch.get_num_threads(), self._elements // SHARE))
+
+    def _run(self, kernel: Any, columns: tuple[Any, ...], *rest: Any) -> int:
+        """Call compiled code, on as many of torch's threads as the work is worth, and add up what it returns."""
+        parts = self._parts()
+
+        def call(part: int) -> int:
+            scratch = np.empty((3, TILE), self._like.dtype) if COARSE in self._kinds else None
+            address = 0 if scratch is None else scratch.ctypes.data
+            return int(kernel(self._at, self._kinds, self._sizes, *columns, address, self._like, part, parts, *rest) or 0)
+
+        others = [_pool().submit(call, part) for part in range(1, parts)]
+        return call(0) + sum(other.result() for other in others)
 
 
 @cache

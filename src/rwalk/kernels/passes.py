@@ -1,153 +1,178 @@
-"""What is done to each protected parameter at an optimiser step: one pass over its memory before the step, and one after.
+"""What a step does to protected parameters: one pass over memory before the optimiser moves, and one after.
 
-The pass before the step is a table: its columns are lists that run parallel to the parameters, or None for a column that is not
-needed. Single entries may be None too; then that part of the work is left out for that parameter. `reference` has the formulas.
+`reference` has the formulas. A row is what they are applied to: one parameter with what belongs to it, many small ones that lie
+side by side, or a piece of a large one.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-Column = Sequence[Tensor | None] | None
+Column = Sequence[Tensor | None]
 
 
-class PreStepRow(NamedTuple):
-    """The tensors of one parameter in a `PreStepPass`, all of one shape, and its numbers."""
+class RuleUpdate(NamedTuple):
+    """What a rule has done to its state at a step; lists run parallel to the parameters.
 
-    theta: Tensor
-    grad: Tensor | None = None
-    path: Tensor | None = None
-    mark: Tensor | None = None
-    previous: Tensor | None = None
-    score: Tensor | None = None
-    fisher: Tensor | None = None
-    squares: Tensor | None = None
-    point: Tensor | None = None
-    omega: Tensor | None = None
-    weight: float = 0.0
-
-    @property
-    def whole(self) -> bool:
-        """Whether columns that work together are all there or all missing; fused backends leave other rows to the next one."""
-        path = (self.path is None) == (self.mark is None)
-        previous = (self.path is None) == (self.previous is None)
-        score = self.score is None or self.fisher is not None
-        return path and previous and score and (self.point is None) == (self.omega is None)
-
-
-class PreStepPass(NamedTuple):
-    """Before the optimiser moves: end a stretch of the path, extend the path, update the Fisher information, add the pull.
+    A rule that follows the path is updated once the optimiser has moved, any other one before.
 
     Args:
-        theta: the parameters.
-        grad: their gradients, multiplied by `scale`; None at a task's end or where a parameter takes no part in the step.
-        path: the path integral of the current stretch.
-        mark: the parameters at its start.
-        previous: the gradient of the step before, 0 at its start.
-        score: where the path of a finished stretch goes as a score; without it the path stays and only its mark moves on.
         fisher: running Fisher information.
-        squares: what to average in `fisher`, multiplied by the square of `scale`; None for the square of `grad`.
-        point: where the pull leads.
-        omega: how strongly, in state precision or lower.
-        weight: the new square's share in `fisher`, one number for each parameter.
-        close: whether a stretch ends here, before anything else is done.
+        weight: the new square's share in it, for each parameter.
+        path: the path integral so far.
+        last: where the optimiser's last move ended.
+        mark: the parameters at the start of the window.
+        score: where the path of a finished window goes.
+        close: whether this step ends a window.
         eps: damping in the score's denominator.
-        strength: factor of the penalty.
-        scale: what a loss scaler has multiplied the gradients by: one element, on their device; None for 1.
-        skip: one element, not 0 if the optimiser is going to leave out this step, and so shall the pass; None for 0.
-        ascends: for each parameter, whether the optimiser goes up along `grad`; None for down everywhere.
+        beyond_eps: one element, to which is added for how many elements a finished window was longer than eps allows.
     """
 
-    theta: Sequence[Tensor]
-    grad: Column = None
-    path: Column = None
-    mark: Column = None
-    previous: Column = None
-    score: Column = None
-    fisher: Column = None
-    squares: Column = None
-    point: Column = None
-    omega: Column = None
+    fisher: list[Tensor] | None = None
     weight: Sequence[float] | None = None
+    path: list[Tensor] | None = None
+    last: list[Tensor] | None = None
+    mark: list[Tensor] | None = None
+    score: list[Tensor] | None = None
     close: bool = False
     eps: float = 0.0
+    beyond_eps: Tensor | None = None
+
+
+class BeforeStep(NamedTuple):
+    """One step before the optimiser moves: keep the gradient, update the Fisher information, add the pull.
+
+    Args:
+        grad: the gradients, multiplied by `scale`; None where a parameter takes no part in the step.
+        squares: what to average in the Fisher information, multiplied by the square of `scale`; None for the gradient's square.
+        weight: the new square's share in it, for each parameter.
+        strength: factor of the penalty whose gradient is added; 0 for no pull.
+        scale: what a loss scaler has multiplied the gradients by: one element, on their device; None for 1.
+        skip: one element, not 0 if the optimiser is going to leave out this step, and so shall the pass; None for 0.
+        compare: whether to find the parameters that are not where the last step left them.
+    """
+
+    grad: Column
+    squares: Column | None = None
+    weight: Sequence[float] | None = None
     strength: float = 0.0
     scale: Tensor | None = None
     skip: Tensor | None = None
-    ascends: Sequence[bool] | None = None
-
-    @property
-    def left_out(self) -> bool:
-        """Whether `skip` is set, for backends that ask on the host; where it lies on a GPU, this waits for it."""
-        return self.skip is not None and bool(self.skip)
-
-    def rows(self) -> list[PreStepRow]:
-        """List the parameters for which there is something to do."""
-        missing = [None] * len(self.theta)
-        found = [getattr(self, name) for name in PreStepRow._fields]
-        columns = [missing if column is None else column for column in found[:-1]]
-        weights = [0.0] * len(self.theta) if self.weight is None else self.weight
-        rows = [PreStepRow._make(values) for values in zip(*columns, weights, strict=True)]
-        return rows if self.close else [row for row in rows if row.grad is not None]
-
-    def directions(self) -> Iterator[tuple["PreStepPass", list[PreStepRow]]]:
-        """Yield a pass for the rows that are minimised, and one, with -1 as a loss scale, for those that are maximised."""
-        if self.ascends is None:
-            yield self, self.rows()
-            return
-        for up in (False, True):
-            mine = [i for i, way in enumerate(self.ascends) if way == up]
-            pick: dict[str, Any] = {
-                key: [c[i] for i in mine] for key, c in self._asdict().items() if isinstance(c, Sequence) and key != "ascends"
-            }
-            scale = torch.ones((), device=self.theta[0].device) if self.scale is None else self.scale
-            one = self._replace(**pick, ascends=None, scale=-scale if up else self.scale)
-            yield one, one.rows()
+    compare: bool = False
 
 
-class PostStepRow(NamedTuple):
-    """One parameter after the optimiser's step: draw it towards the anchor, then average it.
+class Metric(NamedTuple):
+    """In which metric the proximal pull is made; lists run parallel to the parameters.
 
     Args:
-        theta: the parameter.
-        point: where the proximal pull leads; None for no pull.
-        omega: how strongly, parallel to `point`.
-        second: the optimiser's running mean of squared gradients, for the metric of Adam; None for `step` alone.
-        average: the running average of the parameter; None for no average.
         step: 2 * strength * learning rate, or what takes its place.
-        correction: what `second` is divided by.
-        eps: what Adam adds to the root of `second`.
-        weight: the share of the parameter in `average`.
-        made: how many steps the optimiser has made, a scalar, where a GPU has it: then `correction` is Adam's second beta, and
+        second: the optimiser's running mean of squared gradients; None where the pull is along `step` alone.
+        eps: what the optimiser adds to the root of `second`.
+        correction: what `second` is divided by; where `made` is given, the decay of `second` instead.
+        made: how many steps the optimiser has made, for parameters of which only a device knows; None if there are none. Then
             `second` is divided by 1 - correction ** made.
     """
 
-    theta: Tensor
-    point: Tensor | None = None
-    omega: Tensor | None = None
-    second: Tensor | None = None
-    average: Tensor | None = None
+    step: Sequence[float]
+    second: Column
+    eps: Sequence[float]
+    correction: Sequence[float]
+    made: Column | None = None
+
+    def counted(self) -> "Metric":
+        """Return it without `made`; this waits for the device."""
+        if self.made is None:
+            return self
+        known = iter(torch.stack([m.float() for m in self.made if m is not None]).tolist())
+        pairs = zip(self.correction, self.made, strict=True)
+        return self._replace(correction=[c if m is None else 1 - c ** next(known) for c, m in pairs], made=None)
+
+
+class AfterStep(NamedTuple):
+    """One step after the optimiser has moved: pull and average the parameters, then update a rule that follows the path.
+
+    Args:
+        moved: which parameters have moved.
+        metric: that of the proximal pull; None for no pull.
+        share: of each parameter in its average; None for no average.
+        squares: as in `BeforeStep`, for a rule that follows the path.
+        weight: likewise.
+        close: whether a window ends.
+        eps: damping in the score's denominator.
+        beyond_eps: one element to add to: in how many elements the squared Riemannian distance of a window exceeded eps.
+        scale: what `squares` were multiplied by the square of.
+        skip: one element, not 0 if the step did not count and nothing is to be done; None for 0.
+    """
+
+    moved: Sequence[bool]
+    metric: Metric | None = None
+    share: Sequence[float] | None = None
+    squares: Column | None = None
+    weight: Sequence[float] | None = None
+    close: bool = False
+    eps: float = 0.0
+    beyond_eps: Tensor | None = None
+    scale: Tensor | None = None
+    skip: Tensor | None = None
+
+
+class BeforeRow(NamedTuple):
+    """The tensors that `BeforeStep` works on, all of one shape, and the numbers."""
+
+    theta: Any
+    grad: Any
+    previous: Any = None
+    fisher: Any = None
+    squares: Any = None
+    point: Any = None
+    omega: Any = None
+    weight: float = 0.0
+    strength: float = 0.0
+
+
+class AfterRow(NamedTuple):
+    """The tensors that `AfterStep` works on, all of one shape, and the numbers."""
+
+    theta: Any
+    point: Any = None
+    omega: Any = None
+    second: Any = None
+    average: Any = None
+    previous: Any = None
+    path: Any = None
+    last: Any = None
+    fisher: Any = None
+    squares: Any = None
+    mark: Any = None
+    score: Any = None
     step: float = 0.0
     correction: float = 1.0
-    eps: float = 0.0
+    adam_eps: float = 0.0
+    share: float = 0.0
     weight: float = 0.0
-    made: Tensor | None = None
-
-    @property
-    def whole(self) -> bool:
-        """Whether columns that work together are all there or all missing; fused backends leave other rows to the next one."""
-        return (self.point is None) == (self.omega is None)
+    eps: float = 0.0
 
 
-def counted(rows: Iterable[PostStepRow]) -> list[PostStepRow]:
-    """Return rows with Adam's bias correction as a number in place of the steps made; this waits for a GPU that counts them."""
-    rows = list(rows)
-    counts = [row.made for row in rows if row.made is not None]
-    if not counts:
-        return rows
-    numbers = iter(torch.stack([count.to(counts[0].device) for count in counts]).tolist())
-    return [
-        row if row.made is None else row._replace(correction=1 - row.correction ** next(numbers), made=None) for row in rows
-    ]
+class Part(Protocol):
+    """Some parameters that one backend works on, laid out in its way.
+
+    Attributes:
+        places: where they stand in the lists of a step.
+    """
+
+    places: list[int]
+
+    def nonfinite(self, grad: Column) -> list[Tensor] | Tensor:
+        """Return for each of the places a number that is 0 unless an element of its gradient, or its square, is not finite."""
+
+    def before(self, step: BeforeStep) -> list[int]:
+        """Do what is to be done before the step; return the places of parameters that something else has moved."""
+
+    def after(self, step: AfterStep) -> None:
+        """Do what is to be done after the step."""
+
+
+Prepare = Callable[[Sequence[Tensor], dict[str, list[Tensor | None]], list[int]], tuple[list[Part], list[int]]]
+"""What each backend has as `prepare`: it lays out those places that it can work on, and returns the others."""

@@ -6,8 +6,7 @@ for nothing. With the environment variable TRITON_INTERPRET=1 the same code runs
 """
 
 import os
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwalk.kernels.blocked import AnyRow, one_order
-from rwalk.kernels.passes import PostStepRow, PreStepPass, PreStepRow
+from rwalk.kernels import blocked
+from rwalk.kernels.passes import AfterStep, BeforeStep, Column, Metric, Part
+from rwalk.kernels.rows import Rows
 
 CHUNK = 2**12
 """Elements per program: enough loads in flight for each column, and few enough registers."""
@@ -27,221 +27,346 @@ KINDS: dict[torch.dtype, Any] = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+COLUMNS = (
+    "theta", "grad", "previous", "last", "fisher", "squares", "point", "omega", "second", "average", "path", "mark", "score",
+    "made",
+)  # fmt: skip
 THETA = tl.constexpr(0)
 GRAD = tl.constexpr(1)
-PATH = tl.constexpr(2)
-MARK = tl.constexpr(3)
-PREVIOUS = tl.constexpr(4)
-SCORE = tl.constexpr(5)
-FISHER = tl.constexpr(6)
-SQUARES = tl.constexpr(7)
-POINT = tl.constexpr(8)
-OMEGA = tl.constexpr(9)
-"""Columns of a `PreStepRow`."""
-AFTER_POINT = tl.constexpr(1)
-AFTER_OMEGA = tl.constexpr(2)
-AFTER_SECOND = tl.constexpr(3)
-AFTER_AVERAGE = tl.constexpr(4)
-"""Columns of a `PostStepRow`, after theta."""
-ROW_COLUMNS, AFTER_COLUMNS = 10, 5
-"""How many of the fields of `PreStepRow` and `PostStepRow` are tensors."""
-Group = tuple[tuple[torch.dtype | None, ...], int, bool]
-"""What rows of one launch have in common: the kinds of their columns, their device's number, and whether they hold counts."""
+PREVIOUS = tl.constexpr(2)
+LAST = tl.constexpr(3)
+FISHER = tl.constexpr(4)
+SQUARES = tl.constexpr(5)
+POINT = tl.constexpr(6)
+OMEGA = tl.constexpr(7)
+SECOND = tl.constexpr(8)
+AVERAGE = tl.constexpr(9)
+PATH = tl.constexpr(10)
+MARK = tl.constexpr(11)
+SCORE = tl.constexpr(12)
+MADE = tl.constexpr(13)
+WEIGHT = tl.constexpr(0)
+STEP = tl.constexpr(1)
+CORRECTION = tl.constexpr(2)
+ADAM_EPS = tl.constexpr(3)
+SHARE = tl.constexpr(4)
+PULL = tl.constexpr(5)
+EPS = tl.constexpr(6)
+NUMBERS = tl.constexpr(7)
+"""Columns of the table of addresses, and of that of numbers with its width."""
 
 
-def before_step_(rows: Iterable[PreStepRow], step: PreStepPass) -> tuple[list[PreStepRow], list[Tensor]]:
-    """Update parameters before a step: see `PreStepPass`. Returns rows for the next backend, and the counts of `settle_`."""
-    groups, left = _sort(rows, ROW_COLUMNS)
-    beyond_eps: list[Tensor] = []
-    for (kinds, *_), mine in groups.items():
-        device = mine[0].theta.device
-        count = torch.zeros((), dtype=torch.int64, device=device)
-        flags = {"SCALED": step.scale is not None, "SKIPS": step.skip is not None}
-        tables = (_on(step.scale, count), _on(step.skip, count), count)
-        numbers = _on_device(tuple([(row.weight, step.eps, 2 * step.strength) for row in mine]), torch.float64, device)
-        _launch(_before_step, mine, kinds, numbers, *tables, CLOSE=step.close, **flags)
-        beyond_eps += [count] if step.close and kinds[PATH.value] is not None and kinds[SCORE.value] is not None else []
-    return left, beyond_eps
-
-
-def after_step_(rows: Iterable[PostStepRow], skip: Tensor | None = None) -> list[PostStepRow]:
-    """Update parameters after a step: see `PostStepRow`. Returns the rows left to the next backend."""
-    groups, left = _sort(rows, AFTER_COLUMNS)
-    for (kinds, *_), mine in groups.items():
-        _launch(_after_step, mine, kinds, _corrected(mine), _on(skip, mine[0].theta), SKIPS=skip is not None)
-    return left
-
-
-def _sort(rows: Iterable[AnyRow], columns: int) -> tuple[dict[Group, list[AnyRow]], list[AnyRow]]:
-    """Group rows that one launch can take; return the others too."""
-    groups: dict[Group, list[AnyRow]] = {}
-    left: list[AnyRow] = []
-    for row in rows:
-        held: Any = row[:columns]
-        tensors = [t for t in held if t is not None]
-        kinds = tuple([None if t is None else t.dtype for t in held])
-        kind: Any = type(row)
-        alone = len({t.get_device() for t in tensors}) == 1
-        if alone and row.theta.device.type in DEVICES and _known(kind, kinds) and one_order(tensors):
-            counted = isinstance(row, PostStepRow) and row.made is not None
-            groups.setdefault((kinds, row.theta.get_device(), counted), []).append(row)
+def prepare(
+    theta: Sequence[Tensor], columns: dict[str, list[Tensor | None]], places: list[int]
+) -> tuple[list[Part], list[int]]:
+    """Lay out the parameters that one launch can take together: see `passes.Prepare`."""
+    groups: dict[Any, list[int]] = {}
+    rest = []
+    for i in places:
+        held = [theta[i], *(t for c in columns.values() if (t := c[i]) is not None)]
+        alone = len({t.get_device() for t in held}) == 1 and theta[i].device.type in DEVICES and theta[i].numel()
+        if alone and all(t.dtype in KINDS for t in held) and blocked.one_order(held):
+            kinds = tuple(None if (t := c[i]) is None else t.dtype for c in columns.values())
+            groups.setdefault((theta[i].device, theta[i].dtype, kinds), []).append(i)
         else:
-            left.append(row)
-    return groups, left
+            rest.append(i)
+    return [Table(theta, columns, group) for group in groups.values()], rest
 
 
-@lru_cache(maxsize=64)
-def _known(row: Any, kinds: tuple[torch.dtype | None, ...]) -> bool:
-    """Return whether the kernels can work on columns of these kinds."""
-    return bool(all(kind is None or kind in KINDS for kind in kinds) and row(*kinds).whole)
+class Table:
+    """Parameters of one device with the same columns, as addresses there.
 
+    Args:
+        theta: all parameters.
+        columns: what belongs to each, by name.
+        places: which of them these are.
+    """
 
-def _launch(kernel: Any, rows: list[Any], kinds: tuple[torch.dtype | None, ...], *rest: Any, **flags: Any) -> None:
-    """Start one program for each chunk of the rows."""
-    device, columns = rows[0].theta.device, len(kinds)
-    sizes = tuple([row.theta.numel() for row in rows])
-    addresses = tuple([tuple([0 if t is None else t.data_ptr() for t in row[:columns]]) for row in rows])
-    chunks = _chunks(sizes, device)
-    if len(chunks):
-        table, lengths = _on_device(addresses, torch.int64, device), _on_device(sizes, torch.int64, device)
+    def __init__(self, theta: Sequence[Tensor], columns: dict[str, list[Tensor | None]], places: list[int]) -> None:
+        self.places, self._theta, self._columns = places, theta, columns
+        mine = [theta[i] for i in places]
+        self._device = mine[0].device
+        self._kinds: dict[str, torch.dtype] = {}
+        self._at = Upload(len(COLUMNS), len(places), torch.int64, self._device)
+        self._numbers = Upload(NUMBERS.value, len(places), torch.float64, self._device)
+        self._point("theta", mine)
+        self._held = {name for name, column in columns.items() if column[places[0]] is not None}
+        for name in self._held:
+            self._point(name, [columns[name][i] for i in places])
+        self._sizes = torch.tensor([t.numel() for t in mine]).to(self._device)
+        self._chunks = chunks([t.numel() for t in mine]).to(self._device)
+        self._nothing = torch.zeros((), dtype=torch.int64, device=self._device)
+        self._seen: dict[str, list[Tensor | None]] = {}
+
+    def nonfinite(self, grad: Column) -> list[Tensor] | Tensor:
+        """Return for each of the places a number that is 0 unless an element of its gradient, or its square, is not finite."""
+        bad = torch.zeros(len(self.places), dtype=torch.int64, device=self._device)
+        odd = self._find_gradients(grad)
+        self._launch(_nonfinite, {"grad"}, bad)
+        for i, value in zip(odd, self._rows(odd).nonfinite(grad), strict=True):
+            bad[self.places.index(i)] = value.to(self._device) != 0
+        return bad
+
+    def before(self, step: BeforeStep) -> list[int]:
+        """Do what is to be done before the step; return the places of parameters that something else has moved."""
+        moved = self._rows(self.places).moved() if step.compare else []
+        odd = self._find_gradients(step.grad)
+        names = {"theta", "grad"} | (self._held & ({"previous"} if "previous" in self._held else {"fisher"}))
+        names |= self._held & {"point", "omega"} if step.strength else set()
+        names |= {"squares"} if "fisher" in names and self._find("squares", step.squares) else set()
+        self._numbers.write(WEIGHT.value, self._mine(step.weight))
+        self._numbers.write(PULL.value, [2 * step.strength] * len(self.places))
+        numbers = (self._numbers.there(), self._flag(step.scale), self._flag(step.skip))
+        self._launch(_before_step, names, *numbers, SCALED=step.scale is not None, SKIPS=step.skip is not None)
+        if odd:
+            self._rows(odd).before(step._replace(compare=False))
+        return moved
+
+    def after(self, step: AfterStep) -> None:
+        """Do what is to be done after the step."""
+        metric, walks = step.metric, "path" in self._held
+        names = {"theta", "grad"} | (self._held & {"average"} if step.share is not None else set())
+        if metric is not None:
+            names |= self._held & {"point", "omega"}
+            if not self._sees(metric):
+                self._rows(self.places).after(step)
+                return
+            names |= {name for name in ("second", "made") if any(t is not None for t in self._seen[name])}
+        if walks:
+            names |= self._held & {"previous", "path", "last", "fisher", *(("mark", "score") if step.close else ())}
+            names |= {"squares"} if self._find("squares", step.squares) else set()
+        self._at.write(COLUMNS.index("grad"), [int(moved) for moved in self._mine(step.moved)])
+        self._write_numbers(step)
+        count = self._nothing if step.beyond_eps is None else step.beyond_eps
+        rest = (self._numbers.there(), self._flag(step.scale), self._flag(step.skip), count)
+        flags = {"CLOSE": walks and step.close, "SCALED": step.scale is not None, "SKIPS": step.skip is not None}
+        self._launch(_after_step, names, *rest, **flags)
+
+    def _write_numbers(self, step: AfterStep) -> None:
+        """Have the numbers of each parameter ready."""
+        self._numbers.write(WEIGHT.value, self._mine(step.weight))
+        self._numbers.write(SHARE.value, self._mine(step.share))
+        self._numbers.write(EPS.value, [step.eps] * len(self.places))
+        if step.metric is not None:
+            for row, values in zip((STEP, CORRECTION, ADAM_EPS), (step.metric.step, step.metric.correction, step.metric.eps), strict=True):
+                self._numbers.write(row.value, self._mine(values))
+
+    def _mine(self, values: Sequence[Any] | None) -> list[Any]:
+        return [0.0] * len(self.places) if values is None else [values[i] for i in self.places]
+
+    def _rows(self, places: list[int]) -> Rows:
+        """Return some parameters as rows, for what one launch does not take."""
+        return Rows(self._theta, self._columns, places, blocked.pieces)
+
+    def _find_gradients(self, grad: Column) -> list[int]:
+        """Write down where gradients lie; return the places of those in another order or precision, which are left out."""
+        odd = [i for i in self.places if (g := grad[i]) is not None and not self._fits(i, g, self._theta[i].dtype)]
+        self._point("grad", [None if i in odd else grad[i] for i in self.places])
+        self._kinds["grad"] = self._kinds["theta"]
+        return odd
+
+    def _find(self, name: str, tensors: Column | None) -> bool:
+        """Write down where tensors lie, in the order of the parameters; return whether there are any."""
+        mine = [None if tensors is None or (t := tensors[i]) is None else self._ordered(i, t) for i in self.places]
+        self._seen[name] = mine  # which keeps copies alive
+        self._point(name, mine)
+        return any(t is not None for t in mine)
+
+    def _sees(self, metric: Metric) -> bool:
+        """Write down where second moments and counts of steps lie; return False for such as one launch does not take."""
+        second = self._mine(metric.second)
+        kinds = {None if s is None else s.dtype for s in second}
+        if len(kinds) > 1 or not all(s is None or s.device == self._device for s in second) or not kinds <= {None, *KINDS}:
+            return False
+        made = self._mine(metric.made) if metric.made is not None else [None] * len(second)
+        if len({None if m is None else m.dtype for m in made}) > 1:
+            return False
+        if not all(m is None or (m.device == self._device and m.dtype is torch.float32) for m in made):
+            return False
+        self._find("second", metric.second)
+        self._seen["made"] = made
+        self._point("made", made)
+        return True
+
+    def _fits(self, i: int, tensor: Tensor, dtype: torch.dtype) -> bool:
+        return tensor.dtype is dtype and tensor.device == self._device and blocked.one_order([self._theta[i], tensor])
+
+    def _ordered(self, i: int, tensor: Tensor) -> Tensor:
+        """Return a tensor in the memory order of a parameter, a copy where it is in another one."""
+        if blocked.one_order([self._theta[i], tensor]):
+            return tensor
+        return torch.empty_like(self._theta[i], dtype=tensor.dtype).copy_(tensor)
+
+    def _point(self, name: str, tensors: Sequence[Tensor | None]) -> None:
+        """Write down where the tensors of a column lie, 0 for none, and of which kind they are."""
+        self._at.write(COLUMNS.index(name), [0 if t is None else t.data_ptr() for t in tensors])
+        self._kinds[name] = next((t.dtype for t in tensors if t is not None), torch.float32)
+
+    def _flag(self, flag: Tensor | None) -> Tensor:
+        return self._nothing if flag is None else flag.to(self._device)
+
+    def _launch(self, kernel: Any, names: set[str], *rest: Any, **flags: Any) -> None:
+        """Start one program for each chunk of the parameters, with the columns of these names."""
+        kinds = tuple([KINDS[self._kinds[name]] if name in names else None for name in COLUMNS])
         options = {"num_warps": 8, "enable_fp_fusion": True}
-        flags |= {"KINDS": tuple([None if kind is None else KINDS[kind] for kind in kinds]), "CHUNK_LENGTH": CHUNK}
+        table = self._at.there()
+        state = tl.float64 if self._kinds["theta"] is torch.float64 else tl.float32
+        arguments = (table, self._chunks, self._sizes, len(self.places), *rest)
         with torch.cuda.device_of(table):  # Triton starts programs on the device that is the current one
-            kernel[(len(chunks),)](table, chunks, lengths, *rest, **flags, **options)
+            kernel[(len(self._chunks),)](*arguments, KINDS=kinds, STATE=state, CHUNK_LENGTH=CHUNK, **flags, **options)
 
 
-def _corrected(rows: list[PostStepRow]) -> Tensor:
-    """Return the numbers of rows; where Adam's correction depends on a count that a GPU has, it is worked out there."""
-    numbers = _on_device(tuple([row[AFTER_COLUMNS:-1] for row in rows]), torch.float64, rows[0].theta.device)
-    made = [row.made for row in rows if row.made is not None]
-    if not made:
-        return numbers
-    numbers = numbers.clone()
-    numbers[:, 1] = 1 - numbers[:, 1] ** torch.stack(made)
-    return numbers
+class Upload:
+    """A table of numbers on a device, which is sent again when something in it has changed.
+
+    Args:
+        rows, columns: its size.
+        dtype: of its numbers.
+        device: where it goes.
+    """
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._rows: list[list[Any]] = [[0] * columns for _ in range(rows)]
+        self._dtype, self._device = dtype, device
+        self._there: Tensor | None = None
+
+    def write(self, row: int, values: list[Any]) -> None:
+        """Set a row."""
+        if self._rows[row] != values:
+            self._rows[row], self._there = values, None
+
+    def there(self) -> Tensor:
+        """Return the table on the device; nothing waits for it to come."""
+        if self._there is None:
+            cuda = self._device.type == "cuda"
+            made = torch.tensor(self._rows, dtype=self._dtype, device="cpu", pin_memory=cuda)
+            self._there = made.to(self._device, non_blocking=cuda)
+        return self._there
 
 
-@lru_cache(maxsize=16)
-def _on_device(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Bring a table to the device without waiting for it; gradients are often where they were the step before."""
-    there = device.type == "cuda"
-    return torch.tensor(values, dtype=dtype, pin_memory=there).to(device, non_blocking=there)
-
-
-@lru_cache(maxsize=16)
-def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+def chunks(sizes: list[int]) -> Tensor:
     """List the chunks of tensors of some sizes: pairs of a tensor's place and a chunk's number in it."""
-    counts = torch.tensor([-(-size // CHUNK) for size in sizes])
-    place = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    counts = torch.tensor([-(-size // CHUNK) for size in sizes], device="cpu")
+    place = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), counts)
     first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    return torch.stack([place, torch.arange(len(place)) - first], 1).to(device, torch.int32)
-
-
-def _on(flag: Tensor | None, stand_in: Tensor) -> Tensor:
-    """Return a flag of one element on the device of its stand-in, or the stand-in."""
-    return stand_in if flag is None else flag.to(stand_in.device)
+    return torch.stack([place, torch.arange(len(place), device="cpu") - first], 1).to(torch.int32)
 
 
 @triton.jit
-def _pointer(table, row, column: tl.constexpr, KINDS: tl.constexpr):
+def _pointer(table, row, count, column: tl.constexpr, KINDS: tl.constexpr):
     """Find the tensor of a column."""
-    return tl.load(table + row * len(KINDS) + column).to(tl.pointer_type(KINDS[column]))
+    return tl.load(table + column * count + row).to(tl.pointer_type(KINDS[column]))
 
 
 @triton.jit
-def _place(chunks, sizes, skip, CHUNK_LENGTH: tl.constexpr, SKIPS: tl.constexpr):
-    """Return a program's parameter, its elements, and a mask of those that exist and are not skipped."""
+def _place(table, chunks, sizes, count, skip, CHUNK_LENGTH: tl.constexpr, SKIPS: tl.constexpr):
+    """Return a program's parameter, its elements, and a mask of those that exist, take part and are not skipped."""
     row = tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
     at = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * CHUNK_LENGTH + tl.arange(0, CHUNK_LENGTH)
-    size = tl.load(sizes + row)
+    size = tl.where(tl.load(table + GRAD * count + row) != 0, tl.load(sizes + row), 0)
     if SKIPS:
         size = tl.where(tl.load(skip) == 0, size, 0)
     return row, at, at < size
 
 
 @triton.jit
-def _pull(table, row, at, inside, theta, grad, numbers, scale, KINDS: tl.constexpr, SCALED: tl.constexpr):
-    """Add the penalty's gradient: `pull_` of the reference."""
-    point = tl.load(_pointer(table, row, POINT, KINDS) + at, mask=inside, other=0)
-    omega = tl.load(_pointer(table, row, OMEGA, KINDS) + at, mask=inside, other=0).to(theta.dtype)
-    if SCALED:
-        omega = omega * tl.load(scale)
-    grad += tl.load(numbers + 3 * row + 2).to(theta.dtype) * omega * (theta - point)
-    tl.store(_pointer(table, row, GRAD, KINDS) + at, grad.to(KINDS[GRAD]), mask=inside)
+def _nonfinite(table, chunks, sizes, count, bad, KINDS: tl.constexpr, STATE: tl.constexpr, CHUNK_LENGTH: tl.constexpr):
+    """Count elements of one chunk of a gradient that are not finite, or whose squares are not."""
+    row, at, inside = _place(table, chunks, sizes, count, bad, CHUNK_LENGTH, False)
+    grad = tl.load(_pointer(table, row, count, GRAD, KINDS) + at, mask=inside, other=0).to(STATE)
+    gap = grad * grad - grad * grad  # 0, or not a number
+    tl.atomic_add(bad + row, tl.sum((inside & (gap != 0)).to(tl.int64)))
 
 
 @triton.jit
 def _before_step(
-    table, chunks, sizes, numbers, scale, skip, beyond_eps,
-    KINDS: tl.constexpr, CHUNK_LENGTH: tl.constexpr,
-    CLOSE: tl.constexpr, SCALED: tl.constexpr, SKIPS: tl.constexpr,
+    table, chunks, sizes, count, numbers, scale, skip,
+    KINDS: tl.constexpr, STATE: tl.constexpr, CHUNK_LENGTH: tl.constexpr, SCALED: tl.constexpr, SKIPS: tl.constexpr,
 ):  # fmt: skip
-    """Update one chunk of one parameter; columns are those of `PreStepRow`."""
-    row, at, inside = _place(chunks, sizes, skip, CHUNK_LENGTH, SKIPS)
-    STATE: tl.constexpr = tl.float64 if KINDS[THETA] == tl.float64 else tl.float32
-    theta = tl.load(_pointer(table, row, THETA, KINDS) + at, mask=inside, other=0).to(STATE)
+    """Update one chunk of one parameter before a step: `before_row_` of the reference."""
+    row, at, inside = _place(table, chunks, sizes, count, skip, CHUNK_LENGTH, SKIPS)
+    grad = tl.load(_pointer(table, row, count, GRAD, KINDS) + at, mask=inside, other=0).to(STATE)
+    g = grad
+    if SCALED:
+        g = grad / tl.load(scale)
+    if KINDS[PREVIOUS] is not None:
+        tl.store(_pointer(table, row, count, PREVIOUS, KINDS) + at, g, mask=inside)
     if KINDS[FISHER] is not None:
-        fisher = tl.load(_pointer(table, row, FISHER, KINDS) + at, mask=inside, other=0).to(STATE)
-    if KINDS[PATH] is not None:
-        path = tl.load(_pointer(table, row, PATH, KINDS) + at, mask=inside, other=0)
-        previous = tl.load(_pointer(table, row, PREVIOUS, KINDS) + at, mask=inside, other=0)
-        moved = theta - tl.load(_pointer(table, row, MARK, KINDS) + at, mask=inside, other=0)
-        if CLOSE:
-            path -= previous * moved
-            if KINDS[SCORE] is not None:
-                distance = moved * moved * fisher * 0.5  # in the reference's order, so that both count alike
-                score = tl.load(_pointer(table, row, SCORE, KINDS) + at, mask=inside, other=0)
-                eps = tl.load(numbers + 3 * row + 1).to(STATE)
-                tl.store(_pointer(table, row, SCORE, KINDS) + at, score + path / (distance + eps), mask=inside)
-                tl.atomic_add(beyond_eps, tl.sum((inside & (distance > eps)).to(tl.int64)))
-                path = path * 0
-            tl.store(_pointer(table, row, MARK, KINDS) + at, theta, mask=inside)
-            moved = moved * 0
-            previous = previous * 0
-    if KINDS[GRAD] is not None:
-        grad = tl.load(_pointer(table, row, GRAD, KINDS) + at, mask=inside, other=0).to(STATE)
-        g = grad
+        _inform(table, row, at, inside, count, g, numbers, scale, KINDS, STATE, SCALED)
+    if KINDS[OMEGA] is not None:
+        theta = tl.load(_pointer(table, row, count, THETA, KINDS) + at, mask=inside, other=0).to(STATE)
+        point = tl.load(_pointer(table, row, count, POINT, KINDS) + at, mask=inside, other=0)
+        omega = tl.load(_pointer(table, row, count, OMEGA, KINDS) + at, mask=inside, other=0).to(STATE)
         if SCALED:
-            g = grad / tl.load(scale)
-        if KINDS[PATH] is not None:
-            path += (g - previous) * moved
-            previous = g
-        if KINDS[FISHER] is not None:
-            weight = tl.load(numbers + 3 * row).to(STATE)
-            if KINDS[SQUARES] is not None:
-                fresh = tl.load(_pointer(table, row, SQUARES, KINDS) + at, mask=inside, other=0).to(STATE)
-                if SCALED:
-                    fresh = fresh / (tl.load(scale) * tl.load(scale))
-            else:
-                fresh = g * g
-            fisher = (1 - weight) * fisher + weight * fresh
-            tl.store(_pointer(table, row, FISHER, KINDS) + at, fisher, mask=inside)
-        if KINDS[OMEGA] is not None:
-            _pull(table, row, at, inside, theta, grad, numbers, scale, KINDS, SCALED)
-    if KINDS[PATH] is not None:
-        tl.store(_pointer(table, row, PATH, KINDS) + at, path, mask=inside)
-        tl.store(_pointer(table, row, PREVIOUS, KINDS) + at, previous, mask=inside)
+            omega = omega * tl.load(scale)
+        grad += tl.load(numbers + PULL * count + row).to(STATE) * omega * (theta - point)
+        tl.store(_pointer(table, row, count, GRAD, KINDS) + at, grad.to(KINDS[GRAD]), mask=inside)
+
+
+@triton.jit
+def _inform(table, row, at, inside, count, g, numbers, scale, KINDS: tl.constexpr, STATE: tl.constexpr, SCALED: tl.constexpr):
+    """Take a gradient, or mean squares of per-example gradients, into the Fisher information; return it."""
+    fresh = g * g
+    if KINDS[SQUARES] is not None:
+        if tl.load(table + SQUARES * count + row) != 0:
+            fresh = tl.load(_pointer(table, row, count, SQUARES, KINDS) + at, mask=inside, other=0).to(STATE)
+            if SCALED:
+                fresh = fresh / (tl.load(scale) * tl.load(scale))
+    weight = tl.load(numbers + WEIGHT * count + row).to(STATE)
+    fisher = tl.load(_pointer(table, row, count, FISHER, KINDS) + at, mask=inside, other=0).to(STATE)
+    fisher = (1 - weight) * fisher + weight * fresh
+    tl.store(_pointer(table, row, count, FISHER, KINDS) + at, fisher, mask=inside)
+    return fisher
 
 
 @triton.jit
 def _after_step(
-    table, chunks, sizes, numbers, skip, KINDS: tl.constexpr, CHUNK_LENGTH: tl.constexpr, SKIPS: tl.constexpr
+    table, chunks, sizes, count, numbers, scale, skip, beyond_eps,
+    KINDS: tl.constexpr, STATE: tl.constexpr, CHUNK_LENGTH: tl.constexpr,
+    CLOSE: tl.constexpr, SCALED: tl.constexpr, SKIPS: tl.constexpr,
 ):  # fmt: skip
-    """Update one chunk of one parameter after a step; columns are those of `PostStepRow`."""
-    row, at, inside = _place(chunks, sizes, skip, CHUNK_LENGTH, SKIPS)
-    STATE: tl.constexpr = tl.float64 if KINDS[THETA] == tl.float64 else tl.float32
-    theta = tl.load(_pointer(table, row, THETA, KINDS) + at, mask=inside, other=0).to(STATE)
-    if KINDS[AFTER_OMEGA] is not None:
-        omega = tl.load(_pointer(table, row, AFTER_OMEGA, KINDS) + at, mask=inside, other=0).to(STATE)
-        way = 1 / (omega * tl.load(numbers + 4 * row).to(STATE))
-        if KINDS[AFTER_SECOND] is not None:
-            second = tl.load(_pointer(table, row, AFTER_SECOND, KINDS) + at, mask=inside, other=0).to(STATE)
-            way *= tl.sqrt(second / tl.load(numbers + 4 * row + 1).to(STATE)) + tl.load(numbers + 4 * row + 2).to(STATE)
-        point = tl.load(_pointer(table, row, AFTER_POINT, KINDS) + at, mask=inside, other=0)
-        theta += (point - theta) / (1 + way)
-        tl.store(_pointer(table, row, THETA, KINDS) + at, theta.to(KINDS[THETA]), mask=inside)
-    if KINDS[AFTER_AVERAGE] is not None:
-        average = tl.load(_pointer(table, row, AFTER_AVERAGE, KINDS) + at, mask=inside, other=0)
-        weight = tl.load(numbers + 4 * row + 3).to(STATE)
-        average = (1 - weight) * average + weight * theta.to(KINDS[THETA]).to(STATE)
-        tl.store(_pointer(table, row, AFTER_AVERAGE, KINDS) + at, average, mask=inside)
+    """Update one chunk of one parameter after a step: `after_row_` of the reference."""
+    row, at, inside = _place(table, chunks, sizes, count, skip, CHUNK_LENGTH, SKIPS)
+    theta = tl.load(_pointer(table, row, count, THETA, KINDS) + at, mask=inside, other=0).to(STATE)
+    if KINDS[OMEGA] is not None:
+        theta = _drawn(table, row, at, inside, count, theta, numbers, KINDS, STATE)
+        tl.store(_pointer(table, row, count, THETA, KINDS) + at, theta.to(KINDS[THETA]), mask=inside)
+        theta = theta.to(KINDS[THETA]).to(STATE)
+    if KINDS[AVERAGE] is not None:
+        average = tl.load(_pointer(table, row, count, AVERAGE, KINDS) + at, mask=inside, other=0)
+        share = tl.load(numbers + SHARE * count + row).to(STATE)
+        tl.store(_pointer(table, row, count, AVERAGE, KINDS) + at, (1 - share) * average + share * theta, mask=inside)
+    if KINDS[PATH] is not None:
+        g = tl.load(_pointer(table, row, count, PREVIOUS, KINDS) + at, mask=inside, other=0)
+        path = tl.load(_pointer(table, row, count, PATH, KINDS) + at, mask=inside, other=0)
+        path -= g * (theta - tl.load(_pointer(table, row, count, LAST, KINDS) + at, mask=inside, other=0))
+        tl.store(_pointer(table, row, count, LAST, KINDS) + at, theta, mask=inside)
+        if KINDS[FISHER] is not None:
+            fisher = _inform(table, row, at, inside, count, g, numbers, scale, KINDS, STATE, SCALED)
+            if CLOSE:
+                moved = theta - tl.load(_pointer(table, row, count, MARK, KINDS) + at, mask=inside, other=0)
+                distance = moved * moved * fisher * 0.5  # in the reference's order, so that both count alike
+                eps = tl.load(numbers + EPS * count + row).to(STATE)
+                score = tl.load(_pointer(table, row, count, SCORE, KINDS) + at, mask=inside, other=0)
+                score += path / (distance + eps)
+                tl.store(_pointer(table, row, count, SCORE, KINDS) + at, score, mask=inside)
+                tl.atomic_add(beyond_eps, tl.sum((inside & (distance > eps)).to(tl.int64)))
+                tl.store(_pointer(table, row, count, MARK, KINDS) + at, theta, mask=inside)
+                path = path * 0
+        tl.store(_pointer(table, row, count, PATH, KINDS) + at, path, mask=inside)
+
+
+@triton.jit
+def _drawn(table, row, at, inside, count, theta, numbers, KINDS: tl.constexpr, STATE: tl.constexpr):
+    """Return a chunk drawn towards the anchor: `draw_` and `draw_scaled_` of the reference."""
+    omega = tl.load(_pointer(table, row, count, OMEGA, KINDS) + at, mask=inside, other=0).to(STATE)
+    way = 1 / (omega * tl.load(numbers + STEP * count + row).to(STATE))
+    if KINDS[SECOND] is not None:
+        correction = tl.load(numbers + CORRECTION * count + row)
+        if KINDS[MADE] is not None:
+            made = tl.load(tl.load(table + MADE * count + row).to(tl.pointer_type(KINDS[MADE])))
+            correction = 1 - tl.exp2(made.to(tl.float64) * tl.log2(correction))
+        second = tl.load(_pointer(table, row, count, SECOND, KINDS) + at, mask=inside, other=0).to(STATE)
+        way *= tl.sqrt(second / correction.to(STATE)) + tl.load(numbers + ADAM_EPS * count + row).to(STATE)
+    point = tl.load(_pointer(table, row, count, POINT, KINDS) + at, mask=inside, other=0)
+    return theta + (point - theta) / (1 + way)

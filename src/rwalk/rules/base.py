@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rwalk import kernels
 from rwalk._parameters import listed
-from rwalk.anchors.base import Anchor, PullColumns
+from rwalk.anchors.base import Anchor
 from rwalk.anchors.elementwise import ElementwiseAnchor
 from rwalk.anchors.factors import Moments
 from rwalk.distributed.shards import ALONE, ShardGroup
@@ -28,50 +28,30 @@ Fisher = Literal["batch", "example"]
 
 @dataclass
 class Step:
-    """What a rule sees of one optimiser step, just before the optimiser moves, and its one pass over the parameters' memory.
+    """What a rule sees of one optimiser step, just before the optimiser moves.
 
     Args:
         theta: the protected parameters.
-        grad: the gradient of the task loss alone, parallel to `theta`, multiplied by `scale`; None where a parameter takes no
-            part in this step.
-        squares: for rules whose `fisher` is "example": the mean over examples of the squared per-example gradient, parallel to
-            `theta`; None where it could not be had.
-        pull: the pull to the anchor, which `update` adds to the gradients after the rule has read them.
-        scale: what a loss scaler has multiplied the gradients by, one element; None for 1.
-        skip: one element, not 0 if the optimiser is going to leave out this step; None for 0.
-        ascends: for each parameter, whether the optimiser maximises; None where it minimises everywhere.
-        updated: whether `update` has been called.
+        grad: the gradient of the task loss alone, parallel to `theta`, multiplied by a loss scaler's scale; None where a
+            parameter takes no part in this step.
+        made: what the rule has updated, once it has called `update`.
     """
 
     theta: list[Tensor]
     grad: list[Tensor | None]
-    squares: list[Tensor | None] | None = None
-    pull: PullColumns | None = None
-    scale: Tensor | None = None
-    skip: Tensor | None = None
-    ascends: list[bool] | None = None
-    updated: bool = False
+    made: kernels.RuleUpdate = field(default_factory=kernels.RuleUpdate)
 
-    def update(self, **columns: Any) -> Tensor | None:
-        """Do all of a rule's elementwise work at this step, and the pull, in one pass over memory.
+    def update(self, **columns: Any) -> None:
+        """Have all of a rule's elementwise work at this step done: before the optimiser moves, or after it for a path.
 
-        Call it last in `observe`; a second call does not pull again.
+        Call it once, at most.
 
         Args:
-            columns: fields of `rwalk.kernels.PreStepPass`: lists of the rule's state parallel to `theta`, and numbers.
-
-        Returns:
-            What `rwalk.kernels.before_step_` returns.
+            columns: fields of `rwalk.kernels.RuleUpdate`: lists of the rule's state parallel to `theta`, and numbers.
         """
-        pull = self.pull._asdict() if self.pull is not None and not self.updated else {}
-        self.updated = True
-        same = {name: getattr(self, name) for name in ("theta", "grad", "squares", "scale", "skip", "ascends")}
-        return kernels.before_step_(kernels.PreStepPass(**same, **pull, **columns))
-
-    def finish(self) -> None:
-        """Add the pull, if the rule has not updated anything."""
-        if not self.updated and self.pull is not None:
-            self.update()
+        if self.made != kernels.RuleUpdate():
+            raise RuntimeError("`step.update` was called twice in a step. Call it once, with all columns of the rule.")
+        self.made = kernels.RuleUpdate(**columns)
 
 
 class Gradients(Protocol):
@@ -153,8 +133,8 @@ class Rule(ABC, Generic[State]):
     """A rule: its fields are its hyperparameters, its state is an explicit named tuple, and it knows no model.
 
     The fields of a state are lists parallel to the protected parameters (of tensors, numbers or None) or plain values.
-    Only `observe` and `renew` write into tensors of the state that they are given, and into no others. So a task's end that
-    fails can be repeated.
+    Only `observe`, `resume` and `renew` write into tensors of the state that they are given, and into no others. So a task's
+    end that fails can be repeated.
 
     Attributes:
         measures: what the rule needs: "steps" of training, "data" at a task's end, or "nothing".
@@ -162,7 +142,8 @@ class Rule(ABC, Generic[State]):
         counters: fields of its state that count elements, so that parts of tensors have parts of the count.
         defaults: how it works unless the user says otherwise.
         anchor_kind: the kind of anchor that it makes.
-        walks: whether it follows the optimiser's moves, so that it must be told which moves are not the optimiser's.
+        walks: whether it follows the path, so that it must be told which moves are not the optimiser's. Its state then has
+            `last`, where each parameter was left by the last step.
     """
 
     measures: ClassVar[Literal["steps", "data", "nothing"]] = "steps"
@@ -187,12 +168,11 @@ class Rule(ABC, Generic[State]):
     def renew(self, state: State) -> None:
         """Clear what a new task starts without. Called with the state that `conclude` returned, perhaps more than once."""
 
-    def resume(self, state: State, theta: Sequence[Any], places: Sequence[int]) -> State:  # noqa: ARG002
-        """Return a state at rest that starts anew for the parameters at `places`, which something else has moved."""
-        return state
+    def resume(self, state: State, theta: Sequence[Tensor], places: Sequence[int]) -> State:  # noqa: ARG002
+        """Return a state that starts anew for the parameters at `places`, which something other than the optimiser has moved.
 
-    def abandon(self, state: State, theta: Sequence[Any], places: Sequence[int]) -> State:  # noqa: ARG002
-        """Return a state at rest without the last step, which failed; the parameters at `places` have moved since."""
+        Called between steps of a rule that `walks`; may write into the state's tensors.
+        """
         return state
 
     @property

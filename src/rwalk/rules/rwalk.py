@@ -16,20 +16,20 @@ from rwalk._parameters import copies, zeros
 from rwalk.anchors.base import Anchor
 from rwalk.anchors.elementwise import ElementwiseAnchor
 from rwalk.distributed.shards import ALONE, ShardGroup
-from rwalk.rules._path import own
+from rwalk.rules._path import beside, elements, start_at
 from rwalk.rules._scale import largest_element
 from rwalk.rules.base import Fisher, Rule, Step, TaskEnd, check, check_count, check_damping, check_finite, check_share
 
 
 class Walk(NamedTuple):
-    """State of a walk. The first five fields are used at every step; the total only when a task ends.
+    """State of a walk. The total is used only when a task ends.
 
     Args:
         fisher: F, the running Fisher information.
         path: the path integral of the current window.
         score: s, the score of the current task.
         mark: the parameters at the start of the window.
-        previous: the gradient of the step before, zero at the start of a window; at rest, where that step has ended.
+        last: where the last step ended.
         total: S, the score of earlier tasks; None for a tensor that has not been trained in an earlier task.
         seen: how many steps of this task gave the tensor a gradient.
         beyond_eps: in how many elements of finished windows the squared Riemannian distance exceeded eps: one element, on the
@@ -37,21 +37,19 @@ class Walk(NamedTuple):
         windows: elements times windows finished so far.
         steps: optimiser steps in this task.
         score_scale: what S was divided by for the anchor; infinite before there is one.
-        resting: whether the path holds the optimiser's last move already.
     """
 
     fisher: list[Tensor]
     path: list[Tensor]
     score: list[Tensor]
     mark: list[Tensor]
-    previous: list[Tensor]
+    last: list[Tensor]
     total: list[Tensor | None]
     seen: list[int]
     beyond_eps: Tensor
     windows: int = 0
     steps: int = 0
     score_scale: float = float("inf")
-    resting: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,56 +87,46 @@ class RWalk(Rule[Walk]):
 
     def init(self, theta: list[Tensor]) -> Walk:
         """Start at `theta` with no history: five tensors per parameter."""
-        fisher, path, score, previous = (zeros(theta) for _ in range(4))
+        fisher, path, score = (zeros(theta) for _ in range(3))
         counts, beyond_eps = [0] * len(theta), torch.zeros((), dtype=torch.int64)
-        return Walk(fisher, path, score, copies(theta), previous, [None] * len(theta), counts, beyond_eps)
+        return Walk(fisher, path, score, copies(theta), copies(theta), [None] * len(theta), counts, beyond_eps)
 
     def observe(self, state: Walk, step: Step) -> Walk:
-        """Extend the path and the Fisher information; every `delta_t` steps turn the window's path into score first."""
-        close = state.steps % self.delta_t == 0  # before the first step too: an empty path only moves its mark
-        columns = {name: getattr(state, name) for name in ("path", "mark", "previous", "score", "fisher")}
+        """Extend the path and the Fisher information; after every `delta_t` steps turn the window's path into score."""
+        if not state.steps:
+            start_at(step.theta, state.mark, state.last)
+        state = state._replace(steps=state.steps + 1, beyond_eps=beside(state.beyond_eps, step.theta))
+        close = state.steps % self.delta_t == 0
+        columns = {name: getattr(state, name) for name in ("path", "last", "mark", "score", "fisher", "beyond_eps")}
         weight = [self._weight(n, total is not None) for n, total in zip(state.seen, state.total, strict=True)]
-        beyond_eps = step.update(close=close, weight=weight, eps=self.eps, **columns)
+        step.update(close=close, weight=weight, eps=self.eps, **columns)
         seen = [n + (g is not None) for n, g in zip(state.seen, step.grad, strict=True)]
-        return self._count(state, step.theta, beyond_eps)._replace(seen=seen, steps=state.steps + 1)
+        return state._replace(seen=seen, windows=state.windows + close * elements(step.theta))
 
     def conclude(self, state: Walk, end: TaskEnd) -> tuple[Anchor, Walk]:
         """Finish the last window, average the task's score with the earlier ones, and normalise both terms."""
-        task, state = self._finished(state, list(end.theta.values()))
+        task, state = self._finished(state)
         total = [_averaged(old, new) if n else old for old, new, n in zip(state.total, task, state.seen, strict=True)]
         score = _filled(total, state.score)
         by_fisher, by_score = (largest_element(raw, end.shard_group) for raw in (state.fisher, score))
         omega = [f / by_fisher + s / by_score for f, s in zip(state.fisher, score, strict=True)]
         check_finite(end, omega, "Use a larger `eps` or `alpha`.")
-        after = state._replace(total=total, score_scale=by_score, seen=[0] * len(omega), steps=0, resting=False)
+        after = state._replace(total=total, score_scale=by_score, seen=[0] * len(omega), steps=0)
         return end.renew(omega), after
 
     def renew(self, state: Walk) -> None:
         """Clear path and score."""
         if state.path:
-            torch._foreach_zero_([*state.path, *state.score, *state.previous])
+            torch._foreach_zero_([*state.path, *state.score])
 
-    def resume(self, state: Walk, theta: Sequence[Any], places: Sequence[int]) -> Walk:
+    def resume(self, state: Walk, theta: Sequence[Tensor], places: Sequence[int]) -> Walk:
         """End the window of parameters that have moved since, where the optimiser left it, and start a new one at `theta`."""
-        state = own(state, ("path", "score", "mark", "previous"), places)
         for i in places:
-            window = state.previous[i], state.fisher[i], state.path[i], state.score[i], state.mark[i]
-            state = self._count(state, [theta[i]], kernels.settle_(*window, self.eps))
-            state.mark[i].copy_(theta[i])
-            state.previous[i].copy_(theta[i])
+            window = state.last[i], state.fisher[i], state.path[i], state.score[i], state.mark[i]
+            state.beyond_eps.add_(kernels.settle_(*window, self.eps).to(state.beyond_eps.device))
+            state = state._replace(windows=state.windows + theta[i].numel())
+            start_at([theta[i]], [state.mark[i]], [state.last[i]])
         return state
-
-    def abandon(self, state: Walk, theta: Sequence[Any], places: Sequence[int]) -> Walk:
-        """Take the last step out of the path; drop the window of parameters that have moved since it began."""
-        known = [i for i, t in enumerate(theta) if t is not None]
-        state = own(state, ("path", "mark", "previous"), known)
-        for i in known:
-            if i in places:
-                state.path[i].zero_()
-                state.mark[i].copy_(theta[i])
-                state.previous[i].zero_()
-            kernels.rest_([theta[i]], [state.path[i]], [state.mark[i]], [state.previous[i]])
-        return state._replace(resting=True)
 
     def report(
         self, state: Walk, anchor: Anchor, theta: Mapping[str, Tensor], shard_group: ShardGroup = ALONE
@@ -153,29 +141,23 @@ class RWalk(Rule[Walk]):
             figures |= {"penalty from Fisher": 1 - score / whole, "penalty from score": score / whole}
         return figures
 
-    def _finished(self, state: Walk, theta: list[Tensor]) -> tuple[list[Tensor], Walk]:
+    def _finished(self, state: Walk) -> tuple[list[Tensor], Walk]:
         """Return the score of the whole task, and the state with its last window counted."""
         if not state.steps:
             return zeros(state.score), state
+        if state.steps % self.delta_t == 0:  # no window is open
+            return [score.clamp(min=0) for score in state.score], state
         scores = []
-        for i, (t, q) in enumerate(zip(theta, state.previous, strict=True)):
-            arrived, last = (q, None) if state.resting else (t, q)
-            columns = state.fisher[i], state.path[i], state.score[i], state.mark[i]
-            score, beyond_eps = kernels.settled(arrived, *columns, last, self.eps)
+        beyond_eps = state.beyond_eps
+        for last, *window in zip(state.last, state.fisher, state.path, state.score, state.mark, strict=True):
+            score, count = kernels.settled(last, *window, self.eps)
             scores.append(score.clamp_(min=0))
-            state = self._count(state, [t], beyond_eps)
-        return scores, state
+            beyond_eps = beyond_eps.to(count.device) + count
+        return scores, state._replace(beyond_eps=beyond_eps, windows=state.windows + elements(state.last))
 
     def _weight(self, seen: int, known: bool) -> float:
         """Return the new square's share for a tensor: all of it on its very first step."""
         return self.alpha if seen or known else 1.0
-
-    def _count(self, state: Walk, theta: list[Tensor], beyond_eps: Tensor | None) -> Walk:
-        """Count the elements of a finished window, and those whose squared Riemannian distance exceeded eps."""
-        if beyond_eps is None or not state.steps:
-            return state
-        windows = state.windows + sum(t.numel() for t in theta)
-        return state._replace(windows=windows, beyond_eps=state.beyond_eps.to(beyond_eps.device) + beyond_eps)
 
 
 def _averaged(old: Tensor | None, new: Tensor) -> Tensor:

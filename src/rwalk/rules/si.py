@@ -13,7 +13,7 @@ from torch import Tensor
 from rwalk import kernels
 from rwalk._parameters import copies, zeros
 from rwalk.anchors.base import Anchor
-from rwalk.rules._path import own
+from rwalk.rules._path import start_at
 from rwalk.rules.base import Rule, Step, TaskEnd, check_damping, check_finite
 
 
@@ -23,18 +23,14 @@ class Path(NamedTuple):
     Args:
         path: the path integral of the current task.
         start: the parameters at the start of the task.
-        mark: the parameters at the start of the last step.
-        previous: the gradient of the last step; at rest, where that step has ended.
+        last: where the last step ended.
         steps: optimiser steps in this task.
-        resting: whether the path holds the optimiser's last move already.
     """
 
     path: list[Tensor]
     start: list[Tensor]
-    mark: list[Tensor]
-    previous: list[Tensor]
+    last: list[Tensor]
     steps: int = 0
-    resting: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,44 +54,34 @@ class SI(Rule[Path]):
         return True
 
     def init(self, theta: list[Tensor]) -> Path:
-        """Start at `theta` with an empty path: four tensors per parameter."""
-        return Path(zeros(theta), copies(theta), copies(theta), zeros(theta))
+        """Start at `theta` with an empty path: three tensors per parameter."""
+        return Path(zeros(theta), copies(theta), copies(theta))
 
     def observe(self, state: Path, step: Step) -> Path:
         """Extend the path integral."""
-        if state.steps == 0:
-            torch._foreach_copy_(state.start, step.theta)
-        step.update(path=state.path, mark=state.mark, previous=state.previous, close=True)
+        if not state.steps:
+            start_at(step.theta, state.start, state.last)
+        step.update(path=state.path, last=state.last)
         return state._replace(steps=state.steps + 1)
 
     def conclude(self, state: Path, end: TaskEnd) -> tuple[Anchor, Path]:
         """Add the task's importance to that of earlier tasks."""
-        theta = list(end.theta.values())
-        omega = [z if old is None else old.clone() for old, z in zip(end.earlier(), zeros(theta), strict=True)]
-        for i, (t, q) in enumerate(zip(theta, state.previous, strict=True) if state.steps else ()):
-            arrived, last = (q, None) if state.resting else (t, q)
-            kernels.add_si_importance_(omega[i], state.path[i], state.start[i], arrived, state.mark[i], last, self.xi)
+        columns = zip(end.earlier(), state.path, strict=True)
+        omega = [torch.zeros_like(path) if old is None else old.clone() for old, path in columns]
+        if state.steps:
+            for total, path, start, last in zip(omega, state.path, state.start, state.last, strict=True):
+                kernels.add_si_importance_(total, path, start, last, self.xi)
         check_finite(end, omega, "Use a larger `xi`.")
-        return end.renew(omega), state._replace(steps=0, resting=False)
+        return end.renew(omega), state._replace(steps=0)
 
     def renew(self, state: Path) -> None:
         """Empty the path."""
         if state.path:
-            torch._foreach_zero_([*state.path, *state.previous])
+            torch._foreach_zero_(state.path)
 
-    def resume(self, state: Path, theta: Sequence[Any], places: Sequence[int]) -> Path:
-        """Leave out what parameters have moved since the rest: it is no part of the task's move."""
-        state = own(state, ("start", "previous"), places)
+    def resume(self, state: Path, theta: Sequence[Tensor], places: Sequence[int]) -> Path:
+        """Leave out what parameters have moved since the last step: it is no part of the task's move."""
         for i in places:
-            state.start[i].add_(theta[i] - state.previous[i])
-            state.previous[i].copy_(theta[i])
+            state.start[i].add_(theta[i] - state.last[i])
+            start_at([theta[i]], [state.last[i]])
         return state
-
-    def abandon(self, state: Path, theta: Sequence[Any], places: Sequence[int]) -> Path:  # noqa: ARG002
-        """Leave out what parameters have moved since the last step began, which is where the mark is."""
-        known = [i for i, t in enumerate(theta) if t is not None]
-        state = own(state, ("start", "previous"), known)
-        for i in known:
-            state.start[i].add_(theta[i] - state.mark[i])
-            state.previous[i].copy_(theta[i])
-        return state._replace(resting=True)
