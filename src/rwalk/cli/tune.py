@@ -14,7 +14,7 @@ from rwalk.bench.spec import RunSpec
 from rwalk.bench.tuned import Tuned
 from rwalk.cli.report import LivePage
 from rwalk.cli.run import Run, check, check_spec, complain_of, done, make_folder, method_names, numbers, prepare, spec_of
-from rwalk.report import tuning_shown
+from rwalk.report import terminal
 
 OURS = {"--method", "--methods", "--strength", "--lr", "--learning-rates", "--tune-tasks", "--validation", "--refine",
         "--seeds", "--first-seed", "--workers", "--backend", "--address"}  # fmt: skip
@@ -67,7 +67,7 @@ class Tune(Run):
 
             chosen = search.result(evaluate, trials.out)
             chosen.save(self.out)
-            tuning_shown.show(chosen, self._command(words, chosen), console)
+            terminal.show_tuned(chosen, self._command(words, chosen), console)
             complain_of(failures, list(failures))
             if not all(failure.known for failure in failures.values()):  # a strength that is too large may well fail
                 status = 1
