@@ -236,7 +236,7 @@ def tuned_strength(command: Run, spec: RunSpec) -> float | None:
     if not path.exists():
         text = f"`{command.out}` has no tuned strength for `{spec.method_name}` on {name} with these settings"
         raise ValueError(printable(f"{text}; run `rwalk tune` with them, or pass a number."))
-    tuned = Tuned.load(path)
+    tuned = Tuned.load(path, exact=True)
     if tuned.lr != spec.training.lr:
         raise ValueError(f"The strength was tuned with --lr {tuned.lr:g}, not {spec.training.lr:g}; pass that, or tune again.")
     return tuned.strength

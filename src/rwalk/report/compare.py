@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev, variance
 from typing import Any
 
-from rwalk.bench.record import Record, is_number
+from rwalk.bench.record import Record
+from rwalk.bench.sealed import is_number
 from rwalk.report.plain import plain
 from rwalk.report.summary import canonical
 

@@ -149,7 +149,7 @@ def read(folder: str | Path) -> tuple[list[Record], list[str]]:
     for file in below:
         try:
             if file.suffix == SUFFIX:
-                Tuned.load(file)
+                Tuned.load(file, exact=True)
         except (ValueError, OSError) as error:
             problems.append(_problem(file, error))
     return [record for _, record in records.values()], problems

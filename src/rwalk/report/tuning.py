@@ -13,7 +13,7 @@ def chosen(folder: str | Path, comparisons: Sequence[MethodComparison]) -> list[
     tunings = []
     for file in sorted(Path(folder).rglob(f"*{SUFFIX}")):
         with suppress(ValueError, OSError):  # `rwalk.report.read` names it
-            tunings.append(Tuned.load(file))
+            tunings.append(Tuned.load(file, exact=True))
     return [[_how(line, comparison, tunings) for line in comparison.lines] for comparison in comparisons]
 
 
