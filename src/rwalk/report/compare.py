@@ -1,7 +1,7 @@
 """Two sets of records side by side: in which settings they differ, and whether results differ by more than seeds do."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev, variance
 from typing import Any
@@ -28,41 +28,19 @@ Differences = dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]]
 
 @dataclass(frozen=True)
 class Effect:
-    """How much higher one of `FIGURES` is in B than in A, over the seeds that both have."""
+    """How much higher one of `FIGURES` is in B than in A, over the seeds that both have.
+
+    `interval` is the difference's at 95 %, by Student's t over the paired differences, None for one seed. `g` is the difference
+    over the root mean square of both deviations, corrected for few seeds: Hedges' g_av (Cumming 2012), None below three seeds.
+    """
 
     figure: str
     seeds: tuple[int, ...]
     a: tuple[float, ...]
     b: tuple[float, ...]
-
-    @property
-    def difference(self) -> float:
-        """The difference of the means."""
-        return fmean(self.b) - fmean(self.a)
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """The difference at 95 %, by Student's t over the paired differences; None for one seed."""
-        from scipy.special import stdtrit
-
-        if len(self.seeds) < 2:
-            return None
-        spread = stdev(b - a for a, b in zip(self.a, self.b, strict=True))
-        width = float(stdtrit(len(self.seeds) - 1, 0.975)) * spread / math.sqrt(len(self.seeds))
-        return self.difference - width, self.difference + width
-
-    @property
-    def g(self) -> float | None:
-        """Hedges' g_av (Cumming 2012), None below three seeds: the difference over the root mean square of both deviations.
-
-        With n - 1 degrees of freedom; the gamma functions take out the bias of few seeds (Hedges 1981).
-        """
-        freedom = len(self.seeds) - 1
-        spread = math.sqrt((variance(self.a) + variance(self.b)) / 2) if len(self.seeds) >= FEWEST else 0.0
-        if spread < 1e-50:
-            return None
-        bias = math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom - 1) / 2)) / math.sqrt(freedom / 2)
-        return bias * self.difference / spread
+    difference: float
+    interval: tuple[float, float] | None
+    g: float | None
 
     @property
     def verdict(self) -> str:
@@ -101,6 +79,22 @@ class _Runs:
     by_seed: dict[int, Record]
     settings: dict[str, dict[str, Any]]
 
+    def differences(self, other: "_Runs") -> Differences:
+        """Return the settings in which another method's runs differ from these."""
+        both = {key: (self.settings.get(key, {}), other.settings.get(key, {})) for key in {**self.settings, **other.settings}}
+        return {key: (tuple(x.values()), tuple(y.values())) for key, (x, y) in both.items() if x.keys() != y.keys()}
+
+    def nearest(self, others: Sequence["_Runs"]) -> "_Runs | None":
+        """Return the runs of the same name, if there are any, with the fewest settings that differ; None if several are."""
+        far = [(self.method != other.method, len(self.differences(other))) for other in others]
+        return others[far.index(min(far))] if far and far.count(min(far)) == 1 else None
+
+    def name(self, side: Sequence["_Runs"]) -> str:
+        """Return the method and its strength, and the settings that distinguish it from others of the same method."""
+        telling = {key for other in side if other.method == self.method for key in self.differences(other)} | {"strength"}
+        words = [f"{key} {plain(value)}" for key in self.settings if key in telling for value in self.settings[key].values()]
+        return f"{self.method} ({', '.join(words)})" if words else self.method
+
 
 def compare(records_a: Iterable[Record], records_b: Iterable[Record]) -> Contrast:
     """Compare the methods of two sets of records, paired over the seeds that both have.
@@ -113,10 +107,10 @@ def compare(records_a: Iterable[Record], records_b: Iterable[Record]) -> Contras
         records_b: the others.
     """
     ours, theirs = _grouped(records_a), _grouped(records_b)
-    partners = {a: b for a in ours if (b := _nearest(a, theirs)) and _nearest(b, ours) is a}
-    pairs = [Pair(_name(a, ours), _name(b, theirs), _differences(a, b), _effects(a, b)) for a, b in partners.items()]
-    only_a = [_name(a, ours) for a in ours if a not in partners]
-    only_b = [_name(b, theirs) for b in theirs if b not in partners.values()]
+    partners = {a: b for a in ours if (b := a.nearest(theirs)) and b.nearest(ours) is a}
+    pairs = [Pair(a.name(ours), b.name(theirs), a.differences(b), tuple(_effects(a, b))) for a, b in partners.items()]
+    only_a = [a.name(ours) for a in ours if a not in partners]
+    only_b = [b.name(theirs) for b in theirs if b not in partners.values()]
     return Contrast(tuple(pairs), tuple(only_a), tuple(only_b))
 
 
@@ -146,36 +140,30 @@ def _settings(record: Record) -> dict[str, Any]:
     return found | {"threads": record.threads, "ranks": record.ranks, "device": record.device}
 
 
-def _nearest(one: _Runs, others: Sequence[_Runs]) -> _Runs | None:
-    far = [(one.method != other.method, len(_differences(one, other))) for other in others]
-    return others[far.index(min(far))] if far and far.count(min(far)) == 1 else None
-
-
-def _differences(a: _Runs, b: _Runs) -> Differences:
-    both = {key: (a.settings.get(key, {}), b.settings.get(key, {})) for key in {**a.settings, **b.settings}}
-    return {key: (tuple(x.values()), tuple(y.values())) for key, (x, y) in both.items() if x.keys() != y.keys()}
-
-
-def _name(runs: _Runs, side: Sequence[_Runs]) -> str:
-    """Return the method and its strength, and the settings that distinguish it from others of the same method."""
-    telling = {key for other in side if other.method == runs.method for key in _differences(runs, other)} | {"strength"}
-    words = [f"{key} {plain(value)}" for key in runs.settings if key in telling for value in runs.settings[key].values()]
-    return f"{runs.method} ({', '.join(words)})" if words else str(runs.method)
-
-
-def _effects(a: _Runs, b: _Runs) -> tuple[Effect, ...]:
-    """Return the effect on each figure that both have for a common seed."""
-    if not comparable(_differences(a, b)):
-        return ()
-    found = []
+def _effects(a: _Runs, b: _Runs) -> Iterator[Effect]:
+    """Yield the effect on each figure that both have for a common seed, if they are of one stream."""
+    common = sorted(a.by_seed.keys() & b.by_seed.keys()) if comparable(a.differences(b)) else []
     for figure, read in FIGURES.items():
-        values = {seed: (read(a.by_seed[seed]), read(b.by_seed[seed])) for seed in sorted(a.by_seed.keys() & b.by_seed.keys())}
-        known = [(seed, float(x), float(y)) for seed, (x, y) in values.items() if _is_known(x) and _is_known(y)]
+        values = [(seed, read(a.by_seed[seed]), read(b.by_seed[seed])) for seed in common]
+        known = [(seed, float(x), float(y)) for seed, x, y in values if _is_known(x) and _is_known(y)]
         if known:
-            found.append(Effect(figure, *zip(*known, strict=True)))
-    return tuple(found)
+            yield _effect(figure, *zip(*known, strict=True))
 
 
 def _is_known(value: Any) -> bool:
     """Return whether a value is a number that can be squared; a file may hold anything."""
     return value is not None and is_number(value) and abs(value) < 1e100
+
+
+def _effect(figure: str, seeds: tuple[int, ...], a: tuple[float, ...], b: tuple[float, ...]) -> Effect:
+    from scipy.special import stdtrit
+
+    freedom, difference, interval, g = len(seeds) - 1, fmean(b) - fmean(a), None, None
+    if freedom >= 1:
+        error = stdev(y - x for x, y in zip(a, b, strict=True)) / math.sqrt(len(seeds))
+        width = float(stdtrit(freedom, 0.975)) * error
+        interval = difference - width, difference + width
+    if len(seeds) >= FEWEST and (spread := math.sqrt((variance(a) + variance(b)) / 2)) > 1e-50:
+        bias = math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom - 1) / 2)) / math.sqrt(freedom / 2)  # Hedges 1981
+        g = bias * difference / spread
+    return Effect(figure, seeds, a, b, difference, interval, g)
