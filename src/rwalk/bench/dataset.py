@@ -1,8 +1,9 @@
 """Data sets in memory, as every loader returns them."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,8 +50,8 @@ class DataSet:
         """Return a short fingerprint of the content."""
         whole = hashlib.sha256()
         for tensor in (self.train_x, self.train_y, self.test_x, self.test_y, self.train_domain, self.test_domain):
-            if tensor is not None:
-                whole.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            for part in [] if tensor is None else _bytes(tensor):
+                whole.update(part)
         return whole.hexdigest()[:16]
 
 
@@ -68,3 +69,12 @@ def scaled(known: Tensor) -> Callable[[Tensor], Tensor]:
     deviation, mean = torch.std_mean(known / size - lowest, 0, correction=0)
     deviation = torch.where(fixed, 1.0, deviation)
     return lambda x: ((x.double() / size - lowest - mean) / deviation).float()
+
+
+def _bytes(tensor: Tensor) -> Iterator[Any]:
+    """Yield the bytes of a tensor: those in memory or, without NumPy, copies."""
+    flat = tensor.contiguous().flatten().view(torch.uint8)
+    try:
+        yield flat.numpy().data
+    except RuntimeError:
+        yield from (bytes(part.tolist()) for part in flat.split(2**20))
