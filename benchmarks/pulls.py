@@ -17,7 +17,7 @@ import torch
 from rwalk import RWalk, bench
 from rwalk.bench import Record, Training
 from rwalk.bench.data import load
-from rwalk.bench.record import file_name
+from rwalk.bench.sealed import file_name
 from rwalk.bench.spec import RunSpec
 
 STRENGTHS = [10.0**k for k in range(-1, 7)]

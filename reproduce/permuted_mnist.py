@@ -28,7 +28,7 @@ from rwalk.bench import Experience, Record, Training, permuted
 from rwalk.bench.baselines import AGEM, Addition, Rehearsal, Replay
 from rwalk.bench.data import load
 from rwalk.bench.dataset import DataSet
-from rwalk.bench.record import file_name
+from rwalk.bench.sealed import file_name
 from rwalk.bench.training import Batch, Learner
 from rwalk.consolidation.settings import Pull, Settings, resolve
 from rwalk.rules.base import Rule

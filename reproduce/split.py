@@ -22,7 +22,7 @@ from rwalk.bench.baselines import Rehearsal
 from rwalk.bench.holdout import later
 from rwalk.bench.models import build
 from rwalk.bench.pool import run_or_load
-from rwalk.bench.record import file_name
+from rwalk.bench.sealed import file_name
 from rwalk.bench.spec import RunSpec
 from rwalk.bench.training import Learner
 from rwalk.consolidation.settings import resolve

@@ -28,7 +28,7 @@ from rwalk.bench.data import load
 from rwalk.bench.dataset import DataSet
 from rwalk.bench.models import build
 from rwalk.bench.pool import run_or_load
-from rwalk.bench.record import file_name
+from rwalk.bench.sealed import file_name
 from rwalk.bench.spec import RunSpec
 
 DEFAULT = TaskFisher.defaults.strength

@@ -20,7 +20,7 @@ from rwalk.bench import Record, Training
 from rwalk.bench.checkpoint import accuracy_so_far
 from rwalk.bench.tuned import Tuned
 from rwalk.replay import Buffer
-from rwalk.report import compared, page, svg, tuning_shown
+from rwalk.report import page, svg, terminal
 from rwalk.report.markdown import markdown
 from spoilt import mutations, refused, spoilt
 
@@ -210,7 +210,7 @@ def shown(records):
     """Print the tables of records, and a comparison with themselves."""
     console = Console(file=io.StringIO(), width=200)
     report.show(report.summarise(records), console)
-    compared.show(report.compare(records, records[:2]), "a", "b", console)
+    terminal.show_contrast(report.compare(records, records[:2]), "a", "b", console)
 
 
 @settings(QUICK, max_examples=40)
@@ -226,7 +226,7 @@ def test_a_sealed_file_of_tuning_of_a_wrong_kind_is_named_or_works(tmp_path_fact
     assert len(records) == 1
     page.write(folder)
     if not problems:
-        tuning_shown.show(Tuned.load(folder / "odd.tuned"), "rwalk run", Console(file=io.StringIO()))
+        terminal.show_tuned(Tuned.load(folder / "odd.tuned"), "rwalk run", Console(file=io.StringIO()))
         return
     assert f"`{folder / 'odd.tuned'}`" in problems[0]
     assert problems[0].endswith(".")

@@ -175,6 +175,18 @@ def test_commands_do_the_same_runs_again(records, tmp_path):
         assert {name for line in found.lines for name in names_of(shlex.split(line)[1:])} == mine
 
 
+@pytest.mark.parametrize(("command", "expected"), [
+    ("rwalk run split-x --methods si,rwalk --data 'a b'", "rwalk run split-x --methods si,rwalk --data 'a b'"),
+    ("rwalk tune split-x; rm -r /", "rwalk tune 'split-x;' rm -r /"),
+    ("rwalk run 'split-x", "rwalk run permuted-x --methods rwalk"),
+    ("rm -r /", "rwalk run permuted-x --methods rwalk"),
+])  # fmt: skip
+def test_a_command_in_a_record_is_the_one_that_repeats_it_and_nothing_else(command, expected):
+    (comparison,) = report.summarise([made(command=command, seed=seed) for seed in range(2)])
+    (line,) = reproduce.commands(comparison).lines
+    assert line.startswith(expected)
+
+
 def names_of(words):
     """Return the names of the records that a command writes."""
     return [run.name for run in describe(parse(words))]

@@ -157,7 +157,7 @@ def test_joint_training_takes_more_steps_at_each_task(tmp_path):
     ticks = []
     display.hooks(run)
     run.run(tick=lambda: ticks.append(1))
-    assert display.bars[run].ends[-1] == len(ticks)
+    assert display.bars[run].total == len(ticks)
 
 
 def test_runs_of_workers_are_followed_by_their_locks_and_checkpoints(tmp_path):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import rwalk
 from rwalk import L2, Consolidator
 from rwalk.bench import Record
-from rwalk.bench.record import file_name
+from rwalk.bench.sealed import file_name
 from rwalk.distributed.checkpoint import read_metadata
 from spoilt import mutations, refused
 

@@ -21,7 +21,8 @@ from records import made
 from rwalk import Consolidator, RWalk, report
 from rwalk.bench.tuned import Tuned
 from rwalk.cli.main import main
-from rwalk.report import compared, page, tuning_shown
+from rwalk.report import page
+from rwalk.report import terminal as tables
 from rwalk.report.markdown import markdown
 from rwalk.report.names import clean
 from rwalk.report.plain import complain, plain, tolerant
@@ -59,11 +60,11 @@ def test_names_are_text_in_every_table(name):
     text = printed(lambda console: report.show(report.summarise(records), console))
     assert plain(f"split-{name}", 200) in text
     assert plain(f"{name}={name}", 200) in text
-    text = printed(lambda console: compared.show(report.compare(records, odd(name + "2")), name, name, console))
+    text = printed(lambda console: tables.show_contrast(report.compare(records, odd(name + "2")), name, name, console))
     assert f"A: {plain(name, 200)}" in text
     trials = [{"strength": 0.5, "lr": 0.1, "accuracy": 0.5, "seeds": {"0": None}, "failures": []}]
     chosen = Tuned(name, name, 0.5, 0.1, 0.5, 2, trials, edge=[name])
-    text = printed(lambda console: tuning_shown.show(chosen, f"rwalk run {name}", console))
+    text = printed(lambda console: tables.show_tuned(chosen, f"rwalk run {name}", console))
     assert f"{plain(name, 200)} on {plain(name, 200)}, first 2 tasks" in text
     assert f"Run: rwalk run {plain(name, 1000)}" in text
 

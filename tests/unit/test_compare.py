@@ -14,7 +14,7 @@ from scipy import stats
 
 from rwalk.bench.record import Record
 from rwalk.cli.main import main
-from rwalk.report import compare, compared
+from rwalk.report import compare, terminal
 from rwalk.report.compare import comparable
 
 
@@ -37,7 +37,7 @@ def only(a, b):
 
 def shown(contrast, width=100):
     file = io.StringIO()
-    compared.show(contrast, "one", "two", Console(file=file, width=width))
+    terminal.show_contrast(contrast, "one", "two", Console(file=file, width=width))
     return file.getvalue()
 
 

@@ -234,7 +234,7 @@ def test_a_record_under_the_name_of_another_run_is_left_out(tmp_path):
     for other in (made("rwalk"), made("finetune", seed=1), made("finetune", stream="split-x")):
         folder = tmp_path / other.name
         place = mine.save(folder).rename(folder / other.name)
-        with pytest.raises(ValueError, match=rf"named like another run; .*`{mine.name}`.*Move the file away and run again"):
+        with pytest.raises(ValueError, match=rf"named like another one; .*`{mine.name}`.*Move the file away and run again"):
             Record.load(place)
         made("joint").save(folder)
         records, problems = report.read(folder)
@@ -248,7 +248,7 @@ def test_a_run_is_not_taken_for_done_by_a_record_of_other_settings(tmp_path):
     weak, strong = (made(config=made().config | {"strength": s}) for s in (1.0, 2.0))
     place = weak.save(tmp_path).rename(tmp_path / strong.name)
     assert Record.load(place) == weak
-    with pytest.raises(ValueError, match="named like another run"):
+    with pytest.raises(ValueError, match="named like another one"):
         Record.load(place, exact=True)
 
 

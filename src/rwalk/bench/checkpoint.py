@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 from rwalk._errors import printable
 from rwalk._io import files, states
 from rwalk.bench import devices
-from rwalk.bench.record import is_matrix, problem
+from rwalk.bench.record import Record, is_matrix
 from rwalk.bench.streams import Experience
 from rwalk.bench.training import CustomLearner, Learner, Resumable
 
@@ -113,7 +114,9 @@ def _check_measured(measured: Measured, tasks: int) -> None:
 
 def _recordable(parts: dict[str, Any]) -> bool:
     """Return whether a record may hold some parts."""
-    return not problem({"method": "", "stream": "", "seed": 0, "accuracy": []} | files.as_json(parts))
+    with suppress(ValueError):
+        return bool(Record.from_json({"method": "", "stream": "", "seed": 0, "accuracy": []} | files.as_json(parts)))
+    return False
 
 
 def _check_learner(learner: Learner, state: Mapping[str, Any], outputs: int) -> None:

@@ -18,11 +18,10 @@ TEXTS = ("text", "sentence", "utterance", "content")
 Form = Literal["images", "lists", "text", "table"]
 
 
-def choose(name: str, rows: Rows, label: str | None, by: str | None) -> tuple[Form, list[str]]:
+def choose(rows: Rows, label: str | None, by: str | None) -> tuple[Form, list[str]]:
     """Return what the inputs are, and the columns that hold them.
 
     Args:
-        name: of the data set, for messages.
         rows: the training split.
         label: the column of labels, None for texts that are to be continued.
         by: the column of domains, if there is one.
@@ -31,27 +30,31 @@ def choose(name: str, rows: Rows, label: str | None, by: str | None) -> tuple[Fo
         ValueError: if there are no inputs or labels, or more columns than one tensor can have.
     """
     others = [c for c in rows.table.column_names if c not in (label, by) and not c.startswith("__index_level_")]
-    form, columns = _form(name, rows, others)
+    form, columns = _form(rows, others)
     if label is None and (form != "text" or any(tables.listed(rows.kind(c)) for c in others)):
-        raise schema_error(name, rows, "a column of labels, named `label` or marked as ClassLabel")
+        raise schema_error(rows, "a column of labels, named `label` or marked as ClassLabel")
     beside = {"images": columns, "lists": others}.get(form, [])
     if len(beside) > 1:
         names = ", ".join(f"`{c}`" for c in beside if c != columns[0])
-        raise ValueError(printable(f"`{name}` has {form} in column `{columns[0]}` beside {names}. Drop the other columns."))
+        raise ValueError(
+            printable(f"`{rows.name}` has {form} in column `{columns[0]}` beside {names}. Drop the other columns.")
+        )
     return form, columns
 
 
-def refuse_kinds(name: str, form: Form, columns: Sequence[str], test: Rows) -> None:
+def refuse_kinds(form: Form, columns: Sequence[str], test: Rows) -> None:
     """Raise a ValueError if a column of images or texts holds something else in the test split."""
     for column in columns:
         kind = test.kind(column)
         right = is_text(kind) if form == "text" else form != "images" or _pictures(test, column)
         if not right:
-            came = f"The column `{column}` of `{name}` holds {kind} in {test.files[0][0]}, and {form} in the training split"
+            came = (
+                f"The column `{column}` of `{test.name}` holds {kind} in {test.files[0][0]}, and {form} in the training split"
+            )
             raise ValueError(printable(f"{came}. Convert it, or drop these files."))
 
 
-def _form(name: str, rows: Rows, others: Sequence[str]) -> tuple[Form, list[str]]:
+def _form(rows: Rows, others: Sequence[str]) -> tuple[Form, list[str]]:
     """Return the first form that some columns have, and these columns."""
     pictures = [c for c in others if _pictures(rows, c)]
     lists = [c for c in others if tables.numbers_in_lists(rows.kind(c))]
@@ -64,37 +67,37 @@ def _form(name: str, rows: Rows, others: Sequence[str]) -> tuple[Form, list[str]
         return "text", words[:1]
     if all(is_text(rows.kind(c)) for c in others):
         expected = "images (a struct with `bytes`, or a column marked as Image), lists of numbers, a column `text`, or a table"
-        raise schema_error(name, rows, f"{expected} with numbers or categories")
+        raise schema_error(rows, f"{expected} with numbers or categories")
     return "table", list(others)
 
 
-def schema_error(name: str, rows: Rows, needed: str) -> ValueError:
+def schema_error(rows: Rows, needed: str) -> ValueError:
     """Return an error that names the columns."""
     columns = ", ".join(f"`{field.name}` ({field.type})" for field in rows.table.schema)
-    return ValueError(printable(f"`{name}` has the columns {columns}; it needs {needed}."))
+    return ValueError(printable(f"`{rows.name}` has the columns {columns}; it needs {needed}."))
 
 
-def tensors(name: str, form: Form, columns: Sequence[str], train: Rows, test: Rows) -> tuple[Tensor, Tensor]:
+def tensors(form: Form, columns: Sequence[str], train: Rows, test: Rows) -> tuple[Tensor, Tensor]:
     """Return the inputs that some columns hold, as in `rwalk.bench.dataset.DataSet`."""
     if form == "images":
-        known, others = images.tensors(name, *(_encoded(rows, columns[0]) for rows in (train, test)))
+        known, others = images.tensors(train.name, *(_encoded(rows, columns[0]) for rows in (train, test)))
         return known, others
     if form == "lists":
-        return tables.lists(name, columns[0], train, test)
+        return tables.lists(columns[0], train, test)
     if form == "text":
-        x = texts.padded(strings(name, train, columns[0]))
+        x = texts.padded(strings(train, columns[0]))
         if not x.any():
-            raise ValueError(printable(f"The training texts of `{name}` have no words. Name another column `text`."))
-        return x, texts.padded(strings(name, test, columns[0]), x.shape[1])
-    return tables.columns(name, columns, train, test)
+            raise ValueError(printable(f"The training texts of `{train.name}` have no words. Name another column `text`."))
+        return x, texts.padded(strings(test, columns[0]), x.shape[1])
+    return tables.columns(columns, train, test)
 
 
-def strings(name: str, rows: Rows, column: str) -> list[str]:
+def strings(rows: Rows, column: str) -> list[str]:
     """Return the texts of a column, or refuse the first that is missing."""
-    found: list[str | None] = rows.values(name, column)
+    found: list[str | None] = rows.values(column)
     for row, text in enumerate(found):
         if text is None:
-            raise ValueError(printable(f"`{name}` has missing texts ({rows.where(row)}). Fill or drop those rows."))
+            raise ValueError(printable(f"`{rows.name}` has missing texts ({rows.where(row)}). Fill or drop those rows."))
     return [text for text in found if text is not None]
 
 

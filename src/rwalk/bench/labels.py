@@ -25,11 +25,10 @@ def usual_column(rows: Rows, by: str | None) -> str | None:
     return next(iter(both + marked + usual), None)
 
 
-def numbered(name: str, train: Rows, test: Rows, column: str, what: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+def numbered(train: Rows, test: Rows, column: str, what: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Number the values of a column from 0 on, in their sorted order.
 
     Args:
-        name: of the data set, for messages.
         train: the rows for training.
         test: the rows for testing.
         column: the column.
@@ -41,12 +40,12 @@ def numbered(name: str, train: Rows, test: Rows, column: str, what: str) -> tupl
     Raises:
         ValueError: if a value is missing, neither a whole number nor a name, or in test alone.
     """
-    found = [_values(name, rows, column, what) for rows in (train, test)]
+    found = [_values(rows, column, what) for rows in (train, test)]
     known = sorted(set(found[0]))
     numbers = {value: number for number, value in enumerate(known)}
     for row, value in enumerate(found[1]):
         if value not in numbers:
-            raise _refusal(name, column, f"test {what} {value!r} that train lacks", test.where(row))
+            raise _refusal(test, row, column, f"test {what} {value!r} that train lacks")
     names = _names(train.features, column)
     return (
         torch.tensor([numbers[value] for value in found[0]]),
@@ -55,23 +54,23 @@ def numbered(name: str, train: Rows, test: Rows, column: str, what: str) -> tupl
     )
 
 
-def _values(name: str, rows: Rows, column: str, what: str) -> list[Any]:
+def _values(rows: Rows, column: str, what: str) -> list[Any]:
     """Return the values of a column that can be labels, or refuse the first that cannot."""
     if kinds.is_nested(rows.kind(column)):
-        came = f"The column `{column}` of `{name}` holds {what} of type {rows.kind(column)}"
+        came = f"The column `{column}` of `{rows.name}` holds {what} of type {rows.kind(column)}"
         raise ValueError(printable(f"{came}; each row needs a whole number or a name."))
-    values = [_whole(value) for value in rows.values(name, column)]
+    values = [_whole(value) for value in rows.values(column)]
     for row, value in enumerate(values):
         if value is None or (what == "labels" and value == -1):  # -1 is the hub's sign for no label
             missing = "labels that are missing or -1" if what == "labels" else f"missing {what}"
-            raise _refusal(name, column, missing, rows.where(row))
+            raise _refusal(rows, row, column, missing)
         if isinstance(value, float | Decimal):
-            raise _refusal(name, column, f"{what} that are no whole numbers", rows.where(row))
+            raise _refusal(rows, row, column, f"{what} that are no whole numbers")
     return values
 
 
-def _refusal(name: str, column: str, came: str, where: str) -> ValueError:
-    return ValueError(printable(f"`{name}` has {came} ({where}). Check the column `{column}`."))
+def _refusal(rows: Rows, row: int, column: str, came: str) -> ValueError:
+    return ValueError(printable(f"`{rows.name}` has {came} ({rows.where(row)}). Check the column `{column}`."))
 
 
 def _whole(value: Any) -> Any:

@@ -5,6 +5,7 @@ Inputs are the images, else the lists of numbers, else the texts, else all colum
 
 import os
 from collections.abc import Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,16 @@ STREAM = "stream"
 def from_folder(folder: Path, label: str | None = None, by: str | None = None) -> DataSet:
     """Load a data set from a folder; arguments and errors are those of `rwalk.bench.data.load`."""
     if _files(folder, STREAM) and not _files(folder, "train"):
-        return _assemble(folder.name, _held_out(folder.name, _split(folder, (STREAM,)), {label, by}), label, by)
-    return _assemble(folder.name, {split: _split(folder, names, by) for split, names in SPLITS.items()}, label, by)
+        return _assemble(_held_out(_split(folder, (STREAM,)), {label, by}), label, by)
+    return _assemble({split: _split(folder, names, by) for split, names in SPLITS.items()}, label, by)
 
 
 def from_hub(name: str, label: str | None = None, by: str | None = None) -> DataSet:
     """Load a data set through Hugging Face `datasets`; arguments and errors are those of `rwalk.bench.data.load`."""
     found = download(HUB.get(name, name))
-    splits = {split: Rows(plain(table), ((f"the {split} split", len(table)),)) for split, table in found.items()}
-    return _assemble(name.split("/")[-1], splits, label, by)
+    short = name.split("/")[-1]
+    splits = {split: Rows(short, plain(table), ((f"the {split} split", len(table)),)) for split, table in found.items()}
+    return _assemble(splits, label, by)
 
 
 def download(name: str) -> dict[str, Any]:
@@ -53,14 +55,16 @@ def download(name: str) -> dict[str, Any]:
     return {split: found[source].with_format("arrow")[:] for split, source in chosen.items()}
 
 
-def _held_out(name: str, rows: Rows, taken: Set[str | None]) -> dict[str, Rows]:
+def _held_out(rows: Rows, taken: Set[str | None]) -> dict[str, Rows]:
     """Put rows in the order of their times, except for columns that are taken otherwise, and hold out every fifth."""
     order, table = np.arange(len(rows)), rows.table
     if columns := [c for c in times.NAMES if c in table.column_names and c not in taken]:
-        order = times.order(name, rows, columns)
+        order = times.order(rows, columns)
         table = table.take(order).drop_columns(columns)
     last = np.arange(len(rows)) % 5 == 4
-    return {split: Rows(table.filter(some), rows.files, order[some]) for split, some in (("train", ~last), ("test", last))}
+    return {
+        split: replace(rows, table=table.filter(some), chosen=order[some]) for split, some in (("train", ~last), ("test", last))
+    }
 
 
 def _files(folder: Path, name: str) -> list[Path]:
@@ -102,45 +106,45 @@ def _joined(folder: Path, split: str, mine: list[Path], by: str | None) -> Rows:
     except pa.ArrowException as error:
         some = f"{what} have columns of different types ({str(error).splitlines()[0]})"
         raise ValueError(printable(f"{some}. Make the files alike.")) from None
-    return Rows(whole, tuple((str(f.relative_to(folder)), len(t)) for f, t in zip(mine, tables, strict=True)))
+    return Rows(folder.name, whole, tuple((str(f.relative_to(folder)), len(t)) for f, t in zip(mine, tables, strict=True)))
 
 
-def _assemble(name: str, splits: dict[str, Rows], label: str | None, by: str | None) -> DataSet:
+def _assemble(splits: dict[str, Rows], label: str | None, by: str | None) -> DataSet:
     """Turn the rows of a train and a test split into tensors."""
     for split, rows in splits.items():
         if len(rows) == 0:
-            raise ValueError(printable(f"`{name}` has an empty {split} split. Check the files."))
+            raise ValueError(printable(f"`{rows.name}` has an empty {split} split. Check the files."))
     train, test = splits["train"], splits["test"]
     label = label or usual_column(train, by)
     named = [column for column in (label, by) if column]
-    form, columns = inputs.choose(name, train, label, by)
+    form, columns = inputs.choose(train, label, by)
     for split, rows in splits.items():
         lacking = [c for c in (*named, *columns) if c not in rows.table.column_names]
         if lacking:
-            raise inputs.schema_error(name, rows, f"the column `{lacking[0]}` in the {split} split too")
-    inputs.refuse_kinds(name, form, columns, test)
-    refuse_names(f"The splits of `{name}`", [train.features, test.features], [*named, *columns])
-    domains = numbered(name, train, test, by, "domains") if by else (None, None, ())
+            raise inputs.schema_error(rows, f"the column `{lacking[0]}` in the {split} split too")
+    inputs.refuse_kinds(form, columns, test)
+    refuse_names(f"The splits of `{train.name}`", [train.features, test.features], [*named, *columns])
+    domains = numbered(train, test, by, "domains") if by else (None, None, ())
     if label is None:
-        return _continued(name, train, test, columns[0], *domains)
-    labels = numbered(name, train, test, label, "labels")
-    x = inputs.tensors(name, form, columns, train, test)
+        return _continued(train, test, columns[0], *domains)
+    labels = numbered(train, test, label, "labels")
+    x = inputs.tensors(form, columns, train, test)
     tokens = texts.BUCKETS + 1 if form == "text" else 0
-    return DataSet(name, x[0], labels[0], x[1], labels[1], labels[2], tokens, *domains)
+    return DataSet(train.name, x[0], labels[0], x[1], labels[1], labels[2], tokens, *domains)
 
 
 def _continued(
-    name: str, train: Rows, test: Rows, column: str, at_train: Tensor | None, at_test: Tensor | None, domains: tuple[str, ...]
+    train: Rows, test: Rows, column: str, at_train: Tensor | None, at_test: Tensor | None, domains: tuple[str, ...]
 ) -> DataSet:
     """Return texts as windows of characters, each with the next character; domains are as in `DataSet`."""
     parts = []
     for split, rows, at in (("train", train, at_train), ("test", test, at_test)):
-        whole = inputs.strings(name, rows, column)
+        whole = inputs.strings(rows, column)
         parts.append(texts.windows(whole, torch.zeros(len(whole), dtype=torch.long) if at is None else at))
         if not len(parts[-1][0]):
-            some = f"The {split} texts of `{name}` are shorter than a window"
+            some = f"The {split} texts of `{train.name}` are shorter than a window"
             raise ValueError(printable(f"{some}; it takes more than {texts.WINDOW} bytes of text."))
     (train_x, train_y, train_at), (test_x, test_y, test_at) = parts
     known = tuple(map(chr, range(256)))
     where = (train_at, test_at, domains) if domains else ()
-    return DataSet(name, train_x, train_y, test_x, test_y, known, len(known), *where)
+    return DataSet(train.name, train_x, train_y, test_x, test_y, known, len(known), *where)

@@ -2,19 +2,17 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from rwalk._errors import printable
-from rwalk._io import files
 from rwalk.bench import metrics
+from rwalk.bench.sealed import Sealed, file_name, fits, is_number
 
 FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(Sealed):
     """One run of one method on one stream with one seed.
 
     Args:
@@ -54,6 +52,9 @@ class Record:
     ranks: int = 1
     device: str = "cpu"
     format: int = FORMAT
+
+    REFUSAL = "is no record of `rwalk run`", "Move the file away and run again."
+    NAMED = re.compile(r".*-seed-?[0-9]+-[0-9a-f]{10}\.json", re.DOTALL)
 
     @property
     def average_accuracy(self) -> float | None:
@@ -99,90 +100,25 @@ class Record:
         """File name: readable, and the same for the same method, stream, seed and configuration."""
         return file_name(self.stream, self.method, self.seed, self.config)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the record into a folder, whole or not at all, and return the file's path."""
-        path = Path(folder) / self.name
-        files.folder(path.parent)
-        files.seal(path, asdict(self))
-        return path
-
     @classmethod
-    def load(cls, path: str | Path, *, exact: bool = False) -> "Record":
-        """Read a record.
+    def from_json(cls, content: dict[str, Any]) -> "Record":
+        """Return the record that JSON content is, or raise a ValueError."""
+        if content.get("format", FORMAT) != FORMAT:
+            raise ValueError(f"its format is {content['format']}, not {FORMAT}")
+        return super().from_json(content)
 
-        Args:
-            path: the file. If its name is one of those that `save` gives, it has to name this record's stream, method and seed.
-            exact: whether it has to name the configuration, too.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if the file is not a record of this format, or is named like another one.
-        """
-        try:
-            content = files.unseal(path)
-        except ValueError as error:
-            raise ValueError(_unreadable(path, str(error))) from None
-        if wrong := problem(content):
-            raise ValueError(_unreadable(path, wrong))
-        record = cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})
-        name, right = Path(path).name, record.name
-        if NAMED.fullmatch(name) and name != right and (exact or name.rpartition("-")[0] != right.rpartition("-")[0]):
-            raise ValueError(_unreadable(path, f"it is named like another run; its content is that of `{right}`"))
-        return record
-
-
-NAMED = re.compile(r".*-seed-?[0-9]+-[0-9a-f]{10}\.json", re.DOTALL)
-"""Names that `file_name` gives."""
-
-
-def file_name(stream: str, method: str, seed: int, config: dict[str, Any]) -> str:
-    """Name the file of a run; equal configurations give equal names, and no name leaves its folder or is too long for it."""
-    words = re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{stream}-{method}")[:150]
-    return f"{words}-seed{int(seed)}-{files.digest(files.as_json([stream, method, seed, config]))[:10]}.json"
-
-
-def _unreadable(path: str | Path, problem: str) -> str:
-    return printable(f"`{path}` is no record of `rwalk run`: {problem}. Move the file away and run again.")
-
-
-def problem(content: dict[str, Any]) -> str:
-    """Return why a JSON object is no record; empty if it is one."""
-    missing = {"method", "stream", "seed", "accuracy"} - content.keys()
-    if missing:
-        return f"it has no {', '.join(sorted(missing))}"
-    if content.get("format", FORMAT) != FORMAT:
-        return f"its format is {content['format']}, not {FORMAT}"
-    wrong = [key for key, kind in KINDS.items() if key in content and type(content[key]) is not kind]
-    if wrong:
-        return f"its `{wrong[0]}` is not of type {KINDS[wrong[0]].__name__}"
-    return next((f"its `{key}` is not {what}" for key, (what, holds) in PARTS.items() if not holds(content)), "")
-
-
-KINDS = {"method": str, "stream": str, "seed": int, "accuracy": list, "untrained": list, "bits": list, "labels": list,
-         "config": dict, "timings": dict, "memory": dict, "diagnostics": list, "versions": dict, "threads": int, "ranks": int,
-         "device": str, "command": str}  # fmt: skip
-"""The type of each part of a record."""
-
-
-def is_number(value: Any) -> bool:
-    """Return whether JSON content is a number, or null, as NaN and infinities are written."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value is None or (number and abs(value) < 1e300)
-
-
-def _fraction(value: Any) -> bool:
-    return is_number(value) and (value is None or 0 <= value <= 1)
+    def problem(self) -> str:
+        """Return which part is not what readers rely on; empty if there is none."""
+        return next((f"its `{key}` is not {what}" for key, (what, holds) in PARTS.items() if not holds(self)), "")
 
 
 def is_matrix(rows: Any) -> bool:
     """Return whether JSON content is an accuracy matrix: a row of fractions and nulls for each task learned."""
-    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
-        return False
-    return all(len(row) == len(rows[0]) >= len(rows) and all(map(_fraction, row)) for row in rows)
+    return fits(rows, list[list[float]]) and all(len(row) == len(rows[0]) >= len(rows) and _fractions(row) for row in rows)
 
 
-def _are_counts(task: Any) -> bool:
-    return isinstance(task, dict) and all(type(task.get(key)) is int and task[key] >= 0 for key in ("occur", "compete"))
+def _fractions(values: list[float | None]) -> bool:
+    return all(value is None or 0 <= value <= 1 for value in values)
 
 
 def _is_config(config: dict[str, Any]) -> bool:
@@ -190,31 +126,25 @@ def _is_config(config: dict[str, Any]) -> bool:
     return parts and is_number(config.get("strength"))
 
 
-def _diagnostic(task: Any) -> bool:
-    """Whether this has figures by name, and layers with a name, a share and a drift."""
-    if not isinstance(task, dict):
+def _is_diagnostic(task: dict[str, Any]) -> bool:
+    """Return whether this has figures by name, and layers with a name, a share and a drift."""
+    layers = task.get("layers", [])
+    if not fits(layers, list[dict[str, Any]]) or not fits(task.get("figures", {}), dict[str, float]):
         return False
-    figures, layers = task.get("figures", {}), task.get("layers", [])
-    named = isinstance(layers, list) and all(isinstance(layer, dict) and isinstance(layer.get("name"), str) for layer in layers)
-    measured = named and all(is_number(layer.get(key)) for layer in layers for key in ("share", "drift"))
-    return measured and isinstance(figures, dict) and all(map(is_number, figures.values()))
+    return all(fits(one.get("name"), str) and is_number(one.get("share")) and is_number(one.get("drift")) for one in layers)
 
 
-PARTS: dict[str, tuple[str, Callable[[dict[str, Any]], bool]]] = {
-    "accuracy": ("a matrix of fractions and nulls, with a column for each task", lambda c: is_matrix(c["accuracy"])),
+PARTS: dict[str, tuple[str, Callable[[Record], bool]]] = {
+    "accuracy": ("a matrix of fractions and nulls, with a column for each task", lambda r: is_matrix(r.accuracy)),
     "untrained": (
         "a fraction or null for each task",
-        lambda c: all(map(_fraction, c.get("untrained", []))) and len(c.get("untrained", [])) in (0, *map(len, c["accuracy"])),
+        lambda r: _fractions(r.untrained) and len(r.untrained) in (0, *map(len, r.accuracy)),
     ),
-    "bits": (
-        "a matrix of numbers",
-        lambda c: all(isinstance(row, list) and all(map(is_number, row)) for row in c.get("bits", [])),
+    "labels": (
+        "whole numbers `occur` and `compete` for each task",
+        lambda r: all(task.get(key, -1) >= 0 for task in r.labels for key in ("occur", "compete")),
     ),
-    "labels": ("whole numbers `occur` and `compete` for each task", lambda c: all(map(_are_counts, c.get("labels", [])))),
-    "config": ("settings by name, and `strength` a number", lambda c: _is_config(c.get("config", {}))),
-    "timings": ("numbers by name", lambda c: all(map(is_number, c.get("timings", {}).values()))),
-    "memory": ("numbers by name", lambda c: all(map(is_number, c.get("memory", {}).values()))),
-    "versions": ("text by name", lambda c: all(isinstance(value, str) for value in c.get("versions", {}).values())),
-    "diagnostics": ("figures and layers for each task", lambda c: all(map(_diagnostic, c.get("diagnostics", [])))),
+    "config": ("settings by name, and `strength` a number", lambda r: _is_config(r.config)),
+    "diagnostics": ("figures and layers for each task", lambda r: all(map(_is_diagnostic, r.diagnostics))),
 }
 """What the parts of a record have to be, beyond their types, so that readers may rely on it."""

@@ -22,11 +22,13 @@ class Rows:
     """The rows of a split.
 
     Args:
+        name: of the data set, for messages.
         table: the columns, an Arrow table.
         files: what the rows come from, in order: the name of a file or a split, and its number of rows.
         chosen: the rows' numbers in those files together; None for all rows in their order.
     """
 
+    name: str
     table: Any
     files: tuple[tuple[str, int], ...]
     chosen: np.ndarray | None = None
@@ -53,7 +55,7 @@ class Rows:
         """Return the Arrow type of a column."""
         return self.table.schema.field(column).type
 
-    def values(self, name: str, column: str) -> list[Any]:
+    def values(self, column: str) -> list[Any]:
         """Return the values of a column as Python objects, None where one is missing.
 
         Raises:
@@ -64,10 +66,8 @@ class Rows:
             values: list[Any] = found.to_pylist()
         except (ValueError, OverflowError):
             row = next((row for row in range(len(found)) if not _readable(found[row])), 0)
-            came = (
-                f"The column `{column}` of `{name}` cannot be read ({self.where(row)}): it needs UTF-8, or dates of a calendar."
-            )
-            raise ValueError(printable(came)) from None
+            came = f"The column `{column}` of `{self.name}` cannot be read ({self.where(row)})"
+            raise ValueError(printable(f"{came}: it needs UTF-8, or dates of a calendar.")) from None
         return values
 
 
@@ -123,9 +123,9 @@ def read(file: Path) -> Any:
     return plain(table)
 
 
-def refuse_rows(name: str, rows: Sequence[Rows], bad: np.ndarray, came: str, remedy: str) -> None:
+def refuse_rows(rows: Sequence[Rows], bad: np.ndarray, came: str, remedy: str) -> None:
     """Raise a ValueError that names the first of the rows that are bad, counted through train and test."""
     if bad.any():
         row, known = int(bad.argmax()), len(rows[0])
         place = rows[0].where(row) if row < known else rows[1].where(row - known)
-        raise ValueError(printable(f"`{name}` has {came} ({place}). {remedy}"))
+        raise ValueError(printable(f"`{rows[0].name}` has {came} ({place}). {remedy}"))

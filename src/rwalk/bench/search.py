@@ -105,31 +105,33 @@ class Search:
             evaluate: does runs, in any order.
             folder: where Optuna keeps its journal, from which the same search continues.
         """
-        study, lost = self._study(folder), list[dict[str, Any]]()
-        from optuna.distributions import FloatDistribution  # after a message about Optuna, if it is missing
-
-        space = {name: FloatDistribution(values[0], values[-1], log=True) for name, values in self.ends.items()}
-        while True:
-            trials = [t.user_attrs["result"] for t in study.get_trials(deepcopy=False) if "result" in t.user_attrs] + lost
-            tried = {(t["strength"], t["lr"]) for t in trials}
-            missing = [point for point in self.grid if (point["strength"], point["lr"]) not in tried]
-            count = len(missing) or min(ROUND, len(self.grid) + self.refine - len(trials))
-            if count <= 0:
-                return self._chosen(sorted(trials, key=lambda t: (t["lr"], t["strength"])))
-            study.sampler = _sampler(len(trials))
-            for point in missing:
+        optuna = _optuna()
+        space = {key: optuna.distributions.FloatDistribution(v[0], v[-1], log=True) for key, v in self.ends.items()}
+        study = self._study(optuna, folder)
+        trials = [t.user_attrs["result"] for t in study.get_trials(deepcopy=False) if "result" in t.user_attrs]
+        while points := self._next(trials):
+            study.sampler = _sampler(optuna, len(trials))
+            for point in filter(None, points):
                 study.enqueue_trial(point)
-            lost += self._round([study.ask(space) for _ in range(count)], study, evaluate)
+            trials += self._tried([study.ask(space) for _ in points], study, evaluate)
+        return self._chosen(sorted(trials, key=lambda t: (t["lr"], t["strength"])))
 
-    def _round(self, asked: list[Any], study: Any, evaluate: Evaluate) -> Iterator[dict[str, Any]]:
-        """Do the runs of some trials, hand each result to Optuna as its last run ends, and yield those it is not to keep."""
+    def _next(self, trials: list[dict[str, Any]]) -> list[dict[str, float]]:
+        """Return what of the grid is left to try, or else an empty point for each that Optuna is to propose."""
+        tried = [{name: trial[name] for name in self.ends} for trial in trials]
+        left = len(self.grid) + self.refine - len(trials)
+        return [point for point in self.grid if point not in tried] or [{}] * min(ROUND, left)
+
+    def _tried(self, asked: list[Any], study: Any, evaluate: Evaluate) -> Iterator[dict[str, Any]]:
+        """Do the runs of some trials, and hand each result to Optuna and to the caller as its last run ends."""
         owners = {self._run(trial, seed): trial for trial in asked for seed in self.seeds}
-        found: dict[int, dict[int, Outcome]] = {trial.number: {} for trial in asked}
+        found: dict[int, dict[int, Record | Failure]] = {trial.number: {} for trial in asked}
         for spec, outcome in evaluate(list(owners)):
             trial = owners[spec]
-            found[trial.number][spec.seed] = outcome
-            if len(found[trial.number]) == len(self.seeds):
-                yield from _tell(study, trial, {seed: found[trial.number][seed].result for seed in self.seeds})
+            results = found[trial.number]
+            results[spec.seed] = outcome.result
+            if len(results) == len(self.seeds):
+                yield _told(study, trial, {seed: results[seed] for seed in self.seeds})
 
     def _run(self, trial: Any, seed: int) -> RunSpec:
         strength, lr = trial.params["strength"], trial.params["lr"]
@@ -146,21 +148,14 @@ class Search:
         values = best["strength"], best["lr"], best["accuracy"], len(spec.tasks), trials, spec.configuration, edge
         return Tuned(spec.method_name, spec.tasks[0].stream["name"].removesuffix(VALIDATION), *values)
 
-    def _study(self, folder: Path | None) -> Any:
+    def _study(self, optuna: Any, folder: Path | None) -> Any:
         """Return the study of this search, from its journal in a folder if there is one."""
-        try:
-            import optuna
-            from optuna.storages import JournalStorage
-            from optuna.storages.journal import JournalFileBackend
-        except ImportError as error:
-            raise ValueError(f"Tuning needs the package `optuna` ({error}). Run: pip install 'rwalk[tune]'") from None
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
         if folder is None:
             return optuna.create_study(direction="maximize")
         about = [self.spec.method_name, self.spec.configuration, self.grid, self.seeds]
         path = folder / f"{files.digest(files.as_json(about))[:10]}.journal"
         try:
-            storage = JournalStorage(JournalFileBackend(str(path)))
+            storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
             study = optuna.create_study(storage=storage, study_name="tuning", direction="maximize", load_if_exists=True)
             for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # of an attempt that was stopped
                 study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
@@ -169,27 +164,35 @@ class Search:
         return study
 
 
-def _sampler(seed: int) -> Any:
-    """Return a sampler that proposes the same after the same trials."""
-    import optuna
+def _optuna() -> Any:
+    """Return the package, which is imported for a search alone."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise ValueError(f"Tuning needs the package `optuna` ({error}). Run: pip install 'rwalk[tune]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
 
+
+def _sampler(optuna: Any, seed: int) -> Any:
+    """Return a sampler that proposes the same after the same trials."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # `constant_liar`, before Optuna 5
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=1, constant_liar=True)
 
 
-def _tell(study: Any, trial: Any, results: dict[int, Record | Failure]) -> list[dict[str, Any]]:
-    """Hand the mean accuracy over seeds to Optuna with its parts; return them if a worker died, so that nothing is kept."""
+def _told(study: Any, trial: Any, results: dict[int, Record | Failure]) -> dict[str, Any]:
+    """Hand the mean accuracy over seeds to Optuna, and return it with its parts; of a worker that died nothing is kept."""
     from optuna.trial import TrialState
 
     accuracies = {str(seed): r.average_accuracy for seed, r in results.items() if isinstance(r, Record)}
     failures = [r for r in results.values() if isinstance(r, Failure)]
     value = None if failures else fmean(a or 0.0 for a in accuracies.values())
     result = {**trial.params, "accuracy": value, "seeds": accuracies, "failures": [f.cause for f in failures]}
-    if kept := all(failure.known for failure in failures):
+    if all(failure.known for failure in failures):
         trial.set_user_attr("result", result)
     study.tell(trial, value, TrialState.FAIL if failures else TrialState.COMPLETE)
-    return [] if kept else [result]
+    return result
 
 
 def _positive(name: str, values: Iterable[float]) -> list[float]:

@@ -21,7 +21,8 @@ from rwalk.bench.checkpoint import Checkpoint, Measured
 from rwalk.bench.data import load
 from rwalk.bench.dataset import DataSet
 from rwalk.bench.holdout import early, later
-from rwalk.bench.record import Record, file_name
+from rwalk.bench.record import Record
+from rwalk.bench.sealed import file_name
 from rwalk.bench.streams import Experience, Scenario, label_counts
 from rwalk.bench.trackers import Track, figures, quiet
 from rwalk.bench.training import CustomLearner, Learner, Training, accuracies, check_batches

@@ -21,14 +21,8 @@ VALUES = 100
 """The most values that a category may have; each becomes a column."""
 
 
-def columns(name: str, chosen: Sequence[str], train: Rows, test: Rows) -> tuple[Tensor, Tensor]:
+def columns(chosen: Sequence[str], train: Rows, test: Rows) -> tuple[Tensor, Tensor]:
     """Return columns side by side: numbers and times with mean 0 and standard deviation 1, categories as 0 and 1.
-
-    Args:
-        name: of the data set, for messages.
-        chosen: names of the columns.
-        train: the rows for training.
-        test: the rows for testing.
 
     Returns:
         Train and test inputs, float32 (rows, columns). A category has a column for each value in the rows for training; others
@@ -39,29 +33,23 @@ def columns(name: str, chosen: Sequence[str], train: Rows, test: Rows) -> tuple[
     """
     parts = []
     for column in chosen:
-        whole = _joined(name, column, *(rows.table.column(column) for rows in (train, test)))
-        _refuse_missing(name, column, train, test, whole.is_null().to_numpy(zero_copy_only=False))
+        whole = _joined(train.name, column, *(rows.table.column(column) for rows in (train, test)))
+        _refuse_missing(column, train, test, whole.is_null().to_numpy(zero_copy_only=False))
         if is_text(whole.type):
-            parts.append(_one_hot(name, column, whole, len(train)))
+            parts.append(_one_hot(train.name, column, whole, len(train)))
         elif numeric(whole.type):
             values = torch.from_numpy(_numbers(whole, len(train)))[:, None]
-            parts.append(_standardised(name, column, train, test, values))
+            parts.append(_standardised(column, train, test, values))
         else:
             needed = "numbers, truth values, times or categories, or one image, list of numbers or `text` in each row"
-            came = f"The column `{column}` of `{name}` holds {whole.type}, and not {needed}"
+            came = f"The column `{column}` of `{train.name}` holds {whole.type}, and not {needed}"
             raise ValueError(printable(f"{came}. Drop this column, or convert it."))
     x = torch.cat(parts, 1)
     return x[: len(train)], x[len(train) :]
 
 
-def lists(name: str, column: str, train: Rows, test: Rows) -> tuple[Tensor, Tensor]:
+def lists(column: str, train: Rows, test: Rows) -> tuple[Tensor, Tensor]:
     """Return lists of numbers, each place with mean 0 and standard deviation 1 over the rows for training.
-
-    Args:
-        name: of the data set, for messages.
-        column: the column.
-        train: the rows for training.
-        test: the rows for testing.
 
     Returns:
         Train and test inputs, float32 (rows, length), or with more dimensions for lists in lists.
@@ -69,15 +57,15 @@ def lists(name: str, column: str, train: Rows, test: Rows) -> tuple[Tensor, Tens
     Raises:
         ValueError: if lists differ in length, are empty, or hold missing or infinite numbers.
     """
-    (known, shape), (other, second) = (_flat(name, column, rows) for rows in (train, test))
+    (known, shape), (other, second) = (_flat(column, rows) for rows in (train, test))
     if shape != second:
-        came = f"The column `{column}` of `{name}` has lists of shape {shape} in train and {second} in test"
+        came = f"The column `{column}` of `{train.name}` has lists of shape {shape} in train and {second} in test"
         raise ValueError(printable(f"{came}. Pad or crop them to one shape."))
-    whole, size = _joined(name, column, known, other), int(np.prod(shape))
+    whole, size = _joined(train.name, column, known, other), int(np.prod(shape))
     missing = whole.is_null().to_numpy(zero_copy_only=False).reshape(-1, size).any(1)
-    _refuse_missing(name, column, train, test, missing)
+    _refuse_missing(column, train, test, missing)
     values = torch.from_numpy(_numbers(whole, len(train) * size)).view(-1, *shape)
-    x = _standardised(name, column, train, test, values)
+    x = _standardised(column, train, test, values)
     return x[: len(train)], x[len(train) :]
 
 
@@ -112,18 +100,18 @@ def _joined(name: str, column: str, *sides: Any) -> Any:
     return whole
 
 
-def _refuse_missing(name: str, column: str, train: Rows, test: Rows, missing: np.ndarray) -> None:
-    refuse_rows(name, (train, test), missing, f"missing or infinite values in column `{column}`", "Fill or drop those rows.")
+def _refuse_missing(column: str, train: Rows, test: Rows, missing: np.ndarray) -> None:
+    refuse_rows((train, test), missing, f"missing or infinite values in column `{column}`", "Fill or drop those rows.")
 
 
-def _standardised(name: str, column: str, train: Rows, test: Rows, values: Tensor) -> Tensor:
+def _standardised(column: str, train: Rows, test: Rows, values: Tensor) -> Tensor:
     """Return values, (rows, ...), in float32 by the mean and deviation of those for training."""
-    _refuse_missing(name, column, train, test, ~values.flatten(1).isfinite().all(1).numpy())
+    _refuse_missing(column, train, test, ~values.flatten(1).isfinite().all(1).numpy())
     scale = scaled(values[: len(train)])
     x = torch.cat([scale(part) for part in values.split(4096)])
     far = ~x.flatten(1).isfinite().all(1).numpy()
     came = f"a number in column `{column}` that is too far from those for training"
-    refuse_rows(name, (train, test), far, came, "Correct or drop this row.")
+    refuse_rows((train, test), far, came, "Correct or drop this row.")
     return x
 
 
@@ -156,7 +144,7 @@ def _above(values: np.ndarray, lowest: Any) -> np.ndarray:
     return np.where(values >= lowest, (whole - least).astype(np.float64), -(least - whole).astype(np.float64))
 
 
-def _flat(name: str, column: str, rows: Rows) -> tuple[Any, tuple[int, ...]]:
+def _flat(column: str, rows: Rows) -> tuple[Any, tuple[int, ...]]:
     """Return the numbers of lists one behind the other, and the lists' shape."""
     array = rows.table.column(column).combine_chunks()
     shape: tuple[int, ...] = ()
@@ -165,7 +153,7 @@ def _flat(name: str, column: str, rows: Rows) -> tuple[Any, tuple[int, ...]]:
         bad = (lengths != lengths[0]) | (lengths < 1)
         if bad.any():
             row = int(bad.argmax()) // int(np.prod(shape))
-            came = f"The column `{column}` of `{name}` has an empty or missing list, or one of another length"
+            came = f"The column `{column}` of `{rows.name}` has an empty or missing list, or one of another length"
             raise ValueError(printable(f"{came} ({rows.where(row)}). Pad, crop or drop it: lists of numbers need one shape."))
         shape = (*shape, int(lengths[0]))
         array = array.flatten()

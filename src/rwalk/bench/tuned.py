@@ -1,20 +1,16 @@
 """What tuning has chosen, as a JSON file that can be read without torch."""
 
 import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from rwalk._errors import printable
-from rwalk._io import files
-from rwalk.bench.record import file_name, is_number
+from rwalk.bench.sealed import Sealed, file_name, fits, is_number
 
 SUFFIX = ".tuned"
 
 
 @dataclass(frozen=True)
-class Tuned:
+class Tuned(Sealed):
     """What tuning has chosen, and all trials.
 
     Args:
@@ -38,40 +34,20 @@ class Tuned:
     config: dict[str, Any] = field(default_factory=dict)
     edge: list[str] = field(default_factory=list)
 
+    REFUSAL = "holds no tuned strength", "Tune again."
+    NAMED = re.compile(rf".*-[0-9a-f]{{10}}\{SUFFIX}", re.DOTALL)
+
     @property
     def name(self) -> str:
         """File name: the same for the same method, stream and settings."""
         return tuned_name(self.stream, self.method, self.config)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write a JSON file that `rwalk run --strength tuned` finds by the settings, and return its path."""
-        path = Path(folder) / self.name
-        files.folder(path.parent)
-        files.seal(path, asdict(self))
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Tuned":
-        """Read a file of `save`.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it is something else, was changed, or is named like that of other settings.
-        """
-        try:
-            content = files.unseal(path)
-            if wrong := [key for key, holds in PARTS.items() if not holds(content.get(key))]:
-                raise ValueError(f"its `{wrong[0]}` is missing or of another kind")
-            found = cls(**{f.name: content[f.name] for f in fields(cls)})
-            if NAMED.fullmatch(Path(path).name) and Path(path).name != found.name:
-                raise ValueError(f"it is named like another one; its content is that of `{found.name}`")
-        except ValueError as error:
-            raise ValueError(printable(f"`{path}` holds no tuned strength: {error}. Tune again.")) from None
-        return found
-
-
-NAMED = re.compile(rf".*-[0-9a-f]{{10}}\{SUFFIX}", re.DOTALL)
-"""Names that `tuned_name` gives."""
+    def problem(self) -> str:
+        """Return which part is not what readers rely on; empty if there is none."""
+        known = {"strength": _is_known(self.strength), "lr": _is_known(self.lr), "accuracy": _is_known(self.accuracy)}
+        known["trials"] = all(map(_is_trial, self.trials))
+        known["config"] = all(isinstance(self.config.get(key), dict) for key in ("stream", "training"))
+        return next((f"its `{key}` is of another kind" for key, right in known.items() if not right), "")
 
 
 def tuned_name(stream: str, method: str, config: dict[str, Any]) -> str:
@@ -82,27 +58,10 @@ def tuned_name(stream: str, method: str, config: dict[str, Any]) -> str:
     return file_name(stream, method, 0, fixed).replace("-seed0-", "-").removesuffix(".json") + SUFFIX
 
 
-def _known(value: Any) -> bool:
+def _is_known(value: Any) -> bool:
     return value is not None and is_number(value) and value >= 0
 
 
-def _is_trial(trial: Any) -> bool:
-    if not isinstance(trial, dict) or not {"strength", "lr", "accuracy", "seeds"} <= trial.keys():
-        return False
-    seeds = trial["seeds"]
-    measured = isinstance(seeds, dict) and all(map(is_number, [trial["accuracy"], *seeds.values()]))
-    return measured and _known(trial["strength"]) and _known(trial["lr"])
-
-
-PARTS: dict[str, Callable[[Any], bool]] = {
-    "method": lambda value: isinstance(value, str),
-    "stream": lambda value: isinstance(value, str),
-    "strength": _known,
-    "lr": _known,
-    "accuracy": _known,
-    "tasks": lambda value: type(value) is int,
-    "trials": lambda value: isinstance(value, list) and all(map(_is_trial, value)),
-    "config": lambda value: isinstance(value, dict) and all(isinstance(value.get(k), dict) for k in ("stream", "training")),
-    "edge": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
-}
-"""What the parts have to be, so that readers may rely on it."""
+def _is_trial(trial: dict[str, Any]) -> bool:
+    known = all(_is_known(trial.get(key)) for key in ("strength", "lr"))
+    return known and "accuracy" in trial and is_number(trial["accuracy"]) and fits(trial.get("seeds"), dict[str, float])

@@ -1,15 +1,14 @@
 """Shows runs while they are done: a bar for each in a terminal, and a line for each finished run everywhere else."""
 
 import os
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from rwalk._io import files
@@ -17,19 +16,6 @@ from rwalk.bench.checkpoint import accuracy_so_far
 from rwalk.bench.pool import Watcher
 from rwalk.bench.spec import RunSpec
 from rwalk.bench.trackers import Track
-
-REDRAW = 0.1
-"""Seconds between two updates of a bar."""
-
-
-@dataclass
-class _Bar:
-    """The bar of one run; `ends` are the steps up to the end of each task."""
-
-    id: TaskID
-    ends: list[int]
-    done: int = 0
-    drawn: float = 0.0
 
 
 class Display(Watcher):
@@ -52,42 +38,35 @@ class Display(Watcher):
         page: Callable[[], None] = lambda: None,
         live: bool | None = None,
     ) -> None:
-        can = console.file.isatty() and not console.is_dumb_terminal and not os.environ.get("CI")
-        self.live = can if live is None else live
         self.labels, self.folder, self.page = labels, folder, page
+        self.bars: dict[RunSpec, Task] = {}
+        can = console.file.isatty() and not console.is_dumb_terminal and not os.environ.get("CI")
         name = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
         mean = TextColumn("{task.fields[mean]}", markup=False)
         columns = name, BarColumn(max(4, min(30, console.width - 60))), TaskProgressColumn(), mean, TimeRemainingColumn()
-        self.progress = Progress(*columns, console=console, transient=True, disable=not self.live)
+        self.progress = Progress(*columns, console=console, transient=True, disable=not (can if live is None else live))
         self.total = self.progress.add_task("all runs", total=len(labels), mean="")
-        self.bars: dict[RunSpec, _Bar] = {}
 
     def hooks(self, spec: RunSpec) -> tuple[Callable[[], None], Track]:
         """Begin a run in this process, and return what to call after each step and each task."""
-        if not self.live:
+        if self.progress.disable:
             return lambda: None, lambda *_: self.page()
         bar = self._begin(spec)
-
-        def tick() -> None:
-            bar.done += 1
-            if (now := time.monotonic()) - bar.drawn >= REDRAW:
-                bar.drawn = now
-                self.progress.update(bar.id, completed=bar.done)
 
         def track(scalars: dict[str, float], step: int) -> None:
             self._learned(bar, [scalars.get(f"accuracy/task_{j + 1}") for j in range(step)])
             self.page()
 
-        return tick, track
+        return partial(self.progress.advance, bar.id), track
 
     def look(self) -> None:
         """Show what workers do, by their locks and checkpoints."""
         self.page()
-        for spec in self.labels if self.live else ():
+        for spec in () if self.progress.disable else self.labels:
             place = self.folder / spec.name
             if files.is_locked(place.with_suffix(".lock")):
                 bar, rows = self.bars.get(spec) or self._begin(spec), accuracy_so_far(place.with_suffix(".checkpoint"))
-                if rows and len(rows) <= len(bar.ends):
+                if rows and len(rows) <= len(bar.fields["ends"]):
                     self._learned(bar, rows[-1][: len(rows)])
 
     def end(self, spec: RunSpec) -> None:
@@ -96,15 +75,16 @@ class Display(Watcher):
             self.progress.remove_task(bar.id)
         self.progress.advance(self.total)
 
-    def _begin(self, spec: RunSpec) -> _Bar:
+    def _begin(self, spec: RunSpec) -> Task:
+        """Add the bar of a run; its `ends` are the steps up to the end of each task."""
         sizes, training = [len(e.train) for e in spec.tasks], spec.training
         seen = accumulate(sizes) if spec.added_name in ("joint", "cumulative") else sizes
         ends = list(accumulate(-(-size // training.batch_size) * training.epochs for size in seen))
-        self.bars[spec] = _Bar(self.progress.add_task(self.labels[spec], total=ends[-1], mean=""), ends)
+        self.progress.add_task(self.labels[spec], total=ends[-1], mean="", ends=ends)
+        self.bars[spec] = self.progress.tasks[-1]
         return self.bars[spec]
 
-    def _learned(self, bar: _Bar, row: Sequence[float | None]) -> None:
-        known = [a for a in row if a is not None]
-        mean = f"{fmean(known):.1%} after {len(row)} of {len(bar.ends)} tasks" if known else ""
-        bar.done = bar.ends[len(row) - 1]
-        self.progress.update(bar.id, completed=bar.done, mean=mean)
+    def _learned(self, bar: Task, row: Sequence[float | None]) -> None:
+        known, ends = [a for a in row if a is not None], bar.fields["ends"]
+        mean = f"{fmean(known):.1%} after {len(row)} of {len(ends)} tasks" if known else ""
+        self.progress.update(bar.id, completed=ends[len(row) - 1], mean=mean)

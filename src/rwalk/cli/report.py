@@ -13,7 +13,7 @@ from rich.console import Console
 from rwalk import report
 from rwalk._errors import printable
 from rwalk.bench.record import Record
-from rwalk.report import compared
+from rwalk.report import terminal
 from rwalk.report.plain import complain, print_plain
 
 REFRESH = 5
@@ -59,7 +59,7 @@ class Compare:
     def do(self, words: Sequence[str], console: Console) -> int:  # noqa: ARG002
         """Print the comparison."""
         sides = [_records(place) for place in (self.a, self.b)]
-        compared.show(report.compare(*sides), str(self.a), str(self.b), console)
+        terminal.show_contrast(report.compare(*sides), str(self.a), str(self.b), console)
         return 0
 
 

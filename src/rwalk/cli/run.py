@@ -121,10 +121,8 @@ class Run:
             raise
         records = [result for result in results.values() if isinstance(result, Record)]
         failures = {spec: result for spec, result in results.items() if isinstance(result, Failure)}
-        place = None
         try:
-            if records:
-                place = report.write(self.out)
+            place = report.write(self.out) if records else None
         finally:
             if records:
                 report.show(report.summarise(records), console)
@@ -147,7 +145,9 @@ def describe(command: Run, words: Sequence[str] = ()) -> list[RunSpec]:
         for method in method_names(command):
             spec = spec_of(command, words, method, seed)
             if seed == command.first_seed:
-                check_spec(spec, with_model=not runs)
+                spec.check()
+            if not runs:
+                spec.check_model()
             values = strengths or ([None] if command.strength is None else [tuned_strength(command, spec)])
             for run in (spec if value is None else replace(spec, strength=value) for value in values):
                 runs.setdefault(run.name, run)
@@ -167,7 +167,7 @@ def check(command: Run) -> None:
         raise ValueError(f"--by {printable(command.by, '')} is for domain streams, not for {kind}; leave it out.")
     if command.out.exists() and not command.out.is_dir():
         raise ValueError(printable(f"`--out {command.out}` is a file; name a folder."))
-    Rehearsal(200 if command.replay is None else command.replay, command.per, command.select, command.replay_batch)
+    _rehearsal(command, "replay")
     method_names(command)
     for name, rule in RULES.items():  # of rules that are not run, too
         rule(**vars(getattr(command.rules, name)))
@@ -220,13 +220,6 @@ def _rehearsal(command: Run, name: str) -> Rehearsal | None:
     return Rehearsal(200 if command.replay is None else command.replay, command.per, command.select, command.replay_batch)
 
 
-def check_spec(spec: RunSpec, with_model: bool) -> None:
-    """Refuse a method or a model that does not fit the stream."""
-    spec.check()
-    if with_model:
-        spec.check_model()
-
-
 def tuned_strength(command: Run, spec: RunSpec) -> float | None:
     """Return the strength that was tuned for a run; None for methods without one."""
     if "strength" not in spec.configuration:
@@ -236,7 +229,7 @@ def tuned_strength(command: Run, spec: RunSpec) -> float | None:
     if not path.exists():
         text = f"`{command.out}` has no tuned strength for `{spec.method_name}` on {name} with these settings"
         raise ValueError(printable(f"{text}; run `rwalk tune` with them, or pass a number."))
-    tuned = Tuned.load(path)
+    tuned = Tuned.load(path, exact=True)
     if tuned.lr != spec.training.lr:
         raise ValueError(f"The strength was tuned with --lr {tuned.lr:g}, not {spec.training.lr:g}; pass that, or tune again.")
     return tuned.strength

@@ -13,8 +13,8 @@ from rwalk.bench.search import Search
 from rwalk.bench.spec import RunSpec
 from rwalk.bench.tuned import Tuned
 from rwalk.cli.report import LivePage
-from rwalk.cli.run import Run, check, check_spec, complain_of, done, make_folder, method_names, numbers, prepare, spec_of
-from rwalk.report import tuning_shown
+from rwalk.cli.run import Run, check, complain_of, done, make_folder, method_names, numbers, prepare, spec_of
+from rwalk.report import terminal
 
 OURS = {"--method", "--methods", "--strength", "--lr", "--learning-rates", "--tune-tasks", "--validation", "--refine",
         "--seeds", "--first-seed", "--workers", "--backend", "--address"}  # fmt: skip
@@ -52,30 +52,30 @@ class Tune(Run):
         strengths, rates = numbers("--strength", self.strength), numbers("--learning-rates", self.learning_rates)
         prepare(self)
         searches = [self._search(words, name, strengths, rates) for name in method_names(self)]
-        trials = replace(self, out=self.out / "tuning")
-        make_folder(trials.out)
-        status = 0
-        for search in searches:
-            failures: dict[RunSpec, Failure] = {}
+        make_folder(self.out / "tuning")
+        died = [self._tune(search, words, console) for search in searches]
+        return int(any(died))
 
-            def evaluate(
-                specs: list[RunSpec], failures: dict[RunSpec, Failure] = failures
-            ) -> Iterator[tuple[RunSpec, Outcome]]:
-                for spec, result in done(trials, specs, console, LivePage(None)):
-                    failures |= {spec: result} if isinstance(result, Failure) else {}
-                    yield spec, Outcome(result)
+    def _tune(self, search: Search, words: Sequence[str], console: Console) -> bool:
+        """Do a search, and return whether a run of it died; that one fails whose strength is too large may well be."""
+        trials, failures = replace(self, out=self.out / "tuning"), dict[RunSpec, Failure]()
 
-            chosen = search.result(evaluate, trials.out)
-            chosen.save(self.out)
-            tuning_shown.show(chosen, self._command(words, chosen), console)
-            complain_of(failures, list(failures))
-            if not all(failure.known for failure in failures.values()):  # a strength that is too large may well fail
-                status = 1
-        return status
+        def evaluate(specs: list[RunSpec]) -> Iterator[tuple[RunSpec, Outcome]]:
+            for spec, result in done(trials, specs, console, LivePage(None)):
+                if isinstance(result, Failure):
+                    failures[spec] = result
+                yield spec, Outcome(result)
+
+        chosen = search.result(evaluate, trials.out)
+        chosen.save(self.out)
+        terminal.show_tuned(chosen, self._command(words, chosen), console)
+        complain_of(failures, list(failures))
+        return not all(failure.known for failure in failures.values())
 
     def _search(self, words: Sequence[str], name: str, strengths: list[float], rates: list[float]) -> Search:
         spec = spec_of(self, words, name, self.first_seed, (self.tune_tasks, self.validation))
-        check_spec(spec, with_model=True)
+        spec.check()
+        spec.check_model()
         seeds = range(self.first_seed, self.first_seed + self.seeds)
         return Search(spec, strengths, rates, seeds, self.refine)
 

@@ -3,18 +3,19 @@
 import base64
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rwalk._errors import printable
 from rwalk._io import files
 from rwalk.bench.record import Record
+from rwalk.bench.tuned import SUFFIX, Tuned
 from rwalk.report import charts, heatmaps, remarks, reproduce, svg
 from rwalk.report.figures import filled
 from rwalk.report.markdown import markdown
 from rwalk.report.names import clean, names
-from rwalk.report.summary import MethodComparison, read, summarise
-from rwalk.report.tuning import chosen
+from rwalk.report.summary import Line, MethodComparison, read, summarise
 
 NAME = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -46,16 +47,25 @@ def write(
         raise ValueError(printable(f"`{place}` is {came}; name a file for the HTML, such as report.html."))
     records, problems = read(folder) if found is None else found
     comparisons = summarise(records)
-    html = render(comparisons, problems, chosen(folder, comparisons), refresh)
+    html = render(comparisons, problems, _tunings(folder), refresh)
     files.write(place, html.encode(errors="replace"))
     files.write(place.with_suffix(".md"), markdown(comparisons).encode(errors="replace"))
     return place
 
 
+def _tunings(folder: str | Path) -> list[Tuned]:
+    """Return the results of tuning below a folder."""
+    found = []
+    for file in sorted(Path(folder).rglob(f"*{SUFFIX}")):
+        with suppress(ValueError, OSError):  # `rwalk.report.read` names it
+            found.append(Tuned.load(file, exact=True))
+    return found
+
+
 def render(
     comparisons: Sequence[MethodComparison],
     problems: Sequence[str] = (),
-    how: Sequence[Sequence[str]] = (),
+    tunings: Sequence[Tuned] = (),
     refresh: int | None = None,
 ) -> str:
     """Return the page of some comparisons.
@@ -63,16 +73,15 @@ def render(
     Args:
         comparisons: a section of the page for each.
         problems: messages about files that could not be read.
-        how: for each comparison, how each line's strength was chosen.
+        tunings: results of tuning, from which strengths may come.
         refresh: seconds after which a browser loads the page again.
     """
     environment, markup = _templates()
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     most = max([len(comparison.lines) for comparison in comparisons], default=0)
     style += "\n".join(f".part:has(.switch{i}:not(:checked)) .s{i} {{ display: none; }}" for i in range(most))
-    ways = how or [[""] * len(comparison.lines) for comparison in comparisons]
     text: str = environment.get_template("page.html").render(
-        sections=[_section(i, *both) for i, both in enumerate(zip(comparisons, ways, strict=True))],
+        sections=[_section(i, comparison, tunings) for i, comparison in enumerate(comparisons)],
         runs=sum(len(line.records) for comparison in comparisons for line in comparison.lines),
         problems=problems,
         refresh=refresh,
@@ -97,9 +106,10 @@ def _templates() -> tuple[Any, Any]:
     return Environment(loader=FileSystemLoader(TEMPLATES), **rules), Markup
 
 
-def _section(number: int, comparison: MethodComparison, how: Sequence[str]) -> dict[str, Any]:
+def _section(number: int, comparison: MethodComparison, tunings: Sequence[Tuned]) -> dict[str, Any]:
     """Return the variables of the template for one comparison."""
     columns = filled(comparison.lines)
+    how = [_how_chosen(line, comparison, tunings) for line in comparison.lines]
     return {
         "id": f"part{number}",
         "stream": comparison.stream,
@@ -118,6 +128,18 @@ def _section(number: int, comparison: MethodComparison, how: Sequence[str]) -> d
         "commands": reproduce.commands(comparison),
         "versions": reproduce.versions(comparison),
     }
+
+
+def _how_chosen(line: Line, comparison: MethodComparison, tunings: Sequence[Tuned]) -> str:
+    """Return how the strength of a line was chosen, as far as a folder tells; empty for methods without one."""
+    if line.strength is None:
+        return ""
+    mine = (comparison.stream, line.method, line.strength, comparison.setting.get("training", {}).get("lr"))
+    for found in tunings:
+        if (found.stream, found.method, found.strength, found.lr) == mine:
+            return f"tuned on the first {found.tasks} tasks, {len(found.trials)} trials"
+    strengths = {other.strength for other in comparison.lines if other.method == line.method}
+    return f"one of {len(strengths)} that were run" if len(strengths) > 1 else "given, or the default"
 
 
 def _digest(text: str) -> str:

@@ -1,5 +1,6 @@
 """The result of a comparison in one sentence, and remarks on figures that need one."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from typing import NamedTuple
@@ -135,38 +136,25 @@ def _diverged(comparison: MethodComparison) -> Iterator[str]:
 def _below_finetune(comparison: MethodComparison) -> Iterator[str]:
     plain = _one(comparison, "finetune")
     for name, line in _tops(comparison):
-        a, b = line.average_accuracy, plain and plain.average_accuracy
-        if a and b and _gap(b, a) > max(a.deviation or 0, b.deviation or 0, CLEAR / 4):
-            figures = f"{_percent(a)} against {_percent(b)}"
+        mine, theirs = line.average_accuracy, plain.average_accuracy if plain else None
+        if _gap(theirs, mine) > max(_noise(theirs, mine), CLEAR / 4):
+            figures = f"{_percent(mine)} against {_percent(theirs)}"
             yield f"{_capital(name)} ended below fine-tuning ({figures}): with these settings it does not help."
 
 
 def _strength(comparison: MethodComparison) -> Iterator[str]:
     plain = _one(comparison, "finetune")
+    if plain is None:
+        return
     held = [(name, line) for name, line in _tops(comparison) if line.strength and not _hopeless(line, comparison)]
-    hard = [
-        (n, line.learned)
-        for n, line in held
-        if plain and line.learned and plain.learned and _stiff(line.learned, plain.learned)
-    ]
-    idle = [
-        n for n, line in held if plain and line.forgetting and plain.forgetting and _idle(line.forgetting, plain.forgetting)
-    ]
-    if hard and plain:
+    hard = [(name, line.learned) for name, line in held if _gap(plain.learned, line.learned) > 2.5 * CLEAR]
+    forgets = plain.forgetting and plain.forgetting.mean > 5 * CLEAR
+    idle = [name for name, line in held if forgets and _gap(plain.forgetting, line.forgetting) < CLEAR]
+    if hard:
         reach = listed([f"{_percent(learned)} with {name}" for name, learned in hard])
         yield f"New tasks reach only {reach}, with fine-tuning {_percent(plain.learned)}: try smaller strengths."
     if idle:
         yield f"With {listed(idle)} as much is forgotten as with fine-tuning: try larger strengths."
-
-
-def _stiff(mine: Spread, plain: Spread) -> bool:
-    """Return whether new tasks are learned clearly worse than by fine-tuning."""
-    return _gap(plain, mine) > 2.5 * CLEAR
-
-
-def _idle(mine: Spread, plain: Spread) -> bool:
-    """Return whether much is forgotten, and not clearly less than by fine-tuning."""
-    return plain.mean > 5 * CLEAR and _gap(plain, mine) < CLEAR
 
 
 def _picked(comparison: MethodComparison) -> Iterator[str]:
@@ -187,15 +175,11 @@ def _left_out(comparison: MethodComparison) -> Iterator[str]:
 
 
 def _close(comparison: MethodComparison) -> Iterator[str]:
-    first = best(comparison)
-    near, name = [], ""
-    for other, line in _tops(comparison):
-        a, b = first and first.average_accuracy, line.average_accuracy
-        if line is first:
-            name = other
-        elif a and b and _gap(a, b) <= max(a.deviation or 0, b.deviation or 0):
-            near.append(other)
-    if near:
+    first, tops = best(comparison), _tops(comparison)
+    mine = first.average_accuracy if first else None
+    name = next((name for name, line in tops if line is first), "")
+    others = [(other, line.average_accuracy) for other, line in tops if line is not first]
+    if near := [other for other, accuracy in others if _gap(mine, accuracy) <= _noise(mine, accuracy)]:
         yield f"These seeds do not distinguish {name} from {listed(near)}: the means differ by less than the spread."
 
 
@@ -211,9 +195,7 @@ def _missing(comparison: MethodComparison) -> Iterator[str]:
         yield f"Fine-tuning forgets {with_deviation(plain.forgetting, 100)} points here: there is little to gain."
     if joint is None:
         yield "No joint training among the runs, so intransigence is unknown. Add `joint` to `--methods`."
-    elif (
-        first and first.average_accuracy and joint.average_accuracy and _gap(first.average_accuracy, joint.average_accuracy) > 0
-    ):
+    elif first and _gap(first.average_accuracy, joint.average_accuracy) > 0:
         yield "Joint training ends below the best method: it may need more epochs, and intransigence means little here."
 
 
@@ -262,8 +244,14 @@ def _one(comparison: MethodComparison, method: str) -> Line | None:
     return next((line for line in comparison.lines if line.method == method), None)
 
 
-def _gap(a: Spread, b: Spread) -> float:
-    return a.mean - b.mean
+def _gap(a: Spread | None, b: Spread | None) -> float:
+    """Return a - b; NaN, which is neither above nor below anything, if one is not known."""
+    return a.mean - b.mean if a and b else math.nan
+
+
+def _noise(*values: Spread | None) -> float:
+    """Return the largest deviation over seeds."""
+    return max(value.deviation or 0.0 if value else 0.0 for value in values)
 
 
 def _percent(value: Spread | None) -> str:

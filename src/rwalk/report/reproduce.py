@@ -1,13 +1,14 @@
-"""The commands that repeat the runs of a comparison, from the settings in their records."""
+"""The commands that repeat the runs of a comparison: those in their records, else what their settings say."""
 
 import pkgutil
 import shlex
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from rwalk.bench.record import Record
 from rwalk.report.names import REPLAY, method_name
-from rwalk.report.summary import Line, MethodComparison
+from rwalk.report.summary import MethodComparison
 
 KINDS = ("split", "permuted", "rotated", "domain", "drift")
 """Kinds of streams that the command line makes."""
@@ -19,8 +20,6 @@ VALIDATION = "-validation"
 """The suffix of streams for tuning."""
 DEGREES = 180.0
 """The angle of rotated streams of the command line."""
-Flags = dict[str, Any]
-"""The value of each flag; None for a flag that must not be given."""
 
 
 class Commands(NamedTuple):
@@ -31,40 +30,36 @@ class Commands(NamedTuple):
 
 
 def commands(comparison: MethodComparison) -> Commands:
-    """Return the fewest commands that repeat all runs of a comparison, and a note for each run that none repeats."""
-    groups: list[tuple[list[str], Flags]] = []
-    notes: list[str] = []
+    """Return the commands that repeat all runs of a comparison, and a note for each run that none repeats."""
+    lines, notes = dict[str, None](), dict[str, None]()
     for line in comparison.lines:
-        for record in _firsts(line):
-            if why := _inexpressible(record):
-                notes.append(f"{method_name(line.method)}, seed {record.seed}: {why}.")
+        lines |= dict.fromkeys(filter(None, map(_recorded, line.records)))
+        for first, count in _stretches([record for record in line.records if not _recorded(record)]):
+            if why := _inexpressible(first):
+                notes[f"{method_name(first.method)}, seed {first.seed}: {why}."] = None
             else:
-                _join(groups, record.method.removesuffix(REPLAY), _flags(record) | _seeds(line, record))
-    lines = [_command(comparison.stream, methods, flags) for methods, flags in groups]
-    return Commands(list(dict.fromkeys(lines)), list(dict.fromkeys(notes)) + _about_data(comparison))
+                lines[_command(first, count)] = None
+    return Commands([*lines], [*notes, *_about_data(comparison)])
 
 
-def _firsts(line: Line) -> list[Record]:
-    """Return the first record of each stretch of consecutive seeds."""
-    seeds = {record.seed: record for record in line.records}
-    return [record for seed, record in sorted(seeds.items()) if seed - 1 not in seeds]
+def _recorded(record: Record) -> str:
+    """Return the command line in a record, quoted anew; empty if there is none of this program."""
+    try:
+        words = shlex.split(record.command)
+    except ValueError:
+        return ""
+    return shlex.join(words) if words[:2] in (["rwalk", "run"], ["rwalk", "tune"]) else ""
 
 
-def _seeds(line: Line, first: Record) -> Flags:
-    last = first.seed
-    while last + 1 in line.seeds:
-        last += 1
-    return {"--first-seed": first.seed, "--seeds": last - first.seed + 1}
-
-
-def _join(groups: list[tuple[list[str], Flags]], method: str, flags: Flags) -> None:
-    """Add a method to the first command whose flags agree with its own, or else to a new one."""
-    for methods, common in groups:
-        if method not in methods and all(common.get(flag, value) == value for flag, value in flags.items()):
-            methods.append(method)
-            common.update(flags)
-            return
-    groups.append(([method], flags))
+def _stretches(records: list[Record]) -> Iterator[tuple[Record, int]]:
+    """Yield the first record of each stretch of consecutive seeds, and the number of seeds."""
+    by_seed = {record.seed: record for record in records}
+    for seed in sorted(by_seed):
+        if seed - 1 not in by_seed:
+            count = 1
+            while seed + count in by_seed:
+                count += 1
+            yield by_seed[seed], count
 
 
 def _inexpressible(record: Record) -> str:
@@ -95,52 +90,35 @@ def _rules() -> set[str]:
     return {module.name for module in found if module.name[0] != "_"} - {"base"}
 
 
-def _flags(record: Record) -> Flags:
-    """Return every setting of a run as flags."""
-    config, about = record.config, record.config["stream"]
-    kind, skipped = record.stream.split("-")[0], about.get("skipped", 0)
-    flags: Flags = {"--tasks": about["tasks"] + skipped, "--skip": skipped or None}
-    flags |= {"--scenario": about.get("scenario") if kind in ("split", "domain") else None, "--by": about.get("by")}
-    flags |= {_flag(name): value for name, value in config["training"].items()}
-    flags |= {"--threads": record.threads if record.threads > 1 else None}
-    flags |= {"--device": None if record.device == "cpu" else record.device}
-    backend = record.versions.get("kernels", "blocked")
-    flags |= {"--kernels": None if backend == "blocked" else "auto" if "+" in backend else backend}
-    return flags | _options(record)
+def _command(record: Record, seeds: int) -> str:
+    """Return the command for the settings of a run, and for the seeds that follow its own."""
+    config, about, method = record.config, record.config["stream"], record.method.removesuffix(REPLAY)
+    kind, skipped, backend = record.stream.split("-")[0], about.get("skipped", 0), record.versions.get("kernels", "blocked")
+    kept = config.get("replay", {})
+    values = {
+        "methods": method, "tasks": about["tasks"] + skipped, "skip": skipped or None,
+        "scenario": about.get("scenario") if kind in ("split", "domain") else None, "by": about.get("by"),
+        **config["training"],
+        "threads": record.threads if record.threads > 1 else None,
+        "device": None if record.device == "cpu" else record.device,
+        "kernels": None if backend == "blocked" else "auto" if "+" in backend else backend,
+        "strength": config.get("strength"), "pull": config.get("pull"), "average": config.get("average"),
+        "replay": kept.get("size"), "per": kept.get("per"), "select": kept.get("select"), "replay-batch": kept.get("batch"),
+        **(_fields(method, config.get("rule", {})) if method in _rules() else {}),
+        "first-seed": record.seed, "seeds": seeds,
+    }  # fmt: skip
+    given = [word for name, value in values.items() if value is not None for word in _flag(name, value)]
+    return shlex.join(["rwalk", "run", record.stream, *given])
 
 
-def _options(record: Record) -> Flags:
-    """Return the flags of the method itself; None where a flag for another method would change this one."""
-    config, method = record.config, record.method.removesuffix(REPLAY)
-    flags: Flags = {"--strength": config["strength"]} if "strength" in config else {}
-    if method not in PLAIN:
-        flags |= {"--pull": config.get("pull"), "--average": config.get("average"), "--replay": None}
-    if "replay" in config:
-        kept = config["replay"]
-        flags |= {"--replay": kept.get("size"), "--per": kept.get("per"), "--select": kept.get("select")}
-        flags |= {"--replay-batch": kept.get("batch")}
-    fields = config.get("rule", {}) if method in _rules() else {}
-    return flags | dict(_field(method, name, value) for name, value in fields.items())
+def _fields(method: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a rule's fields; a switch has no value, and another name when it is off."""
+    names = {name: f"no-{name}" if value is False else name for name, value in fields.items()}
+    return {f"{method}.{names[name]}": [] if isinstance(value, bool) else str(value) for name, value in fields.items()}
 
 
-def _field(method: str, name: str, value: Any) -> tuple[str, Any]:
-    """Return the flag of a rule's field and its value; a switch has no value, and another name when it is off."""
-    if isinstance(value, bool):
-        return _flag(f"{method}.{name}" if value else f"{method}.no-{name}"), []
-    return _flag(f"{method}.{name}"), str(value)
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _command(stream: str, methods: list[str], flags: Flags) -> str:
-    given = [word for flag, value in flags.items() if value is not None for word in (flag, *_words(value))]
-    return shlex.join(["rwalk", "run", stream, "--methods", ",".join(methods), *given])
-
-
-def _words(value: Any) -> list[str]:
-    return list(map(str, value)) if isinstance(value, list) else [str(value)]
+def _flag(name: str, value: Any) -> list[str]:
+    return [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
 
 
 def _about_data(comparison: MethodComparison) -> list[str]:

@@ -133,33 +133,25 @@ def read(folder: str | Path) -> tuple[list[Record], list[str]]:
         FileNotFoundError: if the folder does not exist or holds no JSON file.
     """
     below = sorted(Path(folder).rglob("*")) if Path(folder).is_dir() else []
-    files = [file for file in below if file.suffix == ".json"]
-    if not files:
+    if not any(file.suffix == ".json" for file in below):
         raise FileNotFoundError(printable(f"`{folder}` has no records. Name a folder written by `rwalk run --out`."))
     records: dict[str, tuple[Path, Record]] = {}
     problems = []
-    for file in files:
-        try:
-            record = Record.load(file)
-            first, _ = records.setdefault(canonical(asdict(record)), (file, record))
-            if first != file:
-                raise ValueError(printable(f"`{file}` is a copy of `{first}`. Move one of them away."))
-        except (ValueError, OSError) as error:
-            problems.append(_problem(file, error))
     for file in below:
         try:
             if file.suffix == SUFFIX:
-                Tuned.load(file)
-        except (ValueError, OSError) as error:
-            problems.append(_problem(file, error))
+                Tuned.load(file, exact=True)
+            if file.suffix == ".json":
+                record = Record.load(file)
+                first, _ = records.setdefault(canonical(asdict(record)), (file, record))
+                if first != file:
+                    raise ValueError(printable(f"`{file}` is a copy of `{first}`. Move one of them away."))
+        except ValueError as error:
+            problems.append(str(error))
+        except OSError as error:
+            came = f"`{file}` cannot be read ({error.strerror or error})"
+            problems.append(printable(f"{came}. Move it away, or correct its permissions."))
     return [record for _, record in records.values()], problems
-
-
-def _problem(file: Path, error: ValueError | OSError) -> str:
-    """Return why a file is left out."""
-    if isinstance(error, ValueError):
-        return str(error)
-    return printable(f"`{file}` cannot be read ({error.strerror or error}). Move it away, or correct its permissions.")
 
 
 def summarise(records: Iterable[Record]) -> list[MethodComparison]:
