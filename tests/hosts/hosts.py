@@ -1,6 +1,10 @@
-"""The hosts that the tests of the integrations train in, and how to import the one that does not come easily."""
+"""The hosts that the tests of the integrations train in: how to import the one that does not come easily, and processes."""
 
+import json
+import os
+import subprocess
 import sys
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -18,3 +22,23 @@ def avalanche() -> ModuleType:
     from benchmarks.peers import avalanche
 
     return avalanche()
+
+
+@contextmanager
+def forks(module: str):
+    """A function that calls one of a module of tests in a new process, or in several; see `forks.py`."""
+    here = Path(__file__).parent
+    paths = [here, here.parent, here.parents[1], *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    command = [sys.executable, here / "forks.py", module]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+
+    def run(function, *arguments, ranks=1):
+        request = {"function": function, "arguments": list(map(str, arguments)), "ranks": ranks}
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
+
+    with subprocess.Popen(command, env=environment, **pipes) as server:
+        yield run
+        server.stdin.close()

@@ -1,8 +1,5 @@
 """A plain loop under Accelerate gives what it gives without: accumulation, clipping, half precision, checkpoints, two ranks."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ pytest.importorskip("accelerate", reason="needs Accelerate: make test-integratio
 import accelerate
 from accelerate.state import AcceleratorState, GradientState
 
+import hosts
 from rwalk import EWC, Consolidator, RWalk
 
 RULES = {"rwalk": RWalk(delta_t=3), "recipe": None, "ewc": EWC()}
@@ -140,10 +138,9 @@ def test_a_memory_may_be_registered_for_accelerates_checkpoints(rule, tmp_path):
 
 
 def test_two_ranks_give_what_one_gives(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
-    assert done.returncode == 0, done.stderr
+    with hosts.forks("test_accelerate") as run:
+        done = run("two_tasks_under_each_rule", tmp_path, ranks=2)
+    assert done["statuses"] == [0, 0], done["stderr"]
     for rule in RULES:
         one = plain(rule)
         other = Consolidator(network(), one.rule, average=one.average)
@@ -152,15 +149,9 @@ def test_two_ranks_give_what_one_gives(tmp_path):
         same(one, other)
 
 
-def main(folder):
-    torch.set_num_threads(1)
+def two_tasks_under_each_rule(folder):
     for rule in RULES:
         memory = accelerated(rule, batch=2)
         if torch.distributed.get_rank() == 0:
             memory.save(Path(folder) / f"{rule}.safetensors")
             torch.save(memory.model.module.state_dict(), Path(folder) / f"{rule}.pt")
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -3,10 +3,8 @@
 
 import copy
 import inspect
-import runpy
 import warnings
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -777,15 +775,6 @@ def test_all_strategies_are_tried():
 
 
 # The example
-
-
-def test_example(capsys):
-    torch.set_default_dtype(torch.float32)
-    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "with_avalanche.py"))
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "forgetting" in line]
-    accuracy = {line[0]: float(line[2].rstrip("%,")) for line in lines}
-    assert accuracy.keys() == {"without", "RWalk", "EWC", "recipe"}
-    assert all(figure > accuracy["without"] for name, figure in accuracy.items() if name != "without")
 
 
 class StopEarly(theirs.EarlyStoppingPlugin):

@@ -55,6 +55,30 @@ def test_an_example_keeps_more_with_us_than_without(script, tmp_path):
     plain, ours = figure(printed, "(?:without|no memory)"), figure(printed, "(?:with )?RWalk")
     worse, better = (ours, plain) if "lower is better" in printed else (plain, ours)
     assert better > 1.1 * worse, printed
+    MORE.get(script.stem, lambda printed: None)(printed)
+
+
+def avalanches(printed):
+    lines = [line.split() for line in printed.splitlines() if "forgetting" in line]
+    accuracy = {line[0]: float(line[2].rstrip("%,")) for line in lines}
+    assert accuracy.keys() == {"without", "RWalk", "EWC", "recipe"}
+    assert all(figure > accuracy["without"] for name, figure in accuracy.items() if name != "without")
+
+
+def lightnings(printed):
+    without, held = (float(line.split("mean ")[1].rstrip("%")) for line in printed.splitlines()[:2])
+    assert held > without + 5
+    assert "tasks: 3" in printed
+
+
+def transformers(printed):
+    shown = printed.splitlines()
+    kitchen = {line[:29].strip(): float(line.split()[-3]) for line in shown if line.count("kitchen ") and "harbour " in line}
+    assert kitchen["kitchen alone"] < kitchen["EWC"] < kitchen["RWalk"] + 0.2 < kitchen["no memory"] - 1
+
+
+MORE = {"with_avalanche": avalanches, "with_lightning": lightnings, "with_transformers": transformers}
+"""What else single examples show."""
 
 
 def test_there_is_an_example_for_each_host():

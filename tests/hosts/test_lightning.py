@@ -1,7 +1,6 @@
 """A memory inside Lightning's Trainer gives, to the bit, what it gives in the loop written out here."""
 
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -684,14 +683,6 @@ def test_fabric_needs_no_integration(tmp_path):
             step.step()
         expected.consolidate()
     equal(memory.state_dict(), expected.state_dict())
-
-
-def test_the_example(capsys):
-    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "with_lightning.py"), run_name="__main__")
-    printed = capsys.readouterr().out
-    without, held = (float(line.split("mean ")[1].rstrip("%")) for line in printed.splitlines()[:2])
-    assert held > without + 5
-    assert "tasks: 3" in printed
 
 
 class Restoring(Callback):

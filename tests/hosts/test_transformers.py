@@ -2,10 +2,7 @@
 
 import copy
 import os
-import runpy
 import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -31,7 +28,9 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+import hosts
 from rwalk import EWC, L2, MAS, SI, Consolidator, RWalk
+from rwalk._parameters import bare
 from rwalk.consolidation.hooks import innermost
 from rwalk.integrations.transformers import FILE, ConsolidationCallback, protect
 
@@ -183,7 +182,7 @@ class Kill(TrainerCallback):
 
 
 def two_tasks(folder, rule, kill=None, dropout=0.1, **options):
-    """Return the memory after two tasks, which go on from checkpoints that are there; `hf_run` does it in other processes."""
+    """Return the memory after two tasks, which go on from checkpoints that are there."""
     model = bert(dropout)
     callback = ConsolidationCallback(RULES[rule], strength=0.5)
     settings = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.3}
@@ -195,11 +194,23 @@ def two_tasks(folder, rule, kill=None, dropout=0.1, **options):
     return callback.memory
 
 
-def launch(folder, *words, ranks=1, **options):
-    command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if ranks > 1 else [])]
-    command += [str(HERE / "hf_run.py"), str(folder), *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False, **options)
+HALVES = {"per_device_train_batch_size": 2, "train_sampling_strategy": "sequential", "ddp_backend": "gloo", "dropout": 0.0}
+
+
+def saved_tasks(folder, rules, *kill):
+    """Two tasks under rules with commas between; `kill` is the step of the second at which the process kills itself."""
+    for rule in rules.split(","):
+        memory = two_tasks(Path(folder) / rule, rule, *map(int, kill), **(HALVES if "RANK" in os.environ else {}))
+        if os.environ.get("RANK", "0") == "0":
+            memory.save(Path(folder) / rule / "end.safetensors")
+            torch.save(bare(memory.model).state_dict(), Path(folder) / rule / "end.pt")
+
+
+@pytest.fixture(scope="module")
+def elsewhere():
+    """A function that calls one of this file in another process, or in two."""
+    with hosts.forks("test_transformers") as run:
+        yield run
 
 
 def end_of(folder, memory):
@@ -210,20 +221,20 @@ def end_of(folder, memory):
     return other
 
 
-def test_a_killed_training_goes_on_as_if_nothing_had_happened(tmp_path):
-    killed = launch(tmp_path / "killed", "rwalk", "5")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+def test_a_killed_training_goes_on_as_if_nothing_had_happened(tmp_path, elsewhere):
+    killed = elsewhere("saved_tasks", tmp_path / "killed", "rwalk", 5)
+    assert killed["statuses"] == [-signal.SIGKILL], killed["stderr"]
     left = sorted(path.name for path in (tmp_path / "killed/rwalk/1").iterdir())
     assert left == ["checkpoint-2", "checkpoint-4"]
-    again = launch(tmp_path / "killed", "rwalk")
-    assert again.returncode == 0, again.stderr
+    again = elsewhere("saved_tasks", tmp_path / "killed", "rwalk")
+    assert again["statuses"] == [0], again["stderr"]
     whole = two_tasks(tmp_path / "whole", "rwalk")
     same(end_of(tmp_path / "killed/rwalk", whole), whole, **EXACT)
 
 
-def test_two_ranks_give_what_one_gives(tmp_path):
-    two = launch(tmp_path / "two", "rwalk,ewc", ranks=2)
-    assert two.returncode == 0, two.stderr
+def test_two_ranks_give_what_one_gives(tmp_path, elsewhere):
+    two = elsewhere("saved_tasks", tmp_path / "two", "rwalk,ewc", ranks=2)
+    assert two["statuses"] == [0, 0], two["stderr"]
     for rule in ("rwalk", "ewc"):
         one = two_tasks(tmp_path / "one" / rule, rule, dropout=0.0, train_sampling_strategy="sequential")
         same(end_of(tmp_path / "two" / rule, one), one)
@@ -708,13 +719,6 @@ def test_intents_of_one_domain_are_kept_while_another_is_learned(tmp_path):
         kept[name] = [one.evaluate(requests(unknown, domain))["eval_accuracy"] for domain in (0, 1)]
     assert kept["held"][0] > kept["plain"][0] + 0.15
     assert sum(kept["held"]) > sum(kept["plain"]) + 0.05
-
-
-def test_the_example(capsys):
-    runpy.run_path(str(HERE.parents[1] / "examples" / "with_transformers.py"), run_name="__main__")
-    shown = capsys.readouterr().out.splitlines()
-    kitchen = {line[:29].strip(): float(line.split()[-3]) for line in shown if line.count("kitchen ") and "harbour " in line}
-    assert kitchen["kitchen alone"] < kitchen["EWC"] < kitchen["RWalk"] + 0.2 < kitchen["no memory"] - 1
 
 
 class Averaging(TrainerCallback):

@@ -2,7 +2,8 @@
 
 Reads one JSON object a line: `arguments` and the folder `out`, without which the command is only warmed up; `seconds` until
 SIGKILL; `line`, SIGKILL at that line of those that the modules that write execute; `unfinished`, SIGKILL in the first write;
-`limit`, bytes that a file may have. Answers with `status` (negative: the signal), `stderr` and `lines`.
+`limit`, bytes that a file may have. Answers with `status` (negative: the signal), `stderr` and `lines`; with `twins`, two
+children do the same at once, and the answer is that of both.
 """
 
 import io
@@ -40,16 +41,28 @@ def warm(arguments):
         cli.main([*arguments, "--out", folder])
 
 
-def answer(arguments, out=None, seconds=None, line=None, unfinished=False, limit=None):
-    """Do one command in a child; without a folder, here."""
+def answer(arguments, out=None, twins=False, **options):
+    """Do one command in a child, or in two; without a folder, here."""
     if out is None:
         return warm(arguments)
+    started = [started_child(arguments, out, **options) for _ in range(2 if twins else 1)]
+    answers = [outcome(*child) for child in started]
+    return answers if twins else answers[0]
+
+
+def started_child(arguments, out, seconds=None, line=None, unfinished=False, limit=None):
+    """Return a child's number, its pipes and when to kill it."""
     pipes = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
         _child([*arguments, "--out", out], line, unfinished, limit, pipes[0][1], pipes[1][1])
     for _, outlet in pipes:
         os.close(outlet)
+    return child, pipes, seconds
+
+
+def outcome(child, pipes, seconds):
+    """Wait for a child, perhaps kill it, and return how it ended."""
     if seconds is not None and not select.select([pipes[1][0]], [], [], seconds)[0]:
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import ranked
 import torch
+import torch._dynamo  # the engines load it when a model is put under them: more than a second in each child
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
 from torch import distributed

@@ -179,12 +179,9 @@ def test_places_that_cannot_be_written_are_named(tmp_path):
         files.write(tmp_path, b"")
 
 
-def test_two_of_the_same_at_once(calm, tmp_path):
-    command = [sys.executable, "-m", "rwalk", *COMMAND, "--out", str(tmp_path / "out")]
-    pair = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    for process in pair:
-        _, error = process.communicate(timeout=120)
-        assert (process.returncode, error) == (0, "")
+def test_two_of_the_same_at_once(child, calm, tmp_path):
+    for answer in child(tmp_path / "out", twins=True):
+        assert (answer["status"], answer["stderr"]) == (0, "")
     assert measured(tmp_path / "out") == calm[0]
 
 

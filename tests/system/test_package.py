@@ -11,6 +11,7 @@ import pytest
 
 import rwalk
 from rwalk import bench, replay
+from rwalk.cli.main import main
 from rwalk.rules import rules
 
 ROOT = Path(__file__).parents[2]
@@ -55,20 +56,21 @@ os.open = opened
 from rwalk import Anchor, Consolidator, RWalk, bench, kernels, replay
 from rwalk._io import files
 from rwalk.cli import main
-kernels.use(sys.argv[1])
-model = torch.nn.Linear(2, 2)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-memory = Consolidator(model, RWalk()).attach(optimizer)
-for _ in range(3):
-    optimizer.zero_grad()
-    model(torch.randn(4, 2)).square().mean().backward()
-    optimizer.step()
-memory.consolidate()
-for _ in range(2):  # the second time over the first file
-    memory.save("state")
-    memory.anchor.save("anchor")
-memory.load("state")
-memory.adopt(Anchor.load("anchor"), lambda name: name)
+for backend in ("numba", "blocked"):
+    kernels.use(backend)
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    memory = Consolidator(model, RWalk()).attach(optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 2)).square().mean().backward()
+        optimizer.step()
+    memory.consolidate()
+    for _ in range(2):  # the second time over the first file
+        memory.save(backend)
+        memory.anchor.save("anchor")
+    memory.load(backend)
+    memory.adopt(Anchor.load("anchor"), lambda name: name)
 buffer = replay.Buffer(2)
 buffer.save("buffer")
 buffer.load("buffer")
@@ -82,9 +84,8 @@ assert not files.is_locked("runs/x.lock")
 
 
 @pytest.mark.filterwarnings("ignore:Got")
-@pytest.mark.parametrize("backend", ["blocked", "numba"])
-def test_the_package_works_without_what_windows_lacks(tmp_path, backend):
-    command = [sys.executable, "-W", "ignore", "-c", ELSEWHERE, backend]
+def test_the_package_works_without_what_windows_lacks(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", ELSEWHERE]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("(on disk)") == 2
@@ -106,14 +107,14 @@ def test_the_python_of_pages_runs(page, tmp_path, monkeypatch):
         exec(compile(block, page, "exec"), scope)
 
 
-def test_the_readmes_commands_run(tmp_path):
+def test_the_readmes_commands_run(tmp_path, monkeypatch):
+    """In this process: that `rwalk` is a program too is tested with pools, terminals and the disk."""
+    monkeypatch.chdir(tmp_path)
     commands = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
     mine = [line for line in commands if line.startswith("rwalk ")]
     assert len(mine) >= 3
     for command in mine:
-        words = [sys.executable, "-m", *command.split("#")[0].split()]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        assert main(command.split("#")[0].split()[1:]) == 0, command
 
 
 def test_the_makefile_has_the_readmes_targets():
@@ -123,13 +124,12 @@ def test_the_makefile_has_the_readmes_targets():
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
 
 
-def test_the_demo_command_is_one_that_the_command_line_takes(tmp_path):
+def test_the_demo_command_is_one_that_the_command_line_takes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     dry = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     command = next(line for line in dry.splitlines() if " run permuted-digits" in line).split()
-    words = [sys.executable, "-m", "rwalk", *command[1:], "--seeds", "1", "--epochs", "1", "--tasks", "2"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "joint" in done.stdout
+    assert main([*command[1:], "--seeds", "1", "--epochs", "1", "--tasks", "2"]) == 0
+    assert "joint" in capsys.readouterr().out
 
 
 def test_contributings_rule_is_found_by_laws_and_command_line(tmp_path):
@@ -139,9 +139,14 @@ def test_contributings_rule_is_found_by_laws_and_command_line(tmp_path):
     shutil.copytree(ROOT / "tests", tmp_path / "tests")
     (tmp_path / "src" / "rwalk" / "rules" / "plain.py").write_text(code)
     place = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(tmp_path / "src")}, "capture_output": True, "text": True}
-    laws = subprocess.run([sys.executable, "-m", "pytest", "tests/laws/test_laws.py", "-k", "plain"], check=False, **place)
-    assert laws.returncode == 0, laws.stdout
-    command = [sys.executable, "-m", "rwalk", "run", "split-digits", "--methods", "plain", "--seeds", "1", "--out", "out"]
-    done = subprocess.run(command, check=False, **place)
-    assert done.returncode == 0, done.stderr
+    words = ["run", "split-digits", "--methods", "plain", "--seeds", "1", "--out", "out"]
+    both = f"""
+import sys, pytest
+status = pytest.main(["tests/laws/test_laws.py", "-k", "plain"])
+from rwalk.cli.main import main
+sys.exit(status or main({words}))
+"""
+    done = subprocess.run([sys.executable, "-c", both], check=False, **place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
     assert '"method": "plain"' in next((tmp_path / "out").glob("*.json")).read_text()

@@ -125,23 +125,23 @@ sys.addaudithook(watch)
 status = main(["run", "split-digits", "--methods", "finetune,recipe", "--seeds", "1", "--tasks", "2", "--hidden", "6",
                "--out", sys.argv[1]])
 status = status or main(["report", sys.argv[1]])
-sys.exit(repr(seen) if seen else status)
+if seen or status:
+    sys.exit(f"status {status}, seen {seen}")
+there = [path.name for path in Path().iterdir()]
+open("outside", "w"), socket.socket()
+print("watched", there, seen)
 """
 
 
 def test_a_run_on_digits_reaches_for_no_network_and_writes_in_its_folder_and_never_in_place(tmp_path):
+    """What the watch has to see comes last: a file outside, and a socket."""
     command = [sys.executable, "-c", WATCHED, str(tmp_path / "runs")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
-
-
-def test_the_watch_sees_sockets_and_files_outside(tmp_path):
-    code = WATCHED.replace("status = main", "open('outside', 'w'); socket.socket()\nstatus = main", 1)
-    command = [sys.executable, "-c", code, str(tmp_path / "runs")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert "socket.__new__" in done.stderr
-    assert "'outside'" in done.stderr
+    *_, last = done.stdout.splitlines()
+    assert last.startswith("watched ['runs'] ")
+    assert "'outside'" in last
+    assert "socket.__new__" in last
 
 
 @pytest.fixture
