@@ -31,7 +31,8 @@ def _seeded():
 
 @pytest.fixture(autouse=True)
 def _plain_kernels():
-    """Let no test leave its choice of a backend to the next one."""
+    """Let tests run in plain PyTorch unless they say otherwise, and leave no choice of a backend to the next one."""
+    kernels.use("blocked")
     yield
     kernels.use("blocked")
 

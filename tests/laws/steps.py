@@ -1,4 +1,4 @@
-"""One step of drawn parameters with what belongs to them, under any backend: what was written, to compare with the reference."""
+"""One step of drawn parameters with what belongs to them, under any backend: what it wrote, to compare with the reference."""
 
 import warnings
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ ANCHOR = ("point", "omega")
 
 @contextmanager
 def backend(name):
-    """Choose a backend; "joined" is what `blocked` does on a GPU, with small batches, on the CPU, and "rows" leaves out packs."""
+    """Choose a backend; "joined" is what `blocked` does on a GPU, with small batches, on the CPU; "rows" leaves out packs."""
     patches = {
         "joined": mock.patch.object(blocked, "pieces", lambda rows: blocked.batches(rows, 20_000)),
         "rows": mock.MagicMock(),
@@ -58,7 +58,9 @@ class Drawn:
     def copied(self):
         """Return it with tensors of its own."""
         columns = {name: copies(column) for name, column in self.columns.items()}
-        several = {k: None if getattr(self, k) is None else copies(getattr(self, k)) for k in ("theta", "grad", "squares", "second")}
+        several = {
+            k: None if getattr(self, k) is None else copies(getattr(self, k)) for k in ("theta", "grad", "squares", "second")
+        }
         return replace(self, columns=columns, **several)
 
     def run(self, name, compare=False):
@@ -73,10 +75,11 @@ class Drawn:
         if walks:
             self.columns["previous"] = [None if p is None else torch.zeros_like(p) for p in self.columns["path"]]
         layout = kernels.laid_out(None, self.theta, self.columns)
-        bad = layout.nonfinite(self.grad)
+        grad = kernels.Gradients(self.grad)
+        bad = layout.nonfinite(grad)
         weight, squares = n.get("weight"), self.squares
         several = squares, weight, n.get("strength", 0.0), n.get("scale"), n.get("skip"), compare
-        moved = layout.before(BeforeStep(self.grad, *several))
+        moved = layout.before(BeforeStep(grad, *several))
         first = {name: copies(column) for name, column in layout.columns.items()} | {"grad": copies(self.grad)}
         for theta, grad in zip(self.theta, self.grad, strict=True):
             if grad is not None:
@@ -88,6 +91,14 @@ class Drawn:
             metric = Metric([n["step"]] * rows, second, [n["adam_eps"]] * rows, [n["correction"]] * rows, n.get("made"))
         share = [n["share"]] * rows if "share" in n else None
         path = (squares, weight, n.get("close", False), n.get("eps", 0.0), beyond_eps, n.get("scale"), n.get("skip"))
-        layout.after(AfterStep([g is not None for g in self.grad], metric, share, *(path if walks else (None,) * 2), **({} if walks else {"skip": n.get("skip")})))
-        last = {name: column for name, column in layout.columns.items()} | {"theta": self.theta, "grad": self.grad}
+        layout.after(
+            AfterStep(
+                [g is not None for g in self.grad],
+                metric,
+                share,
+                *(path if walks else (None,) * 2),
+                **({} if walks else {"skip": n.get("skip")}),
+            )
+        )
+        last = dict(layout.columns) | {"theta": self.theta, "grad": self.grad}
         return bad.ne(0).tolist(), moved, first, last, int(beyond_eps)

@@ -68,7 +68,8 @@ def anchor_moved(training, step):
 
 def moments_moved(training, step):
     for p in training.model.parameters():
-        elsewhere(training.optimizer.state[p]["exp_avg"])
+        for moment in ("exp_avg", "exp_avg_sq"):
+            elsewhere(training.optimizer.state[p][moment])
 
 
 def parameters_turned(training, step):

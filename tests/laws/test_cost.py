@@ -83,7 +83,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_the_walk_holds_six_tensors_and_nine_once_there_is_an_anchor():
-    """Six in the first task, the gradient of the step among them. Later point, omega and S join, which a step does not visit."""
+    """Six in the first task, a step's gradient among them. Later point, omega and S join, which a step does not visit."""
     before = large()
     model, optimizer, memory = attached()
     size = model.weight.numel() * model.weight.element_size()

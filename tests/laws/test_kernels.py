@@ -169,7 +169,8 @@ compiles(ours._after_step, columns(whole, made=f), after, CLOSE=True, **flags)
 compiles(ours._after_step, columns(whole, theta=h, grad=h, second=h, omega=h), after, CLOSE=True, **flags)
 compiles(ours._after_step, columns(whole, d, made=f), after, d, CLOSE=True, **plain)
 compiles(ours._after_step, columns("theta grad previous path last"), after, CLOSE=False, **plain)
-compiles(ours._after_step, columns("theta grad average"), ("*fp64", "*i64", "*i1", "*i64"), CLOSE=False, SCALED=False, SKIPS=True)
+averages = ("*fp64", "*i64", "*i1", "*i64")
+compiles(ours._after_step, columns("theta grad average"), averages, CLOSE=False, SCALED=False, SKIPS=True)
 """
     pytest.importorskip("triton")
     clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

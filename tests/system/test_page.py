@@ -253,7 +253,7 @@ def test_what_no_command_does_is_said(changes, why):
 
 
 @pytest.mark.parametrize(
-    ("backend", "flag"), [("blocked", ""), ("numba", "--kernels numba"), ("numba+blocked", "--kernels auto")]
+    ("backend", "flag"), [("blocked", "--kernels blocked"), ("numba", "--kernels numba"), ("numba+blocked", "")]
 )
 def test_commands_name_the_kernels(backend, flag):
     (comparison,) = report.summarise([made(versions={"kernels": backend})])

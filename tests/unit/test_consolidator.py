@@ -420,9 +420,7 @@ def test_a_tensor_that_grew_in_place_beside_the_optimiser_is_taken_up_before_the
     finally:
         kernels.use("blocked")
     index = list(memory.state_dict()["shapes"]).index("heads.0.weight")
-    assert all(
-        memory.state_dict()["state"][key][index].shape == (5, 7) for key in ("fisher", "path", "score", "mark", "last")
-    )
+    assert all(memory.state_dict()["state"][key][index].shape == (5, 7) for key in ("fisher", "path", "score", "mark", "last"))
     memory.consolidate()
     assert memory.anchor.omega["heads.0.weight"].shape == (5, 7)
 

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from cases import Heads, MeanSquares, batches, mlp, train
 from oracle import softmax_gradient, softmax_squares
-from rwalk import EWC, L2, MAS, SI, Consolidator, EWCpp, OnlineEWC, RWalk, TaskFisher, kernels
+from rwalk import EWC, L2, MAS, SI, Consolidator, EWCpp, OnlineEWC, RWalk, TaskFisher
 from rwalk.anchors import ElementwiseAnchor
-from rwalk.rules.base import Step, TaskEnd
+from rwalk.rules.base import TaskEnd
 
 RATE = 0.05
 

@@ -144,4 +144,3 @@ class KroneckerAnchor(Anchor):
             except (ValueError, LookupError, TypeError, AttributeError, RuntimeError):
                 wrong.append(str(weight))
         return wrong if type(content["every"]) is int and content["every"] >= 1 else [*wrong, "every"]
-

@@ -92,7 +92,7 @@ class Run:
     domain."""
     log: Literal["tensorboard"] | None = None
     """Also write each task's figures for TensorBoard, into a folder beside each record; tensorboard --logdir OUT shows them."""
-    kernels: Literal["auto", "blocked", "numba", "triton", "reference"] = "blocked"
+    kernels: Literal["auto", "blocked", "numba", "triton", "reference"] = "auto"
     """How the arithmetic is done: see `rwalk.kernels.use`; results agree to rounding."""
     device: str = "cpu"
     """Where models are trained: cpu, cuda, or one GPU such as cuda:1."""

@@ -117,6 +117,7 @@ class Consolidator:
 
         Under `fully_shard` these are DTensors in the memory of each rank's parts.
         """
+        self._memory.shown = True
         return self._memory.whole_anchor()
 
     @property

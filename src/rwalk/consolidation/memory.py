@@ -47,6 +47,7 @@ class Memory:
         tasks: how many tasks have ended.
         steps: how many steps of the current task have been observed.
         last_end: how the last task ended, for rules that measure on data.
+        shown: whether somebody else has been given the anchor, who may put its tensors elsewhere.
         squares: the collector of per-example gradients, None where the rule needs none.
     """
 
@@ -58,6 +59,7 @@ class Memory:
         self.state: Any = self.rule.init([])
         self.anchor: Anchor = self.rule.anchor_kind()
         self.tail, self.moves = Tail(), Moves()
+        self.shown = False
         self.tasks, self.steps = 0, 0
         self.last_end: LastEnd | None = None
         self.squares: gradients.Squares | None = None
@@ -85,6 +87,7 @@ class Memory:
         self.anchor, self.state, self.last_end, self.moves = anchor, state, last_end, moves
         self.tasks, self.steps, self._renewed = self.tasks + bool(counts), 0, False
         self.tail.restart()
+        self.shown = False
         self.renew()
         if self.squares is not None:
             self.squares.look_again()

@@ -46,18 +46,21 @@ class Moves:
         """
         if not rule.walks or not steps:
             return state
-        theta = protected.blocks()
+        theta: list[Any] = protected.blocks()
         places = moved(state, theta, self._suspects(protected))
         return rule.resume(_owned(state, places), theta, places) if places else state
 
-    def after_step(self, protected: ProtectedParameters, names: Sequence[str], moved: Sequence[bool]) -> None:
-        """Note how the parameters that the optimiser has moved are now."""
-        mine = [name for name, has in zip(names, moved, strict=True) if has]
+    def after_step(self, protected: ProtectedParameters, names: list[str], moved: list[bool], walks: bool) -> None:
+        """Note how the parameters that the optimiser has moved are now; `walks` if a rule notes where they are."""
+        mine = names if all(moved) else [name for name, has in zip(names, moved, strict=True) if has]
         if self._changed:
             self._changed = [name for name in self._changed if name not in mine]
-        self._writes = self._writes if self._writes.known else Writes(protected.theta)
-        self._writes.note(protected.theta, mine)
         self._unobserved = False
+        if walks and protected.on_cpu:
+            self._writes = Writes({})  # where a rule knows where each step has ended, nothing else need be noted
+        else:
+            self._writes = self._writes if self._writes.known else Writes(protected.theta)
+            self._writes.note(protected.theta, mine)
 
     def pause(self) -> None:
         """Compare all parameters next time, as steps are not observed meanwhile."""
@@ -115,12 +118,12 @@ def moved(state: Any, theta: Sequence[Tensor | None], places: Iterable[int]) -> 
 def _owned(state: Any, places: Collection[int]) -> Any:
     """Copy what a rule may write to when it resumes, so that the tensors of the state that was given stay as they are."""
 
-    def copied(value: Any, mine: bool) -> Any:
-        return value.clone() if mine and isinstance(value, Tensor) else value
+    def copied(field: Any) -> Any:
+        if isinstance(field, list):
+            return [v.clone() if i in places and isinstance(v, Tensor) else v for i, v in enumerate(field)]
+        return field.clone() if isinstance(field, Tensor) else field
 
-    return type(state)(*(
-        [copied(v, i in places) for i, v in enumerate(field)] if isinstance(field, list) else copied(field, True) for field in state
-    ))  # fmt: skip
+    return type(state)(*map(copied, state))
 
 
 class Writes:
@@ -139,8 +142,9 @@ class Writes:
     def note(self, theta: Mapping[str, Tensor], names: Iterable[str]) -> None:
         """Note what parameters of these names are like now."""
         self._versions |= {name: theta[name]._version for name in names}
-        for name in self._probes.keys() & set(names):
-            self._probes[name] = _some(theta[name]).clone()
+        for name in self._probes:
+            if name in names:
+                self._probes[name] = _some(theta[name]).clone()
 
     def found(self, theta: Mapping[str, Tensor]) -> list[str]:
         """Name the parameters that have been written to since, all if elements alone tell; comparing waits for a device."""

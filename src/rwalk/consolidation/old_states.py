@@ -54,7 +54,9 @@ def _rested(state: dict[str, Any], theta: list[Tensor]) -> dict[str, Any]:
 
 def _end_window(state: dict[str, Any], eps: float) -> None:
     """End the window that is open, as its last step has ended."""
-    for last, mark, path, score, fisher in zip(*(state[key] for key in ("last", "mark", "path", "score", "fisher")), strict=True):
+    for last, mark, path, score, fisher in zip(
+        *(state[key] for key in ("last", "mark", "path", "score", "fisher")), strict=True
+    ):
         distance = (last - mark) ** 2 * fisher / 2
         score.add_(path / (distance + eps))
         state["beyond_eps"] += torch.sum(distance > eps).to(state["beyond_eps"].device)

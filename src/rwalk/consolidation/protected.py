@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rwalk import kernels
 from rwalk._parameters import grow_tensor, grown, listed, named_parameters, refuse_uninitialised, zero
 from rwalk.distributed.shards import ALONE, ShardGroup, layout, local, sharded
 from rwalk.rules.base import Rule
@@ -43,6 +44,12 @@ class ProtectedParameters:
     fingerprint: Any = None
 
     @cached_property
+    def frozen(self) -> list[Tensor]:
+        """Those that the optimiser holds and that are not protected, as they do not require gradients."""
+        mine = {id(p) for p in self.parameters.values()}
+        return [p for p in self.looked_at if id(p) not in mine]
+
+    @cached_property
     def on_cpu(self) -> bool:
         """Whether all of them lie in the host's memory."""
         return all(t.is_cpu for t in self.theta.values())
@@ -60,12 +67,17 @@ class ProtectedParameters:
         shapes = {name: p.shape for name, p in theta.items()}
         return cls(parameters, theta, ShardGroup.of(parameters.values()), shapes=shapes, **more)
 
-    def gradients(self) -> list[Tensor | None]:
+    def gradients(self) -> kernels.Gradients:
         """Return the gradients of the parameters that the optimiser is about to move, or this rank's parts of them."""
-        found = [p.grad if held else None for p, held in zip(self.parameters.values(), self.held, strict=True)]
-        return [g if g is None else local(g) for g in found] if self.shard_group.groups else found
+        if all(self.held):
+            found = [p.grad for p in self.parameters.values()]
+        else:
+            found = [p.grad if held else None for p, held in zip(self.parameters.values(), self.held, strict=True)]
+        if self.shard_group.groups:
+            found = [g if g is None else local(g) for g in found]
+        return kernels.Gradients(found)
 
-    def own_gradients(self) -> list[Tensor | None]:
+    def own_gradients(self) -> kernels.Gradients:
         """Give each parameter a gradient of its own, and return them: the pull is different for each element."""
         for p in self.parameters.values():
             if p.grad is not None and not sharded(p):
@@ -80,12 +92,20 @@ class ProtectedParameters:
         ids = {id(p) for group in up for p in group["params"]}
         return [id(p) in ids for p in self.parameters.values()]
 
-    def stale(self, optimizer: Optimizer) -> bool:
-        """Return whether parameters joined the optimiser, were frozen, thawed, moved or grew since the look, or others grew."""
+    def stale(self, optimizer: Optimizer, in_place: bool) -> bool:
+        """Return whether parameters joined the optimiser, were frozen, thawed, moved or grew since the look, or others grew.
+
+        Args:
+            optimizer: that holds them.
+            in_place: whether all lie where they did, in the same precision.
+        """
         held = optimizer_parameters(optimizer)
         if len(held) != len(self.looked_at) or not all(map(is_, held, self.looked_at)):
             return True
-        return _fingerprint(optimizer, held, self.parameters, self.in_optimizer) != self.fingerprint
+        if in_place and not self.shard_group.groups:
+            thawed = any(p.requires_grad for p in self.frozen)
+            return thawed or bool(self.fingerprint[0] != [len(group["params"]) for group in optimizer.param_groups])
+        return bool(_fingerprint(optimizer, held, self.parameters, self.in_optimizer) != self.fingerprint)
 
     def same(self, other: "ProtectedParameters") -> bool:
         """Return whether another look found the same parameters, of the same shapes."""
@@ -109,15 +129,13 @@ class ProtectedParameters:
         return [n for n in kept if not _continues(self.theta[n], other.theta[n])]
 
 
-def shares_memory(tensors: Iterable[Tensor | None]) -> bool:
-    """Return whether one place in memory is an element of several tensors, or several elements of one, as after `expand`."""
-    there = [t for t in tensors if t is not None]
-    if not all(map(Tensor.is_contiguous, there)) and any(0 in t.stride() for t in there if not t.is_contiguous()):
+def shares_memory(grad: kernels.Gradients) -> bool:
+    """Return whether one place in memory is an element of several gradients, or several elements of one, as after `expand`."""
+    if not grad.contiguous and any(0 in t.stride() for t in grad.there if t.numel() and not t.is_contiguous()):
         return True
-    addresses = list(map(Tensor.data_ptr, there))
-    if len(set(addresses)) == len(addresses):
+    if len(set(grad.addresses)) == len(grad):
         return False
-    addresses = [address for address, t in zip(addresses, there, strict=True) if t.numel()]
+    addresses = [t.data_ptr() for t in grad.there if t.numel()]
     return len(set(addresses)) < len(addresses)
 
 
@@ -232,8 +250,10 @@ def refuse_new_shards(old: ProtectedParameters, new: ProtectedParameters) -> Non
         )
 
 
-def refuse_sparse(grad: Sequence[Tensor | None], names: Iterable[str]) -> None:
+def refuse_sparse(grad: kernels.Gradients, names: Iterable[str]) -> None:
     """Raise a RuntimeError for sparse gradients."""
-    if any(g is not None and g.layout is not torch.strided for g in grad):
+    try:
+        grad.addresses  # noqa: B018 - a sparse tensor has none
+    except RuntimeError:
         sparse = [name for name, g in zip(names, grad, strict=True) if g is not None and g.layout is not torch.strided]
-        raise RuntimeError(f"The gradients of {listed(sparse)} are sparse. Build the embedding with `sparse=False`.")
+        raise RuntimeError(f"The gradients of {listed(sparse)} are sparse. Build the embedding with `sparse=False`.") from None

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 from numbers import Real
 from operator import is_
 from typing import Any, NamedTuple
@@ -24,10 +25,10 @@ UNLIKE_ADAM = ("lamb", "soap", "adamod", "adai", "avagrad", "padam", "exadam", "
 
 
 class Metrics:
-    """Reads in which metric an optimiser's steps are made: theta <- (theta + w * point) / (1 + w), w = 2 * m * strength * omega.
+    """Reads in which metric an optimiser's steps are made, for the pull: theta <- (theta + w * point) / (1 + w).
 
-    m is the optimiser's own metric: Adam's per coordinate, that of momentum, or the learning rate. It is read from the groups;
-    where a parameter's second moment lies is remembered.
+    w is 2 * m * strength * omega, and m the optimiser's own metric: Adam's per coordinate, that of momentum, or the learning
+    rate. It is read from the groups; where a parameter's second moment lies is remembered.
 
     Args:
         optimizer: the optimiser.
@@ -49,17 +50,15 @@ class Metrics:
         """
         groups = [GroupMetric.of(self._optimizer, group) for group in self._optimizer.param_groups]
         second, made = self._moments(groups, moved)
-        steps, eps = [m.step(factor) for m in groups], [m.eps * m.unit for m in groups]
-        along = [factor * m.rate / (1 - m.momentum) for m in groups]
-        there = [m if isinstance(m, Tensor) and not m.is_cpu else None for m in made]
-        pairs = list(zip(self._group, second, strict=True))
-        return kernels.Metric(
-            step=[along[k] if s is None else steps[k] for k, s in pairs],
-            second=second,
-            eps=[eps[k] for k in self._group],
-            correction=_corrections([groups[k].beta or 0.0 for k in self._group], made),
-            made=there if any(m is not None for m in there) else None,
-        )
+        there, correction = _corrections([m.beta or 0.0 for m in groups], self._group, made)
+        scaled, along = [m.step(factor) for m in groups], [factor * m.rate / (1 - m.momentum) for m in groups]
+        if len(groups) == 1 and not any(map(is_, second, repeat(None))):
+            step = scaled * len(second)
+        else:
+            step = [along[k] if s is None else scaled[k] for k, s in zip(self._group, second, strict=True)]
+        each = [m.eps * m.unit for m in groups]
+        eps = each * len(second) if len(each) == 1 else [each[k] for k in self._group]
+        return kernels.Metric(step, second, eps, correction, there)
 
     def _moments(self, groups: Sequence["GroupMetric"], moved: Sequence[bool]) -> tuple[list[Tensor | None], list[Any]]:
         """Return of each parameter the second moment, None where there is none, and the steps made."""
@@ -90,14 +89,22 @@ class Metrics:
         return second, made
 
 
-def _corrections(beta: Sequence[float], made: Sequence[Any]) -> list[float]:
-    """Return 1 - beta ** made, or beta alone for steps that only a device has counted."""
-    counts: list[Any] = list(made)
+def _corrections(
+    beta: Sequence[float], group: Sequence[int], made: Sequence[Any]
+) -> tuple[list[Tensor | None] | None, list[float]]:
+    """Return the counts that only a device has, None if there are none, and 1 - beta ** made; beta itself where it has one."""
+    counts: Sequence[Any] = made
     tensors = [m for m in made if isinstance(m, Tensor)]
-    if tensors and all(m.is_cpu for m in tensors):
-        known = iter(torch.stack([m.reshape(()) for m in tensors]).tolist())
-        counts = [next(known) if isinstance(m, Tensor) else m for m in made]
-    return [b if isinstance(n, Tensor) else 1 - b ** float(n) if n else 1.0 for b, n in zip(beta, counts, strict=True)]
+    if tensors and not all(m.is_cpu for m in tensors):
+        there = [m if isinstance(m, Tensor) and not m.is_cpu else None for m in made]
+        rows = zip(group, made, there, strict=True)
+        return there, [beta[k] if t is not None else 1 - beta[k] ** float(m) if m else 1.0 for k, m, t in rows]
+    if tensors:
+        known = torch.stack(tensors).flatten().tolist()
+        counts = known if len(known) == len(made) else [m if not isinstance(m, Tensor) else float(m) for m in made]
+    if len(beta) == 1 and len(set(counts)) == 1:
+        return None, [1 - beta[0] ** float(counts[0]) if counts[0] else 1.0] * len(counts)
+    return None, [1 - beta[k] ** float(n) if n else 1.0 for k, n in zip(group, counts, strict=True)]
 
 
 def mean_step(metric: kernels.Metric, i: int) -> float:

@@ -1,7 +1,7 @@
 """One optimiser step: it is checked, observed by the rule, and followed by the pull and the average."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,9 @@ from rwalk.consolidation.protected import refuse_sparse, shares_memory
 from rwalk.consolidation.settings import Nonfinite, Pull
 from rwalk.consolidation.validity import ACCEPTED, PendingCheck, loss_scale, skip_flag
 from rwalk.rules.base import Step
+
+ANCHOR = ("point", "omega")
+"""The columns that an anchor has."""
 
 
 class OpenStep(NamedTuple):
@@ -62,6 +65,7 @@ class StepObserver:
         self._metrics: tuple[Any, Any, proximal.Metrics] | None = None
         self._checked_optimizer: Optimizer | None = None
         self._layout: kernels.Layout | None = None
+        self._held: tuple[Any, dict[str, Any], list[int]] = (None, {}, [])
         self._kept: list[Tensor] = []
         self._kept_beside: list[Tensor] | None = None
 
@@ -79,7 +83,7 @@ class StepObserver:
         squares = memory.squares.take() if memory.squares is not None else None
         grad = self._gradients(optimizer)
         check = self._checked(optimizer, grad)
-        if check is None or not any(g is not None for g in grad):
+        if check is None or not grad.there:
             return
         before, changed = memory.state, memory.moves.noticed(memory.protected) if check.on_device else []
         if check.on_device or not memory.protected.on_cpu:  # otherwise the pass before the step finds foreign moves
@@ -90,13 +94,13 @@ class StepObserver:
         memory.steps += 1
         skip = check.flag if check.on_device else None
         columns = None if squares is None else [squares.get(name) for name in memory.protected.theta]
-        moved = [g is not None for g in grad]
+        moved = [True] * len(grad) if grad.complete else [g is not None for g in grad]
         self._open = OpenStep(moved, step.made, columns, loss_scale(optimizer), skip, before)
         self._visit(optimizer, theta, grad, self._open)
         self._pending = check._replace(before=before).sent() if check.on_device else None
         self._changed = changed
 
-    def _visit(self, optimizer: Optimizer, theta: list[Tensor], grad: list[Tensor | None], step: OpenStep) -> None:
+    def _visit(self, optimizer: Optimizer, theta: list[Tensor], grad: kernels.Gradients, step: OpenStep) -> None:
         """Make the pass before the step; foreign moves that it comes upon count for nothing."""
         memory = self.memory
         compare = memory.rule.walks and memory.steps > 1 and memory.protected.on_cpu and step.skip is None
@@ -123,10 +127,11 @@ class StepObserver:
                 self._averaged = [name for name, has in zip(names, step.moved, strict=True) if has]
         made = step.made
         numbers = (made.weight, made.close, made.eps, made.beyond_eps, step.scale, step.skip)
-        self._drop_layout(theta)
+        if self._layout is not None and not self._layout.still_in_place(theta):
+            self._layout = None
         layout = self._laid_out(optimizer, theta, made) if self._layout is None else self._layout
         layout.after(kernels.AfterStep(step.moved, metric, share, step.squares, *numbers))
-        memory.moves.after_step(memory.protected, names, step.moved)
+        memory.moves.after_step(memory.protected, names, step.moved, memory.rule.walks)
 
     def resolve(self) -> None:
         """Take back what was counted for the last step, if it has turned out not to count, or has failed."""
@@ -156,11 +161,7 @@ class StepObserver:
     def release(self) -> None:
         """Let go of what only steps need."""
         self._layout, self._kept, self._kept_beside, self._metrics = None, [], None, None
-
-    def _drop_layout(self, theta: list[Tensor]) -> None:
-        """Forget the layout if parameters lie elsewhere now."""
-        if self._layout is not None and not self._layout.in_place(theta):
-            self._layout = None
+        self._held = (None, {}, [])
 
     def _laid_out(self, optimizer: Optimizer, theta: list[Tensor], made: kernels.RuleUpdate) -> kernels.Layout:
         """Return the layout of what a step touches: the last one, unless something is elsewhere now."""
@@ -174,30 +175,47 @@ class StepObserver:
                     self._kept = [torch.empty_like(path) for path in made.path]
             columns["previous"] = self._kept
         if memory.anchor.point:
-            columns |= memory.anchor.columns(names)
+            columns |= self._anchor_columns(names)
         if memory.averages:
             columns["average"] = [memory.tail.average[name] for name in names]
         layout = kernels.laid_out(self._layout, theta, columns, memory.protected.ascends(optimizer))
         if layout is not self._layout:
             self._layout = layout
-            _put_back(columns.get("average"), names, memory.tail.average)
-            _put_back(columns.get("point"), names, memory.anchor.point)
-            _put_back(columns.get("omega"), names, memory.anchor.omega)
+            for column, into in (
+                ("average", memory.tail.average),
+                ("point", memory.anchor.point),
+                ("omega", memory.anchor.omega),
+            ):
+                _put_back(columns.get(column), names, into)
+            self._held = memory.anchor, {name: columns[name] for name in ANCHOR if name in columns}, _places(columns)
         return layout
 
-    def _gradients(self, optimizer: Optimizer) -> list[Tensor | None]:
+    def _anchor_columns(self, names: list[str]) -> dict[str, Any]:
+        """Return what the anchor holds; where users have been given it, see whether it is still what was laid out."""
+        anchor, columns, places = self._held
+        if self._layout is None or anchor is not self.memory.anchor:
+            return self.memory.anchor.columns(names)
+        if self.memory.shown:
+            columns = self.memory.anchor.columns(names)
+            if _places(columns) != places:
+                self._layout = None
+        return columns
+
+    def _gradients(self, optimizer: Optimizer) -> kernels.Gradients:
         """Return the gradients of the protected parameters, None for those that the optimiser does not move now."""
         memory = self.memory
-        if memory.protected.stale(optimizer):
+        if self._layout is not None and not self._layout.in_place(list(memory.protected.theta.values())):
+            self._layout = None
+        if memory.protected.stale(optimizer, self._layout is not None):
             memory.follow_optimizer(optimizer)
+            self._layout = None
         grad = memory.protected.gradients()
         refuse_sparse(grad, memory.protected.theta)
         shared = self.pull == "gradient" and memory.anchor.point and shares_memory(grad)
         return memory.protected.own_gradients() if shared else grad
 
-    def _checked(self, optimizer: Optimizer, grad: list[Tensor | None]) -> PendingCheck | None:
+    def _checked(self, optimizer: Optimizer, grad: kernels.Gradients) -> PendingCheck | None:
         """Return the check of a step that counts, as far as is known without waiting for a device; None if it does not."""
-        memory = self.memory
         check = self._check(optimizer, grad)
         if check.on_device and not (self.nonfinite == "skip" and check.bad is not None):
             return check
@@ -210,20 +228,19 @@ class StepObserver:
         self.skipped += 1
         return None
 
-    def _check(self, optimizer: Optimizer, grad: list[Tensor | None]) -> PendingCheck:
+    def _check(self, optimizer: Optimizer, grad: kernels.Gradients) -> PendingCheck:
         """Take a loss scaler's word for a step where there is one, else look at the gradients."""
         memory, flag = self.memory, skip_flag(optimizer)
-        self._drop_layout(list(memory.protected.theta.values()))
         if flag is not None:
             return PendingCheck(flag, memory.state)
         protected = memory.protected
-        if not any(g is not None for g in grad):
+        if not grad.there:
             return PendingCheck(ACCEPTED, memory.state)
         bad = kernels.nonfinite(grad) if self._layout is None else self._layout.nonfinite(grad)
         return PendingCheck.of_gradients(bad, memory.state, protected.theta, memory.steps + 1, protected.shard_group)
 
     def _gradient_pull(self, optimizer: Optimizer) -> float:
-        """Return the strength of the pull to add to the gradients, 0 for none; warn where it overshoots at the learning rate."""
+        """Return the strength of the pull to add to gradients, 0 for none; warn where it overshoots at the learning rate."""
         memory = self.memory
         if self.pull != "gradient" or not memory.strength or not memory.anchor.point:
             return 0.0
@@ -271,7 +288,15 @@ class StepObserver:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies are made of."""
-        fresh = {"_checked_optimizer": None, "_layout": None, "_kept": [], "_kept_beside": None, "_metrics": None, "_open": None}
+        fresh: dict[str, Any] = {
+            "_checked_optimizer": None,
+            "_layout": None,
+            "_kept": [],
+            "_held": (None, {}, []),
+            "_kept_beside": None,
+            "_metrics": None,
+            "_open": None,
+        }
         return {**vars(self), **fresh}
 
 
@@ -281,8 +306,11 @@ def _alike(mine: list[Tensor], like: list[Tensor]) -> bool:
     return len(mine) == len(like) and all(a.shape == b.shape and a.dtype is b.dtype and a.device == b.device for a, b in pairs)
 
 
+def _places(columns: Mapping[str, Any]) -> list[int]:
+    """Return the addresses of an anchor's tensors."""
+    return [0 if t is None else t.data_ptr() for name in ANCHOR for t in columns.get(name, ())]
+
+
 def _put_back(column: list[Tensor | None] | None, names: list[str], into: dict[str, Tensor]) -> None:
     """Have a dictionary hold the tensors of a column, which a layout may have moved."""
-    for name, tensor in zip(names, column or [None] * len(names), strict=True):
-        if tensor is not None:
-            into[name] = tensor
+    into |= {name: tensor for name, tensor in zip(names, column or (), strict=False) if tensor is not None}

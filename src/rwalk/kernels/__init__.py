@@ -4,7 +4,6 @@ The formulas stand in `reference`; `blocked` runs them in plain PyTorch, `numba`
 takes the parameters that it can work on and leaves the others to the next one, so every call does all of its work.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,13 +14,14 @@ from torch import Tensor
 
 from rwalk.kernels import blocked
 from rwalk.kernels.layout import Layout
-from rwalk.kernels.passes import AfterStep, BeforeStep, Column, Metric, RuleUpdate
+from rwalk.kernels.passes import AfterStep, BeforeStep, Column, Gradients, Metric, RuleUpdate
 from rwalk.kernels.rows import Rows
 
 __all__ = [
     "BACKENDS",
     "AfterStep",
     "BeforeStep",
+    "Gradients",
     "Layout",
     "Metric",
     "RuleUpdate",
@@ -45,8 +45,9 @@ BACKENDS: dict[str, tuple[str, ...]] = {
 }
 """What `use` takes, and the modules that share the work under each name, in order."""
 
-_name = "blocked"
-_chain: tuple[ModuleType, ...] = (blocked,)
+_name = "auto"
+_chain: tuple[ModuleType, ...] = ()
+"""The choice, and its modules, in order; none before the first use of "auto", as importing them takes a while."""
 
 
 def use(name: str) -> None:
@@ -63,7 +64,7 @@ def use(name: str) -> None:
     """
     global _name, _chain
     if name == "auto":
-        chosen: tuple[str, ...] = (*(extra for extra in ("numba", "triton") if extra in available()), "blocked")
+        chosen: tuple[str, ...] = _automatic()
     elif name in BACKENDS:
         chosen = BACKENDS[name]
     else:
@@ -77,9 +78,21 @@ def use(name: str) -> None:
     _name, _chain = name if name != "auto" else "+".join(chosen), chain
 
 
+def _automatic() -> tuple[str, ...]:
+    """Return the modules that "auto" stands for."""
+    return (*(extra for extra in ("numba", "triton") if extra in available()), "blocked")
+
+
 def current() -> str:
     """Return the name of the backend in use; under "auto" those that share the work, such as "numba+blocked"."""
-    return _name
+    return "+".join(_automatic()) if _name == "auto" else _name
+
+
+def _modules() -> tuple[ModuleType, ...]:
+    """Return the modules of the backend in use."""
+    if not _chain:
+        use("auto")
+    return _chain
 
 
 def available() -> list[str]:
@@ -92,12 +105,12 @@ def laid_out(
     layout: Layout | None, theta: Tensors, columns: Mapping[str, Column | None], ascends: Sequence[bool] | None = None
 ) -> Layout:
     """Return a layout of parameters and of what belongs to each: the given one, of parameters in place, where it still fits."""
-    if layout is not None and layout.fits(columns, ascends, _chain):
+    if layout is not None and layout.fits(columns, ascends, _modules()):
         return layout
-    return Layout(theta, columns, ascends, _chain)
+    return Layout(theta, columns, ascends, _modules())
 
 
-def nonfinite(grad: Column) -> Tensor:
+def nonfinite(grad: Gradients) -> Tensor:
     """Return for each gradient a number that is 0 unless an element of it, or its square, is not finite."""
     found = Rows([], {}, list(range(len(grad))), iter).nonfinite(grad)
     device = max((f.device for f in found), key=lambda d: d.type != "cpu")

@@ -2,7 +2,7 @@
 
 An elementwise formula of five operations reads its tensors five times. Cut into blocks, the first operation
 brings a block into the cache and the others find it there, so each tensor crosses the memory bus once. Many small tensors cost
-more in calls than in bytes: their state lies side by side, so that a formula serves all of them at once. On a GPU the pieces are
+more in calls than in bytes: their state lies side by side, so that a formula serves all of them at once. On a GPU pieces are
 larger, and all that have the same work to do go through each operation together, in one launch.
 """
 
@@ -122,13 +122,14 @@ def settled(last: Tensor, fisher: Tensor, path: Tensor, score: Tensor, mark: Ten
 
 def settle_(theta: Tensor, fisher: Tensor, path: Tensor, score: Tensor, mark: Tensor, eps: float) -> Tensor:
     """End a window: see the reference."""
-    return torch.stack([reference.settle_(*piece, eps) for piece in blocks([theta, fisher, path, score, mark])]).sum()
+    whole = blocks([theta, fisher, path, score, mark])
+    return torch.stack([reference.settle_(t, f, p, s, m, eps) for t, f, p, s, m in whole]).sum()
 
 
 def add_si_importance_(total: Tensor, path: Tensor, start: Tensor, last: Tensor, xi: float) -> None:
     """Add a task's share of the path integral to an importance: see the reference."""
-    for piece in blocks([total, path, start, last]):
-        reference.add_si_importance_(*piece, xi)
+    for into, p, s, t in blocks([total, path, start, last]):
+        reference.add_si_importance_(into, p, s, t, xi)
 
 
 def penalty(theta: Tensor, point: Tensor, omega: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwalk.kernels.passes import AfterStep, BeforeStep, Column, Part
+from rwalk.kernels.passes import AfterStep, BeforeStep, Column, Gradients, Part
 
 
 class Layout:
@@ -36,7 +36,8 @@ class Layout:
         self.columns = {name: list(column) for name, column in columns.items() if column is not None and len(column)}
         self._given = {name: column for name, column in columns.items() if column is not None}
         self._theta, self._ascends, self._chain = [t.detach() for t in theta], ascends, chain
-        self._where = whereabouts(theta)
+        self._addresses, self._sizes = list(map(Tensor.data_ptr, theta)), list(map(Tensor.numel, theta))
+        self._strides, self._contiguous = list(map(Tensor.stride, theta)), all(map(Tensor.is_contiguous, theta))
         self._parts: list[tuple[Part, bool]] = []
         for up in (False, True):
             places = [i for i in range(len(theta)) if (ascends is not None and ascends[i]) == up]
@@ -47,31 +48,39 @@ class Layout:
         for name, column in self._given.items():
             if isinstance(column, list):
                 column[:] = self.columns[name]
-        self._anchored = _anchored(self.columns)
 
     def __len__(self) -> int:
         """Count the parameters."""
         return len(self._theta)
 
-    def fits(
-        self, columns: Mapping[str, Column | None], ascends: Sequence[bool] | None, chain: tuple[ModuleType, ...]
-    ) -> bool:
+    def fits(self, columns: Mapping[str, Column | None], ascends: Sequence[bool] | None, chain: tuple[ModuleType, ...]) -> bool:
         """Return whether the same tensors belong to the parameters as when it was made."""
         if ascends != self._ascends or chain is not self._chain:
             return False
         given = {name: column for name, column in columns.items() if column is not None}
-        if given.keys() != self._given.keys() or not all(_same(self.columns[name], c) for name, c in given.items()):
-            return False
-        return self._anchored == _anchored(columns)
+        return given.keys() == self._given.keys() and all(_same(self.columns[name], c) for name, c in given.items())
 
     def in_place(self, theta: Sequence[Tensor]) -> bool:
-        """Return whether the parameters lie where they did, in the same shape, order and precision."""
-        return whereabouts(theta) == self._where
+        """Return whether the parameters are as many elements in the same order where they were.
 
-    def nonfinite(self, grad: Column) -> Tensor:
+        Then they are of the same kind too, as nothing else can have come to lie there.
+        """
+        if not self.still_in_place(theta) or list(map(Tensor.numel, theta)) != self._sizes:
+            return False
+        if self._contiguous:
+            return all(map(Tensor.is_contiguous, theta))
+        return list(map(Tensor.stride, theta)) == self._strides
+
+    def still_in_place(self, theta: Sequence[Tensor]) -> bool:
+        """Return whether the parameters lie where they did just before the optimiser's step."""
+        return list(map(Tensor.data_ptr, theta)) == self._addresses
+
+    def nonfinite(self, grad: Gradients) -> Tensor:
         """Return for each parameter a number that is 0 unless an element of its gradient, or its square, is not finite."""
         if not grad:
             return torch.zeros(0, device="cpu")
+        if grad.sizes != self._sizes:
+            refuse_sizes(grad, self._sizes)
         if len(self._parts) == 1 and self._parts[0][0].places == list(range(len(grad))):
             found = self._parts[0][0].nonfinite(grad)
             return found if isinstance(found, Tensor) else torch.stack(found)
@@ -95,19 +104,13 @@ class Layout:
             part.after(step)
 
 
-def whereabouts(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
-    """Describe where tensors lie, and in which form."""
-    return (
-        list(map(Tensor.data_ptr, tensors)),
-        [t.shape for t in tensors],
-        list(map(Tensor.stride, tensors)),
-        [t.dtype for t in tensors],
-    )
-
-
-def _anchored(columns: Mapping[str, Column | None]) -> list[int]:
-    """Return the addresses of an anchor's tensors, which users can reach."""
-    return [0 if t is None else t.data_ptr() for name in ("point", "omega") for t in columns.get(name) or ()]
+def refuse_sizes(grad: Gradients, sizes: Sequence[int]) -> None:
+    """Raise a RuntimeError for gradients of other sizes than the parameters'."""
+    if any(g is not None and g.numel() != size for g, size in zip(grad, sizes, strict=True)):
+        raise RuntimeError(
+            "A gradient has another number of elements than its parameter. Call `zero_grad()` before the next backward pass "
+            "where a parameter's size is changed."
+        )
 
 
 def _same(mine: Sequence[Any], given: Sequence[Any]) -> bool:

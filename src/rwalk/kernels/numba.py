@@ -4,6 +4,7 @@ Tensors go over as addresses in a table, because handing over arrays one by one 
 and float64, and bfloat16 beside float32 state; the next backend does the rest.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba.core import event
 from torch import Tensor
 
-from rwalk.kernels import blocked
+from rwalk.kernels import blocked, numba_loops
 from rwalk.kernels.numba_loops import (
     COARSE,
     COLUMNS,
@@ -30,13 +32,32 @@ from rwalk.kernels.numba_loops import (
     before_rows,
     nonfinite_rows,
 )
-from rwalk.kernels.passes import AfterStep, BeforeStep, Column, Metric, Part
+from rwalk.kernels.passes import AfterStep, BeforeStep, Column, Gradients, Metric, Part
 from rwalk.kernels.rows import Rows
 
 SHARE = 2**18
 """Elements of work below which a second thread does not pay."""
+LOG = logging.getLogger("rwalk")
 PRECISION = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
 """State precision of each kind of parameter that the compiled code takes."""
+
+
+class Announced(event.Listener):  # type: ignore[misc]
+    """Says once in a process that code of ours is compiled, which does not happen where it is found on disk."""
+
+    def on_start(self, event: Any) -> None:
+        """Be told of a function that is going to be compiled."""
+        if event.data["dispatcher"].py_func.__module__ == numba_loops.__name__ and not self.said:
+            self.said = True
+            LOG.warning("rwalk compiles its arithmetic for this machine, which takes some seconds; later runs find it on disk.")
+
+    def on_end(self, event: Any) -> None:
+        """Be told that it is done."""
+
+    said = False
+
+
+event.register("numba:compile", Announced())
 
 
 def prepare(
@@ -57,7 +78,9 @@ def prepare(
 def _takes(theta: Tensor, held: dict[str, Tensor]) -> bool:
     """Return whether the compiled code can work on a parameter with what belongs to it."""
     wide = PRECISION.get(theta.dtype)
-    kinds = all(t.dtype is wide or (name == "omega" and t.dtype is torch.bfloat16 and wide is torch.float32) for name, t in held.items())
+    kinds = all(
+        t.dtype is wide or (name == "omega" and t.dtype is torch.bfloat16 and wide is torch.float32) for name, t in held.items()
+    )
     return kinds and all(t.is_cpu for t in (theta, *held.values())) and blocked.one_order([theta, *held.values()])
 
 
@@ -86,14 +109,13 @@ class Table:
         self._sizes = np.array([theta[i].numel() for i in places], np.int64)
         self._elements = int(self._sizes.sum())
         self._whole = len(places) == len(theta)
-        self._strides = [theta[i].stride() for i in places]
         self._contiguous = all(theta[i].is_contiguous() for i in places)
         self._grad: Any = None
         self._odd: list[int] = []
         self._second: list[Tensor | None] = []
         self._seen: list[Tensor | None] = []
 
-    def nonfinite(self, grad: Column) -> list[Tensor] | Tensor:
+    def nonfinite(self, grad: Gradients) -> list[Tensor] | Tensor:
         """Return for each of the places a number that is 0 unless an element of its gradient, or its square, is not finite."""
         self._find(grad)
         bad = np.zeros((self._parts(), len(self.places)), np.int64)
@@ -134,9 +156,11 @@ class Table:
             return
         walks = "path" in self._has
         squared = walks and self._see(SQUARES, step.squares)
-        zero = [0.0] * len(self._theta)
-        lists = (metric.step, metric.correction, metric.eps) if metric is not None else (zero, zero, zero)
-        rows = np.array([self._mine(numbers) for numbers in (*lists, step.share or zero, step.weight or zero)], self._like.dtype)
+        rows = np.zeros((5, len(self.places)), self._like.dtype)
+        pull = (None, None, None) if metric is None else (metric.step, metric.correction, metric.eps)
+        for row, values in zip(rows, (*pull, step.share, step.weight), strict=True):
+            if values is not None:
+                row[:] = self._mine(values)
         scale = 1.0 if step.scale is None else float(step.scale)
         numbers = np.array((step.eps, scale), self._like.dtype)
         on = np.array(self._mine(step.moved), np.int8)
@@ -144,7 +168,7 @@ class Table:
         averages = step.share is not None and "average" in self._has
         flags = (pulls, spreads, averages, walks, walks and "fisher" in self._has, squared, walks and step.close)
         if pulls or averages or walks:
-            beyond_eps = self._run(after_rows, (np.ascontiguousarray(rows.T), numbers), on, *[flag or None for flag in flags])
+            beyond_eps = self._run(after_rows, (rows, numbers), on, *[flag or None for flag in flags])
             if flags[-1] and step.beyond_eps is not None:
                 step.beyond_eps.add_(beyond_eps)
 
@@ -155,33 +179,25 @@ class Table:
     def _mine(self, values: Sequence[Any]) -> Sequence[Any]:
         return values if self._whole else [values[i] for i in self.places]
 
-    def _find(self, grad: Column) -> None:
+    def _find(self, grad: Gradients) -> None:
         """Write down where the gradients lie; those in another order or precision are odd, and are none of ours."""
         if self._grad is grad:
             return
-        mine = self._mine(grad)
-        there = [k for k, g in enumerate(mine) if g is not None]
-        found: list[Any] = list(mine) if len(there) == len(mine) else [mine[k] for k in there]
-        kind = self._theta[self.places[0]].dtype
-        fits = self._contiguous and all(map(Tensor.is_contiguous, found)) and all(g.dtype is kind for g in found)
-        self._odd = [] if fits else [self.places[k] for k in there if not self._fits(k, mine[k])]
-        addresses = [g.data_ptr() for g in found]
-        if len(there) == len(mine):
-            self._at[:, GRAD] = addresses
-        else:
-            self._at[:, GRAD] = 0
-            self._at[there, GRAD] = addresses
-        for i in self._odd:
-            self._at[self.places.index(i), GRAD] = 0
-        self._grad = grad
+        self._grad, self._odd = grad, []
+        self._at[:, GRAD] = self._mine(grad.addresses)
+        if not (self._contiguous and grad.contiguous and grad.kinds == {self._theta[self.places[0]].dtype}):
+            self._odd = [i for i in self.places if not self._fits(i, grad[i])]
+            self._at[[self.places.index(i) for i in self._odd], GRAD] = 0
 
-    def _fits(self, k: int, tensor: Any) -> bool:
-        theta = self._theta[self.places[k]]
-        return tensor.dtype is theta.dtype and blocked.one_order([theta, tensor])
+    def _fits(self, i: int, grad: Tensor | None) -> bool:
+        theta = self._theta[i]
+        return grad is None or (grad.dtype is theta.dtype and blocked.one_order([theta, grad]))
 
     def _see(self, column: int, tensors: Column | None) -> bool:
         """Write down where tensors in state precision lie, in the order of the parameters; return whether there are any."""
-        mine = [None] * len(self.places) if tensors is None else [self._ordered(i, tensors[i]) for i in self.places]
+        if tensors is None:
+            return False
+        mine: list[Tensor | None] = [self._ordered(i, tensors[i]) for i in self.places]
         self._seen = mine  # which keeps copies alive
         self._at[:, column] = [0 if t is None else t.data_ptr() for t in mine]
         return any(t is not None for t in mine)
@@ -193,7 +209,7 @@ class Table:
         return torch.empty_like(self._theta[i], dtype=tensor.dtype).copy_(tensor)
 
     def _see_second(self, metric: Metric) -> bool | None:
-        """Write down where second moments lie; return whether there are any, None for such as the compiled code does not take."""
+        """Write down where second moments lie; return whether there are any, None where compiled code takes none of them."""
         mine = self._mine(metric.second)
         if len(self._second) != len(mine) or not all(map(is_, mine, self._second)):
             kinds = {s.dtype for s in mine if s is not None}

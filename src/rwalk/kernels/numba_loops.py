@@ -1,8 +1,8 @@
 """The loops that Numba compiles: the formulas of `reference`, on tiles that fit the cache.
 
-A table holds addresses: a row for each parameter, a column for each tensor that belongs to it. Which columns a table has is part
-of the types, by None, and code is made for each combination that occurs. It is kept on disk, beside this file or in the user's
-cache.
+A table holds addresses: a row for each parameter, a column for each tensor that belongs to it. Which columns a table has is
+part of the types, by None, and code is made for each combination that occurs. It is kept on disk, beside this file or in the
+user's cache.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,21 @@ THETA, GRAD, PREVIOUS, LAST, FISHER, SQUARES, POINT, OMEGA = range(8)
 """Columns of the table of the pass before a step; the first two are those of the check of gradients."""
 SECOND, AVERAGE, PATH, MARK, SCORE = range(8, 13)
 """Further columns, of the pass after a step."""
-COLUMNS = ("theta", "grad", "previous", "last", "fisher", "squares", "point", "omega", "second", "average", "path", "mark", "score")
+COLUMNS = (
+    "theta",
+    "grad",
+    "previous",
+    "last",
+    "fisher",
+    "squares",
+    "point",
+    "omega",
+    "second",
+    "average",
+    "path",
+    "mark",
+    "score",
+)
 TILE = 2**12
 """Elements per tile: ten float32 streams of this length fit a second-level cache. Shorter tiles would fit the first one, but
 bursts of less than a few pages per stream keep the memory prefetcher from running ahead: 512 took 1.6 times as long."""
@@ -172,7 +186,7 @@ def after_rows(
 ):  # fmt: skip
     """Update a part of every row after a step: `after_row_` of the reference. Returns the elements beyond eps.
 
-    `rows` has the numbers of each row: step, correction, eps, share and weight.
+    `rows` has for each row, as columns: step, correction, eps, share and weight.
     """
     beyond_eps = 0
     for k in range(sizes.size):
@@ -183,12 +197,12 @@ def after_rows(
             n = min(TILE, end - lo)
             theta = _read(at[k, THETA], kind[THETA], lo, n, scratch, 0, like)
             if pulls is not None:
-                _pull_tile(at, kind, k, lo, n, theta, rows[k], scratch, like, spreads)
+                _pull_tile(at, kind, k, lo, n, theta, rows[:, k], scratch, like, spreads)
                 theta = _read(at[k, THETA], kind[THETA], lo, n, scratch, 0, like)
             if averages is not None:
-                _blend(_read(at[k, AVERAGE], WIDE, lo, n, scratch, 0, like), theta, rows[k, 3], like)
+                _blend(_read(at[k, AVERAGE], WIDE, lo, n, scratch, 0, like), theta, rows[3, k], like)
             if walks is not None:
-                beyond_eps += _walk_tile(at, k, lo, n, theta, rows[k, 4], numbers, scratch, like, runs, squared, closes)
+                beyond_eps += _walk_tile(at, k, lo, n, theta, rows[4, k], numbers, scratch, like, runs, squared, closes)
     return beyond_eps
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rwalk.kernels import reference
-from rwalk.kernels.passes import AfterRow, AfterStep, BeforeRow, BeforeStep, Column
+from rwalk.kernels.passes import AfterRow, AfterStep, BeforeRow, BeforeStep, Gradients
 from rwalk.kernels.rows import AFTER, BEFORE, Rows
 
 SMALL = 2**14
@@ -25,12 +26,12 @@ def packed(
     groups, rest = [], []
     for i in places:
         t = theta[i]
-        held = [t, *(c[i] for c in columns.values() if c[i] is not None)]
+        held: list[Any] = [t, *(h for c in columns.values() if (h := c[i]) is not None)]
         fits = t.dtype in WIDE and 0 < t.numel() <= SMALL and _dense(t)
         if not fits or not all(h.is_cpu and h.shape == t.shape for h in held):
             rest.append(i)
             continue
-        kind = (t.dtype, *(None if c[i] is None else c[i].dtype for c in columns.values()))
+        kind = (t.dtype, *(None if (h := c[i]) is None else h.dtype for c in columns.values()))
         group = waiting.setdefault(kind, [])
         if group and sum(theta[k].numel() for k in group) + t.numel() > size:
             groups.append(waiting.pop(kind))
@@ -57,7 +58,12 @@ class Pack:
     def __init__(self, theta: Sequence[Tensor], columns: dict[str, list[Tensor | None]], places: list[int]) -> None:
         self.places, self._theta = places, [theta[i] for i in places]
         self._columns = {name: self._moved(column) for name, column in columns.items() if column[places[0]] is not None}
+        self._flat = [in_storage_order(t) for t in self._theta]
+        self._known: list[Tensor] = []
+        self._places: list[int] = []
+        self._flat_second: list[Tensor] = []
         self._gathered: Any = None
+        self._whole = len(places) == len(theta)
         self._alone = Rows(theta, columns, places, iter)
 
     @cached_property
@@ -81,7 +87,7 @@ class Pack:
             column[i] = view
         return side_by_side.vector
 
-    def nonfinite(self, grad: Column) -> list[Tensor] | Tensor:
+    def nonfinite(self, grad: Gradients) -> list[Tensor] | Tensor:
         """Return for each of the places a number that is 0 unless an element of its gradient, or its square, is not finite."""
         if self._gather(grad):
             norm = torch.linalg.vector_norm(self._grads.vector)
@@ -89,10 +95,10 @@ class Pack:
                 return torch.zeros(len(self.places), device="cpu")
         return self._alone.nonfinite(grad)
 
-    def _gather(self, grad: Column) -> bool:
+    def _gather(self, grad: Gradients) -> bool:
         """Lay the gradients side by side, if all are there."""
         if self._gathered is not grad:
-            mine = [g for i in self.places if (g := grad[i]) is not None]
+            mine: Any = grad.there if self._whole and grad.complete else [g for i in self.places if (g := grad[i]) is not None]
             if len(mine) < len(self.places):
                 return False
             self._grads.gather(mine)
@@ -106,13 +112,13 @@ class Pack:
         if weight is None or step.squares is not None or step.skip is not None or not self._gather(step.grad):
             return self._alone.before(step)
         if step.compare or pulls:
-            self._values.gather(self._theta)
+            torch.cat(self._flat, out=self._values.vector)
         moved = self._alone.moved() if step.compare and not torch.equal(self._values.vector, self._columns["last"]) else []
         held = {name: self._columns.get(name) for name in BEFORE}
         row = BeforeRow(self._values.vector, self._grads.vector, **held, weight=weight, strength=step.strength)
         reference.before_row_(row, step.scale)
         if pulls:
-            torch._foreach_copy_([step.grad[i] for i in self.places], self._grads.views)
+            torch._foreach_copy_([g for i in self.places if (g := step.grad[i]) is not None], self._grads.views)
         self._gathered = None
         return moved
 
@@ -122,8 +128,8 @@ class Pack:
         if numbers is None or step.squares is not None or step.skip is not None or not all(step.moved[i] for i in self.places):
             self._alone.after(step)
             return
-        self._values.gather(self._theta)
-        held = {name: self._columns.get(name) for name in AFTER}
+        torch.cat(self._flat, out=self._values.vector)
+        held: dict[str, Any] = {name: self._columns.get(name) for name in AFTER}
         row = AfterRow(self._values.vector, **held, **numbers, eps=step.eps)
         beyond_eps = reference.after_row_(row, step.close)
         if beyond_eps is not None and step.beyond_eps is not None:
@@ -133,7 +139,7 @@ class Pack:
 
     def _numbers(self, step: AfterStep) -> dict[str, Any] | None:
         """Return the numbers that all of these share, and the second moments side by side; None where they do not agree."""
-        numbers = {"weight": self._one(step.weight), "share": self._one(step.share)}
+        numbers: dict[str, Any] = {"weight": self._one(step.weight), "share": self._one(step.share)}
         if step.metric is not None:
             m = step.metric.counted()
             numbers |= {"step": self._one(m.step), "adam_eps": self._one(m.eps), "correction": self._one(m.correction)}
@@ -141,7 +147,14 @@ class Pack:
             if second and (len(second) < len(self.places) or not all(s.is_cpu for s in second)):
                 return None
             if second and "point" in self._columns:
-                self._seconds.gather(second)
+                places = list(map(Tensor.data_ptr, second))
+                if places != self._places or not all(map(is_, second, self._known)):
+                    if any(
+                        s.stride() != t.stride() or s.dtype is not t.dtype for s, t in zip(second, self._theta, strict=True)
+                    ):
+                        return None
+                    self._known, self._places, self._flat_second = second, places, [in_storage_order(s) for s in second]
+                torch.cat(self._flat_second, out=self._seconds.vector)
                 numbers["second"] = self._seconds.vector
         return None if any(value is None for value in numbers.values()) else numbers
 
@@ -149,8 +162,13 @@ class Pack:
         """Return the number that all of these share; None if they differ."""
         if numbers is None:
             return 0.0
-        mine = {numbers[i] for i in self.places}
+        mine = set(numbers) if self._whole else {numbers[i] for i in self.places}
         return mine.pop() if len(mine) == 1 else None
+
+
+def in_storage_order(t: Tensor) -> Tensor:
+    """View a tensor without gaps as a vector."""
+    return t.detach().as_strided((t.numel(),), (1,))
 
 
 class Views:
@@ -167,6 +185,6 @@ class Views:
         split = zip(self.vector.split(sizes), like, strict=True)
         self.views = [piece.as_strided(t.shape, t.stride()) for piece, t in split]
 
-    def gather(self, tensors: Sequence[Tensor]) -> None:
+    def gather(self, tensors: list[Tensor]) -> None:
         """Copy tensors here."""
         torch._foreach_copy_(self.views, tensors)

@@ -5,12 +5,51 @@ side by side, or a piece of a large one.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import repeat
+from operator import is_
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 Column = Sequence[Tensor | None]
+
+
+class Gradients(list[Tensor | None]):
+    """The gradients of a step, None where a parameter has none, and what was looked up about them."""
+
+    @cached_property
+    def there(self) -> list[Tensor]:
+        """Those that there are."""
+        return list(self) if self.complete else [g for g in self if g is not None]  # type: ignore[arg-type]
+
+    @cached_property
+    def complete(self) -> bool:
+        """Whether there are all of them."""
+        return not any(map(is_, self, repeat(None)))
+
+    @cached_property
+    def addresses(self) -> list[int]:
+        """Where they lie, 0 for none."""
+        if self.complete:
+            return list(map(Tensor.data_ptr, self.there))
+        return [0 if g is None else g.data_ptr() for g in self]
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """How many elements they have, 0 for none."""
+        return list(map(Tensor.numel, self.there)) if self.complete else [0 if g is None else g.numel() for g in self]
+
+    @cached_property
+    def contiguous(self) -> bool:
+        """Whether all that there are lie in the order of their indices, without gaps."""
+        return all(map(Tensor.is_contiguous, self.there))
+
+    @cached_property
+    def kinds(self) -> set[torch.dtype]:
+        """Their types."""
+        return {g.dtype for g in self.there}
 
 
 class RuleUpdate(NamedTuple):
@@ -54,7 +93,7 @@ class BeforeStep(NamedTuple):
         compare: whether to find the parameters that are not where the last step left them.
     """
 
-    grad: Column
+    grad: Gradients
     squares: Column | None = None
     weight: Sequence[float] | None = None
     strength: float = 0.0
@@ -164,7 +203,7 @@ class Part(Protocol):
 
     places: list[int]
 
-    def nonfinite(self, grad: Column) -> list[Tensor] | Tensor:
+    def nonfinite(self, grad: Gradients) -> list[Tensor] | Tensor:
         """Return for each of the places a number that is 0 unless an element of its gradient, or its square, is not finite."""
 
     def before(self, step: BeforeStep) -> list[int]:

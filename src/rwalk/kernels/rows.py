@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rwalk.kernels import reference
-from rwalk.kernels.passes import AfterRow, AfterStep, BeforeRow, BeforeStep, Column, Part
+from rwalk.kernels.passes import AfterRow, AfterStep, BeforeRow, BeforeStep, Gradients, Part
 
 FETCH = 2**26
 """Bytes that are brought to a device at a time."""
@@ -42,7 +42,7 @@ class Rows:
     ) -> None:
         self.places, self._theta, self._columns, self._pieces = places, theta, columns, pieces
 
-    def nonfinite(self, grad: Column) -> list[Tensor]:
+    def nonfinite(self, grad: Gradients) -> list[Tensor]:
         """Return the norm of each gradient less itself: 0, or not a number."""
         found = {i: g for i in self.places if (g := grad[i]) is not None}
         norms = dict(zip(found, norms_of(list(found.values())), strict=True))
@@ -76,7 +76,7 @@ class Rows:
         pairs = [(i, self._theta[i], last) for i in self.places if (last := self._columns["last"][i]) is not None]
         return [i for i, theta, last in pairs if not torch.equal(theta.to(last.dtype), last)]
 
-    def _held(self, i: int, names: Sequence[str]) -> dict[str, Tensor | None]:
+    def _held(self, i: int, names: Sequence[str]) -> dict[str, Any]:
         return {name: self._columns[name][i] for name in names if name in self._columns}
 
     def _before(self, i: int, step: BeforeStep) -> BeforeRow:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rwalk.kernels import blocked
-from rwalk.kernels.passes import AfterStep, BeforeStep, Column, Metric, Part
+from rwalk.kernels.passes import AfterStep, BeforeStep, Column, Gradients, Metric, Part
 from rwalk.kernels.rows import Rows
 
 CHUNK = 2**12
@@ -98,7 +98,7 @@ class Table:
         self._nothing = torch.zeros((), dtype=torch.int64, device=self._device)
         self._seen: dict[str, list[Tensor | None]] = {}
 
-    def nonfinite(self, grad: Column) -> list[Tensor] | Tensor:
+    def nonfinite(self, grad: Gradients) -> list[Tensor] | Tensor:
         """Return for each of the places a number that is 0 unless an element of its gradient, or its square, is not finite."""
         bad = torch.zeros(len(self.places), dtype=torch.int64, device=self._device)
         odd = self._find_gradients(grad)
@@ -148,7 +148,9 @@ class Table:
         self._numbers.write(SHARE.value, self._mine(step.share))
         self._numbers.write(EPS.value, [step.eps] * len(self.places))
         if step.metric is not None:
-            for row, values in zip((STEP, CORRECTION, ADAM_EPS), (step.metric.step, step.metric.correction, step.metric.eps), strict=True):
+            for row, values in zip(
+                (STEP, CORRECTION, ADAM_EPS), (step.metric.step, step.metric.correction, step.metric.eps), strict=True
+            ):
                 self._numbers.write(row.value, self._mine(values))
 
     def _mine(self, values: Sequence[Any] | None) -> list[Any]:
@@ -158,7 +160,7 @@ class Table:
         """Return some parameters as rows, for what one launch does not take."""
         return Rows(self._theta, self._columns, places, blocked.pieces)
 
-    def _find_gradients(self, grad: Column) -> list[int]:
+    def _find_gradients(self, grad: Gradients) -> list[int]:
         """Write down where gradients lie; return the places of those in another order or precision, which are left out."""
         odd = [i for i in self.places if (g := grad[i]) is not None and not self._fits(i, g, self._theta[i].dtype)]
         self._point("grad", [None if i in odd else grad[i] for i in self.places])
@@ -307,7 +309,7 @@ def _before_step(
 def _inform(table, row, at, inside, count, g, numbers, scale, KINDS: tl.constexpr, STATE: tl.constexpr, SCALED: tl.constexpr):
     """Take a gradient, or mean squares of per-example gradients, into the Fisher information; return it."""
     fresh = g * g
-    if KINDS[SQUARES] is not None:
+    if KINDS[SQUARES] is not None:  # noqa: SIM102 - what is known when the code is made must be told apart
         if tl.load(table + SQUARES * count + row) != 0:
             fresh = tl.load(_pointer(table, row, count, SQUARES, KINDS) + at, mask=inside, other=0).to(STATE)
             if SCALED:

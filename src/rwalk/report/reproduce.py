@@ -101,7 +101,7 @@ def _command(record: Record, seeds: int) -> str:
         **config["training"],
         "threads": record.threads if record.threads > 1 else None,
         "device": None if record.device == "cpu" else record.device,
-        "kernels": None if backend == "blocked" else "auto" if "+" in backend else backend,
+        "kernels": None if "+" in backend else backend,
         "strength": config.get("strength"), "pull": config.get("pull"), "average": config.get("average"),
         "replay": kept.get("size"), "per": kept.get("per"), "select": kept.get("select"), "replay-batch": kept.get("batch"),
         **(_fields(method, config.get("rule", {})) if method in _rules() else {}),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def start_at(theta: Sequence[Tensor], *columns: Sequence[Tensor]) -> None:
+def start_at(theta: list[Tensor], *columns: list[Tensor]) -> None:
     """Have columns of a state be where the parameters are now."""
     for column in columns:
         torch._foreach_copy_(column, theta)

@@ -196,6 +196,11 @@ class Rule(ABC, Generic[State]):
         return {}
 
 
+def counted(seen: list[int], grad: Sequence[Tensor | None]) -> list[int]:
+    """Count for each parameter that takes part in a step one step more."""
+    return [n + (g is not None) for n, g in zip(seen, grad, strict=True)]
+
+
 TINY, HUGE = 1e-30, 1e30
 """The least and the most that may be added to a denominator: float32 turns neither into 0 or infinity."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rwalk._parameters import zeros
 from rwalk.anchors.base import Anchor
-from rwalk.rules.base import Fisher, Rule, Step, TaskEnd, check, check_finite, check_share
+from rwalk.rules.base import Fisher, Rule, Step, TaskEnd, check, check_finite, check_share, counted
 
 
 class RunningFisher(NamedTuple):
@@ -56,9 +56,9 @@ class EWCpp(Rule[RunningFisher]):
 
     def observe(self, state: RunningFisher, step: Step) -> RunningFisher:
         """Move the running Fisher information towards the new squared gradient."""
-        started = [n > 0 or known for n, known in zip(state.seen, state.known, strict=True)]
+        started = state.seen if all(state.seen) else [n > 0 or known for n, known in zip(state.seen, state.known, strict=True)]
         step.update(fisher=state.fisher, weight=[self.alpha if s else 1.0 for s in started])
-        return state._replace(seen=[n + (g is not None) for n, g in zip(state.seen, step.grad, strict=True)])
+        return state._replace(seen=counted(state.seen, step.grad))
 
     def conclude(self, state: RunningFisher, end: TaskEnd) -> tuple[Anchor, RunningFisher]:
         """Hold to the running Fisher information; a tensor that never had a gradient keeps what an anchor gave it."""

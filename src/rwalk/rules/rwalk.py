@@ -6,7 +6,7 @@ ECCV 2018, arXiv 1801.10112. Equation numbers are the paper's.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, get_args
+from typing import ClassVar, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from rwalk.anchors.elementwise import ElementwiseAnchor
 from rwalk.distributed.shards import ALONE, ShardGroup
 from rwalk.rules._path import beside, elements, start_at
 from rwalk.rules._scale import largest_element
-from rwalk.rules.base import Fisher, Rule, Step, TaskEnd, check, check_count, check_damping, check_finite, check_share
+from rwalk.rules.base import Fisher, Rule, Step, TaskEnd, check, check_count, check_damping, check_finite, check_share, counted
 
 
 class Walk(NamedTuple):
@@ -98,10 +98,10 @@ class RWalk(Rule[Walk]):
         state = state._replace(steps=state.steps + 1, beyond_eps=beside(state.beyond_eps, step.theta))
         close = state.steps % self.delta_t == 0
         columns = {name: getattr(state, name) for name in ("path", "last", "mark", "score", "fisher", "beyond_eps")}
-        weight = [self._weight(n, total is not None) for n, total in zip(state.seen, state.total, strict=True)]
+        weight = self._weights(state)
         step.update(close=close, weight=weight, eps=self.eps, **columns)
-        seen = [n + (g is not None) for n, g in zip(state.seen, step.grad, strict=True)]
-        return state._replace(seen=seen, windows=state.windows + close * elements(step.theta))
+        seen = counted(state.seen, step.grad)
+        return state._replace(seen=seen, windows=state.windows + (elements(step.theta) if close else 0))
 
     def conclude(self, state: Walk, end: TaskEnd) -> tuple[Anchor, Walk]:
         """Finish the last window, average the task's score with the earlier ones, and normalise both terms."""
@@ -149,11 +149,18 @@ class RWalk(Rule[Walk]):
             return [score.clamp(min=0) for score in state.score], state
         scores = []
         beyond_eps = state.beyond_eps
-        for last, *window in zip(state.last, state.fisher, state.path, state.score, state.mark, strict=True):
-            score, count = kernels.settled(last, *window, self.eps)
+        columns = zip(state.last, state.fisher, state.path, state.score, state.mark, strict=True)
+        for last, fisher, path, so_far, mark in columns:
+            score, count = kernels.settled(last, fisher, path, so_far, mark, self.eps)
             scores.append(score.clamp_(min=0))
             beyond_eps = beyond_eps.to(count.device) + count
         return scores, state._replace(beyond_eps=beyond_eps, windows=state.windows + elements(state.last))
+
+    def _weights(self, state: Walk) -> list[float]:
+        """Return the new square's share for each tensor."""
+        if len(set(state.seen)) == 1 and state.seen[0]:
+            return [self._weight(state.seen[0], True)] * len(state.seen)
+        return [self._weight(n, total is not None) for n, total in zip(state.seen, state.total, strict=True)]
 
     def _weight(self, seen: int, known: bool) -> float:
         """Return the new square's share for a tensor: all of it on its very first step."""

@@ -5,7 +5,7 @@ Zenke, Poole, Ganguli, "Continual learning through synaptic intelligence", ICML 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor

@@ -14,7 +14,7 @@ from torch import Tensor
 from rwalk._parameters import zeros
 from rwalk.anchors.base import Anchor
 from rwalk.rules._scale import mean_element, overlap_factors
-from rwalk.rules.base import Defaults, Fisher, Rule, Step, TaskEnd, check, check_finite
+from rwalk.rules.base import Defaults, Fisher, Rule, Step, TaskEnd, check, check_finite, counted
 
 
 class MeanFisher(NamedTuple):
@@ -69,8 +69,8 @@ class TaskFisher(Rule[MeanFisher]):
 
     def observe(self, state: MeanFisher, step: Step) -> MeanFisher:
         """Take the new squared gradient into the task's mean."""
-        step.update(fisher=state.fisher, weight=[1 / (n + 1) for n in state.seen])
-        seen = [n + (g is not None) for n, g in zip(state.seen, step.grad, strict=True)]
+        step.update(fisher=state.fisher, weight=_shares(state.seen))
+        seen = counted(state.seen, step.grad)
         return state._replace(seen=seen, steps=state.steps + 1)
 
     def conclude(self, state: MeanFisher, end: TaskEnd) -> tuple[Anchor, MeanFisher]:
@@ -99,3 +99,8 @@ def _joined(new: Tensor, old: Tensor | None, seen: int, fade: float) -> Tensor:
     if old is None:
         return new
     return new.add_(old, alpha=fade) if seen else old * fade
+
+
+def _shares(seen: list[int]) -> list[float]:
+    """Return the share of a new square in each mean."""
+    return [1 / (seen[0] + 1)] * len(seen) if len(set(seen)) == 1 else [1 / (n + 1) for n in seen]
