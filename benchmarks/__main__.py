@@ -19,9 +19,12 @@ from benchmarks.peers import everything, peers
 from benchmarks.variants import OPTIMIZERS, STRENGTH, Variant
 from rwalk.bench.devices import about, chosen
 
-SLOW = ("resnet18", "gpt")
+SLOW = ("resnet18", "gpt", "resnet50", "vit-b16", "bert-base", "gpt2", "many-3000")
 """What the quick form leaves out."""
-EVERYDAY = ("plain", "rwalk-blocked", "rwalk-numba", "rwalk-triton", "recipe")
+EVERYDAY = (
+    "plain",
+    *(f"{rule}-{name}" for rule in ("rwalk", "recipe", "ewcpp", "si") for name in ("blocked", "numba", "triton")),
+)
 """What the quick form measures, as far as it is there."""
 
 

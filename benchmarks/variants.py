@@ -130,16 +130,17 @@ def watched(about: str, rule: Rule[Any] | None, **options: Any) -> Variant:
 
 def ours() -> dict[str, Variant]:
     """Return plain training and every variant of ours, by key."""
+    others = [name for name in kernels.available() if name != "reference"]
     return {
         "plain": Variant("plain", Loop),
         **{f"rwalk-{name}": watched(f"RWalk, {name}", RWalk(), backend=name) for name in kernels.available()},
         "rwalk-50-tasks": watched("RWalk, 50 tasks", RWalk(), tasks=50, cases=("mlp-b10", "mlp-b128")),
         "rwalk-example": watched("RWalk, per example", RWalk(fisher="example")),
-        "recipe": watched("recipe", None),
+        **{f"recipe-{name}": watched(f"recipe, {name}", None, backend=name) for name in others},
+        **{f"ewcpp-{name}": watched(f"EWCpp, {name}", EWCpp(), backend=name) for name in others},
+        **{f"si-{name}": watched(f"SI, {name}", SI(), backend=name) for name in others},
         "ewc": watched("EWC", EWC(labels="true")),
         "online-ewc": watched("OnlineEWC", OnlineEWC(labels="true")),
-        "ewcpp": watched("EWCpp", EWCpp()),
-        "si": watched("SI", SI()),
         "mas": watched("MAS", MAS()),
         "l2": watched("L2", L2()),
     }

@@ -6,12 +6,12 @@ the baselines of the published tables. These rules serve the scripts of this fol
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rwalk import L2, Anchor, kernels
+from rwalk import L2, Anchor
 from rwalk._parameters import copies, zeros
 from rwalk.anchors import ElementwiseAnchor
 from rwalk.bench import Experience
@@ -85,7 +85,7 @@ class Walked(NamedTuple):
 
     Args:
         fisher, fresh: as in `Windowed`, but `fresh` is set to 0 at a task's end alone.
-        path, mark, previous: the path integral of the window, and what it is made of: see `rwalk.kernels.PreStepPass`.
+        path, mark, last: the path integral of the window, where it began, and where the last step ended.
         score: the score of the task.
         total: the score of all tasks; empty before there is one.
         steps: steps in this task.
@@ -95,7 +95,7 @@ class Walked(NamedTuple):
     fresh: list[Tensor]
     path: list[Tensor]
     mark: list[Tensor]
-    previous: list[Tensor]
+    last: list[Tensor]
     score: list[Tensor]
     total: list[Tensor | None]
     steps: int = 0
@@ -110,10 +110,12 @@ class ReleasedRWalk(Rule[Walked]):
     window of a task is dropped, and the first one has nine steps; S becomes 1.5 S + .5 s.
     """
 
+    walks: ClassVar[bool] = True
+
     def init(self, theta: list[Tensor]) -> Walked:
         """Start without history."""
-        fisher, fresh, path, previous, score = (zeros(theta) for _ in range(5))
-        return Walked(fisher, fresh, path, copies(theta), previous, score, [None] * len(theta))
+        fisher, fresh, path, score = (zeros(theta) for _ in range(4))
+        return Walked(fisher, fresh, path, copies(theta), copies(theta), score, [None] * len(theta))
 
     def observe(self, state: Walked, step: Step) -> Walked:
         """Settle a window that is full, then extend the path and the sum of squares."""
@@ -123,7 +125,7 @@ class ReleasedRWalk(Rule[Walked]):
             settle(state, step.theta)
             move(state.fisher, state.fresh)
         collect(state.fresh, step)
-        step.update(path=state.path, mark=state.mark, previous=state.previous)
+        step.update(path=state.path, last=state.last)
         return state._replace(steps=state.steps + 1)
 
     def conclude(self, state: Walked, end: TaskEnd) -> tuple[Anchor, Walked]:
@@ -138,17 +140,17 @@ class ReleasedRWalk(Rule[Walked]):
 def begin(state: Walked, theta: list[Tensor]) -> None:
     """Start a task's path where the parameters are."""
     clear(state.path)
-    clear(state.previous)
-    torch._foreach_copy_(state.mark, theta)
+    for column in (state.mark, state.last):
+        torch._foreach_copy_(column, theta)
 
 
 def settle(state: Walked, theta: list[Tensor]) -> None:
     """Turn the path of a window into score."""
     moved = [now - mark for now, mark in zip(theta, state.mark, strict=True)]
-    kernels.before_step_(kernels.PreStepPass(theta, path=state.path, mark=state.mark, previous=state.previous, close=True))
     for score, path, fisher, d in zip(state.score, state.path, state.fisher, moved, strict=True):
         score += (path / (fisher * d * d + XI)).relu_()
     clear(state.path)
+    torch._foreach_copy_(state.mark, theta)
 
 
 def move(fisher: list[Tensor], fresh: list[Tensor]) -> None:

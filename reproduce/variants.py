@@ -107,14 +107,13 @@ class WalkSum(NamedTuple):
     path: list[Tensor]
     score: list[Tensor]
     mark: list[Tensor]
-    previous: list[Tensor]
+    last: list[Tensor]
     total: list[Tensor | None]
     seen: list[int]
     beyond_eps: Tensor
     windows: int
     steps: int
     score_scale: float
-    resting: bool
     total_fisher: list[Tensor | None]
     units: tuple[float, float] = (math.inf, math.inf)
 
@@ -129,7 +128,7 @@ class SummedWalk(RWalk):
 
     def conclude(self, state: Any, end: TaskEnd) -> tuple[Anchor, Any]:
         """Add the task's score and Fisher information to those of earlier tasks."""
-        task, state = self._finished(state, list(end.theta.values()))
+        task, state = self._finished(state)
         score = [_added(old, new, n) for old, new, n in zip(state.total, task, state.seen, strict=True)]
         fisher = [_added(old, new, n) for old, new, n in zip(state.total_fisher, state.fisher, state.seen, strict=True)]
         filled = [
@@ -140,7 +139,7 @@ class SummedWalk(RWalk):
         by_fisher, by_score = state.units
         omega = [f / by_fisher + s / by_score for f, s in zip(*filled, strict=True)]
         after = state._replace(total=score, total_fisher=fisher, score_scale=by_score, seen=[0] * len(omega), steps=0)
-        return end.renew(omega), after._replace(resting=False)
+        return end.renew(omega), after
 
     def renew(self, state: Any) -> None:
         """Clear path, score and the task's mean."""

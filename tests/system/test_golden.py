@@ -81,5 +81,5 @@ def test_buffers_load(folder):
 
 def test_a_state_of_an_earlier_format_is_refused_in_words():
     memory = Consolidator(network(), RWalk())
-    with pytest.raises(ValueError, match=r"The state has format 2, .* reads format 3\. States of earlier versions"):
+    with pytest.raises(ValueError, match=r"The state has format 2, .* reads format 4\. States of earlier versions"):
         memory.load_state_dict({**memory.state_dict(), "format": 2})

@@ -11,7 +11,7 @@ import torch
 
 from reproduce import permuted_mnist, released, split, transfer
 from reproduce.together import Together
-from rwalk import L2, RWalk, bench
+from rwalk import L2, RWalk, bench, kernels
 from rwalk.anchors import ElementwiseAnchor
 from rwalk.bench import Training
 from rwalk.bench.baselines import Rehearsal
@@ -36,13 +36,26 @@ def stretched(raw):
     return [(r - low) / (high - low) for r in raw]
 
 
+def passed(step, after):
+    """Make both passes over a step that ends at `after`."""
+    columns = {"path": step.made.path, "last": step.made.last}
+    if step.made.path is not None:
+        columns["previous"] = [torch.zeros_like(path) for path in step.made.path]
+    layout = kernels.laid_out(None, step.theta, columns)
+    layout.before(kernels.BeforeStep(step.grad))
+    torch._foreach_copy_(step.theta, after)
+    layout.after(kernels.AfterStep([True] * len(after)))
+
+
 def taught(rule, tasks):
     """Take a rule through positions and gradients; return its importance after each task."""
     state, omegas = rule.init([torch.tensor(t[0]) for t in tasks[0][0]]), []
     for theta, grad in tasks:
         for k in range(len(grad[0])):
-            step = Step([torch.tensor(t[k]) for t in theta], [torch.tensor(g[k]) for g in grad])
+            now = [torch.tensor(t[k]) for t in theta]
+            step = Step(now, kernels.Gradients(torch.tensor(g[k]) for g in grad))
             state = rule.observe(state, step)
+            passed(step, [torch.tensor(t[k + 1]) for t in theta])
         now = {str(i): torch.tensor(t[-1]) for i, t in enumerate(theta)}
         anchor, state = rule.conclude(state, TaskEnd(now, now, ElementwiseAnchor()))
         omegas.append([w.numpy() for w in anchor.omega.values()])

@@ -261,3 +261,51 @@ def test_others_can_read_the_tensors(tmp_path):
     with safe_open(tmp_path / "f.safetensors", "pt") as file:
         assert torch.equal(file.get_tensor("anchor/omega/weight"), memory.anchor.omega["weight"])
         assert json.loads(file.metadata()["content"])["rule"]["name"] == "RWalk"
+
+
+def as_format_3(state, memory, last_gradient=None):
+    """Return a state in the middle of a task as format 3 had it: with an open window, and where the last step ended.
+
+    With the gradient of the last step, as it was where nobody had seen that step end: the path lacks its last part.
+    """
+    walk = dict(state["state"])
+    walk["previous"], walk["resting"] = walk.pop("last"), last_gradient is None
+    if last_gradient is not None:
+        walk["path"] = [
+            p + g * (now - mark)
+            for p, g, now, mark in zip(walk["path"], last_gradient, memory.model.parameters(), walk["mark"], strict=True)
+        ]
+        walk["previous"] = last_gradient
+    return {**state, "format": 3, "state": walk}
+
+
+@pytest.mark.parametrize("seen", [True, False])
+@pytest.mark.parametrize("delta_t", [3, 4])
+def test_a_state_of_format_3_goes_on_as_if_it_had_not_been_saved(delta_t, seen):
+    """In format 3 a window of three steps is open after three steps; today it has been ended."""
+
+    def trained(delta_t, steps):
+        torch.manual_seed(0)
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        memory = Consolidator(model, RWalk(delta_t=delta_t), 0.0).attach(optimizer)
+        train(model, optimizer, batches(0, 5))
+        memory.consolidate()
+        train(model, optimizer, batches(1, steps))
+        return model, optimizer, memory
+
+    model, optimizer, memory = trained(4, 3)
+    gradients = None if seen else [p.grad.clone() for p in model.parameters()]
+    old = as_format_3(memory.state_dict(), memory, gradients)
+    old["rule"] = {**old["rule"], "delta_t": delta_t}
+    fresh = Consolidator(model, RWalk(delta_t=delta_t), 0.0)
+    memory.detach()
+    fresh.load_state_dict(old)
+    _, _, truth = trained(delta_t, 3)
+    truth.detach()
+    ours, expected = fresh.state_dict()["state"], truth.state_dict()["state"]
+    if delta_t == 4:
+        assert ours["windows"] == expected["windows"]
+    for key in ("path", "score", "mark", "last"):
+        for a, b in zip(ours[key], expected[key], strict=True):
+            assert torch.allclose(a, b, rtol=1e-9, atol=1e-12), key

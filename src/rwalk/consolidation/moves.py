@@ -74,6 +74,10 @@ class Moves:
             found |= {names[i] for i in moved(state, protected.blocks(), range(len(names)))}
         return [name for name in protected.theta if name in found]
 
+    def note_changed(self, names: Iterable[str]) -> None:
+        """Note parameters that were changed, and that no step has moved since."""
+        self._changed = list({*self._changed, *names})
+
     def keep_changed(self, changed: Iterable[str]) -> None:
         """Keep a list of changed parameters."""
         self._changed = list(changed)

@@ -110,6 +110,8 @@ class StepObserver:
         )
         if places:
             memory.state = memory.rule.resume(memory.state, theta, places)
+            names = list(memory.protected.theta)
+            memory.moves.note_changed(names[i] for i in places if not step.moved[i])
 
     @torch.no_grad()
     def after(self, optimizer: Optimizer) -> None:

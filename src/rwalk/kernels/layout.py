@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwalk.kernels import blocked
 from rwalk.kernels.passes import AfterStep, BeforeStep, Column, Gradients, Part
 
 
@@ -99,9 +100,20 @@ class Layout:
         return sorted(moved)
 
     def after(self, step: AfterStep) -> None:
-        """Do what is to be done after the step."""
+        """Do what is to be done after the step; a window ends for parameters too that did not move in it."""
         for part, _ in self._parts:
             part.after(step)
+        if step.close and not all(step.moved) and not (step.skip is not None and bool(step.skip)):
+            self._close(step)
+
+    def _close(self, step: AfterStep) -> None:
+        """End the window of parameters that have taken no part in its last step."""
+        for i, theta in enumerate(self._theta):
+            if not step.moved[i]:
+                held: list[Any] = [self.columns[name][i] for name in ("fisher", "path", "score", "mark")]
+                beyond_eps = blocked.settle_(theta, *held, step.eps)
+                if step.beyond_eps is not None:
+                    step.beyond_eps.add_(beyond_eps.to(step.beyond_eps.device))
 
 
 def refuse_sizes(grad: Gradients, sizes: Sequence[int]) -> None:
