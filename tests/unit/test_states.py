@@ -294,7 +294,7 @@ def test_a_state_of_format_3_goes_on_as_if_it_had_not_been_saved(delta_t, seen):
         train(model, optimizer, batches(1, steps))
         return model, optimizer, memory
 
-    model, optimizer, memory = trained(4, 3)
+    model, _, memory = trained(4, 3)
     gradients = None if seen else [p.grad.clone() for p in model.parameters()]
     old = as_format_3(memory.state_dict(), memory, gradients)
     old["rule"] = {**old["rule"], "delta_t": delta_t}

@@ -110,8 +110,9 @@ class Layout:
         """End the window of parameters that have taken no part in its last step."""
         for i, theta in enumerate(self._theta):
             if not step.moved[i]:
-                held: list[Any] = [self.columns[name][i] for name in ("fisher", "path", "score", "mark")]
-                beyond_eps = blocked.settle_(theta, *held, step.eps)
+                held = [t for name in ("fisher", "path", "score", "mark") if (t := self.columns[name][i]) is not None]
+                fisher, path, score, mark = held
+                beyond_eps = blocked.settle_(theta, fisher, path, score, mark, step.eps)
                 if step.beyond_eps is not None:
                     step.beyond_eps.add_(beyond_eps.to(step.beyond_eps.device))
 
