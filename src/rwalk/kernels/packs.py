@@ -113,14 +113,13 @@ class Pack:
             return self._alone.before(step)
         if step.compare or pulls:
             torch.cat(self._flat, out=self._values.vector)
-        moved = self._alone.moved() if step.compare and not torch.equal(self._values.vector, self._columns["last"]) else []
-        held = {name: self._columns.get(name) for name in BEFORE}
+        held: dict[str, Any] = {name: self._columns.get(name) for name in (*BEFORE, *["last"] * step.compare)}
         row = BeforeRow(self._values.vector, self._grads.vector, **held, weight=weight, strength=step.strength)
-        reference.before_row_(row, step.scale)
+        moved = reference.before_row_(row, step.scale)
         if pulls:
             torch._foreach_copy_([g for i in self.places if (g := step.grad[i]) is not None], self._grads.views)
         self._gathered = None
-        return moved
+        return self._alone.moved() if moved else []
 
     def after(self, step: AfterStep) -> None:
         """Do what is to be done after the step."""

@@ -167,6 +167,7 @@ class BeforeRow(NamedTuple):
     squares: Any = None
     point: Any = None
     omega: Any = None
+    last: Any = None
     weight: float = 0.0
     strength: float = 0.0
 

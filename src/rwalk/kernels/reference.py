@@ -8,12 +8,15 @@ where they meet state. The formulas serve a list of tensors on a GPU as well (se
 import torch
 from torch import Tensor
 
-from rwalk.kernels.foreach import above
+from rwalk.kernels.foreach import above, differ
 from rwalk.kernels.passes import AfterRow, BeforeRow
 
 
-def before_row_(row: BeforeRow, scale: Tensor | None = None) -> None:
-    """Update one row before a step: see `BeforeStep`."""
+def before_row_(row: BeforeRow, scale: Tensor | None = None) -> bool:
+    """Update one row before a step: see `BeforeStep`. Returns whether something has moved it since the last one, if asked."""
+    moved = row.last is not None and differ(row.theta, row.last)
+    if row.grad is None:
+        return moved
     g = row.grad if scale is None else row.grad.to(torch.promote_types(row.grad.dtype, torch.float32)) / scale
     if row.previous is not None:
         row.previous.copy_(g)
@@ -22,6 +25,7 @@ def before_row_(row: BeforeRow, scale: Tensor | None = None) -> None:
     if row.point is not None and row.strength:
         omega = row.omega if scale is None else row.omega.to(row.point.dtype) * scale
         pull_(row.grad, row.theta, row.point, omega, row.strength)
+    return moved
 
 
 def after_row_(row: AfterRow, close: bool = False, scale: Tensor | None = None) -> Tensor | None:

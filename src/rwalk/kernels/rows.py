@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rwalk.kernels import reference
+from rwalk.kernels.foreach import differ
 from rwalk.kernels.passes import AfterRow, AfterStep, BeforeRow, BeforeStep, Gradients, Part
 
 FETCH = 2**26
@@ -50,14 +51,19 @@ class Rows:
 
     def before(self, step: BeforeStep) -> list[int]:
         """Do what is to be done before the step; return the places of parameters that something else has moved."""
-        moved = self.moved() if step.compare else []
         if step.skip is not None and bool(step.skip):
-            return moved
-        rows = [self._before(i, step) for i in self.places if step.grad[i] is not None]
-        for batch in fetched(rows):
+            return self.moved() if step.compare else []
+        if step.compare:
+            return [i for i in self.places if self._compared(self._before(i, step), step)]
+        for batch in fetched([self._before(i, step) for i in self.places if step.grad[i] is not None]):
             for piece in self._pieces(batch):
                 reference.before_row_(piece, step.scale)
-        return moved
+        return []
+
+    def _compared(self, row: BeforeRow, step: BeforeStep) -> bool:
+        """Update one row; return whether something has moved it."""
+        found = [reference.before_row_(piece, step.scale) for batch in fetched([row]) for piece in self._pieces(batch)]
+        return True in found
 
     def after(self, step: AfterStep) -> None:
         """Do what is to be done after the step."""
@@ -74,7 +80,7 @@ class Rows:
     def moved(self) -> list[int]:
         """List the places of parameters that are not where the last step left them; this waits for a device."""
         pairs = [(i, self._theta[i], last) for i in self.places if (last := self._columns["last"][i]) is not None]
-        return [i for i, theta, last in pairs if not torch.equal(theta.to(last.dtype), last)]
+        return [i for i, theta, last in pairs if differ(theta, last)]
 
     def _held(self, i: int, names: Sequence[str]) -> dict[str, Any]:
         return {name: self._columns[name][i] for name in names if name in self._columns}
@@ -82,7 +88,7 @@ class Rows:
     def _before(self, i: int, step: BeforeStep) -> BeforeRow:
         weight = step.weight[i] if step.weight is not None else 0.0
         squares = step.squares[i] if step.squares is not None else None
-        held = self._held(i, BEFORE)
+        held = self._held(i, (*BEFORE, "last") if step.compare else BEFORE)
         return BeforeRow(self._theta[i], step.grad[i], **held, squares=squares, weight=weight, strength=step.strength)
 
     def _after(self, i: int, step: AfterStep) -> AfterRow:
