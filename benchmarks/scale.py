@@ -17,18 +17,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwalk import EWC, SI, Consolidator, EWCpp, RWalk, TaskFisher, kernels
-from rwalk.consolidation import moves, validity
 from rwalk.rules import Rule
 
 RULES: dict[str, Rule[Any]] = {"RWalk()": RWalk(), "recipe": TaskFisher(), "EWCpp()": EWCpp(), "SI()": SI(), "EWC()": EWC()}
-PASSES = [
-    (kernels, "before_step_"),
-    (kernels, "after_step_"),
-    (kernels, "rest_"),
-    (kernels, "unlike"),
-    (validity, "norms_of"),
-    (moves, "wake"),
-]
+PASSES = [(kernels.Layout, name) for name in ("nonfinite", "before", "after")]
 SIZES = {"1 M": (6, 128), "100 M": (8, 1024), "1 B": (20, 2048), "7 B": (35, 4096), "70 B": (87, 8192)}
 """Blocks and width of a transformer without embeddings of about that size."""
 SIDE, STEPS, SHARDS = 64, 20, 8

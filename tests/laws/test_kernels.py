@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from steps import Drawn
 
-from rwalk import kernels
+from rwalk import SI, Consolidator, EWCpp, RWalk, kernels
 from rwalk.kernels import blocked
 
 BACKENDS = ["blocked", "rows", "joined", "numba", "triton"]
@@ -225,3 +226,38 @@ def test_a_backend_that_is_not_installed_explains_itself(monkeypatch):
     with pytest.raises(ImportError, match=r"backend `numba` needs.*pip install 'rwalk\[fast\]'"):
         kernels.use("numba")
     assert kernels.current() == "blocked"
+
+
+@pytest.mark.parametrize("rule", [RWalk(delta_t=3), EWCpp(), SI(), None], ids=repr)
+def test_a_step_takes_three_launches_however_many_tensors_there_are(rule, monkeypatch):
+    """The check of gradients, the pass before the step and the one after it; tables are sent where something has changed."""
+    installed("triton")
+    warnings.simplefilter("ignore", RuntimeWarning)  # its interpreter works in NumPy, which warns of division by 0
+    from rwalk.kernels import triton
+
+    kernels.use("triton")
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.randn(3, n % 4 + 1)) for n in range(60)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    memory = Consolidator(model, rule, 0.1).attach(optimizer)
+    launches, sent = [], []
+    launch, there = triton.Table._launch, triton.Upload.there
+    monkeypatch.setattr(triton.Table, "_launch", lambda table, *a, **k: (launches.append(table), launch(table, *a, **k)))
+    monkeypatch.setattr(triton.Upload, "there", lambda table: (sent.append(table._there is None), there(table))[1])
+
+    def step():
+        launches.clear()
+        sent.clear()
+        optimizer.zero_grad(set_to_none=False)
+        sum(p.square().sum() for p in model).backward()
+        optimizer.step()
+        return len(launches), sum(sent)
+
+    for _ in range(4):
+        step()
+    memory.consolidate()
+    for _ in range(4):
+        step()
+    counts = [step() for _ in range(3)]
+    after = len(optimizer._optimizer_step_post_hooks)
+    assert {count for count, _ in counts} == {2 + after}
+    assert max(tables for _, tables in counts) <= (2 if after else 1), "numbers that change at each step, and what has moved"

@@ -80,6 +80,8 @@ class StepObserver:
         self.resolve()
         memory = self.memory
         self._averaged = []
+        if not memory.protected.on_cpu:
+            refuse_capture()
         squares = memory.squares.take() if memory.squares is not None else None
         grad = self._gradients(optimizer)
         check = self._checked(optimizer, grad)
@@ -300,6 +302,15 @@ class StepObserver:
             "_open": None,
         }
         return {**vars(self), **fresh}
+
+
+def refuse_capture() -> None:
+    """Raise a RuntimeError where the step would become part of a CUDA graph."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "This step is captured in a CUDA graph, whose replays the consolidator would not see. Capture the forward and "
+            "backward pass alone, and call `optimizer.step()` outside of the graph."
+        )
 
 
 def _alike(mine: list[Tensor], like: list[Tensor]) -> bool:

@@ -30,6 +30,7 @@ KINDS: dict[torch.dtype, Any] = {
 COLUMNS = (
     "theta", "grad", "previous", "last", "fisher", "squares", "point", "omega", "second", "average", "path", "mark", "score",
     "made",
+    "on",
 )  # fmt: skip
 THETA = tl.constexpr(0)
 GRAD = tl.constexpr(1)
@@ -45,6 +46,7 @@ PATH = tl.constexpr(10)
 MARK = tl.constexpr(11)
 SCORE = tl.constexpr(12)
 MADE = tl.constexpr(13)
+ON = tl.constexpr(14)
 WEIGHT = tl.constexpr(0)
 STEP = tl.constexpr(1)
 CORRECTION = tl.constexpr(2)
@@ -125,7 +127,7 @@ class Table:
     def after(self, step: AfterStep) -> None:
         """Do what is to be done after the step."""
         metric, walks = step.metric, "path" in self._held
-        names = {"theta", "grad"} | (self._held & {"average"} if step.share is not None else set())
+        names = {"theta"} | (self._held & {"average"} if step.share is not None else set())
         if metric is not None:
             names |= self._held & {"point", "omega"}
             if not self._sees(metric):
@@ -135,7 +137,7 @@ class Table:
         if walks:
             names |= self._held & {"previous", "path", "last", "fisher", *(("mark", "score") if step.close else ())}
             names |= {"squares"} if self._find("squares", step.squares) else set()
-        self._at.write(COLUMNS.index("grad"), [int(moved) for moved in self._mine(step.moved)])
+        self._at.write(ON.value, [int(moved) for moved in self._mine(step.moved)])
         self._write_numbers(step)
         count = self._nothing if step.beyond_eps is None else step.beyond_eps
         rest = (self._numbers.there(), self._flag(step.scale), self._flag(step.skip), count)
@@ -261,11 +263,11 @@ def _pointer(table, row, count, column: tl.constexpr, KINDS: tl.constexpr):
 
 
 @triton.jit
-def _place(table, chunks, sizes, count, skip, CHUNK_LENGTH: tl.constexpr, SKIPS: tl.constexpr):
+def _place(table, chunks, sizes, count, skip, gate: tl.constexpr, CHUNK_LENGTH: tl.constexpr, SKIPS: tl.constexpr):
     """Return a program's parameter, its elements, and a mask of those that exist, take part and are not skipped."""
     row = tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
     at = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * CHUNK_LENGTH + tl.arange(0, CHUNK_LENGTH)
-    size = tl.where(tl.load(table + GRAD * count + row) != 0, tl.load(sizes + row), 0)
+    size = tl.where(tl.load(table + gate * count + row) != 0, tl.load(sizes + row), 0)
     if SKIPS:
         size = tl.where(tl.load(skip) == 0, size, 0)
     return row, at, at < size
@@ -274,7 +276,7 @@ def _place(table, chunks, sizes, count, skip, CHUNK_LENGTH: tl.constexpr, SKIPS:
 @triton.jit
 def _nonfinite(table, chunks, sizes, count, bad, KINDS: tl.constexpr, STATE: tl.constexpr, CHUNK_LENGTH: tl.constexpr):
     """Count elements of one chunk of a gradient that are not finite, or whose squares are not."""
-    row, at, inside = _place(table, chunks, sizes, count, bad, CHUNK_LENGTH, False)
+    row, at, inside = _place(table, chunks, sizes, count, bad, GRAD, CHUNK_LENGTH, False)
     grad = tl.load(_pointer(table, row, count, GRAD, KINDS) + at, mask=inside, other=0).to(STATE)
     gap = grad * grad - grad * grad  # 0, or not a number
     tl.atomic_add(bad + row, tl.sum((inside & (gap != 0)).to(tl.int64)))
@@ -286,7 +288,7 @@ def _before_step(
     KINDS: tl.constexpr, STATE: tl.constexpr, CHUNK_LENGTH: tl.constexpr, SCALED: tl.constexpr, SKIPS: tl.constexpr,
 ):  # fmt: skip
     """Update one chunk of one parameter before a step: `before_row_` of the reference."""
-    row, at, inside = _place(table, chunks, sizes, count, skip, CHUNK_LENGTH, SKIPS)
+    row, at, inside = _place(table, chunks, sizes, count, skip, GRAD, CHUNK_LENGTH, SKIPS)
     grad = tl.load(_pointer(table, row, count, GRAD, KINDS) + at, mask=inside, other=0).to(STATE)
     g = grad
     if SCALED:
@@ -328,7 +330,7 @@ def _after_step(
     CLOSE: tl.constexpr, SCALED: tl.constexpr, SKIPS: tl.constexpr,
 ):  # fmt: skip
     """Update one chunk of one parameter after a step: `after_row_` of the reference."""
-    row, at, inside = _place(table, chunks, sizes, count, skip, CHUNK_LENGTH, SKIPS)
+    row, at, inside = _place(table, chunks, sizes, count, skip, ON, CHUNK_LENGTH, SKIPS)
     theta = tl.load(_pointer(table, row, count, THETA, KINDS) + at, mask=inside, other=0).to(STATE)
     if KINDS[OMEGA] is not None:
         theta = _drawn(table, row, at, inside, count, theta, numbers, KINDS, STATE)
