@@ -19,12 +19,15 @@ from importlib import import_module
 import torch
 import torch._dynamo  # DistributedDataParallel would load it in each child
 
+from rwalk import kernels
+
 PATIENCE = 90
 """Seconds after which ranks that wait for one another are given up."""
 
 
 def main(name):
     torch.set_num_threads(1)  # no threads before a fork
+    kernels.use("blocked")  # as the tests do
     module = import_module(name)
     gc.freeze()  # hosts collect garbage at the end of each training
     for line in sys.stdin:

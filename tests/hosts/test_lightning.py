@@ -431,7 +431,9 @@ def test_killed_in_a_task_and_started_again(tmp_path):
         import os, signal, sys, warnings
         warnings.simplefilter("ignore")
         sys.path.insert(0, {str(here)!r})
+        from rwalk import kernels
         from test_lightning import StopFit, lifetime
+        kernels.use("blocked")  # as the tests do
         kill = StopFit(9, lambda: os.kill(os.getpid(), signal.SIGKILL))
         lifetime(sys.argv[1], "walk", lambda k: [kill] * (k == 1))
     """
