@@ -139,6 +139,7 @@ def test_a_step_makes_no_tensor_of_the_size_of_the_model(rule):
     for _ in range(3):
         step(model, optimizer)
     memory.consolidate(data)
+    step(model, optimizer)  # at the first one room is made for its gradient
     for _ in range(9):
         assert hooks(model, optimizer, memory).made == 0
 

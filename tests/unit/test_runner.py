@@ -162,7 +162,7 @@ def test_records_round_trip_and_name_their_configuration(tmp_path):
     content = json.loads(path.read_text())
     assert content["config"] == json.loads(json.dumps(RunSpec(stream, RWalk(alpha=0.5), 3.0, training=SMALL).configuration))
     assert content["config"]["rule"]["alpha"] == 0.5
-    assert content["memory"]["state_bytes"] == 9 * content["memory"]["model_bytes"]
+    assert content["memory"]["state_bytes"] == 8 * content["memory"]["model_bytes"]
     assert content["timings"]["step_ms"] > 0
     assert [set(d) for d in content["diagnostics"]] == [{"figures", "layers"}] * 2
     assert content["diagnostics"][1]["figures"]["penalty / loss"] > 0

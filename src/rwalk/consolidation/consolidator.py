@@ -224,6 +224,7 @@ class Consolidator:
                 "pretrained model use EWC() and `estimate(loader)`."
             )
         self._observer.resolve()
+        self._observer.release()
         end_task(self._memory, data, loss, logits)
 
     @torch.inference_mode(False)
@@ -287,9 +288,7 @@ class Consolidator:
     @property
     def state_bytes(self) -> int:
         """Bytes of the tensors held for rule, anchor, average and per-example squares, on this rank."""
-        squares = self._memory.squares
-        held = [*self._memory.tensors(), *self._observer.tensors()]
-        return sum(t.nbytes for t in held) + (0 if squares is None else squares.nbytes)
+        return self._observer.nbytes
 
     @torch.inference_mode(False)
     def state_dict(self) -> dict[str, Any]:

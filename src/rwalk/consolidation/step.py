@@ -1,7 +1,7 @@
 """One optimiser step: it is checked, observed by the rule, and followed by the pull and the average."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -158,9 +158,11 @@ class StepObserver:
         """Forget a check whose step belongs to a state that was replaced."""
         self._pending = self._open = None
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Yield what is held from the pass before a step to the one after it."""
-        yield from self._kept
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors held, on this rank, the gradients of the last step among them."""
+        squares = self.memory.squares
+        return sum(t.nbytes for t in (*self.memory.tensors(), *self._kept)) + (0 if squares is None else squares.nbytes)
 
     def release(self) -> None:
         """Let go of what only steps need."""
