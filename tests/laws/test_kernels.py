@@ -139,19 +139,20 @@ def test_parameters_that_something_else_has_moved_are_found(name):
 def test_the_triton_kernels_compile_for_a_gpu():
     """Down to machine code for compute capability 9.0, which needs no GPU; the interpreter does not check types."""
     script = """
-import triton, triton.language as tl
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from rwalk.kernels import triton as ours
+from triton.compiler import ASTSource, compile as compile_
+from rwalk.kernels import triton, triton_programs as ours
 
 f, h, d = tl.float32, tl.bfloat16, tl.float64
 TABLES = ("*i64", "*i32", "*i64", "i32")
 
 def compiles(function, kinds, types, state=f, **flags):
-    constants = {"KINDS": tuple(kinds.get(name) for name in ours.COLUMNS), "STATE": state, "CHUNK_LENGTH": ours.CHUNK, **flags}
+    kinds = tuple(kinds.get(name) for name in triton.COLUMNS)
+    constants = {"KINDS": kinds, "STATE": state, "CHUNK_LENGTH": triton.CHUNK, **flags}
     signature = dict(zip(function.arg_names, TABLES + types)) | dict.fromkeys(constants, "constexpr")
     source = ASTSource(fn=function, signature=signature, constexprs=constants)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "enable_fp_fusion": True})
+    made = compile_(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "enable_fp_fusion": True})
     assert len(made.asm["cubin"]) > 1000
 
 def columns(names, kind=f, **others):
@@ -160,18 +161,18 @@ def columns(names, kind=f, **others):
 flags, plain = {"SCALED": True, "SKIPS": True}, {"SCALED": False, "SKIPS": False}
 before, after = ("*fp64", "*fp32", "*fp32"), ("*fp64", "*fp32", "*fp32", "*i64")
 whole = "theta grad point omega second average previous path last fisher squares mark score"
-compiles(ours._nonfinite, columns("grad"), ("*i64",))
-compiles(ours._nonfinite, columns("grad", h), ("*i64",))
-compiles(ours._before_step, columns("theta grad previous point omega"), before, **flags)
-compiles(ours._before_step, columns("theta grad fisher squares point omega", theta=h, grad=h, omega=h), before, **flags)
-compiles(ours._before_step, columns("theta grad fisher point omega", d), before, d, **flags)
-compiles(ours._before_step, columns("theta grad fisher"), ("*fp64", "*i64", "*i64"), **plain)
-compiles(ours._after_step, columns(whole, made=f), after, CLOSE=True, **flags)
-compiles(ours._after_step, columns(whole, theta=h, grad=h, second=h, omega=h), after, CLOSE=True, **flags)
-compiles(ours._after_step, columns(whole, d, made=f), after, d, CLOSE=True, **plain)
-compiles(ours._after_step, columns("theta grad previous path last"), after, CLOSE=False, **plain)
+compiles(ours.nonfinite, columns("grad"), ("*i64",))
+compiles(ours.nonfinite, columns("grad", h), ("*i64",))
+compiles(ours.before_step, columns("theta grad previous point omega"), before, **flags)
+compiles(ours.before_step, columns("theta grad fisher squares point omega", theta=h, grad=h, omega=h), before, **flags)
+compiles(ours.before_step, columns("theta grad fisher point omega", d), before, d, **flags)
+compiles(ours.before_step, columns("theta grad fisher"), ("*fp64", "*i64", "*i64"), **plain)
+compiles(ours.after_step, columns(whole, made=f), after, CLOSE=True, **flags)
+compiles(ours.after_step, columns(whole, theta=h, grad=h, second=h, omega=h), after, CLOSE=True, **flags)
+compiles(ours.after_step, columns(whole, d, made=f), after, d, CLOSE=True, **plain)
+compiles(ours.after_step, columns("theta grad previous path last"), after, CLOSE=False, **plain)
 averages = ("*fp64", "*i64", "*i1", "*i64")
-compiles(ours._after_step, columns("theta grad average"), averages, CLOSE=False, SCALED=False, SKIPS=True)
+compiles(ours.after_step, columns("theta grad average"), averages, CLOSE=False, SCALED=False, SKIPS=True)
 """
     pytest.importorskip("triton")
     clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
