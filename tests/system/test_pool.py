@@ -22,7 +22,7 @@ from rwalk.cli.run import describe
 
 SMALL = ["--tasks", "3", "--hidden", "8", "--batch-size", "40"]
 SWEEP = ["run", "split-digits", "--methods", "finetune,rwalk", "--seeds", "2", "--strength", "0.1,1", *SMALL]
-SLOW = ["run", "permuted-digits", "--methods", "rwalk,recipe", "--seeds", "3", "--epochs", "2", "--tasks", "3", "--hidden", "32"]
+SLOW = ["run", "permuted-digits", "--methods", "rwalk,recipe", "--seeds", "3", "--epochs", "2", *SMALL[:2], "--hidden", "32"]
 
 
 def start(arguments, out, **options):
