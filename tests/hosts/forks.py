@@ -1,8 +1,8 @@
 """Calls functions of a module of tests in forked children of a process that has imported it, since hosts take long to import.
 
-Takes the module's name. Reads one JSON object a line: `function`, its `arguments`, and how many `ranks`, each of which finds
-in its environment what `torch.distributed.run` puts there. Answers with `statuses` of the children (negative: the signal) and
-what they wrote to `stderr`.
+The command line names the module. Each line of input is a JSON object: `function`, its `arguments`, and the number of `ranks`;
+each rank's environment is what `torch.distributed.run` would set. Each line of output has the `statuses` of the children,
+negative for a signal, and what they wrote to `stderr`.
 """
 
 import gc

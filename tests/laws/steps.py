@@ -75,7 +75,7 @@ class Drawn:
         if walks:
             self.columns["previous"] = [None if p is None else torch.zeros_like(p) for p in self.columns["path"]]
         layout = kernels.laid_out(None, self.theta, self.columns)
-        grad = kernels.Gradients(self.grad)
+        grad = kernels.StepGradients(self.grad)
         bad = layout.nonfinite(grad)
         weight, squares = n.get("weight"), self.squares
         several = squares, weight, n.get("strength", 0.0), n.get("scale"), n.get("skip"), compare

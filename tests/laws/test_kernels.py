@@ -241,8 +241,8 @@ def test_a_step_takes_three_launches_however_many_tensors_there_are(rule, monkey
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     memory = Consolidator(model, rule, 0.1).attach(optimizer)
     launches, sent = [], []
-    launch, there = triton.Table._launch, triton.Upload.there
-    monkeypatch.setattr(triton.Table, "_launch", lambda table, *a, **k: (launches.append(table), launch(table, *a, **k)))
+    launch, there = triton.DeviceTable._launch, triton.Upload.there
+    monkeypatch.setattr(triton.DeviceTable, "_launch", lambda table, *a, **k: (launches.append(table), launch(table, *a, **k)))
     monkeypatch.setattr(triton.Upload, "there", lambda table: (sent.append(table._there is None), there(table))[1])
 
     def step():

@@ -53,7 +53,7 @@ def taught(rule, tasks):
     for theta, grad in tasks:
         for k in range(len(grad[0])):
             now = [torch.tensor(t[k]) for t in theta]
-            step = Step(now, kernels.Gradients(torch.tensor(g[k]) for g in grad))
+            step = Step(now, kernels.StepGradients(torch.tensor(g[k]) for g in grad))
             state = rule.observe(state, step)
             passed(step, [torch.tensor(t[k + 1]) for t in theta])
         now = {str(i): torch.tensor(t[-1]) for i, t in enumerate(theta)}

@@ -67,7 +67,7 @@ class ProtectedParameters:
         shapes = {name: p.shape for name, p in theta.items()}
         return cls(parameters, theta, ShardGroup.of(parameters.values()), shapes=shapes, **more)
 
-    def gradients(self) -> kernels.Gradients:
+    def gradients(self) -> kernels.StepGradients:
         """Return the gradients of the parameters that the optimiser is about to move, or this rank's parts of them."""
         if all(self.held):
             found = [p.grad for p in self.parameters.values()]
@@ -75,9 +75,9 @@ class ProtectedParameters:
             found = [p.grad if held else None for p, held in zip(self.parameters.values(), self.held, strict=True)]
         if self.shard_group.groups:
             found = [g if g is None else local(g) for g in found]
-        return kernels.Gradients(found)
+        return kernels.StepGradients(found)
 
-    def own_gradients(self) -> kernels.Gradients:
+    def own_gradients(self) -> kernels.StepGradients:
         """Give each parameter a gradient of its own, and return them: the pull is different for each element."""
         for p in self.parameters.values():
             if p.grad is not None and not sharded(p):
@@ -129,7 +129,7 @@ class ProtectedParameters:
         return [n for n in kept if not _continues(self.theta[n], other.theta[n])]
 
 
-def shares_memory(grad: kernels.Gradients) -> bool:
+def shares_memory(grad: kernels.StepGradients) -> bool:
     """Return whether one place in memory is an element of several gradients, or several elements of one, as after `expand`."""
     if not grad.contiguous and any(0 in t.stride() for t in grad.there if t.numel() and not t.is_contiguous()):
         return True
@@ -250,7 +250,7 @@ def refuse_new_shards(old: ProtectedParameters, new: ProtectedParameters) -> Non
         )
 
 
-def refuse_sparse(grad: kernels.Gradients, names: Iterable[str]) -> None:
+def refuse_sparse(grad: kernels.StepGradients, names: Iterable[str]) -> None:
     """Raise a RuntimeError for sparse gradients."""
     try:
         grad.addresses  # noqa: B018 - a sparse tensor has none

@@ -102,7 +102,7 @@ class StepObserver:
         self._pending = check._replace(before=before).sent() if check.on_device else None
         self._changed = changed
 
-    def _visit(self, optimizer: Optimizer, theta: list[Tensor], grad: kernels.Gradients, step: OpenStep) -> None:
+    def _visit(self, optimizer: Optimizer, theta: list[Tensor], grad: kernels.StepGradients, step: OpenStep) -> None:
         """Make the pass before the step; foreign moves that it comes upon count for nothing."""
         memory = self.memory
         compare = memory.rule.walks and memory.steps > 1 and memory.protected.on_cpu and step.skip is None
@@ -207,7 +207,7 @@ class StepObserver:
                 self._layout = None
         return columns
 
-    def _gradients(self, optimizer: Optimizer) -> kernels.Gradients:
+    def _gradients(self, optimizer: Optimizer) -> kernels.StepGradients:
         """Return the gradients of the protected parameters, None for those that the optimiser does not move now."""
         memory = self.memory
         if self._layout is not None and not self._layout.in_place(list(memory.protected.theta.values())):
@@ -220,7 +220,7 @@ class StepObserver:
         shared = self.pull == "gradient" and memory.anchor.point and shares_memory(grad)
         return memory.protected.own_gradients() if shared else grad
 
-    def _checked(self, optimizer: Optimizer, grad: kernels.Gradients) -> PendingCheck | None:
+    def _checked(self, optimizer: Optimizer, grad: kernels.StepGradients) -> PendingCheck | None:
         """Return the check of a step that counts, as far as is known without waiting for a device; None if it does not."""
         check = self._check(optimizer, grad)
         if check.on_device and not (self.nonfinite == "skip" and check.bad is not None):
@@ -234,7 +234,7 @@ class StepObserver:
         self.skipped += 1
         return None
 
-    def _check(self, optimizer: Optimizer, grad: kernels.Gradients) -> PendingCheck:
+    def _check(self, optimizer: Optimizer, grad: kernels.StepGradients) -> PendingCheck:
         """Take a loss scaler's word for a step where there is one, else look at the gradients."""
         memory, flag = self.memory, skip_flag(optimizer)
         if flag is not None:

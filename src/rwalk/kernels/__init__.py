@@ -14,17 +14,17 @@ from torch import Tensor
 
 from rwalk.kernels import blocked
 from rwalk.kernels.layout import Layout
-from rwalk.kernels.passes import AfterStep, BeforeStep, Column, Gradients, Metric, RuleUpdate
-from rwalk.kernels.rows import Rows
+from rwalk.kernels.passes import AfterStep, BeforeStep, Column, Metric, RuleUpdate, StepGradients
+from rwalk.kernels.rows import RowByRow
 
 __all__ = [
     "BACKENDS",
     "AfterStep",
     "BeforeStep",
-    "Gradients",
     "Layout",
     "Metric",
     "RuleUpdate",
+    "StepGradients",
     "add_si_importance_",
     "available",
     "current",
@@ -110,9 +110,9 @@ def laid_out(
     return Layout(theta, columns, ascends, _modules())
 
 
-def nonfinite(grad: Gradients) -> Tensor:
+def nonfinite(grad: StepGradients) -> Tensor:
     """Return for each gradient a number that is 0 unless an element of it, or its square, is not finite."""
-    found = Rows([], {}, list(range(len(grad))), iter).nonfinite(grad)
+    found = RowByRow([], {}, list(range(len(grad))), iter).nonfinite(grad)
     device = max((f.device for f in found), key=lambda d: d.type != "cpu")
     return torch.stack([f.to(device, torch.float32) for f in found])
 

@@ -16,7 +16,7 @@ from rwalk.kernels import reference
 from rwalk.kernels.foreach import TensorList
 from rwalk.kernels.packs import Pack, packed
 from rwalk.kernels.passes import Part
-from rwalk.kernels.rows import Rows
+from rwalk.kernels.rows import RowByRow
 
 BLOCK = 2**17
 """Elements per block on a CPU. At 2^15 the streams of a pass fit a second-level cache, but a small network then pays more for
@@ -31,7 +31,7 @@ def prepare(
     """Lay out all parameters, small ones on a CPU side by side: see `passes.Prepare`."""
     groups, rest = packed(theta, columns, places, BLOCK)
     parts: list[Part] = [Pack(theta, columns, group) for group in groups]
-    return [*parts, Rows(theta, columns, rest, pieces)] if rest else parts, []
+    return [*parts, RowByRow(theta, columns, rest, pieces)] if rest else parts, []
 
 
 def blocks(tensors: list[Tensor], size: int = BLOCK) -> Iterator[list[Tensor]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rwalk.kernels import blocked
-from rwalk.kernels.passes import AfterStep, BeforeStep, Column, Gradients, Part
+from rwalk.kernels.passes import AfterStep, BeforeStep, Column, Part, StepGradients
 
 
 class Layout:
@@ -76,7 +76,7 @@ class Layout:
         """Return whether the parameters lie where they did just before the optimiser's step."""
         return list(map(Tensor.data_ptr, theta)) == self._addresses
 
-    def nonfinite(self, grad: Gradients) -> Tensor:
+    def nonfinite(self, grad: StepGradients) -> Tensor:
         """Return for each parameter a number that is 0 unless an element of its gradient, or its square, is not finite."""
         if not grad:
             return torch.zeros(0, device="cpu")
@@ -117,7 +117,7 @@ class Layout:
                     step.beyond_eps.add_(beyond_eps.to(step.beyond_eps.device))
 
 
-def refuse_sizes(grad: Gradients, sizes: Sequence[int]) -> None:
+def refuse_sizes(grad: StepGradients, sizes: Sequence[int]) -> None:
     """Raise a RuntimeError for gradients of other sizes than the parameters'."""
     if any(g is not None and g.numel() != size for g, size in zip(grad, sizes, strict=True)):
         raise RuntimeError(

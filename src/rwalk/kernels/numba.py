@@ -32,8 +32,8 @@ from rwalk.kernels.numba_loops import (
     before_rows,
     nonfinite_rows,
 )
-from rwalk.kernels.passes import AfterStep, BeforeStep, Column, Gradients, Metric, Part
-from rwalk.kernels.rows import Rows
+from rwalk.kernels.passes import AfterStep, BeforeStep, Column, Metric, Part, StepGradients
+from rwalk.kernels.rows import RowByRow
 
 SHARE = 2**18
 """Elements of work below which a second thread does not pay."""
@@ -72,7 +72,7 @@ def prepare(
             groups.setdefault((theta[i].dtype, *((name, t.dtype) for name, t in held.items())), []).append(i)
         else:
             rest.append(i)
-    return [Table(theta, columns, group) for group in groups.values()], rest
+    return [AddressTable(theta, columns, group) for group in groups.values()], rest
 
 
 def _takes(theta: Tensor, held: dict[str, Tensor]) -> bool:
@@ -84,7 +84,7 @@ def _takes(theta: Tensor, held: dict[str, Tensor]) -> bool:
     return kinds and all(t.is_cpu for t in (theta, *held.values())) and blocked.one_order([theta, *held.values()])
 
 
-class Table:
+class AddressTable:
     """Parameters with the same columns, as addresses.
 
     Args:
@@ -115,7 +115,7 @@ class Table:
         self._second: list[Tensor | None] = []
         self._seen: list[Tensor | None] = []
 
-    def nonfinite(self, grad: Gradients) -> list[Tensor] | Tensor:
+    def nonfinite(self, grad: StepGradients) -> list[Tensor] | Tensor:
         """Return for each of the places a number that is 0 unless an element of its gradient, or its square, is not finite."""
         self._find(grad)
         bad = np.zeros((self._parts(), len(self.places)), np.int64)
@@ -172,14 +172,14 @@ class Table:
             if flags[-1] and step.beyond_eps is not None:
                 step.beyond_eps.add_(beyond_eps)
 
-    def _alone(self, places: list[int], pieces: Any = iter) -> Rows:
+    def _alone(self, places: list[int], pieces: Any = iter) -> RowByRow:
         """Return some parameters as rows, for what the compiled code does not take."""
-        return Rows(self._theta, self._columns, places, pieces)
+        return RowByRow(self._theta, self._columns, places, pieces)
 
     def _mine(self, values: Sequence[Any]) -> Sequence[Any]:
         return values if self._whole else [values[i] for i in self.places]
 
-    def _find(self, grad: Gradients) -> None:
+    def _find(self, grad: StepGradients) -> None:
         """Write down where the gradients lie; those in another order or precision are odd, and are none of ours."""
         if self._grad is grad:
             return

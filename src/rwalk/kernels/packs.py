@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rwalk.kernels import reference
-from rwalk.kernels.passes import AfterRow, AfterStep, BeforeRow, BeforeStep, Gradients
-from rwalk.kernels.rows import AFTER, BEFORE, Rows
+from rwalk.kernels.passes import AfterRow, AfterStep, BeforeRow, BeforeStep, StepGradients
+from rwalk.kernels.rows import AFTER, BEFORE, RowByRow
 
 SMALL = 2**14
 """Elements up to which a tensor costs more in calls than in bytes."""
@@ -64,7 +64,7 @@ class Pack:
         self._flat_second: list[Tensor] = []
         self._gathered: Any = None
         self._whole = len(places) == len(theta)
-        self._alone = Rows(theta, columns, places, iter)
+        self._alone = RowByRow(theta, columns, places, iter)
 
     @cached_property
     def _values(self) -> "Views":
@@ -87,7 +87,7 @@ class Pack:
             column[i] = view
         return side_by_side.vector
 
-    def nonfinite(self, grad: Gradients) -> list[Tensor] | Tensor:
+    def nonfinite(self, grad: StepGradients) -> list[Tensor] | Tensor:
         """Return for each of the places a number that is 0 unless an element of its gradient, or its square, is not finite."""
         if self._gather(grad):
             norm = torch.linalg.vector_norm(self._grads.vector)
@@ -95,7 +95,7 @@ class Pack:
                 return torch.zeros(len(self.places), device="cpu")
         return self._alone.nonfinite(grad)
 
-    def _gather(self, grad: Gradients) -> bool:
+    def _gather(self, grad: StepGradients) -> bool:
         """Lay the gradients side by side, if all are there."""
         if self._gathered is not grad:
             mine: Any = grad.there if self._whole and grad.complete else [g for i in self.places if (g := grad[i]) is not None]

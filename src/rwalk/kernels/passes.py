@@ -16,7 +16,7 @@ from torch import Tensor
 Column = Sequence[Tensor | None]
 
 
-class Gradients(list[Tensor | None]):
+class StepGradients(list[Tensor | None]):
     """The gradients of a step, None where a parameter has none, and what was looked up about them."""
 
     @cached_property
@@ -93,7 +93,7 @@ class BeforeStep(NamedTuple):
         compare: whether to find the parameters that are not where the last step left them.
     """
 
-    grad: Gradients
+    grad: StepGradients
     squares: Column | None = None
     weight: Sequence[float] | None = None
     strength: float = 0.0
@@ -110,7 +110,7 @@ class Metric(NamedTuple):
         second: the optimiser's running mean of squared gradients; None where the pull is along `step` alone.
         eps: what the optimiser adds to the root of `second`.
         correction: what `second` is divided by; where `made` is given, the decay of `second` instead.
-        made: how many steps the optimiser has made, for parameters of which only a device knows; None if there are none. Then
+        made: the count of the optimiser's steps where it lies on a device, None elsewhere; None for no such count at all. Then
             `second` is divided by 1 - correction ** made.
     """
 
@@ -204,7 +204,7 @@ class Part(Protocol):
 
     places: list[int]
 
-    def nonfinite(self, grad: Gradients) -> list[Tensor] | Tensor:
+    def nonfinite(self, grad: StepGradients) -> list[Tensor] | Tensor:
         """Return for each of the places a number that is 0 unless an element of its gradient, or its square, is not finite."""
 
     def before(self, step: BeforeStep) -> list[int]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rwalk.kernels import reference
 from rwalk.kernels.foreach import differ
-from rwalk.kernels.passes import AfterRow, AfterStep, BeforeRow, BeforeStep, Gradients, Part
+from rwalk.kernels.passes import AfterRow, AfterStep, BeforeRow, BeforeStep, Part, StepGradients
 
 FETCH = 2**26
 """Bytes that are brought to a device at a time."""
@@ -21,10 +21,10 @@ def prepare(
     theta: Sequence[Tensor], columns: dict[str, list[Tensor | None]], places: list[int]
 ) -> tuple[list[Part], list[int]]:
     """Lay out all parameters, for the slow truth: see `passes.Prepare`."""
-    return [Rows(theta, columns, places, iter)], []
+    return [RowByRow(theta, columns, places, iter)], []
 
 
-class Rows:
+class RowByRow:
     """Parameters of any device, layout and precision.
 
     Args:
@@ -43,7 +43,7 @@ class Rows:
     ) -> None:
         self.places, self._theta, self._columns, self._pieces = places, theta, columns, pieces
 
-    def nonfinite(self, grad: Gradients) -> list[Tensor]:
+    def nonfinite(self, grad: StepGradients) -> list[Tensor]:
         """Return the norm of each gradient less itself: 0, or not a number."""
         found = {i: g for i in self.places if (g := grad[i]) is not None}
         norms = dict(zip(found, norms_of(list(found.values())), strict=True))

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rwalk.kernels import blocked
-from rwalk.kernels.passes import AfterStep, BeforeStep, Column, Gradients, Metric, Part
-from rwalk.kernels.rows import Rows
+from rwalk.kernels.passes import AfterStep, BeforeStep, Column, Metric, Part, StepGradients
+from rwalk.kernels.rows import RowByRow
 from rwalk.kernels.triton_programs import (
     ADAM_EPS,
     CORRECTION,
@@ -61,10 +61,10 @@ def prepare(
             groups.setdefault((theta[i].device, theta[i].dtype, kinds), []).append(i)
         else:
             rest.append(i)
-    return [Table(theta, columns, group) for group in groups.values()], rest
+    return [DeviceTable(theta, columns, group) for group in groups.values()], rest
 
 
-class Table:
+class DeviceTable:
     """Parameters of one device with the same columns, as addresses there.
 
     Args:
@@ -89,7 +89,7 @@ class Table:
         self._nothing = torch.zeros((), dtype=torch.int64, device=self._device)
         self._seen: dict[str, list[Tensor | None]] = {}
 
-    def nonfinite(self, grad: Gradients) -> list[Tensor] | Tensor:
+    def nonfinite(self, grad: StepGradients) -> list[Tensor] | Tensor:
         """Return for each of the places a number that is 0 unless an element of its gradient, or its square, is not finite."""
         bad = torch.zeros(len(self.places), dtype=torch.int64, device=self._device)
         odd = self._find_gradients(grad)
@@ -147,11 +147,11 @@ class Table:
     def _mine(self, values: Sequence[Any] | None) -> list[Any]:
         return [0.0] * len(self.places) if values is None else [values[i] for i in self.places]
 
-    def _rows(self, places: list[int]) -> Rows:
+    def _rows(self, places: list[int]) -> RowByRow:
         """Return some parameters as rows, for what one launch does not take."""
-        return Rows(self._theta, self._columns, places, blocked.pieces)
+        return RowByRow(self._theta, self._columns, places, blocked.pieces)
 
-    def _find_gradients(self, grad: Gradients) -> list[int]:
+    def _find_gradients(self, grad: StepGradients) -> list[int]:
         """Write down where gradients lie; return the places of those in another order or precision, which are left out."""
         odd = [i for i in self.places if (g := grad[i]) is not None and not self._fits(i, g, self._theta[i].dtype)]
         self._point("grad", [None if i in odd else grad[i] for i in self.places])
@@ -191,7 +191,7 @@ class Table:
         return torch.empty_like(self._theta[i], dtype=tensor.dtype).copy_(tensor)
 
     def _point(self, name: str, tensors: Sequence[Tensor | None]) -> None:
-        """Write down where the tensors of a column lie, 0 for none, and of which kind they are."""
+        """Enter the addresses of a column's tensors, 0 where there is none, and their type."""
         self._at.write(COLUMNS.index(name), [0 if t is None else t.data_ptr() for t in tensors])
         self._kinds[name] = next((t.dtype for t in tensors if t is not None), torch.float32)
 
