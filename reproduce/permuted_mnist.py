@@ -90,9 +90,9 @@ class Smoothed(Learner):
         return F.cross_entropy(self.model(batch.x), batch.y, label_smoothing=0.1)
 
 
-def smoothed_kronecker(strength: float, *args: Any) -> Learner:
-    """Make the learner of Kronecker with label smoothing."""
-    return Smoothed(*args, memory=resolve(Kronecker(), strength))
+def smoothed(strength: float, *args: Any) -> Learner:
+    """Make the learner of the default with label smoothing."""
+    return Smoothed(*args, memory=resolve(None, strength))
 
 
 AVERAGED: Settings = resolve(L2(), 0.0, None, "tail")
@@ -109,17 +109,18 @@ METHODS = {
     "agem": Method(unruled(AGEM, MEMORY), 0.1, 0, "A-GEM, any 25 of each class stored", (89.12, 0.15, 0.070)),
     "rwalk": Method(ruled(RWalk()), 0.1, 1, "RWalk as in the paper, strength 1"),
     "recipe": Method(
-        ruled(None), 0.2, TaskFisher.defaults.strength, "the recipe, its default strength", scan=(0.01, 0.03, 0.1, 0.3)
+        ruled(TaskFisher()), 0.2, TaskFisher.defaults.strength, "the diagonal recipe, its default strength",
+        scan=(0.01, 0.03, 0.1, 0.3),
     ),
     "recipe-first": Method(
         ruled(RecipeVariant(unit="first"), "proximal"), 0.2, 0.0005, "the recipe in the unit of the first task, tuned",
         scan=(0.00025, 0.0005, 0.001, 0.0025, 0.005),
     ),
-    "kronecker": Method(
-        smoothed_kronecker, 0.2, 0.0005, "Kronecker, tuned, label smoothing .1", scan=(0.00015, 0.0005, 0.0015)
-    ),
-    "kronecker-default": Method(
-        smoothed_kronecker, 0.2, Kronecker.defaults.strength, "Kronecker, its default strength, label smoothing .1"
+    "default": Method(ruled(None), 0.2, Kronecker.defaults.strength, "the default"),
+    "default-smoothed": Method(smoothed, 0.2, Kronecker.defaults.strength, "the default, label smoothing .1"),
+    "default-32": Method(ruled(Kronecker(rank=32)), 0.2, Kronecker.defaults.strength, "the default, rank 32"),
+    "default-whole": Method(
+        ruled(Kronecker(rank=None, share=1.0)), 0.2, Kronecker.defaults.strength, "the default, all directions"
     ),
     "sgd-averaged": Method(unruled(memory=AVERAGED), 0.2, 0, "SGD, averaged"),
     "ewc-averaged": Method(

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import mlp
-from rwalk import EWC, L2, SI, Consolidator, EWCpp, RWalk
+from rwalk import Consolidator, EWC, EWCpp, L2, RWalk, SI, TaskFisher
 
 SIZE = 600
 
@@ -132,7 +132,7 @@ def hooks(model, optimizer, memory):
     return watch
 
 
-@pytest.mark.parametrize("rule", [RWalk(delta_t=4), EWCpp(), SI(), L2(), EWC(), None], ids=repr)
+@pytest.mark.parametrize("rule", [RWalk(delta_t=4), EWCpp(), SI(), L2(), EWC(), TaskFisher()], ids=repr)
 def test_a_step_makes_no_tensor_of_the_size_of_the_model(rule):
     model, optimizer, memory = attached(rule)
     data = [(torch.randn(2, SIZE), torch.randint(SIZE, (2,)))]
@@ -146,7 +146,7 @@ def test_a_step_makes_no_tensor_of_the_size_of_the_model(rule):
 
 @pytest.mark.parametrize(
     ("rule", "first", "later"),
-    [(RWalk(delta_t=100), 6, 8), (EWCpp(), 2, 5), (SI(), 5, 7), (L2(), 1, 4), (None, 4, 6)],
+    [(RWalk(delta_t=100), 6, 8), (EWCpp(), 2, 5), (SI(), 5, 7), (L2(), 1, 4), (TaskFisher(), 4, 6)],
     ids=["RWalk", "EWCpp", "SI", "L2", "recipe"],
 )
 def test_a_step_touches_each_of_its_tensors_and_no_others(rule, first, later):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from steps import Drawn
 
-from rwalk import SI, Consolidator, EWCpp, RWalk, kernels
+from rwalk import SI, Consolidator, EWCpp, RWalk, TaskFisher, kernels
 from rwalk.kernels import blocked
 
 BACKENDS = ["blocked", "rows", "joined", "numba", "triton"]
@@ -229,7 +229,7 @@ def test_a_backend_that_is_not_installed_explains_itself(monkeypatch):
     assert kernels.current() == "blocked"
 
 
-@pytest.mark.parametrize("rule", [RWalk(delta_t=3), EWCpp(), SI(), None], ids=repr)
+@pytest.mark.parametrize("rule", [RWalk(delta_t=3), EWCpp(), SI(), TaskFisher()], ids=repr)
 def test_a_step_takes_three_launches_however_many_tensors_there_are(rule, monkeypatch):
     """The check of gradients, the pass before the step and the one after it; tables are sent where something has changed."""
     installed("triton")

@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 
 from cases import pairwise
 from dense import ENGINES, close, gradients_of
-from rwalk import EWC, MAS, Consolidator, Kronecker, OnlineEWC
+from rwalk import EWC, MAS, Consolidator, Kronecker, OnlineEWC, TaskFisher
 from rwalk.replay import Buffer
 
 RULES = [EWC(), EWC(labels="true"), OnlineEWC(labels="sample"), MAS(), Kronecker()]
@@ -99,7 +99,7 @@ def test_selections_and_renewed_statistics_leave_nothing(select):
     assert contents(model) == before
     model = nn.Sequential(nn.BatchNorm1d(5), Storing()).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    memory = Consolidator(model, average="tail").attach(optimizer)
+    memory = Consolidator(model, TaskFisher()).attach(optimizer)
     F.cross_entropy(model(data()[0][0]), data()[0][1]).backward()
     optimizer.step()
     before, count = contents(model[1]), model[1].count.clone()

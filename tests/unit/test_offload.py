@@ -24,10 +24,12 @@ def test_importance_in_bfloat16_is_close_and_smaller(rule):
     _, _, full = walked(rule)
     _, _, coarse = walked(rule, state_dtype=torch.bfloat16)
     assert coarse.state_bytes < full.state_bytes
-    assert {t.dtype for t in coarse.anchor.omega.values()} == {torch.bfloat16}
+    held = [*coarse.anchor.omega.values(), *(t for f in getattr(coarse.anchor, "layers", {}).values() for t in f.tensors())]
+    assert {t.dtype for t in held} == {torch.bfloat16}
     assert {t.dtype for t in coarse.anchor.point.values()} == {torch.float32}
-    whole = sum(float(o.sum()) for o in full.anchor.omega.values())
-    apart = sum(float((o - coarse.anchor.omega[name].float()).abs().sum()) for name, o in full.anchor.omega.items())
+    full, coarse = full.anchor.importance(), coarse.anchor.importance()
+    whole = sum(float(o.sum()) for o in full.values())
+    apart = sum(float((o - coarse[name].float()).abs().sum()) for name, o in full.items())
     assert apart < 0.05 * whole
 
 

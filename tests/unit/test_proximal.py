@@ -10,7 +10,7 @@ from torch import optim
 from torch.nn import functional as F
 
 from cases import batches, mlp, train
-from rwalk import EWC, L2, Consolidator, RWalk, TaskFisher
+from rwalk import EWC, L2, Consolidator, Kronecker, RWalk, TaskFisher
 from rwalk.consolidation import proximal
 
 OPTIMIZERS = {
@@ -107,12 +107,13 @@ def test_the_gradient_pull_warns_once_a_task_where_it_would_overshoot():
     train(model, optimizer, batches(1, 3))
 
 
-def test_the_recipe_is_the_default_and_holds_four_tensors_per_parameter():
+def test_the_matrix_geometry_is_the_default_and_the_diagonal_recipe_holds_four_tensors_per_parameter():
     model = mlp(torch.float32)
     optimizer = optim.SGD(model.parameters(), lr=0.1)
-    memory = Consolidator(model).attach(optimizer)
-    assert (memory.strength, memory.pull, memory.average) == (0.1, "proximal", "tail")
-    assert memory.rule == TaskFisher()
+    assert Consolidator(model).rule == Kronecker()
+    memory = Consolidator(model, TaskFisher()).attach(optimizer)
+    for consolidator in (memory, Consolidator(model)):
+        assert (consolidator.strength, consolidator.pull, consolidator.average) == (0.1, "proximal", "tail")
     size = sum(p.numel() * 4 for p in model.parameters())
     for task in range(3):
         train(model, optimizer, [(x.astype(np.float32), y) for x, y in batches(task, 9)])

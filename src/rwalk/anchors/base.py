@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -23,19 +23,15 @@ class Anchor(ABC):
 
     Args:
         point: the parameters after earlier tasks, by name.
-        omega: their importance, by name: non-negative, one weight for each element of `point`.
+        omega: the importance of those that are held element by element, by name: non-negative, of the shape of `point`.
 
     Attributes:
         parts: what its `content` has besides point and omega.
-        allows_gradient_pull: whether its pull can be added to gradients, or is made after the step only.
-        allows_shards: whether it works on each rank's shards alone.
-        reads_skip_flag: whether its proximal pull leaves out a step by a flag on the device, without waiting for it.
+        by_element: whether it pulls each element alone, at each step; otherwise `draw` pulls whole layers every few steps.
     """
 
     parts: ClassVar[tuple[str, ...]] = ()
-    allows_gradient_pull: ClassVar[bool] = True
-    allows_shards: ClassVar[bool] = True
-    reads_skip_flag: ClassVar[bool] = True
+    by_element: ClassVar[bool] = True
     point: dict[str, Tensor] = field(default_factory=dict)
     omega: dict[str, Tensor] = field(default_factory=dict)
 
@@ -46,6 +42,18 @@ class Anchor(ABC):
     def largest(self) -> float:
         """Return the largest importance of any element, 0 for an empty anchor."""
         return max((float(omega.max()) for omega in self.omega.values() if omega.numel()), default=0.0)
+
+    def importance(self) -> dict[str, Tensor]:
+        """Return the quadratic's diagonal, by name."""
+        return dict(self.omega)
+
+    def totals(self, shard_group: shards.ShardGroup) -> dict[str, float]:
+        """Return the sum of the importance of each parameter over all ranks, by name."""
+        return dict(zip(self.omega, shard_group.sums([float(o.sum()) for o in self.omega.values()]), strict=True))
+
+    def whole_penalty(self, theta: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> float | Tensor:  # noqa: ARG002
+        """Return the part of `penalty` that each rank knows as a whole, where `theta` are parts of sharded parameters."""
+        return 0.0
 
     @abstractmethod
     def align(self, theta: Mapping[str, Tensor]) -> Self:
@@ -73,23 +81,8 @@ class Anchor(ABC):
         return match_names(self.point, theta, rename)
 
     def columns(self, names: Sequence[str]) -> dict[str, list[Tensor | None]]:
-        """Return "point" and "omega" of parameters of these names, None for those that are not held element by element."""
+        """Return "point" and "omega" of parameters of these names, None for those that are not held."""
         return {"point": [self.point.get(name) for name in names], "omega": [self.omega.get(name) for name in names]}
-
-    def draw(self, theta: Mapping[str, Tensor], step_size: Callable[[str], float]) -> None:  # noqa: B027 - most kinds have none
-        """Make the proximal pull of whole layers after a step.
-
-        Args:
-            theta: the parameters that have just moved, by name.
-            step_size: tells by name how long a step of a parameter's pull is, in one number for all of it.
-        """
-
-    def apply_deferred_pull(self, theta: Mapping[str, Tensor]) -> Callable[[], None]:  # noqa: ARG002
-        """Make up for deferred pulls when a task ends; return a function that undoes it."""
-        return lambda: None
-
-    def drop_deferred_pull(self) -> None:  # noqa: B027 - most kinds defer nothing
-        """Forget deferred pulls."""
 
     @abstractmethod
     def penalty(self, theta: Mapping[str, Tensor]) -> float | Tensor:
@@ -97,16 +90,21 @@ class Anchor(ABC):
 
     def refuse_damage(self) -> None:
         """Raise a ValueError unless each point has an importance of its shape, all of it finite and 0 or more."""
-        wrong = self.damaged_parts(self.content())
+        wrong = self.damaged_parts(self.content()) if self.parts else []
         if wrong:
             raise ValueError(f"The anchor's layers {listed(wrong)} do not fit its points. Pass it as it was saved.")
-        for name, point in self.point.items():
-            omega = self.omega.get(name)
-            if omega is None or omega.shape != point.shape or not bool((torch.isfinite(omega) & (omega >= 0)).all()):
+        for name in self.omega if self.parts else self.point:
+            point, omega = self.point.get(name), self.omega.get(name)
+            if omega is None or point is None or omega.shape != point.shape or not bool((torch.isfinite(omega) & (omega >= 0)).all()):
                 raise ValueError(
                     f"The anchor's importance of {listed([name])} is missing, negative, not finite or of another shape. "
                     "`anchor.omega` needs a weight of 0 or more for each element of its point."
                 )
+
+    def kept(self, away: Callable[[Tensor], Tensor], narrow: Callable[[Tensor], Tensor]) -> Self:
+        """Return the anchor as it is kept: everything where `away` puts it, and importance in the precision of `narrow`."""
+        point = {name: away(t) for name, t in self.point.items()}
+        return replace(self, point=point, omega={name: away(narrow(t)) for name, t in self.omega.items()})
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield all tensors that are held."""
@@ -123,9 +121,9 @@ class Anchor(ABC):
         """Return the anchor that `content` was made from."""
 
     @classmethod
-    def damaged_parts(cls, content: Mapping[str, Any]) -> list[str]:  # noqa: ARG003
+    def damaged_parts(cls, content: Mapping[str, Any]) -> list[str]:
         """Name the `parts` of a content that do not fit its points."""
-        return []
+        return [name for name in content["point"] if name not in content["omega"]]
 
     def save(self, path: str | Path) -> None:
         """Write the anchor to a safetensors file, whole or not at all: entries `point/NAME` and `omega/NAME`.
@@ -146,7 +144,8 @@ class Anchor(ABC):
         content = states.load(path, "anchor")
         point, omega = (_shapes(content.get(part)) for part in ("point", "omega"))
         kind = anchor_kind(content)
-        if point is None or point != omega or kind is None or kind.damaged_parts(content):
+        unlike = point is None or omega is None or any(point.get(name) != shape for name, shape in omega.items())
+        if unlike or kind is None or kind.damaged_parts(content):
             raise ValueError(printable(f"`{path}` holds no anchor that can be read. Pass a file that `Anchor.save` wrote."))
         return kind.read(content)
 
@@ -154,7 +153,8 @@ class Anchor(ABC):
 def anchor_kind(content: Mapping[str, Any]) -> type[Anchor] | None:
     """Return the kind of anchor that a content was made from, None for no content of an anchor."""
     kinds = {frozenset(("point", "omega", *kind.parts)): kind for kind in Anchor.__subclasses__()}
-    return kinds.get(frozenset(content))
+    parts = frozenset(content)
+    return kinds.get(parts - {"every"} if "layers" in parts else parts)  # earlier versions saved `every` with an anchor
 
 
 def _shapes(tensors: Any) -> dict[str, torch.Size] | None:

@@ -1,9 +1,9 @@
-"""The anchor that holds linear layers by two matrices each, and everything else by importance."""
+"""The anchor that holds layers by two matrices each, and everything else by importance."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor
@@ -11,6 +11,31 @@ from torch import Tensor
 from rwalk.anchors.base import Anchor
 from rwalk.anchors.elementwise import ElementwiseAnchor
 from rwalk.anchors.factors import KroneckerFactor
+from rwalk.anchors.old_factors import current_anchor
+from rwalk.distributed import shards
+from rwalk.distributed.shards import ShardGroup
+
+
+class PullSteps(Protocol):
+    """How long the steps of a pull are."""
+
+    def each(self, name: str) -> Tensor | float:
+        """Return the step of each element of a parameter."""
+
+    def mean(self, name: str) -> float:
+        """Return one number for all of a parameter."""
+
+
+class HeldNames(NamedTuple):
+    """How an anchor holds parameters.
+
+    Args:
+        biases: of each layer that is held as a whole, by its weight's name: its bias, None where that is no part of it.
+        alone: the parameters that are held element by element.
+    """
+
+    biases: Mapping[str, str | None]
+    alone: frozenset[str]
 
 
 @final
@@ -18,102 +43,130 @@ from rwalk.anchors.factors import KroneckerFactor
 class KroneckerAnchor(Anchor):
     """The quadratic strength * sum over layers of tr(D^T G D A), and elementwise for all parameters outside of such layers.
 
-    The proximal pull turns a layer's displacement from the anchor into the bases in which A and G are diagonal, shrinks it
-    there, and turns it back. That takes four matrix products, so it is done every few steps, with the sum of their sizes.
-
     Args:
         point: the parameters after earlier tasks, by name.
-        omega: their importance, by name: for layers the quadratic's diagonal, which says how much is held but does not pull.
+        omega: the importance of those parameters that are outside of layers, by name.
         layers: the layers, by the names of their weights.
-        every: after how many steps a layer is pulled.
     """
 
-    parts: ClassVar[tuple[str, ...]] = ("layers", "every")
-    allows_gradient_pull: ClassVar[bool] = False
-    allows_shards: ClassVar[bool] = False
-    reads_skip_flag: ClassVar[bool] = False
+    parts: ClassVar[tuple[str, ...]] = ("layers",)
+    by_element: ClassVar[bool] = False
     layers: dict[str, KroneckerFactor] = field(default_factory=dict)
-    every: int = 10
+
+    @classmethod
+    def of(cls, anchor: Anchor) -> "KroneckerAnchor":
+        """Return an anchor of either kind as one of this kind, with the same quadratic."""
+        return anchor if isinstance(anchor, cls) else cls(anchor.point, anchor.omega)
 
     @property
     def elementwise(self) -> ElementwiseAnchor:
         """The parameters that are held by importance alone."""
-        names = [name for name in self.point if name not in self._inside]
-        return ElementwiseAnchor({n: self.point[n] for n in names}, {n: self.omega[n] for n in names})
+        return ElementwiseAnchor({n: self.point[n] for n in self.omega}, self.omega)
 
     @cached_property
-    def _inside(self) -> set[str]:
+    def inside(self) -> frozenset[str]:
         """The names of parameters that belong to a layer."""
-        return {name for weight, layer in self.layers.items() for name in layer.names(weight)}
+        return frozenset(name for weight, layer in self.layers.items() for name in layer.names(weight))
+
+    def importance(self) -> dict[str, Tensor]:
+        """Return the quadratic's diagonal, by name."""
+        found = dict(self.omega)
+        for weight, layer in self.layers.items():
+            found |= zip(layer.names(weight), layer.importance(self.point[weight].shape), strict=True)
+        return {name: found[name] for name in self.point}
 
     def align(self, theta: Mapping[str, Tensor]) -> "KroneckerAnchor":
         """Follow a model that changed, as `Anchor.align` does: grown layers keep their old block."""
-        both = ElementwiseAnchor(self.point, self.omega).align(theta)
-        kept = {weight: layer for weight, layer in self.layers.items() if weight in both.point}
-        layers = {weight: layer.aligned(theta[weight], layer.bias in both.point) for weight, layer in kept.items()}
-        return replace(self, point=both.point, omega=both.omega, layers=layers)
+        point = ElementwiseAnchor(self.point, self.point).align(theta).point
+        omega = ElementwiseAnchor({n: self.point[n] for n in self.omega}, self.omega).align(theta).omega
+        layers = {}
+        for weight, layer in self.layers.items():
+            if weight in point:
+                followed = layer.aligned(point[weight], self.point[weight].shape, layer.arrangement.bias in point)
+                if followed is None:
+                    parts = dict(zip(layer.names(weight), layer.importance(self.point[weight].shape), strict=True))
+                    omega |= ElementwiseAnchor({n: self.point[n] for n in parts}, parts).align(theta).omega
+                else:
+                    layers[weight] = followed
+        return replace(self, point=point, omega=omega, layers=layers)
 
     def renamed(self, names: Mapping[str, str]) -> "KroneckerAnchor":
         """Return the entries of some names under others."""
-        both = ElementwiseAnchor(self.point, self.omega).renamed(names)
-        layers = {names[w]: self._renamed(w, layer, names) for w, layer in self.layers.items() if w in names}
-        return replace(self, point=both.point, omega=both.omega, layers=layers)
+        point = {names[n]: p for n, p in self.point.items() if n in names}
+        omega = {names[n]: o for n, o in self.omega.items() if n in names}
+        return replace(self, point=point, omega=omega, layers={names[w]: f for w, f in self._renamed(names) if w in names})
 
-    def _renamed(self, weight: str, layer: KroneckerFactor, names: Mapping[str, str]) -> KroneckerFactor:
-        aligned = layer.aligned(self.point[weight], layer.bias in names)
-        return replace(aligned, bias=names.get(layer.bias or ""), deferred=[0.0, 0])
+    def _renamed(self, names: Mapping[str, str]) -> Iterator[tuple[str, KroneckerFactor]]:
+        for weight, layer in self.layers.items():
+            bias = layer.arrangement.bias
+            kept = layer.aligned(self.point[weight], self.point[weight].shape, bias in names) or layer
+            arrangement = kept.arrangement
+            yield weight, replace(kept, arrangement=arrangement._replace(bias=names.get(arrangement.bias or "")))
 
-    def columns(self, names: Sequence[str]) -> dict[str, list[Tensor | None]]:
-        """Return "point" and "omega" of parameters that are held element by element: see `Anchor.columns`."""
-        inside = self._inside
-        apart = [None if name in inside else name for name in names]
-        return {"point": [self.point.get(n or "") for n in apart], "omega": [self.omega.get(n or "") for n in apart]}
+    def held_names(self) -> HeldNames:
+        """Tell which parameters are held in layers, and which alone."""
+        return HeldNames({w: layer.arrangement.bias for w, layer in self.layers.items()}, _important(self.omega))
 
-    def draw(self, theta: Mapping[str, Tensor], step_size: Callable[[str], float]) -> None:
-        """Pull the layers whose turn it is: see `Anchor.draw`."""
+    def totals(self, shard_group: ShardGroup) -> dict[str, float]:
+        """Return the sum of the importance of each parameter: see `Anchor.totals`."""
+        found = self.elementwise.totals(shard_group)
+        for weight, layer in self.layers.items():
+            found |= zip(layer.names(weight), layer.totals(), strict=True)
+        return {name: found[name] for name in self.point}
+
+    def draw(self, theta: Mapping[str, Tensor], steps: PullSteps, parameters: Mapping[str, Tensor]) -> None:
+        """Make the proximal pull, in place, of those parameters that are in `theta`.
+
+        Args:
+            theta: this rank's parts of parameters, by name.
+            steps: how long the steps of the pull are.
+            parameters: the parameters themselves, which may be sharded: then layers are pulled as a whole on each rank.
+        """
         for weight, layer in self.layers.items():
             if weight in theta:
-                layer.deferred[0] += step_size(weight)
-                layer.deferred[1] += 1
-                if layer.deferred[1] >= self.every:
-                    self._draw_layer(weight, theta)
+                self._draw_layer(weight, layer, theta, steps.mean(weight), parameters)
+        for name, omega in self.omega.items():
+            if name in theta:
+                p = theta[name]
+                w = omega.to(p.device, torch.promote_types(omega.dtype, p.dtype)) * steps.each(name)
+                p.sub_(((w / (1 + w)) * (p - self.point[name].to(p.device))).to(p.dtype))
 
-    def apply_deferred_pull(self, theta: Mapping[str, Tensor]) -> Callable[[], None]:
-        """Pull the layers that have moved since their last turn; return a function that undoes it."""
-        deferred = {weight: list(layer.deferred) for weight, layer in self.layers.items() if layer.deferred[0]}
-        names = [name for weight in deferred for name in self.layers[weight].names(weight) if name in theta]
-        before = {name: theta[name].detach().clone() for name in names}
+    def _draw_layer(
+        self, weight: str, layer: KroneckerFactor, theta: Mapping[str, Tensor], step: float, parameters: Mapping[str, Tensor]
+    ) -> None:
+        move = layer.proximal_move(self._displacement(weight, layer, theta, parameters), step)
+        for name, part in zip(layer.names(weight), layer.arrangement.split(move, parameters[weight].shape), strict=True):
+            if name in theta:
+                theta[name].sub_(shards.local_part(part, parameters[name]).to(theta[name].dtype))
 
-        def undo() -> None:
-            for name, value in before.items():
-                theta[name].detach().copy_(value)
-            for weight, sums in deferred.items():
-                self.layers[weight].deferred[:] = sums
-
-        for weight in deferred:
-            self._draw_layer(weight, {name: p for name, p in theta.items() if p.requires_grad})
-        return undo
-
-    def drop_deferred_pull(self) -> None:
-        """Forget deferred pulls."""
-        for layer in self.layers.values():
-            layer.deferred[:] = [0.0, 0]
+    def _displacement(
+        self, weight: str, layer: KroneckerFactor, theta: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Return D of a layer, gathered from all ranks where it is sharded."""
+        if not shards.sharded(parameters.get(weight)):
+            return layer.displacement(weight, theta, self.point)
+        moved, point = {}, {}
+        for name in layer.names(weight):
+            part = theta[name] - self.point[name] if name in theta else torch.zeros_like(self.point[name])
+            moved[name] = shards.full_tensor(shards.as_dtensor(part, parameters[name]))
+            point[name] = torch.zeros_like(moved[name])
+        return layer.displacement(weight, moved, point)
 
     @torch.no_grad()
     def penalty(self, theta: Mapping[str, Tensor]) -> float | Tensor:
         """Return the sum of tr(D^T G D A) over layers, and of omega * (theta - point)^2 over the rest, without the strength."""
-        held = [(weight, layer) for weight, layer in self.layers.items() if weight in theta]
-        terms = [layer.penalty(layer.displacement(weight, theta, self.point)) for weight, layer in held]
-        return sum(terms, self.elementwise.penalty(theta))
+        return self.whole_penalty(theta, theta) + self.elementwise.penalty(theta)
 
-    def _draw_layer(self, weight: str, theta: Mapping[str, Tensor]) -> None:
-        """Pull those parameters of a layer that are in `theta`."""
-        layer = self.layers[weight]
-        move = layer.proximal_move(layer.displacement(weight, theta, self.point), layer.deferred[0])
-        for name, part in zip(layer.names(weight), layer.split(move), strict=True):
-            if name in theta:
-                theta[name].sub_(part.to(theta[name].dtype))
-        layer.deferred[:] = [0.0, 0]
+    def whole_penalty(self, theta: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> float | Tensor:
+        """Return the sum of tr(D^T G D A) over layers, also where they are sharded."""
+        held = [(weight, layer) for weight, layer in self.layers.items() if weight in theta]
+        terms = [layer.penalty(self._displacement(weight, layer, theta, parameters)) for weight, layer in held]
+        return sum(terms, 0.0)
+
+    def kept(self, away: Callable[[Tensor], Tensor], narrow: Callable[[Tensor], Tensor]) -> "KroneckerAnchor":
+        """Return the anchor as it is kept: see `Anchor.kept`."""
+        layers = {weight: layer.changed(lambda t: away(narrow(t))) for weight, layer in self.layers.items()}
+        return replace(super().kept(away, narrow), layers=layers)
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield all tensors that are held."""
@@ -123,24 +176,36 @@ class KroneckerAnchor(Anchor):
 
     def content(self) -> dict[str, Any]:
         """Return the anchor as tensors and plain values in dictionaries, for state files."""
-        layers = {weight: layer.content() for weight, layer in self.layers.items()}
-        return super().content() | {"layers": layers, "every": self.every}
+        return super().content() | {"layers": {weight: layer.content() for weight, layer in self.layers.items()}}
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> "KroneckerAnchor":
         """Return the anchor that `content` was made from."""
-        layers = {weight: KroneckerFactor.read(entry, weight, content["point"]) for weight, entry in content["layers"].items()}
-        return cls(content["point"], content["omega"], layers, content["every"])
+        content = current_anchor(content)
+        point = content["point"]
+        layers = {weight: KroneckerFactor.read(entry, weight, point) for weight, entry in content["layers"].items()}
+        anchor = cls(point, {}, layers)
+        return replace(anchor, omega={n: o for n, o in content["omega"].items() if n not in anchor.inside})
 
     @classmethod
     def damaged_parts(cls, content: Mapping[str, Any]) -> list[str]:
-        """Name the layers that do not fit the content's points, and `every` if it is no number of steps."""
+        """Name the layers that do not fit the content's points."""
+        content = current_anchor(content)
         if not isinstance(content["layers"], Mapping):
             return ["layers"]
-        wrong = []
+        wrong, inside = [], set()
         for weight, entry in content["layers"].items():
             try:
-                KroneckerFactor.read(entry, weight, content["point"])
+                inside |= {*KroneckerFactor.read(entry, weight, content["point"]).names(weight)}
             except (ValueError, LookupError, TypeError, AttributeError, RuntimeError):
                 wrong.append(str(weight))
-        return wrong if type(content["every"]) is int and content["every"] >= 1 else [*wrong, "every"]
+        return wrong or [n for n in content["point"] if n not in inside and n not in content["omega"]]
+
+
+def _important(omega: Mapping[str, Tensor]) -> frozenset[str]:
+    return frozenset(name for name, o in omega.items() if bool(o.any()))
+
+
+def held_names(anchor: Anchor) -> HeldNames:
+    """Tell how an anchor of either kind holds parameters."""
+    return anchor.held_names() if isinstance(anchor, KroneckerAnchor) else HeldNames({}, _important(anchor.omega))

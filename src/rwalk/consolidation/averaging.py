@@ -47,6 +47,12 @@ class Tail:
             count[name] += has
         return [(ETA + 1) / (count[name] + ETA) for name in names]
 
+    def take(self, theta: Mapping[str, Tensor]) -> None:
+        """Take parameters into their averages."""
+        for name, share in zip(theta, self.shares(list(theta), [True] * len(theta)), strict=True):
+            average = self.average[name]
+            average.lerp_(theta[name].detach().to(average.dtype), share)
+
     def take_back(self, names: Iterable[str]) -> None:
         """Uncount a step that turned out not to count; it wrote nothing."""
         for name in names:

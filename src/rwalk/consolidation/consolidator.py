@@ -16,7 +16,7 @@ from rwalk.anchors.match import Match
 from rwalk.consolidation import hooks, state_checks
 from rwalk.consolidation.memory import Memory
 from rwalk.consolidation.offload import Offload
-from rwalk.consolidation.protected import find_protected, refuse_nothing, refuse_shards, trainable
+from rwalk.consolidation.protected import find_protected, refuse_nothing, trainable
 from rwalk.consolidation.settings import Average, Nonfinite, Pull, check_choice, check_strength, resolve
 from rwalk.consolidation.step import StepObserver
 from rwalk.consolidation.summary import Summary, summarise
@@ -96,7 +96,7 @@ class Consolidator:
         memory.moves.note_all(memory.protected.theta)
         if memory.optimizer is not None:
             self._watch(memory.optimizer)
-            once_built(memory.model, lambda: memory.collect_squares(memory.protected))
+            once_built(memory.model, memory.collect_again)
 
     def __copy__(self) -> "Consolidator":
         """Refuse: two consolidators would pull on one model."""
@@ -169,10 +169,10 @@ class Consolidator:
         found = find_protected(memory.model, optimizer, memory.protected.theta)
         refuse_odd(found.theta)
         refuse_nothing(found)
-        refuse_shards(memory.rule, found)
         self.detach()
         memory.follow(found)
         memory.optimizer = optimizer
+        memory.watch_next()
         self._watch(optimizer)
         return self
 
@@ -221,11 +221,15 @@ class Consolidator:
         if not self._memory.protected.theta and self.rule.measures != "data":
             raise RuntimeError(
                 "`consolidate()` was called before `attach`. Call `attach(optimizer)` before training; to protect a "
-                "pretrained model use EWC() and `estimate(loader)`."
+                "pretrained model call `estimate(loader)`, under a rule that can measure on data."
             )
+        self._end_task(data, loss, logits)
+
+    @torch.no_grad()
+    def _end_task(self, data: Any, loss: Any, logits: Any, estimating: bool = False) -> None:
         self._observer.resolve()
         self._observer.release()
-        end_task(self._memory, data, loss, logits)
+        end_task(self._memory, data, loss, logits, estimating)
 
     @torch.inference_mode(False)
     def estimate(
@@ -247,7 +251,7 @@ class Consolidator:
         refuse_data(data, self.rule)
         self._memory.widen(trainable(self.model))
         self._memory.count_data_again()
-        self.consolidate(data, loss=loss, logits=logits)
+        self._end_task(data, loss, logits, estimating=self.rule.measures != "nothing")
 
     @torch.inference_mode(False)
     def adopt(self, anchor: Anchor, rename: Mapping[str, str] | Callable[[str], str] | None = None) -> Match:
@@ -271,8 +275,7 @@ class Consolidator:
     def penalty(self) -> Tensor:
         """Return the current penalty, strength * sum of omega * (theta - point)^2, as a scalar for logging."""
         self._observer.resolve()
-        theta = self._memory.theta()  # may carry the anchor over to tensors that grew
-        return self._memory.protected.shard_group.sum_(torch.as_tensor(self._memory.anchor.penalty(theta) * self.strength))
+        return torch.as_tensor(self._memory.penalty() * self.strength)
 
     @torch.inference_mode(False)
     @torch.no_grad()

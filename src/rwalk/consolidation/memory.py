@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -13,21 +14,23 @@ from rwalk import gradients
 from rwalk._parameters import bare, copies, listed, named_parameters, refuse_odd
 from rwalk.anchors.base import Anchor, anchor_kind
 from rwalk.anchors.elementwise import ElementwiseAnchor
+from rwalk.anchors.kronecker import KroneckerAnchor, held_names
 from rwalk.anchors.match import Match
-from rwalk.consolidation import state_checks
+from rwalk.consolidation import proximal, state_checks
 from rwalk.consolidation.averaging import Tail
 from rwalk.consolidation.moves import Moves
 from rwalk.consolidation.offload import Offload
+from rwalk.consolidation.old_states import NOTHING_MEASURED
 from rwalk.consolidation.protected import (
     ProtectedParameters,
     find_protected,
     grow_state,
     refuse_new_shards,
-    refuse_shards,
     trainable,
 )
 from rwalk.consolidation.repeats import LastEnd
 from rwalk.consolidation.settings import Settings
+from rwalk.consolidation.turns import Turns, take_last_turn, take_turn
 from rwalk.distributed import shards
 
 
@@ -49,6 +52,8 @@ class Memory:
         last_end: how the last task ended, for rules that measure on data.
         shown: whether somebody else has been given the anchor, who may put its tensors elsewhere.
         squares: the collector of per-example gradients, None where the rule needs none.
+        moments: the collector of second moments in training, None where the rule needs none.
+        turns: how far the weights have gone since they were last pulled, where that is not done at each step.
     """
 
     def __init__(self, model: nn.Module, settings: Settings, offload: Offload, strict: bool) -> None:
@@ -58,22 +63,72 @@ class Memory:
         self.protected = ProtectedParameters()
         self.state: Any = self.rule.init([])
         self.anchor: Anchor = self.rule.anchor_kind()
-        self.tail, self.moves = Tail(), Moves()
+        self.tail, self.moves, self.turns = Tail(), Moves(), Turns()
         self.shown = False
         self.tasks, self.steps = 0, 0
         self.last_end: LastEnd | None = None
         self.squares: gradients.Squares | None = None
+        self.moments: gradients.TrainingMoments | None = None
         self._renewed = True
+        self._copied: dict[str, Any] = {}
         self._followed = bare(model)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies are made of: everything except hooks on the model."""
-        return {**vars(self), "squares": None}
+        return {**vars(self), "squares": None, "moments": None, "_copied": self._measured()}
+
+    def _measured(self) -> dict[str, Any]:
+        if self.moments is None:
+            return dict(NOTHING_MEASURED)
+        content = self.moments.content(whole=bool(self.protected.shard_group.groups))
+        return {**content, "squares": shards.as_dtensors(content["squares"], self.protected.parameters)}
 
     @property
     def averages(self) -> bool:
         """Whether the average of a task's later iterates becomes the model."""
         return self.average == "tail"
+
+    @property
+    def by_element(self) -> bool:
+        """Whether each element is pulled alone at each step, and not whole layers every few steps."""
+        return self.rule.anchor_kind.by_element
+
+    def take_turn(self, theta: Mapping[str, Tensor], metrics: proximal.Metrics) -> None:
+        """Pull whole layers and average; see `take_turn`."""
+        take_turn(self, theta, self.pull_steps(metrics))
+
+    def take_last_turn(self) -> Callable[[], None]:
+        """Do so for the last time in a task; return a function that undoes it."""
+        if not self.turns.lengths or self.by_element:
+            return lambda: None
+        if self.optimizer is not None:
+            metrics = proximal.Metrics(self.optimizer, self.protected.parameters.values())
+            return take_last_turn(self, self.protected.theta, self.pull_steps(metrics))
+        if not any(self.turns.lengths.values()):
+            return take_last_turn(self, self.protected.theta, None)
+        warnings.warn(
+            f"No optimiser is attached, so the pull of the last {self.turns.since} steps is left out, as its length is not "
+            "known. Call `attach(optimizer)` before `consolidate()`.",
+            stacklevel=5,
+        )
+        self.turns.reset()
+        return lambda: None
+
+    def pull_steps(self, metrics: proximal.Metrics) -> Callable[[Mapping[str, float]], proximal.DeferredSteps]:
+        """Return what turns sums of steps' lengths into the steps of a pull."""
+        group, names = self.protected.shard_group, list(self.protected.theta)
+
+        def mean(total: float, count: int) -> float:
+            total, count = group.sums([total, count])
+            return total / count
+
+        return lambda lengths: proximal.DeferredSteps(metrics, names, lengths, mean)
+
+    def watch_next(self) -> None:
+        """Have the next step measured if its turn has come."""
+        every = self.rule.moments_every
+        if self.moments is not None and every is not None and self.steps % every == 0 and self.optimizer is not None:
+            self.moments.watch()
 
     def renew(self) -> None:
         """Clear what the next task starts without; what was interrupted is done again."""
@@ -81,13 +136,18 @@ class Memory:
             self.rule.renew(self.state)
             self._renewed = True
 
-    def end_task(self, anchor: Anchor, state: Any, last_end: LastEnd | None, moves: Moves) -> None:
+    def next_moments(self, anchor: Anchor) -> gradients.TrainingMoments | None:
+        """Return the collector of second moments for a task that begins with an anchor."""
+        return None if self.moments is None else self.moments.restart(held_names(anchor))
+
+    def end_task(self, anchor: Anchor, state: Any, last_end: LastEnd | None, moves: Moves, moments: Any) -> None:
         """Take over what a task's end has brought."""
         counts = self.steps or not self.tasks or self.rule.measures == "data"
-        self.anchor, self.state, self.last_end, self.moves = anchor, state, last_end, moves
-        self.tasks, self.steps, self._renewed = self.tasks + bool(counts), 0, False
+        self.anchor, self.state, self.last_end, self.moves, self.moments = anchor, state, last_end, moves, moments
+        self.tasks, self.steps, self._renewed, self.turns = self.tasks + bool(counts), 0, False, Turns()
         self.tail.restart()
         self.shown = False
+        self.watch_next()
         self.renew()
         if self.squares is not None:
             self.squares.look_again()
@@ -98,6 +158,15 @@ class Memory:
             self.widen(())
         return self.protected.theta
 
+    def penalty(self) -> float | Tensor:
+        """Return the quadratic at the parameters as they are, without the strength, over all ranks."""
+        theta = self.theta()  # may carry the anchor over to tensors that grew
+        group, anchor = self.protected.shard_group, self.anchor
+        if not group.groups:
+            return anchor.penalty(theta)
+        apart = ElementwiseAnchor({name: anchor.point[name] for name in anchor.omega}, anchor.omega)
+        return anchor.whole_penalty(theta, self.protected.parameters) + group.sum_(torch.as_tensor(apart.penalty(theta)))
+
     def widen(self, names: Collection[str]) -> None:
         """Protect parameters of these names too, and take up modules that were replaced."""
         known = {*self.protected.theta, *names}
@@ -105,7 +174,6 @@ class Memory:
             now = find_protected(self.model, self.optimizer, known)
         else:
             now = ProtectedParameters.of(named_parameters(self.model, known))
-        refuse_shards(self.rule, now)
         if not now.same(self.protected):
             self.follow(now)
 
@@ -130,8 +198,11 @@ class Memory:
         tail = self.tail.followed(now.theta, lost) if self.averages else self.tail
         anchor, state = self.offload.keep_anchor(anchor), self.offload.keep(self.rule, state)
         self.collect_squares(now)
+        self.collect_moments(now, lost)
         self.anchor, self.state, self.tail, self.moves, self.protected = anchor, state, tail, moves, now
+        self.turns.lengths = {name: length for name, length in self.turns.lengths.items() if name in now.theta}
         self._followed = bare(self.model)
+        self.watch_next()
 
     def _followed_state(self, now: ProtectedParameters, lost: list[str]) -> tuple[Any, Moves]:
         """Return the rule's state for other parameters, and what is known of their moves."""
@@ -164,11 +235,29 @@ class Memory:
         if self.rule.per_example:
             self.squares = gradients.Squares(self.model, now.parameters, self.strict)
 
+    def collect_again(self) -> None:
+        """Collect gradients in a copy of a model, as in the model that it was made of."""
+        self.collect_squares(self.protected)
+        self.collect_moments(self.protected, [])
+        self.watch_next()
+
+    def collect_moments(self, now: ProtectedParameters, lost: list[str]) -> None:
+        """Measure second moments of layers in the user's training, where the rule asks for them."""
+        if self.rule.moments_every is None:
+            return
+        if self.moments is None:
+            self.moments = self._read_moments(self._copied or NOTHING_MEASURED, now, self.anchor)
+            self._copied = {}
+        else:
+            self.moments = self.moments.followed(now.parameters, lost, held_names(self.anchor))
+
     def stop_collecting(self) -> None:
-        """Remove the hooks that collect per-example gradients."""
+        """Remove the hooks that collect gradients."""
         if self.squares is not None:
             self.squares.close()
         self.squares = None
+        if self.moments is not None:
+            self.moments.close()
 
     def changed(self) -> list[str]:
         """Name the parameters that something other than the optimiser has changed since the last step or task's end."""
@@ -200,21 +289,28 @@ class Memory:
                 stacklevel=4,
             )
         self.widen([*match.names.values(), *trainable(self.model)])
-        self.anchor = self.offload.keep_anchor(self._local(anchor.renamed(match.names)).align(self.protected.theta))
+        self.anchor = self.offload.keep_anchor(self._local(self._of_my_kind(anchor).renamed(match.names)).align(self.protected.theta))
+        if self.moments is not None:
+            self.moments = self.moments.followed(self.protected.parameters, [], held_names(self.anchor))
+            self.watch_next()
         return match
+
+    def _of_my_kind(self, anchor: Anchor) -> Anchor:
+        return anchor if self.by_element else KroneckerAnchor.of(anchor)
 
     def _local(self, anchor: Anchor) -> Anchor:
         """Return this rank's parts of an anchor of whole tensors."""
         if not self.protected.shard_group.groups:
             return anchor
-        return ElementwiseAnchor(*(shards.local_parts(c, self.protected.parameters) for c in (anchor.point, anchor.omega)))
+        point, omega = (shards.local_parts(c, self.protected.parameters) for c in (anchor.point, anchor.omega))
+        return replace(anchor, point=point, omega=omega)
 
     def whole_anchor(self) -> Anchor:
         """Return the anchor; under `fully_shard` its tensors are DTensors in the memory of each rank's parts."""
         if not self.protected.shard_group.groups:
             return self.anchor
-        columns = (self.anchor.point, self.anchor.omega)
-        return ElementwiseAnchor(*(shards.as_dtensors(c, self.protected.parameters) for c in columns))
+        point, omega = (shards.as_dtensors(c, self.protected.parameters) for c in (self.anchor.point, self.anchor.omega))
+        return replace(self.anchor, point=point, omega=omega)
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield all tensors that are held for rule, anchor and average, on this rank."""
@@ -222,6 +318,8 @@ class Memory:
             yield from (t for t in column if isinstance(t, Tensor)) if isinstance(column, list) else ()
         yield from self.anchor.tensors()
         yield from self.tail.average.values()
+        if self.moments is not None:
+            yield from self.moments.tensors()
 
     def content(self) -> dict[str, Any]:
         """Return the layout of `Consolidator.state_dict`, its tensors copied."""
@@ -240,8 +338,24 @@ class Memory:
             "shapes": {name: list(p.shape) for name, p in parameters.items()},
             "state": state,
             "anchor": _copied(self.whole_anchor().content()),
+            "turns": {"lengths": dict(self.turns.lengths), "since": self.turns.since},
+            "moments": _copied(self._measured()),
             "tail": {"average": shards.as_dtensors(_copied(self.tail.average), parameters), "count": dict(self.tail.count)},
         }
+
+    def _read_moments(
+        self, content: Mapping[str, Any], now: ProtectedParameters, anchor: Anchor
+    ) -> gradients.TrainingMoments | None:
+        """Return the collector of second moments that a content was made from."""
+        if self.rule.moments_every is None:
+            return None
+        moments = gradients.TrainingMoments(self.model, now.parameters, self.rule.rank, held_names(anchor))
+        try:
+            squares = shards.local_parts(_copied(content["squares"]), now.parameters)
+            moments.read({**_copied(content), "squares": squares}, now.shard_group.first)
+        except (ValueError, RuntimeError, AttributeError) as error:
+            raise state_checks.damaged_state([f"moments ({error})"]) from None
+        return moments
 
     def restore(self, content: Mapping[str, Any]) -> None:
         """Continue from a `content` of the same model and rule; on an error nothing changes."""
@@ -253,14 +367,18 @@ class Memory:
         state = type(self.state)(**{key: _copied(mine(value)) for key, value in content["state"].items()})
         state = state._replace(**{key: now.shard_group.mine(getattr(state, key)) for key in self.rule.counters})
         state = grow_state(state, list(now.shapes), now.shapes, now.theta, self.rule.init)
-        held = {key: mine(value) if key in ("point", "omega") else value for key, value in content["anchor"].items()}
-        kind = anchor_kind(held) or ElementwiseAnchor
-        anchor = kind.read(_copied(held)).align(now.theta)
+        kind = anchor_kind(content["anchor"]) or ElementwiseAnchor
+        anchor = self._of_my_kind(kind.read(_copied(content["anchor"])))
+        anchor = replace(anchor, point=mine(anchor.point), omega=mine(anchor.omega)).align(now.theta)
+        moments = self._read_moments(content["moments"], now, anchor)
         self.tail = Tail.read(_copied(mine(content["tail"]["average"])), content["tail"]["count"])
         self.strength, self.tasks, self.steps = (content[key] for key in ("strength", "tasks", "steps"))
         self.moves, self._renewed, self.protected = Moves(content["changed"].splitlines()), True, now
         self.last_end = LastEnd.read(content["last_end"]) if content["last_end"] else None
         self.anchor, self.state = self.offload.keep_anchor(anchor), self.offload.keep(self.rule, state)
+        self.turns = Turns(content["turns"]["lengths"], content["turns"]["since"])
+        self.stop_collecting()
+        self.moments = moments
         if self.optimizer is not None:
             self.follow_optimizer(self.optimizer)
 

@@ -1,7 +1,7 @@
 """In which precision and on which device state is kept between its uses."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,8 +53,7 @@ class Offload:
         """Put an anchor where it is kept."""
         if self.dtype is None and self.device is None:
             return anchor
-        point = {name: self._away(t) for name, t in anchor.point.items()}
-        return replace(anchor, point=point, omega={name: self._away(self._narrow(t)) for name, t in anchor.omega.items()})
+        return anchor.kept(self._away, self._narrow)
 
     def _narrow(self, tensor: Tensor) -> Tensor:
         return tensor if self.dtype is None else tensor.to(self.dtype)

@@ -6,16 +6,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwalk.anchors.old_factors import UNIT
+from rwalk.rules.kronecker import ESTIMATE
+
+NOTHING_MEASURED: dict[str, Any] = {"layers": {}, "squares": {}, "seen": {}, "examples": 0}
+"""What second moments of layers are before any was measured."""
+
 
 def upgraded(content: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Mapping[str, Any]:
-    """Return a `Consolidator.state_dict` of format 3 as one of format 4; anything else as it is.
-
-    In format 3 a rule that follows the path kept `previous`: where the last step ended, or its gradient where that step had not
-    been seen to end (then `resting` was not set), and a window was ended at the start of the next one.
+    """Return a `Consolidator.state_dict` of format 3 or 4 as one of format 5; anything else as it is.
 
     Args:
         content: what was saved.
         parameters: those of the model, as they are now, by name.
+    """
+    return _with_turns(_without_resting(content, parameters))
+
+
+def _with_turns(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a state of format 4 as one of format 5, which has what `Kronecker` measures in training, and a pull in turns."""
+    if not isinstance(content, Mapping) or content.get("format") != 4:
+        return content
+    more: dict[str, Any] = {"format": 5, "turns": {"lengths": {}, "since": 0}, "moments": NOTHING_MEASURED}
+    if content["rule"].get("name") == "Kronecker":
+        more |= _whole_layers(content)
+    return {**content, **more}
+
+
+def _whole_layers(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what changes for a rule that measured on data, kept all directions and had another unit."""
+    rule, tasks = content["rule"], content["tasks"]
+    whole = {"measure": "data", "m": 10, "every": rule["every"], "share": 1.0, "rank": None}
+    lengths = {}
+    for weight, layer in content["anchor"].get("layers", {}).items():
+        if layer["deferred"][1]:
+            lengths |= dict.fromkeys([weight, *([layer["bias"]] if layer["bias"] else [])], layer["deferred"][0] / UNIT)
+    since = max((layer["deferred"][1] for layer in content["anchor"].get("layers", {}).values()), default=0)
+    return {
+        "rule": {"name": "Kronecker", **whole, "labels": rule["labels"], "samples": rule["samples"]},
+        "strength": content["strength"] / UNIT,
+        "state": {"now": content["steps"], "tasks": tasks, "steps": tasks * ESTIMATE},
+        "turns": {"lengths": lengths, "since": since},
+    }
+
+
+def _without_resting(content: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    """Return a state of format 3 as one of format 4.
+
+    In format 3 a rule that follows the path kept `previous`: where the last step ended, or its gradient where that step had not
+    been seen to end (then `resting` was not set), and a window was ended at the start of the next one.
     """
     if not isinstance(content, Mapping) or content.get("format") != 3:
         return content

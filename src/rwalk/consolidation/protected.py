@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from rwalk import kernels
 from rwalk._parameters import grow_tensor, grown, listed, named_parameters, refuse_uninitialised, zero
 from rwalk.distributed.shards import ALONE, ShardGroup, layout, local, sharded
-from rwalk.rules.base import Rule
 
 
 def trainable(model: nn.Module) -> list[str]:
@@ -226,15 +225,6 @@ def refuse_nothing(protected: ProtectedParameters) -> None:
         raise ValueError(
             "The optimiser holds none of the model's trainable parameters. Build it from `model.parameters()` of the model "
             "that was given to the consolidator."
-        )
-
-
-def refuse_shards(rule: Rule[Any], protected: ProtectedParameters) -> None:
-    """Raise a ValueError for shards under a rule whose anchor needs whole layers."""
-    if protected.shard_group.groups and not rule.anchor_kind.allows_shards:
-        raise ValueError(
-            f"{type(rule).__name__} holds whole layers, so the model cannot be sharded. Use DistributedDataParallel, or a "
-            "rule that holds each weight alone, such as `EWC()`."
         )
 
 

@@ -1,7 +1,7 @@
 """The proximal pull: after the optimiser's step, move towards the anchor by a weighted mean that no strength can overshoot."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import repeat
 from numbers import Real
 from operator import is_
@@ -60,6 +60,13 @@ class Metrics:
         eps = each * len(second) if len(each) == 1 else [each[k] for k in self._group]
         return kernels.Metric(step, second, eps, correction, there)
 
+    def lengths(self, factor: float) -> list[float]:
+        """Return for each parameter `factor` times the length of a step, before it is divided by a second moment."""
+        each = [
+            factor * rate(group) * _unit(group) / (1 - _momentum(self._optimizer, group)) for group in self._optimizer.param_groups
+        ]
+        return each * len(self._group) if len(each) == 1 else [each[k] for k in self._group]
+
     def _moments(self, groups: Sequence["GroupMetric"], moved: Sequence[bool]) -> tuple[list[Tensor | None], list[Any]]:
         """Return of each parameter the second moment, None where there is none, and the steps made."""
         quick = self._quick(groups, moved)
@@ -107,12 +114,39 @@ def _corrections(
     return None, [1 - beta[k] ** float(n) if n else 1.0 for k, n in zip(group, counts, strict=True)]
 
 
-def mean_step(metric: kernels.Metric, i: int) -> float:
-    """Return the length of a pull in one number for all of a parameter, from the mean of Adam's denominators."""
-    second = metric.second[i]
-    if second is None:
-        return metric.step[i]
-    return metric.step[i] / float((second / metric.correction[i]).sqrt().mean() + metric.eps[i])
+class DeferredSteps:
+    """The steps of a pull that makes up for several steps of an optimiser, in the metric of the last one.
+
+    Args:
+        metrics: reads the optimiser.
+        names: of the parameters, in the order of `metrics`.
+        lengths: the sum over steps of 2 * strength * learning rate, for those that have moved.
+        mean: takes the sum and the number of elements of a parameter's part on this rank; returns the mean of all of it.
+    """
+
+    def __init__(
+        self, metrics: Metrics, names: Sequence[str], lengths: Mapping[str, float], mean: Callable[[float, int], float]
+    ) -> None:
+        self._place = {name: i for i, name in enumerate(names)}
+        self._lengths, self._mean = lengths, mean
+        self._metric = metrics.read([name in lengths for name in names], 1.0).counted()
+
+    def _denominator(self, name: str) -> Tensor | None:
+        i = self._place[name]
+        second, correction = self._metric.second[i], self._metric.correction[i]
+        return None if second is None else (second / correction).sqrt_().add_(self._metric.eps[i])
+
+    def each(self, name: str) -> Tensor | float:
+        """Return the step of each element of a parameter."""
+        denominator = self._denominator(name)
+        return self._lengths[name] if denominator is None else self._lengths[name] / denominator
+
+    def mean(self, name: str) -> float:
+        """Return one number for all of a parameter, from the mean of Adam's denominators."""
+        denominator = self._denominator(name)
+        if denominator is None:
+            return self._lengths[name]
+        return self._lengths[name] / self._mean(float(denominator.sum()), denominator.numel())
 
 
 class GroupMetric(NamedTuple):
@@ -143,8 +177,7 @@ class GroupMetric(NamedTuple):
         if not _adaptive(optimizer, group):
             return cls(lr, momentum, None, 0.0)
         beta = 0.0 if _first(group, CORRECTIONS) is False else float(group["betas"][1])
-        unit = float(group["d"]) if "d_coef" in group else 1.0  # Prodigy averages the squares of d * gradient
-        return cls(lr, momentum, beta, float(group["eps"]), count, unit, bool(group.get("amsgrad")))
+        return cls(lr, momentum, beta, float(group["eps"]), count, _unit(group), bool(group.get("amsgrad")))
 
     def known(self, state: Mapping[str, Any], parameter: Tensor) -> tuple[Any, Tensor | None]:
         """Return the steps made and the second moment that a parameter's step is divided by, None if either is unknown."""
@@ -157,6 +190,11 @@ class GroupMetric(NamedTuple):
     def step(self, factor: float) -> float:
         """Return the length of a pull before it is divided by the root of the second moment."""
         return factor * self.rate * self.unit
+
+
+def _unit(group: Mapping[str, Any]) -> float:
+    """Return what the gradients in a second moment were multiplied by: Prodigy averages the squares of d * gradient."""
+    return float(group["d"]) if "d_coef" in group else 1.0
 
 
 def _first(settings: Mapping[str, Any], names: Sequence[str]) -> Any:

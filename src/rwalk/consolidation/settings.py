@@ -3,7 +3,7 @@
 from typing import Any, Literal, NamedTuple, get_args
 
 from rwalk.rules.base import Rule, number
-from rwalk.rules.task_fisher import TaskFisher
+from rwalk.rules.kronecker import Kronecker
 
 Pull = Literal["gradient", "proximal"]
 Average = Literal["none", "tail"]
@@ -25,13 +25,13 @@ class Settings(NamedTuple):
 def resolve(
     rule: Rule[Any] | None, strength: float | None = None, pull: Pull | None = None, average: Average | None = None
 ) -> Settings:
-    """Fill in the defaults of a rule; without a rule it is the recommended recipe's, `TaskFisher()`.
+    """Fill in the defaults of a rule; without a rule it is the recommended one, `Kronecker()`.
 
     Raises:
         TypeError: if `rule` is no rule.
         ValueError: if a setting is out of range, or the rule's anchor does not allow the pull.
     """
-    rule = TaskFisher() if rule is None else rule
+    rule = Kronecker() if rule is None else rule
     if not isinstance(rule, Rule):
         came = f"the class `{rule.__name__}`" if isinstance(rule, type) else f"a `{type(rule).__name__}`"
         raise TypeError(f"`rule` must be an instance of a rule such as `RWalk()`, but is {came}.")
@@ -39,7 +39,7 @@ def resolve(
     average = rule.defaults.average if average is None else average
     check_choice("pull", pull, get_args(Pull))
     check_choice("average", average, get_args(Average))
-    if pull == "gradient" and not rule.anchor_kind.allows_gradient_pull:
+    if pull == "gradient" and not rule.anchor_kind.by_element:
         raise ValueError(
             f'{type(rule).__name__} cannot pull on gradients, as it holds whole layers. Leave out pull="gradient".'
         )

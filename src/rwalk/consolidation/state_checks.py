@@ -16,9 +16,12 @@ from rwalk.consolidation.repeats import LastEnd
 from rwalk.consolidation.settings import check_strength
 from rwalk.rules.base import Rule
 
-FORMAT = 4
-"""Version of the layout of `Consolidator.state_dict`; `old_states` brings states of format 3 up to it."""
-GROUPS = (("shapes",), ("state",), ("anchor", "point"), ("anchor", "omega"), ("tail", "average"), ("tail", "count"))
+FORMAT = 5
+"""Version of the layout of `Consolidator.state_dict`; `old_states` brings states of formats 3 and 4 up to it."""
+GROUPS = (
+    ("shapes",), ("state",), ("anchor", "point"), ("anchor", "omega"), ("tail", "average"), ("tail", "count"),
+    ("turns", "lengths"), ("moments", "layers"), ("moments", "squares"), ("moments", "seen"),
+)  # fmt: skip
 """The dictionaries of that layout."""
 
 
@@ -31,10 +34,11 @@ def current_format(content: Any, parameters: Mapping[str, Tensor]) -> Any:
     try:
         return upgraded(content, parameters)
     except (ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise _damaged([f"{type(error).__name__} {error}"]) from None
+        raise damaged_state([f"{type(error).__name__} {error}"]) from None
 
 
-def _damaged(parts: list[str]) -> ValueError:
+def damaged_state(parts: list[str]) -> ValueError:
+    """Return the error for a state some parts of which are damaged."""
     return ValueError(
         f"The state is damaged: {listed(parts)} is missing, left over, or of another kind or shape than expected. Pass "
         "what `Consolidator.state_dict()` returned, unchanged."
@@ -55,7 +59,7 @@ def refuse_state(
     """
     try:
         _refuse_origin(state_dict, rule, average)
-        damaged = [key for key in ("shapes", "state", "anchor", "tail") if not isinstance(state_dict[key], Mapping)]
+        damaged = [key for key in ("shapes", "state", "anchor", "tail", "turns", "moments") if not isinstance(state_dict[key], Mapping)]
         if not damaged:
             _refuse_model(state_dict["shapes"], parameters)
             damaged = _damage(state_dict, rule, state)
@@ -63,7 +67,7 @@ def refuse_state(
     except (ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         damaged = [f"{type(error).__name__} {error}"]
     if damaged:
-        raise _damaged(damaged)
+        raise damaged_state(damaged)
 
 
 def _refuse_origin(state_dict: Mapping[str, Any], rule: Rule[Any], average: str) -> None:
@@ -103,6 +107,7 @@ def _damage(state_dict: Mapping[str, Any], rule: Rule[Any], state: Any) -> list[
     average, count = state_dict["tail"]["average"], state_dict["tail"]["count"]
     wrong += [key for key in ("average", "count") if not isinstance(state_dict["tail"][key], Mapping)]
     wrong += [n for n in {*average, *count} if not (_tensor(average.get(n), shapes.get(n)) and _whole(count.get(n)))]
+    wrong += _damaged_turns(state_dict["turns"], shapes) + _damaged_moments(state_dict["moments"], shapes)
     wrong += [key for key in ("tasks", "steps") if not _whole(state_dict[key])]
     wrong += [] if type(state_dict["changed"]) is str else ["changed"]
     wrong += [] if state_dict["last_end"] == "" or LastEnd.readable(state_dict["last_end"]) else ["last_end"]
@@ -124,11 +129,25 @@ def _damaged_anchor(content: Mapping[str, Any], rule: Rule[Any], shapes: Mapping
     """List the parts of an anchor's content that do not fit the parameters, or the rule."""
     point, omega, kind = content["point"], content["omega"], anchor_kind(content)
     both = (*point.items(), *omega.items())
-    wrong = [n for n, t in both if n not in point or n not in omega or not _tensor(t, shapes.get(n))]
+    wrong = [n for n, t in both if n not in point or not _tensor(t, shapes.get(n))]
     if kind is None:
         return [*wrong, "anchor"]
     allowed = not kind.parts or kind is rule.anchor_kind
     return wrong + kind.damaged_parts(content) + ([] if allowed else list(kind.parts))
+
+
+def _damaged_turns(turns: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> list[str]:
+    """List what is wrong with how far the weights have gone since they were pulled."""
+    wrong = [n for n, length in turns["lengths"].items() if n not in shapes or type(length) is not float or not length >= 0]
+    return wrong + ([] if _whole(turns["since"]) else ["since"])
+
+
+def _damaged_moments(moments: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> list[str]:
+    """List what is wrong with second moments, as far as can be seen without their layers."""
+    layers, squares, seen = moments["layers"], moments["squares"], moments["seen"]
+    wrong = [n for n in {*squares, *seen} if not (_tensor(squares.get(n), shapes.get(n)) and _whole(seen.get(n)))]
+    wrong += [w for w, entry in layers.items() if w not in shapes or not _whole(entry["rows"]) or len(entry["sums"]) != 4]
+    return wrong + ([] if _whole(moments["examples"]) else ["examples"])
 
 
 def _fits(column: Any, shapes: Mapping[str, torch.Size], fresh: Any, empty: bool) -> bool:

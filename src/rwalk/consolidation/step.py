@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rwalk import kernels
+from rwalk import gradients, kernels
 from rwalk.anchors.base import Anchor
 from rwalk.consolidation import proximal
 from rwalk.consolidation.memory import Memory
 from rwalk.consolidation.protected import refuse_sparse, shares_memory
 from rwalk.consolidation.settings import Nonfinite, Pull
-from rwalk.consolidation.validity import ACCEPTED, PendingCheck, loss_scale, skip_flag
+from rwalk.consolidation.validity import ACCEPTED, PendingCheck, loss_scale, scaler_scale, skip_flag
 from rwalk.rules.base import Step
 
+UNTOUCHED = kernels.RuleUpdate()
+"""What a rule updates that looks at nothing in each step."""
 ANCHOR = ("point", "omega")
 """The columns that an anchor has."""
 
@@ -68,6 +70,8 @@ class StepObserver:
         self._held: tuple[Any, dict[str, Any], list[int]] = (None, {}, [])
         self._kept: list[Tensor] = []
         self._kept_beside: list[Tensor] | None = None
+        self._measured: gradients.StepMoments | None = None
+        self._counted: list[float] = []
 
     @property
     def works_after(self) -> bool:
@@ -91,6 +95,7 @@ class StepObserver:
         if check.on_device or not memory.protected.on_cpu:  # otherwise the pass before the step finds foreign moves
             memory.state = memory.moves.drop_foreign(memory.rule, memory.state, memory.protected, memory.steps)
         theta = list(memory.protected.theta.values())
+        self._take_moments(optimizer, grad, check)
         step = Step(theta, grad)
         memory.state = memory.rule.observe(memory.state, step)
         memory.steps += 1
@@ -98,7 +103,8 @@ class StepObserver:
         columns = None if squares is None else [squares.get(name) for name in memory.protected.theta]
         moved = [True] * len(grad) if grad.complete else [g is not None for g in grad]
         self._open = OpenStep(moved, step.made, columns, loss_scale(optimizer), skip, before)
-        self._visit(optimizer, theta, grad, self._open)
+        if step.made != UNTOUCHED or self.pull == "gradient":
+            self._visit(optimizer, theta, grad, self._open)
         self._pending = check._replace(before=before).sent() if check.on_device else None
         self._changed = changed
 
@@ -122,13 +128,15 @@ class StepObserver:
         if step is None:
             return
         memory, pending = self.memory, self._pending
+        if not memory.by_element:
+            self._take_turn(optimizer, step)
+            return
         names, theta = list(memory.protected.theta), list(memory.protected.theta.values())
-        metric = share = None
-        if pending is None or memory.anchor.reads_skip_flag or not pending.fails():
-            metric = self._metric(optimizer, step.moved)
-            if memory.averages:
-                share = memory.tail.shares(names, step.moved)
-                self._averaged = [name for name, has in zip(names, step.moved, strict=True) if has]
+        share = None
+        metric = self._metric(optimizer, step.moved)
+        if memory.averages:
+            share = memory.tail.shares(names, step.moved)
+            self._averaged = [name for name, has in zip(names, step.moved, strict=True) if has]
         made = step.made
         numbers = (made.weight, made.close, made.eps, made.beyond_eps, step.scale, step.skip)
         if self._layout is not None and not self._layout.still_in_place(theta):
@@ -137,15 +145,57 @@ class StepObserver:
         layout.after(kernels.AfterStep(step.moved, metric, share, step.squares, *numbers))
         memory.moves.after_step(memory.protected, names, step.moved, memory.rule.walks)
 
+    def _take_moments(self, optimizer: Optimizer, grad: kernels.StepGradients, check: PendingCheck) -> None:
+        """Take what a measured step has told; where nothing waits for the device, it counts once that has answered."""
+        moments = self.memory.moments
+        if moments is None or not moments.open:
+            return
+        by_name = dict(zip(self.memory.protected.theta, grad, strict=True))
+        kept = loss_scale(optimizer)
+        taken = moments.take(by_name, scaler_scale(), 1.0 if kept is None else float(kept))
+        if taken is not None and not check.on_device:
+            moments.commit(taken)
+        else:
+            self._measured = taken
+
+    def _take_turn(self, optimizer: Optimizer, step: OpenStep) -> None:
+        """Count how far the step went; every few steps, pull whole layers and average."""
+        memory, names = self.memory, list(self.memory.protected.theta)
+        self._warn_of_unknown_metric(optimizer)
+        metrics = self._read_metrics(optimizer)
+        strength = memory.strength if memory.anchor.point else 0.0
+        lengths = metrics.lengths(2 * strength)
+        memory.turns.add(names, step.moved, lengths)
+        self._averaged = [name for name, has in zip(names, step.moved, strict=True) if has]
+        self._counted = [length for length, has in zip(lengths, step.moved, strict=True) if has]
+        if memory.turns.since >= memory.rule.pull_every and (self._pending is None or not self._pending.fails()):
+            memory.take_turn(memory.protected.theta, metrics)
+            self._averaged = []
+        memory.moves.after_step(memory.protected, names, step.moved, walks=False)
+        memory.watch_next()
+
+    def _read_metrics(self, optimizer: Optimizer) -> proximal.Metrics:
+        """Return what reads the optimiser's metric."""
+        if self._metrics is None or self._metrics[0] is not optimizer or self._metrics[1] is not self.memory.protected:
+            protected = self.memory.protected
+            self._metrics = optimizer, protected, proximal.Metrics(optimizer, protected.parameters.values())
+        return self._metrics[2]
+
     def resolve(self) -> None:
         """Take back what was counted for the last step, if it has turned out not to count, or has failed."""
         memory = self.memory
         memory.renew()
         pending, self._pending = self._pending, None
         step, self._open = self._open, None
+        measured, self._measured = self._measured, None
+        if measured is not None and memory.moments is not None and not (pending is not None and pending.fails()):
+            memory.moments.commit(measured)
         if pending is not None and pending.fails():
             memory.state = pending.before
-            memory.tail.take_back(self._averaged)
+            if memory.by_element:
+                memory.tail.take_back(self._averaged)
+            elif self._averaged:
+                memory.turns.take_back(self._averaged, self._counted)
             memory.steps -= 1
             self.skipped += 1
             memory.moves.forget(self._changed)
@@ -156,7 +206,7 @@ class StepObserver:
 
     def forget_pending(self) -> None:
         """Forget a check whose step belongs to a state that was replaced."""
-        self._pending = self._open = None
+        self._pending = self._open = self._measured = None
 
     @property
     def nbytes(self) -> int:
@@ -275,15 +325,7 @@ class StepObserver:
         if self.pull != "proximal" or not memory.strength or not memory.anchor.point:
             return None
         self._warn_of_unknown_metric(optimizer)
-        if self._metrics is None or self._metrics[0] is not optimizer or self._metrics[1] is not memory.protected:
-            self._metrics = optimizer, memory.protected, proximal.Metrics(optimizer, memory.protected.parameters.values())
-        metric = self._metrics[2].read(moved, 2 * memory.strength)
-        if memory.anchor.parts:
-            metric = metric.counted()
-            place = {name: i for i, name in enumerate(memory.protected.theta) if moved[i]}
-            theta = {name: memory.protected.theta[name] for name in place}
-            memory.anchor.draw(theta, lambda name: proximal.mean_step(metric, place[name]))
-        return metric
+        return self._read_metrics(optimizer).read(moved, 2 * memory.strength)
 
     def _warn_of_unknown_metric(self, optimizer: Optimizer) -> None:
         """Warn, once for an optimiser, where the pull does not know the length of its steps."""

@@ -83,7 +83,7 @@ def summarise(memory: Memory, pull: str, skipped: int, penalty: float, loss: flo
     settings |= {"pull": pull, "average": memory.average, "tasks": memory.tasks}
     settings["protects"] = f"{_count(parameters):,} of {_count(named_parameters(memory.model)):,} parameters"
     if pull == "proximal" and memory.optimizer is not None:
-        settings["metric of the pull"] = proximal.metric(memory.optimizer, not memory.rule.anchor_kind.allows_gradient_pull)
+        settings["metric of the pull"] = proximal.metric(memory.optimizer, not memory.rule.anchor_kind.by_element)
     figures = {"penalty": penalty} | ({"steps left out": float(skipped)} if skipped else {})
     if loss is not None and float(loss):
         figures["penalty / loss"] = penalty / float(loss)
@@ -100,7 +100,8 @@ def layer_summaries(anchor: Anchor, theta: Mapping[str, Tensor], shard_group: Sh
     held: dict[str, list[str]] = {}
     for name in anchor.point:
         held.setdefault(name.rpartition(".")[0] or name, []).append(name)
-    omega = shard_group.sums([sum(float(anchor.omega[n].sum()) for n in names) for names in held.values()])
+    totals = anchor.totals(shard_group)
+    omega = [sum(totals[n] for n in names) for names in held.values()]
     moved = shard_group.sums([_square([theta[n] - anchor.point[n].to(theta[n].device) for n in ns]) for ns in held.values()])
     point = shard_group.sums([_square([anchor.point[n] for n in names]) for names in held.values()])
     whole = sum(omega) or 1.0

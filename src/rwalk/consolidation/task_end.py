@@ -1,7 +1,8 @@
 """The end of a task: what was observed, or is measured on data, becomes the anchor of the next tasks."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset
 from rwalk import gradients
 from rwalk._parameters import listed
 from rwalk.anchors.base import Anchor
+from rwalk.anchors.kronecker import held_names
 from rwalk.consolidation.batchnorm import renew_statistics, statistics_kept
 from rwalk.consolidation.memory import Memory
 from rwalk.consolidation.moves import Moves
@@ -20,36 +22,38 @@ from rwalk.distributed import ranks, wrappers
 from rwalk.rules.base import Factors, Gradients, Rule, TaskEnd, no_data, no_factors
 
 
-def end_task(memory: Memory, data: Iterable[Any] | None, loss: Any, logits: Any) -> None:
+def end_task(memory: Memory, data: Iterable[Any] | None, loss: Any, logits: Any, estimating: bool = False) -> None:
     """End a task; see `Consolidator.consolidate` for the arguments. If it fails, nothing changes."""
     wrappers.reshard_fsdp(memory.model)
-    if memory.rule.measures == "steps":
+    on_data = estimating or memory.rule.measures == "data"
+    if not on_data:
         memory.follow_replaced()
     else:
         memory.widen(() if memory.protected.theta else trainable(memory.model))
     theta = memory.theta()
-    if data is not None and memory.rule.measures == "data" and not isinstance(data, Iterator):
+    if data is not None and on_data and not isinstance(data, Iterator):
         data = SummedData(data)
     last = _unmoved_since(memory, theta)
     if last and last.observed:
         return _warn_of_repeat()
     _accept_changes(memory)
-    undo = memory.anchor.apply_deferred_pull(theta)
+    undo: Callable[[], Any] = int  # nothing to undo yet
     try:
+        undo = memory.take_last_turn()
         with memory.tail.swapped(theta) as raw, statistics_kept(memory.model):
             if any(memory.tail.count.values()):
                 renew_statistics(memory.model, data, gradients.forward)
-            anchor, state = _concluded(memory, _task_end(memory, raw, data, loss, logits))
+            anchor, state = _concluded(memory, _task_end(memory, raw, data if on_data else None, loss, logits))
             sums = _sums(memory, data)
-            end = _last_end(memory, theta, sums)
-            moves = Moves.from_now(theta)
+            end = _last_end(memory, theta, sums) if on_data else None
+            moves, moments = Moves.from_now(theta), memory.next_moments(anchor)
     except BaseException:
         undo()
         memory.moves.note_all(theta)
         raise
     if last and last.same_data(sums):
         return _warn_of_repeat()
-    return memory.end_task(anchor, state, end, moves)
+    return memory.end_task(anchor, state, end, moves, moments)
 
 
 def refuse_data(data: Any, rule: Rule[Any] | None = None) -> None:
@@ -66,7 +70,7 @@ def refuse_data(data: Any, rule: Rule[Any] | None = None) -> None:
 
 def refuse_estimate(rule: Rule[Any], steps: int) -> None:
     """Refuse to estimate under a rule that measures during training, and in the middle of a task."""
-    if rule.measures == "steps":
+    if not rule.estimates:
         raise RuntimeError(
             f"{type(rule).__name__} measures during training, so it cannot estimate. Protect a pretrained model with EWC() or "
             "MAS() and a loader, or with L2()."
@@ -81,10 +85,8 @@ def _unmoved_since(memory: Memory, theta: Mapping[str, Tensor]) -> LastEnd | Non
     return last if last and not memory.steps and last.unmoved(theta, memory.protected.shard_group) else None
 
 
-def _last_end(memory: Memory, theta: Mapping[str, Tensor], sums: list[float]) -> LastEnd | None:
-    """Return what identifies this end, for rules that measure on data."""
-    if memory.rule.measures != "data":
-        return None
+def _last_end(memory: Memory, theta: Mapping[str, Tensor], sums: list[float]) -> LastEnd:
+    """Return what identifies an end at which data was measured on."""
     return LastEnd.of(theta, memory.protected.shard_group, sums, memory.steps > 0)
 
 
@@ -102,8 +104,9 @@ def _accept_changes(memory: Memory) -> None:
     memory.moves.keep_changed(changed)
     if not changed:
         return
-    memory.anchor.drop_deferred_pull()
-    if any(memory.tail.count.get(name) for name in changed):
+    waiting = memory.turns.lengths
+    memory.turns.reset()
+    if memory.averages and any(memory.tail.count.get(name) or name in waiting for name in changed):
         memory.tail.restart()
         warnings.warn(
             f"The weights {listed(changed)} were changed after the last step of the task. They are kept as they are, and the "
@@ -118,10 +121,16 @@ def _task_end(memory: Memory, raw: Mapping[str, Tensor], data: Any, loss: Any, l
     theta, parameters = memory.protected.theta, memory.protected.parameters
     measured: Gradients = no_data
     factors: Factors = no_factors
-    if data is not None and memory.rule.measures == "data":
+    squares = None
+    if data is None and memory.moments is not None:
+        moments = memory.moments
+        factors, squares = lambda *_: moments.moments(), moments.means()
+    if data is not None and memory.rule.measures != "nothing":
         measured = gradients.per_example_over(memory.model, parameters, data, loss=loss, logits=logits)
-        factors = gradients.moments(memory.model, parameters, data, loss=loss, logits=logits)
-    return TaskEnd(raw, theta, memory.anchor.align(theta), measured, memory.protected.shard_group, factors)
+        prepared = gradients.moments(memory.model, parameters, data, loss=loss, logits=logits)
+        factors = partial(prepared, held=held_names(memory.anchor))
+    anchor = memory.anchor.align(theta)
+    return TaskEnd(raw, theta, anchor, measured, memory.protected.shard_group, factors, squares)
 
 
 def _concluded(memory: Memory, end: TaskEnd) -> tuple[Anchor, Any]:

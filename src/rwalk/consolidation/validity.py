@@ -5,6 +5,7 @@ it is set, and what the host has counted meanwhile is taken back before the next
 the host waits for no work that came after it.
 """
 
+import inspect
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -109,6 +110,20 @@ class PendingCheck(NamedTuple):
 def loss_scale(optimizer: Optimizer) -> Tensor | None:
     """Return the loss scale in the gradients that a `GradScaler` has given to a fused optimiser."""
     return _scalar(getattr(optimizer, "grad_scale", None))
+
+
+def scaler_scale() -> float:
+    """Return what the `GradScaler` that makes the present step has multiplied the loss by; 1 where none makes it.
+
+    The stack is asked, as a scaler leaves no trace on an optimiser whose gradients it has divided itself.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        mine = frame.f_locals.get("self")
+        if frame.f_code.co_name == "step" and isinstance(mine, torch.amp.GradScaler):
+            return float(mine.get_scale())
+        frame = frame.f_back
+    return 1.0
 
 
 def skip_flag(optimizer: Optimizer) -> Tensor | None:

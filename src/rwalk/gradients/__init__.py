@@ -2,10 +2,11 @@
 
 from rwalk.gradients.batches import forward
 from rwalk.gradients.in_backward import Squares
+from rwalk.gradients.in_training import StepMoments, TrainingMoments
 from rwalk.gradients.independence import refuse_dependence
 from rwalk.gradients.isolation import ModelSnapshot, isolated
 from rwalk.gradients.moments import moments
 from rwalk.gradients.outputs import read_output
 from rwalk.gradients.over_data import per_example_over
 
-__all__ = ["ModelSnapshot", "Squares", "forward", "isolated", "moments", "per_example_over", "read_output", "refuse_dependence"]
+__all__ = ["ModelSnapshot", "Squares", "StepMoments", "TrainingMoments", "forward", "isolated", "moments", "per_example_over", "read_output", "refuse_dependence"]

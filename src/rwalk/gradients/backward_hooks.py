@@ -149,8 +149,7 @@ class BackwardHooks:
 
     def _idle(self) -> bool:
         """Return whether this is no training: a compilation, a trace, a function transform, or a pass over data."""
-        traced = self._copied or torch.compiler.is_compiling() or torch._C._is_tracing()
-        return traced or torch._C._are_functorch_transforms_active() or self._root in models_in_isolation
+        return self._copied or no_training(self._root)
 
     def _before_pass(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         """Number a forward pass of the whole model and note its batch size."""
@@ -216,7 +215,7 @@ class BackwardHooks:
         elif len(x):
             rule = LAYER_RULES[module_class(module)][0]
             collect = partial(self._collect, layer, rule(module, x), output.shape, self._pass, [])
-            _with_gradient(output).register_hook(collect)
+            with_gradient(output).register_hook(collect)
 
     @torch.no_grad()
     def _collect(self, layer: HookedLayer, gather: Gather, shape: torch.Size, number: int, came: list[bool], g: Any) -> None:
@@ -246,6 +245,12 @@ class BackwardHooks:
             self.examples += examples
 
 
+def no_training(root: nn.Module) -> bool:
+    """Return whether what runs is no training of a model: a compilation, a trace, a transform, or a pass over data."""
+    traced = torch.compiler.is_compiling() or torch._C._is_tracing()
+    return traced or torch._C._are_functorch_transforms_active() or root in models_in_isolation
+
+
 def _copy_of_hooks() -> BackwardHooks:
     """Return what the hooks of a copied model belong to: it is always idle."""
     idle = object.__new__(BackwardHooks)
@@ -271,7 +276,7 @@ def _problem_with_input(module: nn.Module, x: Tensor, batch: int | None) -> str 
     return None
 
 
-def _with_gradient(output: Tensor) -> Tensor:
+def with_gradient(output: Tensor) -> Tensor:
     """Return the tensor whose gradient is that of a layer's output even if the output is modified in place afterwards.
 
     Modifying a view in place gives the view a new history without its hooks; hooks of its base stay where they are.

@@ -111,7 +111,7 @@ class Sum:
             self._add_blocks(g[:, 0], x[:, 0])
         else:
             into = self._rescaled(self.buffer).view(g.shape[1], g.shape[2], x.shape[3])
-            for a, b in zip(*(t.split(_at_once(g.device, into.numel())) for t in (g, x)), strict=True):
+            for a, b in zip(*(t.split(at_once(g.device, into.numel())) for t in (g, x)), strict=True):
                 product = torch.matmul(a, b)
                 into.add_(self._of(product, out=product).sum(0), alpha=self.examples)
         self._keep = 1.0
@@ -148,7 +148,7 @@ class Sum:
         self._keep = 1.0
 
 
-def _at_once(device: torch.device, elements: int) -> int:
+def at_once(device: torch.device, elements: int) -> int:
     """Return how many examples to take at a time, given the elements of one."""
     return max(AT_ONCE.get(device.type, AT_ONCE_ELSEWHERE) // max(elements, 1), 1)
 
@@ -179,15 +179,15 @@ def _conv(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Gather:
         if bias:
             bias.add(flat.sum(2))
         if weight:
-            count = _at_once(g.device, module.in_channels * math.prod(module.kernel_size) * flat.shape[2])
+            count = at_once(g.device, module.in_channels * math.prod(module.kernel_size) * flat.shape[2])
             flat = flat.unflatten(1, (module.groups, -1))
             for a, b in zip(flat.split(count), x.split(count), strict=True):
-                weight.add_products(a, _patches(module, b))
+                weight.add_products(a, patches(module, b))
 
     return gather
 
 
-def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+def patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
     """Unfold a convolution's input to (examples, groups, places, inputs of a group * kernel)."""
     x = F.pad(x, _padding(module), mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
     dims = len(module.kernel_size)

@@ -15,7 +15,7 @@ from torch import Tensor
 from rwalk.kernels import blocked
 from rwalk.kernels.layout import Layout
 from rwalk.kernels.passes import AfterStep, BeforeStep, Column, Metric, RuleUpdate, StepGradients
-from rwalk.kernels.rows import RowByRow
+from rwalk.kernels.rows import norms_of
 
 __all__ = [
     "BACKENDS",
@@ -112,9 +112,15 @@ def laid_out(
 
 def nonfinite(grad: StepGradients) -> Tensor:
     """Return for each gradient a number that is 0 unless an element of it, or its square, is not finite."""
-    found = RowByRow([], {}, list(range(len(grad))), iter).nonfinite(grad)
-    device = max((f.device for f in found), key=lambda d: d.type != "cpu")
-    return torch.stack([f.to(device, torch.float32) for f in found])
+    norms = norms_of(grad.there)
+    device = max((n.device for n in norms), key=lambda d: d.type != "cpu", default=torch.device("cpu"))
+    found = torch.stack([n if n.device == device else n.to(device) for n in norms]) if norms else torch.zeros(0)
+    found = found - found
+    if grad.complete:
+        return found
+    whole = torch.zeros(len(grad), dtype=found.dtype, device=device)
+    whole[[i for i, g in enumerate(grad) if g is not None]] = found
+    return whole
 
 
 settle_, settled, add_si_importance_ = blocked.settle_, blocked.settled, blocked.add_si_importance_

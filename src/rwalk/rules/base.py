@@ -68,14 +68,14 @@ class Gradients(Protocol):
 
 
 class Factors(Protocol):
-    """Second moments of linear layers over a task's data, as `rwalk.gradients.moments` makes them."""
+    """Second moments of layers, over a task's data as `rwalk.gradients.moments` makes them, or over its measured steps."""
 
-    def __call__(self, objective: Objective, samples: int | None = None) -> dict[str, Moments]:
+    def __call__(self, objective: Objective, samples: int | None = None, rank: int | None = None) -> dict[str, Moments]:
         """Return the moments of the layers that can be measured, by the names of their weights."""
 
 
-def no_factors(objective: Objective, samples: int | None = None) -> dict[str, Moments]:  # noqa: ARG001
-    """Return no moments: there is no data to measure them on."""
+def no_factors(objective: Objective, samples: int | None = None, rank: int | None = None) -> dict[str, Moments]:  # noqa: ARG001
+    """Return no moments: there was nothing to measure them on."""
     return {}
 
 
@@ -101,7 +101,8 @@ class TaskEnd(NamedTuple):
         anchor: what earlier tasks left behind.
         gradients: per-example gradients over the task's data; raises an error when the user passed no data.
         shard_group: the ranks that hold the other parts of all these tensors, for figures about whole tensors.
-        factors: second moments of linear layers over the task's data; none when the user passed no data.
+        factors: second moments of layers, over the task's data or its measured steps; none where there was nothing to measure.
+        squares: mean squared gradients over the measured steps, by name; None where data is measured on.
     """
 
     theta: Mapping[str, Tensor]
@@ -110,6 +111,13 @@ class TaskEnd(NamedTuple):
     gradients: Gradients = no_data
     shard_group: ShardGroup = ALONE
     factors: Factors = no_factors
+    squares: Mapping[str, Tensor] | None = None
+
+    def alone(self, objective: Objective, samples: int | None, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return mean squared gradients of some parameters, over the measured steps or the task's data."""
+        if self.squares is not None:
+            return {name: self.squares[name] for name in names if name in self.squares}
+        return dict(zip(names, self.gradients(objective, torch.square, samples, only=names), strict=True)) if names else {}
 
     def earlier(self) -> list[Tensor | None]:
         """Return the importance that earlier tasks left, None for parameters that are new to the anchor."""
@@ -174,6 +182,21 @@ class Rule(ABC, Generic[State]):
         Called between steps of a rule that `walks`; may write into the state's tensors.
         """
         return state
+
+    @property
+    def estimates(self) -> bool:
+        """Whether it can protect a model before any training."""
+        return self.measures != "steps"
+
+    @property
+    def moments_every(self) -> int | None:
+        """After how many steps second moments of layers are measured in training; None for never."""
+        return None
+
+    @property
+    def pull_every(self) -> int:
+        """After how many steps whole layers are pulled."""
+        return 1
 
     @property
     def accumulates(self) -> bool:
@@ -242,8 +265,8 @@ def check(holds: bool, rule: Rule[Any], name: str, expected: str) -> None:
         raise ValueError(f"`{name}` of {type(rule).__name__} must be {expected}, but is {getattr(rule, name)!r}.")
 
 
-def check_finite(end: TaskEnd, omega: Sequence[Tensor], remedy: str) -> None:
+def check_finite(omega: Mapping[str, Tensor], remedy: str) -> None:
     """Raise a FloatingPointError that names the parameters whose importance is not finite."""
-    bad = [name for name, o in zip(end.point, omega, strict=True) if not bool(torch.isfinite(o).all())]
+    bad = [name for name, o in omega.items() if not bool(torch.isfinite(o).all())]
     if bad:
         raise FloatingPointError(f"The importance of {listed(bad)} is not finite. Nothing was changed. {remedy}")

@@ -65,5 +65,5 @@ class EWCpp(Rule[RunningFisher]):
         ever = [known or n > 0 for n, known in zip(state.seen, state.known, strict=True)]
         earlier = zip(state.fisher, end.earlier(), ever, strict=True)
         omega = [fisher.clone() if trained or old is None else old.clone() for fisher, old, trained in earlier]
-        check_finite(end, omega, "Look at the size of the gradients.")
+        check_finite(dict(zip(end.point, omega, strict=True)), "Look at the size of the gradients.")
         return end.renew(omega), state._replace(seen=[0] * len(ever), known=ever)

@@ -110,7 +110,7 @@ class RWalk(Rule[Walk]):
         score = _filled(total, state.score)
         by_fisher, by_score = (largest_element(raw, end.shard_group) for raw in (state.fisher, score))
         omega = [f / by_fisher + s / by_score for f, s in zip(state.fisher, score, strict=True)]
-        check_finite(end, omega, "Use a larger `eps` or `alpha`.")
+        check_finite(dict(zip(end.point, omega, strict=True)), "Use a larger `eps` or `alpha`.")
         after = state._replace(total=total, score_scale=by_score, seen=[0] * len(omega), steps=0)
         return end.renew(omega), after
 

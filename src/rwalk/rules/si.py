@@ -71,7 +71,7 @@ class SI(Rule[Path]):
         if state.steps:
             for total, path, start, last in zip(omega, state.path, state.start, state.last, strict=True):
                 kernels.add_si_importance_(total, path, start, last, self.xi)
-        check_finite(end, omega, "Use a larger `xi`.")
+        check_finite(dict(zip(end.point, omega, strict=True)), "Use a larger `xi`.")
         return end.renew(omega), state._replace(steps=0)
 
     def renew(self, state: Path) -> None:

@@ -81,7 +81,7 @@ class TaskFisher(Rule[MeanFisher]):
         fade = math.sqrt(state.length / after.length) if state.tasks else 1.0  # an anchor from elsewhere stays as it is
         columns = zip(state.fisher, end.earlier(), self._factors(state, end), state.seen, strict=True)
         omega = [_joined(fisher / (unit / factor), old, n, fade) for fisher, old, factor, n in columns]
-        check_finite(end, omega, "Look at the size of the gradients.")
+        check_finite(dict(zip(end.point, omega, strict=True)), "Look at the size of the gradients.")
         return end.renew(omega), after._replace(seen=[0] * len(omega))
 
     def renew(self, state: MeanFisher) -> None:

@@ -1,0 +1,289 @@
+"""Second moments of layers, measured in the user's own training at every m-th step."""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
+
+from rwalk._parameters import bare, grow_tensor, listed, state_dtype, zero
+from rwalk.anchors.factors import Moments
+from rwalk.anchors.kronecker import HeldNames
+from rwalk.distributed.ranks import Ranks
+from rwalk.distributed.shards import sharded
+from rwalk.gradients.backward_hooks import no_training, with_gradient
+from rwalk.gradients.batches import first_size
+from rwalk.gradients.layer_moments import LayerSums, WeightGradient, warn_of_odd_layers
+from rwalk.gradients.layer_uses import NOTHING_HELD, LayerUses, ModelHook, Rows
+
+
+class StepMoments(NamedTuple):
+    """What one measured step has told.
+
+    Args:
+        layers: sums of layers, by the names of their weights.
+        squares: squared gradients of the parameters outside of these layers, by name.
+        examples: how many examples the step had.
+        factor: what to multiply squares of gradients at outputs by, so that they are of one example, without a loss scale.
+    """
+
+    layers: dict[str, LayerSums]
+    squares: dict[str, Tensor]
+    examples: int
+    factor: float
+
+
+class TrainingMoments:
+    """Sums of second moments over the measured steps of a task.
+
+    The loss is taken as a mean over the examples of a batch; gradients at outputs are brought to one example's size. A constant
+    factor in them does not matter.
+
+    Args:
+        model: the network.
+        parameters: those that are protected, by name.
+        rank: how many directions of each matrix will be kept, None for all.
+        held: how an anchor holds parameters.
+
+    Attributes:
+        layers: the sums of each layer that took part, by the name of its weight.
+        squares: the sums of squared gradients of all other parameters, by name.
+        seen: how many steps went into each of `squares`.
+        examples: how many examples the measured steps had.
+    """
+
+    def __init__(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], rank: int | None, held: HeldNames = NOTHING_HELD
+    ) -> None:
+        self._model, self._root, self._parameters, self._rank = model, bare(model), parameters, rank
+        self._uses = LayerUses(self._root, {id(p): name for name, p in parameters.items()}, held)
+        self.layers: dict[str, LayerSums] = {}
+        self.squares: dict[str, Tensor] = {}
+        self.seen: dict[str, int] = {}
+        self.examples = 0
+        self._odd: set[str] = set()
+        self._unseen: set[str] = set()
+        self._checked = self._missed = False
+        self._handles: list[Any] = []
+        self._stance: Any = None
+        self._group: tuple[Any, ...] = ()  # the ranks of a wrapper that calls the model, where that is not what was given
+        self._start_step()
+
+    def _start_step(self) -> None:
+        self._step: dict[str, LayerSums] = {}
+        self._sizes: list[int] = []
+        self._made: dict[str, WeightGradient] = {}
+        self._given: dict[str, Tensor] = {}
+
+    @property
+    def open(self) -> bool:
+        """Whether the next step is measured."""
+        return bool(self._handles)
+
+    def watch(self) -> None:
+        """Measure the next step: put hooks on the model."""
+        if self.open:
+            return
+        self._start_step()
+        self._stance = torch.compiler.set_stance("force_eager") if _compiled(self._model) else None  # to see hooks
+        self._uses.open(self._note)
+        self._handles = [self._root.register_forward_pre_hook(ModelHook(self._count), with_kwargs=True)]
+        if not self._checked:
+            for weight, layer in self._uses.layers.items():
+                if layer.parameter.requires_grad and not sharded(layer.parameter):
+                    self._handles.append(layer.parameter.register_hook(partial(self._keep_gradient, weight)))
+
+    def close(self) -> None:
+        """Remove all hooks from the model."""
+        self._uses.close()
+        stance, self._stance = self._stance, None
+        if stance is not None:
+            stance.__exit__(None, None, None)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._start_step()
+
+    def _count(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note how many examples a forward pass has; one whose gradients were dropped does not count."""
+        if not torch.is_grad_enabled() or no_training(self._root):
+            return
+        if self._step and all(p.grad is None for p in self._parameters.values()):
+            self._start_step()
+        self._sizes.append(first_size((args, kwargs)) or 1)
+        wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
+        if wrapper is not None:
+            self._group = (wrapper.process_group,)
+
+    def _keep_gradient(self, weight: str, gradient: Tensor) -> None:
+        known = self._given.get(weight)
+        self._given[weight] = gradient.detach().clone() if known is None else known + gradient.detach()
+
+    def _note(self, outputs: list[Tensor], rows: Rows) -> list[Tensor]:
+        """Wait for the gradients of the outputs of a use."""
+        if not no_training(self._root):
+            waiting = [with_gradient(y) for y in outputs if y.requires_grad]
+            shapes = [y.shape for y in outputs]
+            if len(waiting) == len(outputs) == 1:
+                waiting[0].register_hook(lambda g: self._collect(rows, shapes, [g]))
+            elif len(waiting) == len(outputs):
+                register_multi_grad_hook(waiting, partial(self._collect, rows, shapes))
+        return outputs
+
+    @torch.no_grad()
+    def _collect(self, rows: Rows, shapes: Sequence[torch.Size], came: Sequence[Tensor | None]) -> None:
+        """Add what the gradients of a use tell."""
+        if not self.open or no_training(self._root):
+            return
+        gradients = [None if g is None else g.reshape(shape) for g, shape in zip(came, shapes, strict=True)]
+        kind = next((g.device.type for g in gradients if g is not None), "cpu")
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+            for part in rows(gradients):
+                weight = part.layer.weight
+                sums = self._step.setdefault(weight, LayerSums(part.layer, self._rank))
+                sums.add_inputs(part.inputs)
+                sums.add_deltas(part.deltas)
+                if not self._checked and weight not in self._odd:
+                    self._made.setdefault(weight, WeightGradient(part.layer)).add(part)
+
+    def take(self, grad: Mapping[str, Tensor | None], loss_scale: float, grad_scale: float) -> StepMoments | None:
+        """Return what the step that is about to be made has told, and remove the hooks.
+
+        None, and the hooks stay, if sums are not finite: then some are of a step that was left out. Likewise once if nothing
+        was seen: then the hooks may have come after the forward pass.
+
+        Args:
+            grad: the gradients that the optimiser will use, by name.
+            loss_scale: what the loss was multiplied by.
+            grad_scale: what `grad` is still multiplied by.
+        """
+        layers, examples = self._step, sum(self._sizes) or 1
+        if not self._missed and not layers and not self._sizes and self._uses.layers:
+            self._missed = True
+            return None
+        if layers:
+            traces = torch.cat([t for s in layers.values() for t in (s.inputs.trace, s.outputs.trace)])
+            if not bool(torch.isfinite(traces).all()):
+                self._start_step()
+                return None
+        self._find_odd(grad)
+        layers = {weight: sums for weight, sums in layers.items() if weight not in self._odd}
+        inside = {name for sums in layers.values() for name in sums.layer.arrangement.names(sums.layer.weight)}
+        outside = {name: g for name, g in grad.items() if g is not None and name not in inside}
+        squares = {name: (g.to(state_dtype(g)) / grad_scale).square() for name, g in outside.items()}
+        self._warn_of_unseen(outside)
+        self.close()
+        return StepMoments(layers, squares, examples, (examples / loss_scale) ** 2)
+
+    def _find_odd(self, grad: Mapping[str, Tensor | None]) -> None:
+        """At the first measured step of a task, find weights whose gradients are not those of their layers."""
+        if self._checked or not any(g is not None for g in grad.values()):
+            return
+        odd = [w for w, made in self._made.items() if w in self._given and not made.fits(self._given[w])]
+        self._checked = True
+        self._odd |= {*odd}
+        for weight in odd:
+            self.layers.pop(weight, None)
+        warn_of_odd_layers(odd)
+
+    def _warn_of_unseen(self, outside: Mapping[str, Tensor]) -> None:
+        """Warn, once, of layers that have gradients and were not seen at work."""
+        unseen = [name for name in outside if name in self._uses.layers and name not in self._odd | self._unseen]
+        self._unseen |= {*unseen}
+        if unseen:
+            warnings.warn(
+                f"The layers of {listed(unseen)} were not seen at work, though these weights have gradients: their modules are "
+                "not called, or are compiled. They are held one by one. If the model is compiled, give the compiled one to the "
+                "consolidator.",
+                stacklevel=6,
+            )
+
+    def commit(self, step: StepMoments) -> None:
+        """Add a step that counts."""
+        for weight, sums in step.layers.items():
+            if weight not in self.layers:
+                self.layers[weight] = LayerSums(sums.layer, self._rank)
+            self.layers[weight].add_sums(sums, step.factor)
+        for name, square in step.squares.items():
+            known = self.squares.get(name)
+            self.squares[name] = square if known is None else known.add_(square)
+            self.seen[name] = self.seen.get(name, 0) + 1
+        self.examples += step.examples
+
+    def moments(self) -> dict[str, Moments]:
+        """Return the second moments of the layers over the task, of all ranks."""
+        layers, examples = self._whole()
+        return {weight: sums.moments(examples) for weight, sums in layers.items() if sums.rows}
+
+    def _whole(self) -> tuple[dict[str, LayerSums], int]:
+        """Return the sums and the number of examples over all ranks; each of them goes through all layers."""
+        ranks = Ranks.of(self._model, warn=False)
+        ranks = ranks if ranks.groups else Ranks(self._group)
+        if not ranks.groups:
+            return self.layers, self.examples
+        device = next(iter(self._parameters.values())).device
+        odd = ranks.sums([float(weight in self._odd) for weight in self._uses.layers], device)
+        whole = {}
+        for (weight, layer), left_out in zip(self._uses.layers.items(), odd, strict=True):
+            whole[weight] = LayerSums(layer, self._rank)
+            if weight in self.layers:
+                whole[weight].add_sums(self.layers[weight], 1.0)
+            whole[weight].reduce(ranks)
+            if left_out:
+                whole[weight].rows = 0
+        return whole, int(ranks.sums([self.examples], device)[0])
+
+    def means(self) -> dict[str, Tensor]:
+        """Return the mean squared gradients of the other parameters, over the steps that they took part in."""
+        return {name: square / self.seen[name] for name, square in self.squares.items() if name in self.seen}
+
+    def restart(self, held: HeldNames) -> "TrainingMoments":
+        """Return what a new task begins with."""
+        self.close()
+        fresh = TrainingMoments(self._model, self._parameters, self._rank, held)
+        fresh._group = self._group
+        return fresh
+
+    def followed(self, parameters: Mapping[str, nn.Parameter], lost: Sequence[str], held: HeldNames) -> "TrainingMoments":
+        """Return what is known of these parameters, by leading block where they grew, without that of those in `lost`."""
+        self.close()
+        now = TrainingMoments(self._model, parameters, self._rank, held)
+        for weight, sums in self.layers.items():
+            layer = now._uses.layers.get(weight)
+            if layer is not None and weight not in lost and layer.arrangement == sums.layer.arrangement:
+                now.layers[weight] = sums.grown(layer, self._rank)
+        kept = [name for name in self.squares if name in parameters and name not in lost]
+        now.squares = {name: grow_tensor(self.squares[name], parameters[name], zero) for name in kept}
+        now.seen = {name: self.seen[name] for name in kept}
+        now.examples, now._group = self.examples, self._group
+        return now
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield all tensors that are held."""
+        for sums in self.layers.values():
+            yield from sums.tensors()
+        yield from self.squares.values()
+
+    def content(self, whole: bool = False) -> dict[str, Any]:
+        """Return the sums as tensors and plain values, for state files; if `whole`, those over all ranks."""
+        sums, examples = self._whole() if whole else (self.layers, self.examples)
+        layers = {weight: {"rows": s.rows, "sums": s.tensors()} for weight, s in sums.items() if s.rows}
+        return {"layers": layers, "squares": dict(self.squares), "seen": dict(self.seen), "examples": examples}
+
+    def read(self, content: Mapping[str, Any], first: bool = True) -> None:
+        """Continue from a `content` of the same model; of ranks that share one, the first continues from its sums."""
+        for weight, entry in content["layers"].items():
+            if weight in self._uses.layers and first:
+                self.layers[weight] = LayerSums(self._uses.layers[weight], self._rank)
+                self.layers[weight].read(entry["rows"], entry["sums"])
+        self.squares, self.seen = dict(content["squares"]), dict(content["seen"])
+        self.examples = content["examples"] if first else 0
+
+
+def _compiled(model: nn.Module) -> bool:
+    """Return whether a model, or a module of it, is compiled."""
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())

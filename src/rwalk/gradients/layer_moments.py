@@ -1,0 +1,246 @@
+"""Second moments of layers: the sums, and the rows that inputs and gradients of outputs become."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rwalk._parameters import listed, state_dtype
+from rwalk.anchors.factors import Arrangement, Moments
+from rwalk.anchors.spectrum import SecondMoment
+from rwalk.distributed.ranks import Ranks
+from rwalk.gradients.comparison import CANCELLED, GradientFit
+from rwalk.gradients.layer_rules import at_once, patches
+
+
+class MeasuredLayer(NamedTuple):
+    """A layer whose second moments are measured.
+
+    Args:
+        weight: the name of its weight.
+        parameter: the weight.
+        arrangement: how its parameters lie in a matrix.
+        width: how many inputs a row has, the 1 for the bias included.
+        one_hot: whether inputs are tokens, each of which stands for a row of the weight.
+    """
+
+    weight: str
+    parameter: nn.Parameter
+    arrangement: Arrangement
+    width: int
+    one_hot: bool = False
+
+    @property
+    def height(self) -> int:
+        """How many outputs a group has."""
+        return self.parameter.shape[1 if self.arrangement.transposed else 0] // self.arrangement.groups
+
+    def extended(self, rows: Tensor) -> Tensor:
+        """Put the 1 for the bias in front of rows of inputs."""
+        return rows if self.arrangement.bias is None else F.pad(rows, (1, 0), value=1.0)
+
+
+class LayerRows(NamedTuple):
+    """What one use of a layer in a backward pass contributes.
+
+    Args:
+        layer: the layer.
+        inputs: (groups, n, inputs) without the 1 for the bias, or tokens.
+        deltas: gradients of the outputs, (groups, n, outputs).
+    """
+
+    layer: MeasuredLayer
+    inputs: Tensor
+    deltas: Tensor
+
+    def gradient(self) -> Tensor:
+        """Return the gradient of the weight as a matrix D."""
+        deltas = self.deltas.to(state_dtype(self.deltas))
+        if self.layer.one_hot:
+            total = deltas.new_zeros(self.layer.width, deltas.shape[2])
+            return total.index_add_(0, self.inputs, deltas[0]).T.unsqueeze(0)
+        return deltas.mT @ self.inputs.to(deltas.dtype)
+
+
+class LayerSums:
+    """Sums of second moments of one layer.
+
+    Args:
+        layer: the layer.
+        rank: how many directions will be kept; None for all.
+
+    Attributes:
+        rows: how many rows of inputs there were.
+    """
+
+    def __init__(self, layer: MeasuredLayer, rank: int | None) -> None:
+        self.layer = layer
+        like = torch.empty(0, dtype=state_dtype(layer.parameter), device=layer.parameter.device)
+        groups = layer.arrangement.groups
+        if layer.one_hot:
+            self.inputs = SecondMoment.diagonal(layer.width, like)
+        else:
+            self.inputs = SecondMoment.zeros(groups, layer.width, rank, like)
+        self.outputs = SecondMoment.zeros(groups, layer.height, rank, like)
+        self.rows = 0
+
+    def add_inputs(self, inputs: Tensor) -> None:
+        """Add rows of inputs, or tokens."""
+        if self.layer.one_hot:
+            self.inputs.add_diagonal(torch.bincount(inputs, minlength=self.layer.width).unsqueeze(0))
+            self.rows += len(inputs)
+        else:
+            self.inputs.add(self.layer.extended(inputs.to(self.inputs.total.dtype)))
+            self.rows += inputs.shape[1]
+
+    def add_deltas(self, deltas: Tensor) -> None:
+        """Add rows of gradients of outputs."""
+        self.outputs.add(deltas.to(self.outputs.total.dtype))
+
+    def add_sums(self, other: "LayerSums", factor: float) -> None:
+        """Add other sums, their gradients' squares multiplied by a factor."""
+        self.inputs.add_sum(other.inputs, 1.0)
+        self.outputs.add_sum(other.outputs, factor)
+        self.rows += other.rows
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Add up over ranks."""
+        for tensor in self.tensors():
+            ranks.sum_(tensor)
+        self.rows = int(ranks.sums([self.rows], self.inputs.total.device)[0])
+
+    def tensors(self) -> list[Tensor]:
+        """List the tensors that are held."""
+        return [self.inputs.total, self.inputs.trace, self.outputs.total, self.outputs.trace]
+
+    def read(self, rows: int, tensors: Sequence[Tensor]) -> None:
+        """Continue from what `tensors` listed."""
+        for mine, theirs in zip(self.tensors(), tensors, strict=True):
+            mine.copy_(theirs)
+        self.rows = rows
+
+    def grown(self, layer: MeasuredLayer, rank: int | None) -> "LayerSums":
+        """Return the sums of the same layer as it is now: the old ones are their leading block."""
+        now = LayerSums(layer, rank)
+        now.rows = self.rows
+        for mine, theirs in zip((now.inputs, now.outputs), (self.inputs, self.outputs), strict=True):
+            theirs.put_into(mine)
+        return now
+
+    def moments(self, examples: float) -> Moments:
+        """Return the means over rows of inputs and over a number of examples."""
+        inputs, outputs = (
+            SecondMoment(m.total / n, m.trace / n) for m, n in ((self.inputs, self.rows), (self.outputs, examples))
+        )
+        return Moments(self.layer.arrangement, inputs, outputs)
+
+
+class LayerKind(NamedTuple):
+    """How inputs of a class of layers, and gradients of their outputs, become rows.
+
+    Args:
+        inputs: takes the module and its input.
+        deltas: takes the module and the gradient of its output.
+        transposed: whether the weight's first dimension is that of the inputs.
+        one_hot: whether inputs are tokens.
+    """
+
+    inputs: Callable[[Any, Tensor], Tensor]
+    deltas: Callable[[Any, Tensor], Tensor]
+    transposed: bool = False
+    one_hot: bool = False
+
+    def rows(self, layer: MeasuredLayer, module: nn.Module, x: Tensor, g: Tensor) -> Iterator[LayerRows]:
+        """Yield what a use of a layer contributes, in pieces where that takes much memory."""
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            x, g = (t if t.dim() == len(module.kernel_size) + 2 else t.unsqueeze(0) for t in (x, g))
+            places = g[0, 0].numel()
+            count = at_once(g.device, module.in_channels * math.prod(module.kernel_size) * places)
+            pieces = zip(x.split(count), g.split(count), strict=True)
+        else:
+            pieces = iter([(x, g)])
+        for some, gradient in pieces:
+            yield from _without_padding(module, LayerRows(layer, self.inputs(module, some), self.deltas(module, gradient)))
+
+
+def _without_padding(module: Any, rows: LayerRows) -> Iterator[LayerRows]:
+    """Leave out an embedding's padding, which takes no part in training."""
+    padding = getattr(module, "padding_idx", None)
+    if rows.layer.one_hot and padding is not None:
+        kept = rows.inputs != padding
+        rows = rows._replace(inputs=rows.inputs[kept], deltas=rows.deltas[:, kept])
+    yield rows
+
+
+def _flat(_: nn.Module, x: Tensor) -> Tensor:
+    return x.reshape(1, -1, x.shape[-1])
+
+
+def _patches(module: Any, x: Tensor) -> Tensor:
+    return patches(module, x).transpose(0, 1).flatten(1, 2)
+
+
+def _channels(module: Any, g: Tensor) -> Tensor:
+    return g.flatten(2).unflatten(1, (module.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def _tokens(_: nn.Module, x: Tensor) -> Tensor:
+    return x.flatten()
+
+
+LAYER_KINDS: dict[type[nn.Module], LayerKind] = {
+    nn.Linear: LayerKind(_flat, _flat),
+    nn.Conv1d: LayerKind(_patches, _channels),
+    nn.Conv2d: LayerKind(_patches, _channels),
+    nn.Conv3d: LayerKind(_patches, _channels),
+    nn.Embedding: LayerKind(_tokens, _flat, transposed=True, one_hot=True),
+}
+"""The classes of layers with one weight that can be measured."""
+
+TRANSPOSED_LINEAR = LayerKind(_flat, _flat, transposed=True)
+"""`Conv1D` of Hugging Face's Transformers: a linear layer whose weight is (inputs, outputs)."""
+
+
+def empty_sums(layers: Mapping[str, MeasuredLayer], rank: int | None) -> dict[str, LayerSums]:
+    """Start the sums of layers."""
+    return {weight: LayerSums(layer, rank) for weight, layer in layers.items()}
+
+
+def _squares(rows: Tensor) -> Tensor:
+    return rows.to(state_dtype(rows)).square().sum()
+
+
+class WeightGradient:
+    """The gradient of a layer's weight as it follows from inputs and gradients of outputs."""
+
+    def __init__(self, layer: MeasuredLayer) -> None:
+        self._layer = layer
+        self._total: Any = 0
+        self._bound: Any = 0
+
+    def add(self, part: LayerRows) -> None:
+        """Add what one use contributes."""
+        self._total = self._total + part.gradient()
+        norm = part.inputs.numel() if part.layer.one_hot else _squares(part.inputs)
+        self._bound = self._bound + _squares(part.deltas) * norm
+
+    def fits(self, gradient: Tensor | None) -> bool:
+        """Return whether the weight has this gradient."""
+        total = self._total
+        given = torch.zeros_like(total) if gradient is None else self._layer.arrangement._replace(bias=None).matrix(gradient, None)
+        return GradientFit.of(total, given, torch.as_tensor(self._bound)).fits(1.0, CANCELLED)
+
+
+def warn_of_odd_layers(odd: list[str]) -> None:
+    """Name the layers that are left out."""
+    if odd:
+        warnings.warn(
+            f"The weights of some layers have other gradients than inputs and outputs give ({listed(odd)}): they are "
+            "used elsewhere too, or a hook on all modules changes outputs. Such weights are held one by one, as under `EWC`; "
+            "what earlier tasks have measured of them stays as it is.",
+            stacklevel=9,
+        )

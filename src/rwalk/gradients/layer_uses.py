@@ -1,0 +1,259 @@
+"""Uses of layers in a forward pass: where their inputs are, and what gradients of their outputs will tell."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
+
+from rwalk.anchors.factors import Arrangement
+from rwalk.anchors.kronecker import HeldNames
+from rwalk.distributed.shards import sharded
+from rwalk.distributed.wrappers import module_class
+from rwalk.gradients.layer_moments import LAYER_KINDS, TRANSPOSED_LINEAR, LayerKind, LayerRows, MeasuredLayer
+from rwalk.gradients.recurrent import Gates, Recurrent, measurable
+
+Rows = Callable[[Sequence[Tensor | None]], Iterator[LayerRows]]
+"""Takes the gradients of a use's outputs, None where there is none, and yields what the use contributes."""
+
+Noted = Callable[[list[Tensor], Rows], list[Tensor]]
+"""Takes the outputs of a use and what their gradients will tell; returns what takes the place of the outputs."""
+
+NOTHING_HELD = HeldNames({}, frozenset())
+
+
+class Claim(NamedTuple):
+    """A module's use of a weight.
+
+    Args:
+        module: the module.
+        key: the weight's name in it.
+        kind: how inputs and gradients become rows.
+        bias: its bias, None for none.
+        groups: how many groups a convolution has.
+    """
+
+    module: nn.Module
+    key: str
+    kind: LayerKind
+    bias: nn.Parameter | None = None
+    groups: int = 1
+
+
+def _claims(module: nn.Module) -> Iterator[Claim]:
+    """Yield the weights that a module uses in a way that can be measured."""
+    kind = module_class(module)
+    own = module._parameters
+    if kind in LAYER_KINDS and not _odd_embedding(module):
+        yield Claim(module, "weight", LAYER_KINDS[kind], own.get("bias"), getattr(module, "groups", 1))
+    elif kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
+        yield Claim(module, "weight", TRANSPOSED_LINEAR, own.get("bias"))
+    elif kind is nn.MultiheadAttention:
+        linear = LAYER_KINDS[nn.Linear]
+        yield Claim(module, "in_proj_weight", linear, own.get("in_proj_bias"))
+        for key in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            yield Claim(module, key, linear)
+        yield Claim(module, "out_proj.weight", linear, module.out_proj._parameters.get("bias"))  # type: ignore[union-attr]
+    elif measurable(module) and not any(map(sharded, own.values())):
+        for key in own:
+            if key.startswith("weight"):
+                yield Claim(module, key, LAYER_KINDS[nn.Linear], own.get(key.replace("weight", "bias")))
+
+
+def _odd_embedding(module: nn.Module) -> bool:
+    """Return whether a module is an embedding that changes its weight or its gradients."""
+    return isinstance(module, nn.Embedding) and bool(module.max_norm is not None or module.scale_grad_by_freq or module.sparse)
+
+
+def _weight(claim: Claim) -> nn.Parameter | None:
+    module = claim.module.out_proj if claim.key.startswith("out_proj.") else claim.module
+    return module._parameters.get(claim.key.rpartition(".")[2])  # type: ignore[union-attr, return-value]
+
+
+class ModelHook(partial[Any]):
+    """A hook of a model for one step; copies of the model, and files, hold one that does nothing."""
+
+    def __reduce__(self) -> Any:
+        """Make copies do nothing."""
+        return ModelHook, (_nothing,)
+
+    @property
+    def __name__(self) -> str:
+        """Raise an error with the remedy: `torch.jit.script`, which compiles hooks, is the only caller that asks for it."""
+        raise AttributeError(
+            "`torch.jit.script` cannot compile a model whose next step a consolidator measures. Call `detach()` before, and "
+            "`attach` afterwards."
+        )
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Change nothing."""
+
+
+class LayerUses:
+    """The layers of a model that can be measured, and hooks that note their uses.
+
+    Args:
+        root: the model.
+        names: the names of the parameters to measure, by their ids.
+        held: how an anchor holds parameters: layers stay as they are, and what is held alone stays alone.
+
+    Attributes:
+        layers: the layers, by the names of their weights.
+    """
+
+    def __init__(self, root: nn.Module, names: Mapping[int, str], held: HeldNames = NOTHING_HELD) -> None:
+        claims: dict[int, list[Claim]] = {}
+        for module in root.modules():
+            for claim in _claims(module):
+                weight = _weight(claim)
+                if weight is not None and id(weight) in names and names[id(weight)] not in held.alone:
+                    claims.setdefault(id(weight), []).append(claim)
+        biases = [id(b) for uses in claims.values() for b in {id(c.bias): c.bias for c in uses}.values() if b is not None]
+        self.layers: dict[str, MeasuredLayer] = {}
+        self._used: dict[nn.Module, dict[str, tuple[MeasuredLayer, LayerKind]]] = {}
+        for uses in claims.values():
+            layer = _layer(uses, names, biases, held)
+            if layer is not None:
+                self.layers[layer.weight] = layer
+                for claim in uses:
+                    self._used.setdefault(claim.module, {})[claim.key] = layer, claim.kind
+        self._handles: list[Any] = []
+        self._linear: Any = None
+
+    def open(self, noted: Noted) -> None:
+        """Note uses from now on."""
+        for module, used in self._used.items():
+            if isinstance(module, nn.MultiheadAttention):
+                watch = _Attention({key: layer for key, (layer, _) in used.items()}, noted)
+                self._handles.append(module.register_forward_pre_hook(ModelHook(watch.enter)))
+                self._handles.append(module.register_forward_hook(ModelHook(watch.leave), prepend=True, always_call=True))
+                continue
+            hook: Any = ModelHook(_plain, *used["weight"], noted) if "weight" in used else ModelHook(_recurrent, used, noted)
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _layer(
+    uses: list[Claim], names: Mapping[int, str], biases: list[int], held: HeldNames
+) -> MeasuredLayer | None:
+    """Return the layer of a weight; None where its uses are of different kinds."""
+    first = uses[0]
+    parameter = _weight(first)
+    if parameter is None or parameter.is_complex() or any((u.kind, u.groups) != (first.kind, first.groups) for u in uses):
+        return None
+    weight = names[id(parameter)]
+    bias = first.bias if len({id(u.bias) for u in uses}) == 1 else None
+    name = None if bias is None or biases.count(id(bias)) > 1 else names.get(id(bias))
+    if weight in held.biases:
+        name = held.biases[weight] if held.biases[weight] == name else None
+        if name != held.biases[weight]:
+            return None
+    elif name in held.alone:
+        name = None
+    arrangement = Arrangement(name, first.groups, first.kind.transposed)
+    width = (parameter.shape[0] if first.kind.transposed else parameter.shape[1:].numel()) + (name is not None)
+    return MeasuredLayer(weight, parameter, arrangement, width, first.kind.one_hot)
+
+
+def _takes_gradients(output: Any) -> bool:
+    return torch.is_grad_enabled() and isinstance(output, Tensor) and output.is_floating_point()
+
+
+def _plain(
+    layer: MeasuredLayer, kind: LayerKind, noted: Noted, module: nn.Module, args: Any, kwargs: Any, output: Any
+) -> Any:
+    """Note the use of a layer with one weight."""
+    if not _takes_gradients(output):
+        return output
+    x = args[0] if args else next(iter(kwargs.values()))
+
+    def rows(gradients: Sequence[Tensor | None]) -> Iterator[LayerRows]:
+        for g in gradients:
+            if g is not None:
+                yield from kind.rows(layer, module, x.detach(), g.detach())
+
+    return noted([output], rows)[0]
+
+
+def _recurrent(
+    used: Mapping[str, tuple[MeasuredLayer, LayerKind]], noted: Noted, module: Any, args: Any, kwargs: Any, output: Any
+) -> Any:
+    """Note the use of a recurrent module; one of sequences of different lengths is not noted."""
+    x, start = (*args, *kwargs.values(), None)[:2]
+    if isinstance(x, PackedSequence) or not _takes_gradients(output[0]):
+        return output
+    layers = {key: layer for key, (layer, _) in used.items()}
+    ends = output[1] if isinstance(output[1], tuple) else (output[1],)
+
+    def rows(gradients: Sequence[Tensor | None]) -> Iterator[LayerRows]:
+        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            gates = Gates(module, x.detach().to(module.weight_ih_l0.dtype), start)
+            yield from gates.rows(layers, gradients)
+
+    first, *others = noted([output[0], *ends], rows)
+    return first, tuple(others) if isinstance(module, nn.LSTM) else others[0]
+
+
+class _Attention:
+    """Notes the linear maps inside `MultiheadAttention`, whose function is called with its weights alone.
+
+    While the module runs, `torch.nn.functional.linear` also tells who called it.
+
+    Args:
+        layers: the layers, by the names of their weights in the module.
+        noted: takes each use.
+    """
+
+    def __init__(self, layers: Mapping[str, MeasuredLayer], noted: Noted) -> None:
+        self._layers, self._noted = layers, noted
+        self._plain: list[Any] = []
+
+    def enter(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
+        """Begin a call of the module."""
+        plain = F.linear
+        self._plain.append(plain)
+        owners = {"out_proj.weight": module.out_proj}
+        weights = {key: owners.get(key, module)._parameters[key.rpartition(".")[2]] for key in self._layers}
+
+        def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            output: Tensor = plain(x, weight, bias)
+            layer, offset = self._found(weights, weight)
+            if layer is None or not _takes_gradients(output):
+                return output
+            return self._noted([output], partial(_placed_rows, layer, offset, x))[0]
+
+        F.linear = linear  # type: ignore[assignment]
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
+        """End it."""
+        if self._plain:
+            F.linear = self._plain.pop()
+
+    def _found(self, weights: Mapping[str, Any], weight: Tensor) -> tuple[MeasuredLayer | None, int]:
+        """Return the layer that a weight, or some of its rows, belongs to, and the first of them."""
+        for key, p in weights.items():
+            if weight is p:
+                return self._layers[key], 0
+            if weight._base is p and weight.stride() == p.stride():
+                return self._layers[key], (weight.storage_offset() - p.storage_offset()) // p.stride(0)
+        return None, 0
+
+
+def _placed_rows(
+    layer: MeasuredLayer, offset: int, x: Tensor, gradients: Sequence[Tensor | None]
+) -> Iterator[LayerRows]:
+    """Yield rows of some of a layer's outputs, as rows of all of them."""
+    for g in gradients:
+        if g is not None:
+            d = g.detach().reshape(1, -1, g.shape[-1])
+            d = F.pad(d, (offset, layer.height - offset - d.shape[2]))
+            yield LayerRows(layer, x.detach().reshape(1, -1, x.shape[-1]), d)

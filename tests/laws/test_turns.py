@@ -1,0 +1,308 @@
+"""The default works in turns: it measures and pulls every few steps, and the steps between are the user's own."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cases import Heads, assert_same_state, batches, mlp, tensors, train
+from rwalk import Consolidator, Kronecker
+
+
+def attached(rule=None, model=None, make=torch.optim.SGD, strength=0.1, average=None, **options):
+    model = mlp() if model is None else model
+    optimizer = make(model.parameters(), **{"lr": 0.1, **options})
+    return model, optimizer, Consolidator(model, rule, strength, average=average).attach(optimizer)
+
+
+def hooked(model):
+    """How many hooks of ours a model has."""
+    tables = [t for m in model.modules() for t in (m._forward_hooks, m._forward_pre_hooks)]
+    return sum(map(len, tables)) + sum(len(p._backward_hooks or {}) for p in model.parameters())
+
+
+class Operations(TorchDispatchMode):
+    """Lists operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_hooks_are_on_the_model_for_every_tenth_step_alone():
+    model, optimizer, memory = attached(Kronecker(m=10))
+    on = []
+    for task in range(2):
+        for batch in batches(task, 23):
+            on.append(hooked(model) > 0)
+            train(model, optimizer, [batch])
+        memory.consolidate()
+    assert np.flatnonzero(on).tolist() == [0, 10, 20, 23, 33, 43]
+    memory.detach()
+    assert not hooked(model)
+
+
+def test_between_turns_nothing_is_done_but_to_look_at_the_gradients():
+    model, optimizer, memory = attached()
+    train(model, optimizer, batches(0, 12))
+    memory.consolidate()
+    other = copy.deepcopy(model)
+    plain = torch.optim.SGD(other.parameters(), lr=0.1)
+    counts = []
+    for n, batch in enumerate(batches(1, 9)):
+        with Operations() as ours:
+            train(model, optimizer, [batch])
+        with Operations() as theirs:
+            train(other, plain, [batch])
+        if n:
+            counts.append(len(ours.names) - len(theirs.names))
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+    assert len(set(counts)) == 1
+    # are the norms of the gradients finite; a few elements of the three largest tensors are noted
+    assert counts[0] <= 16
+
+
+@pytest.mark.parametrize("model", [mlp, Heads])
+def test_the_first_task_trains_as_without_it(model):
+    model, optimizer, _ = attached(model=model(), average="none", momentum=0.5)
+    other = copy.deepcopy(model)
+    plain = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.5)
+    train(model, optimizer, batches(0, 25))
+    train(other, plain, batches(0, 25))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_only_iterates_that_were_just_pulled_are_averaged():
+    model, optimizer, memory = attached(Kronecker(every=3), strength=2.0)
+    train(model, optimizer, batches(0, 6))
+    memory.consolidate()
+    seen = []
+    for batch in batches(1, 8):
+        train(model, optimizer, [batch])
+        seen.append([p.detach().clone() for p in model.parameters()])
+    twin = copy.deepcopy((model, optimizer, memory))
+    twin[2].strength = 0.0  # the last turn's pull, by hand: of the two steps since the sixth one
+    memory.consolidate()
+    anchor, lengths = twin[2].anchor, 2 * 2 * 2.0 * 0.1
+    theta = {n: p.detach().clone() for n, p in twin[0].named_parameters()}
+    for weight, bias in {"0.weight": "0.bias", "2.weight": "2.bias"}.items():
+        layer = anchor.layers[weight]
+        g, a = layer.outputs.matrix()[0], layer.inputs.matrix()[0]
+        d = torch.cat([(theta[bias] - anchor.point[bias]).unsqueeze(1), theta[weight] - anchor.point[weight]], 1)
+        solved = torch.linalg.solve(torch.eye(d.numel()) + lengths * torch.kron(g, a), d.flatten()).view_as(d)
+        theta[bias], theta[weight] = anchor.point[bias] + solved[:, 0], anchor.point[weight] + solved[:, 1:]
+    average = seen[2]
+    for m, now in enumerate([seen[5], list(theta.values())], start=2):
+        average = [a + 4 / (m + 3) * (w - a) for a, w in zip(average, now, strict=True)]
+    for p, expected in zip(model.parameters(), average, strict=True):
+        assert torch.allclose(p, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_state_in_the_middle_of_everything_continues_bit_for_bit():
+    for steps in (3, 10, 14):
+        model, optimizer, memory = attached(Kronecker(m=4, every=5), make=torch.optim.Adam, lr=0.01)
+        train(model, optimizer, batches(0, 12))
+        memory.consolidate()
+        train(model, optimizer, batches(1, steps))
+        other = copy.deepcopy(model)
+        step = torch.optim.Adam(other.parameters(), lr=0.01)
+        step.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        resumed = Consolidator(other, memory.rule, memory.strength).attach(step)
+        resumed.load_state_dict(memory.state_dict())
+        for m, o, c in ((model, optimizer, memory), (other, step, resumed)):
+            train(m, o, batches(2, 13))
+            c.consolidate()
+        assert_same_state(memory, resumed)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def layers(memory):
+    return {w: (f.inputs.matrix(), f.outputs.matrix()) for w, f in memory.anchor.layers.items()}
+
+
+def assert_same_layers(one, other, rtol=1e-9):
+    one, other = layers(one), layers(other)
+    assert one.keys() == other.keys() != set()
+    for weight, sides in one.items():
+        for mine, theirs in zip(sides, other[weight], strict=True):
+            assert torch.allclose(mine, theirs, rtol=rtol, atol=rtol * float(theirs.abs().max())), weight
+
+
+WHOLE = Kronecker(m=1, rank=None, share=1.0)
+
+
+def test_a_loss_scale_that_changes_does_not_show():
+    runs = []
+    for scaled in (True, False):
+        model, optimizer, memory = attached(WHOLE)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2, enabled=scaled)
+        for x, y in batches(0, 8):
+            optimizer.zero_grad()
+            scaler.scale(F.cross_entropy(model(torch.as_tensor(x)), torch.as_tensor(y))).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        memory.consolidate()
+        runs.append(memory)
+    assert_same_layers(*runs)
+
+
+def test_a_step_that_a_scaler_leaves_out_is_no_part_of_it():
+    runs = []
+    for skipped in (True, False):
+        model, optimizer, memory = attached(WHOLE)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        for n, (x, y) in enumerate(batches(0, 6)):
+            for factor in [float("inf"), 1.0] if skipped and n in (0, 3) else [1.0]:
+                optimizer.zero_grad()
+                scaler.scale(F.cross_entropy(model(torch.as_tensor(x)), torch.as_tensor(y)) * factor).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        memory.consolidate()
+        runs.append(memory)
+    assert_same_layers(*runs)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_passes_whose_gradients_are_dropped_do_not_count(kept):
+    runs = []
+    for dropped in (True, False):
+        model, optimizer, memory = attached(WHOLE)
+        for x, y in batches(0, 4):
+            if dropped:
+                F.cross_entropy(model(torch.as_tensor(10 * x)), torch.as_tensor(y)).backward()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                model(torch.as_tensor(x))  # nor does an evaluation
+            train(model, optimizer, [(x, y)])
+        memory.consolidate()
+        runs.append(memory)
+    assert_same_layers(*runs)
+
+
+def test_several_batches_of_one_step_are_one():
+    runs = []
+    for parts in (1, 3):
+        model, optimizer, memory = attached(WHOLE)
+        for x, y in batches(0, 4):
+            optimizer.zero_grad()
+            for a, b in zip(np.split(x, parts), np.split(y, parts), strict=True):
+                (F.cross_entropy(model(torch.as_tensor(a)), torch.as_tensor(b)) / parts).backward()
+            optimizer.step()
+        memory.consolidate()
+        runs.append(memory)
+    assert_same_layers(*runs)
+
+
+def test_under_activation_checkpointing_each_row_counts_once():
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(torch.nn.Module):
+        def __init__(self, reentrant):
+            super().__init__()
+            self.net, self.reentrant = mlp(), reentrant
+
+        def forward(self, x):
+            h = self.net[0](x)
+            return checkpoint(lambda h: self.net[2](torch.tanh(h)), h, use_reentrant=self.reentrant)
+
+    runs = []
+    for reentrant in (True, False):
+        model, optimizer, memory = attached(WHOLE, model=Checkpointed(reentrant))
+        train(model, optimizer, batches(0, 3))
+        memory.consolidate()
+        runs.append(memory)
+    plain, optimizer, memory = attached(WHOLE)
+    train(plain, optimizer, batches(0, 3))
+    memory.consolidate()
+    for run in runs:
+        for weight, layer in memory.anchor.layers.items():
+            theirs = run.anchor.layers[f"net.{weight}"]
+            assert torch.allclose(layer.inputs.matrix(), theirs.inputs.matrix(), rtol=1e-9)
+            assert torch.allclose(layer.outputs.matrix(), theirs.outputs.matrix(), rtol=1e-9)
+
+
+def test_copies_and_files_of_a_model_that_is_being_measured_hold_no_hooks_that_work():
+    model, optimizer, memory = attached(WHOLE)
+    train(model, optimizer, batches(0, 2))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        before = tensors(memory)
+        F.cross_entropy(other(torch.randn(3, 5).double()), torch.zeros(3).long()).backward()
+        train(other, torch.optim.SGD(other.parameters(), lr=0.1), batches(1, 2))
+        after = tensors(memory)
+        assert all(torch.equal(v, after[k]) if isinstance(v, torch.Tensor) else v == after[k] for k, v in before.items())
+    twin = copy.deepcopy((model, optimizer, memory))
+    for m, o, c in ((model, optimizer, memory), twin):
+        train(m, o, batches(2, 3))
+        c.consolidate()
+    assert_same_state(memory, twin[2])
+
+
+def test_a_compiled_model_is_measured_too():
+    runs = []
+    for compiled in (True, False):
+        model, optimizer, memory = attached(Kronecker(m=3, rank=None, share=1.0))
+        called = torch.compile(model, backend="eager") if compiled else model
+        if compiled:
+            memory.detach()
+            memory = Consolidator(called, memory.rule, 0.1).attach(optimizer)
+        train(called, optimizer, batches(0, 7))
+        memory.consolidate()
+        runs.append(memory)
+    assert_same_layers(*runs)
+
+
+def test_layers_that_do_not_call_their_modules_are_named_and_held_alone():
+    class Direct(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x):
+            return F.linear(torch.tanh(self.net[0](x)), self.net[2].weight, self.net[2].bias)
+
+    model, optimizer, memory = attached(WHOLE, model=Direct())
+    with pytest.warns(UserWarning, match=r"`net\.2\.weight` were not seen at work"):
+        train(model, optimizer, batches(0, 1))
+    train(model, optimizer, batches(1, 3))
+    memory.consolidate()
+    assert set(memory.anchor.layers) == {"net.0.weight"}
+    assert memory.anchor.omega["net.2.weight"].any()
+
+
+def test_a_layer_that_takes_no_part_in_a_task_keeps_what_it_had():
+    model, optimizer, memory = attached(Kronecker(), model=Heads())
+    train(model, optimizer, batches(0, 12))
+    memory.consolidate()
+    before = layers(memory)["heads.0.weight"]
+    model.on = 1
+    train(model, optimizer, batches(1, 12))
+    memory.consolidate()
+    after = layers(memory)
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(before, after["heads.0.weight"], strict=True))
+    assert memory.anchor.layers["heads.0.weight"].tasks == memory.anchor.layers["heads.1.weight"].tasks == 1
+    assert memory.anchor.layers["trunk.weight"].tasks == 2
+
+
+def test_short_and_long_tasks_weigh_the_same_in_the_unit_of_their_mean_length():
+    """The mean element of a task's diagonal is 1 / sqrt(mean steps per task); what is there fades as tasks become longer."""
+    model, optimizer, memory = attached(Kronecker(rank=None, share=1.0))
+    means = []
+    for task, steps in enumerate((16, 48)):
+        train(model, optimizer, batches(task, steps))
+        memory.consolidate()
+        importance = memory.anchor.importance()
+        means.append(sum(float(o.sum()) for o in importance.values()) / sum(o.numel() for o in importance.values()))
+    assert means[0] == pytest.approx(1 / 4)
+    first = memory.anchor.layers["0.weight"]
+    assert first.tasks == 2
+    traces = sum(float(f.outputs.diagonal().sum() * f.inputs.diagonal().sum()) for f in memory.anchor.layers.values())
+    assert means[1] == pytest.approx(traces / 66)
+    assert float(memory._memory.state.mean) == 32
