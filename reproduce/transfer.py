@@ -1,9 +1,9 @@
-"""Where the default recipe helps and what strength it wants: small settings over images, text and tables, several optimisers.
+"""Where the default helps and what strength it wants: small settings over images, text and tables, several optimisers.
 
 `python -m reproduce.transfer --out runs/transfer` does what has no record yet and prints the tables; it may be stopped and
 started again at any moment. Data sets are looked up below `RWALK_DATA`, else downloaded.
 
-`--ablation` changes one ingredient of the recipe at a time, on the first setting. "Best" is the best strength of the scan by
+`--ablation` changes one ingredient of the default at a time, `--diagonal` one of the diagonal recipe, on the first setting. "Best" is the best strength of the scan by
 the very test accuracy that is shown, which flatters it: the default is compared with what nobody can know beforehand.
 """
 
@@ -21,8 +21,8 @@ import torch
 
 from reproduce.runs import chosen_seeds, kept, seed_options, spread
 from reproduce.together import Together
-from reproduce.variants import RecipeVariant, SummedWalk
-from rwalk import EWC, L2, MAS, SI, RWalk, TaskFisher, bench, kernels
+from reproduce.variants import OneSide, RecipeVariant, SummedWalk
+from rwalk import EWC, L2, MAS, SI, Kronecker, RWalk, TaskFisher, bench, kernels
 from rwalk.bench import Experience, Record, Training
 from rwalk.bench.data import load
 from rwalk.bench.dataset import DataSet
@@ -31,7 +31,7 @@ from rwalk.bench.pool import run_or_load
 from rwalk.bench.sealed import file_name
 from rwalk.bench.spec import RunSpec
 
-DEFAULT = TaskFisher.defaults.strength
+DEFAULT = Kronecker.defaults.strength
 HELD = {"pull": TaskFisher.defaults.pull, "average": TaskFisher.defaults.average}
 """What goes with the recipe's rule, for other rules too."""
 
@@ -67,8 +67,8 @@ METHODS = {
     "averaging alone": Method(L2(), (0.0,), {"average": "tail"}),
     "RWalk": Method(RWalk(), (0.1, 1, 10, 100)),
     "EWC, averaged": Method(EWC(samples=1000), (1, 10, 100, 1000), HELD),
-    "recipe": Method("recipe", (0.015, 0.05, DEFAULT, 0.15, 0.5, 1.5, 5)),
-    "without overlap": Method(RecipeVariant(overlap=False), (DEFAULT,), HELD),
+    "recipe": Method(TaskFisher(), (0.015, 0.05, 0.1, 0.15, 0.5, 1.5, 5)),
+    "default": Method(Kronecker(), (0.025, 0.05, DEFAULT, 0.2, 0.4)),
     "joint": Method(None),
 }
 
@@ -76,10 +76,27 @@ SCAN = METHODS["recipe"].strengths[:-1]
 FIRST = (0.0005, 0.0015, 0.005, 0.015, 0.05)
 """Strengths in the unit of the first task's mean, whatever the length of tasks."""
 ABLATION = {
+    "the default": Method(Kronecker(), (DEFAULT,)),
+    "all directions": Method(Kronecker(share=1.0, rank=None), (DEFAULT,)),
+    "90 % of each trace, no limit": Method(Kronecker(rank=None), (DEFAULT,)),
+    "rank 16": Method(Kronecker(rank=16), (DEFAULT,)),
+    "rank 64": Method(Kronecker(rank=64), (DEFAULT,)),
+    "measured at every step": Method(Kronecker(m=1), (DEFAULT,)),
+    "measured at every 50th step": Method(Kronecker(m=50), (DEFAULT,)),
+    "pulled at every step": Method(Kronecker(every=1), (DEFAULT,)),
+    "pulled at every 50th step": Method(Kronecker(every=50), (DEFAULT,)),
+    "measured on data, labels drawn": Method(Kronecker(measure="data", samples=1000), (DEFAULT,)),
+    "no averaging": Method(Kronecker(), (DEFAULT,), {"average": "none"}),
+    "inputs alone (G is the identity)": Method(OneSide(kept="inputs"), (DEFAULT,)),
+    "outputs alone (A is the identity)": Method(OneSide(kept="outputs"), (DEFAULT,)),
+    "the average of G over tasks, not the sum": Method(OneSide(kept="both", mean_outputs=True), (DEFAULT,)),
+    "the sum of A over tasks, not the average": Method(OneSide(kept="both", sum_inputs=True), (DEFAULT,)),
+}
+DIAGONAL = {
     "the recipe": Method(TaskFisher(), SCAN, HELD),
     "no averaging": Method(TaskFisher(), SCAN, HELD | {"average": "none"}),
     "gradient pull": Method(TaskFisher(), SCAN, HELD | {"pull": "gradient"}),
-    "the last task's importance alone": Method(RecipeVariant(accumulate=False, overlap=False), SCAN, HELD),
+    "the last task's importance alone": Method(RecipeVariant(accumulate=False), SCAN, HELD),
     "running Fisher information, alpha .01": Method(RecipeVariant(alpha=0.01), SCAN, HELD),
     "running Fisher information, alpha .9": Method(RecipeVariant(alpha=0.9), SCAN, HELD),
     "in the unit of the first task": Method(RecipeVariant(unit="first"), FIRST, HELD),
@@ -181,26 +198,27 @@ def accuracy(setting: Setting, method: Method, strength: float | None, seed: int
 
 
 def row(about: str, found: dict[str, dict[float | None, list[float]]]) -> list[str]:
-    """Return the cells of a setting: each method at its best strength, and the recipe at its default."""
+    """Return the cells of a setting: each method at its best strength, and the default at its own."""
     means = {name: {strength: fmean(values) for strength, values in runs.items()} for name, runs in found.items()}
     cells = [about, *(f"{means[name][s]:.1f}" for name, s in (("fine-tuning", None), ("averaging alone", 0.0)))]
     for name in ("RWalk", "EWC, averaged", "recipe"):
         best = max(means[name], key=lambda s: means[name][s])
         cells.append(f"{means[name][best]:.1f} ({best:g})")
-    default, alike = means["recipe"][DEFAULT], means["without overlap"][DEFAULT]
-    below = default - max(means["recipe"].values())
-    return [*cells, f"{default:.1f}", f"{below:+.1f}", f"{alike:.1f}", f"{means['joint'][None]:.1f}"]
+    default = means["default"][DEFAULT]
+    below = default - max(means["default"].values())
+    return [*cells, f"{default:.1f}", f"{below:+.1f}", f"{means['joint'][None]:.1f}"]
 
 
-HEADINGS = ["", "fine-tuning", "averaging alone", "RWalk, best", "EWC, averaged, best", "recipe, best", "recipe, default",
-            "default − best", "default, without overlap", "joint"]  # fmt: skip
+HEADINGS = ["", "fine-tuning", "averaging alone", "RWalk, best", "EWC, averaged, best", "diagonal recipe, best",
+            "default", "default − best", "joint"]  # fmt: skip
 
 
 def main() -> None:
     """Do the runs that have no record yet, and print a line for each setting as it is done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS), metavar="SETTING")
-    parser.add_argument("--ablation", action="store_true", help="change one ingredient at a time instead")
+    parser.add_argument("--ablation", action="store_true", help="change one ingredient of the default at a time instead")
+    parser.add_argument("--diagonal", action="store_true", help="change one ingredient of the diagonal recipe at a time instead")
     seed_options(parser, 2)
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"))
     options = parser.parse_args()
@@ -211,9 +229,9 @@ def main() -> None:
     )  # a gradient pull that overshoots is part of a scan
     options.out.mkdir(parents=True, exist_ok=True)
     seeds = chosen_seeds(options)
-    if options.ablation:
+    if options.ablation or options.diagonal:
         print("| | strength | average accuracy |\n|---|---|---|")
-        for name, method in ABLATION.items():
+        for name, method in (DIAGONAL if options.diagonal else ABLATION).items():
             found = accuracies(SETTINGS[options.settings[0]], {name: method}, seeds, options.out)[name]
             best = max(found, key=lambda strength: fmean(found[strength]))
             print(f"| {name} | {best:g} | {spread(found[best], options.seeds)} |", flush=True)

@@ -1,17 +1,21 @@
 """Rules that only ablations need: the diagonal recipe and Riemannian Walk with other units, sums and averages."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rwalk._parameters import zeros
-from rwalk.anchors import Anchor
+from rwalk import Kronecker
+from rwalk.anchors import Anchor, KroneckerAnchor
+from rwalk.anchors.factors import KroneckerFactor
+from rwalk.anchors.spectrum import Spectrum
 from rwalk.rules import Rule, RWalk, Step, TaskEnd
-from rwalk.rules._scale import largest_element, mean_element, overlap_factors
+from rwalk.rules._scale import largest_element, mean_element
 from rwalk.rules.base import Defaults
+from rwalk.rules.kronecker import TaskLengths
 
 Unit = Literal["task", "first", "tensor"]
 
@@ -47,14 +51,12 @@ class RecipeVariant(Rule[FisherSum]):
         accumulate: whether importance is added up over tasks.
         unit: what F is divided by: its mean times the root of the mean number of steps per "task", the mean of the "first"
             task, or the maximum of each "tensor".
-        overlap: whether a task counts more where it needs the weights that earlier tasks need.
     """
 
     defaults: ClassVar[Defaults] = Defaults(0.1, "proximal", "tail")
     alpha: float | None = None
     accumulate: bool = True
     unit: Unit = "task"
-    overlap: bool = True
 
     def init(self, theta: list[Tensor]) -> FisherSum:
         """Start without any gradient seen."""
@@ -76,10 +78,9 @@ class RecipeVariant(Rule[FisherSum]):
             after = after._replace(scale=mean_element(state.fisher, end.shard_group))
         fade = math.sqrt(state.length / after.length) if self.unit == "task" and state.tasks else 1.0
         earlier = end.earlier()
-        factors = overlap_factors(earlier, state.fisher, end.shard_group) if self.overlap else [1.0] * len(earlier)
         omega = []
-        for fisher, old, factor, c, n in zip(state.fisher, earlier, factors, self._units(after, end), state.seen, strict=True):
-            new = fisher / (c / factor)
+        for fisher, old, c, n in zip(state.fisher, earlier, self._units(after, end), state.seen, strict=True):
+            new = fisher / c
             if old is not None and (self.accumulate or n == 0):
                 new = new.add_(old, alpha=fade) if n else old * fade
             omega.append(new)
@@ -152,3 +153,49 @@ class SummedWalk(RWalk):
 
 def _added(old: Tensor | None, new: Tensor, seen: int) -> Tensor | None:
     return old if not seen else new.clone() if old is None else old + new
+
+
+@dataclass(frozen=True)
+class OneSide(Kronecker):
+    """The default with one of its two matrices left out, or joined over tasks in another way.
+
+    Args:
+        kept: which matrices count; the other is the identity, scaled to the same trace.
+        mean_outputs: whether G is averaged over tasks, in place of the sum.
+        sum_inputs: whether A is summed over tasks, in place of the mean.
+    """
+
+    kept: Literal["inputs", "outputs", "both"] = "both"
+    mean_outputs: bool = False
+    sum_inputs: bool = False
+
+    def conclude(self, state: TaskLengths, end: TaskEnd) -> tuple[Anchor, TaskLengths]:
+        """Join the task's matrices as the default does, after and before a change that makes of it what was asked for."""
+        earlier = KroneckerAnchor.of(end.anchor)
+        before = {w: self._rescaled(layer, layer.tasks, 1 / layer.tasks) for w, layer in earlier.layers.items()}
+        anchor, after = super().conclude(state, end._replace(anchor=replace(earlier, layers=before)))
+        assert isinstance(anchor, KroneckerAnchor)
+        layers = {}
+        for weight, layer in anchor.layers.items():
+            idle = weight in earlier.layers and layer.tasks == earlier.layers[weight].tasks
+            times = layer.tasks
+            layers[weight] = earlier.layers[weight] if idle else self._one_side(self._rescaled(layer, 1 / times, times))
+        return replace(anchor, layers=layers), after
+
+    def _rescaled(self, layer: KroneckerFactor, outputs: float, inputs: float) -> KroneckerFactor:
+        """Multiply G, where it is averaged, and A, where it is summed."""
+        g = layer.outputs.scaled(outputs) if self.mean_outputs else layer.outputs
+        a = layer.inputs.scaled(inputs) if self.sum_inputs else layer.inputs
+        return replace(layer, outputs=g, inputs=a)
+
+    def _one_side(self, layer: KroneckerFactor) -> KroneckerFactor:
+        if self.kept == "both":
+            return layer
+        side = {"inputs": "outputs", "outputs": "inputs"}[self.kept]
+        return replace(layer, **{side: _isotropic(getattr(layer, side))})
+
+
+def _isotropic(side: Spectrum) -> Spectrum:
+    """Return the identity times the mean eigenvalue."""
+    mean = side.diagonal().mean(1, keepdim=True)
+    return Spectrum(side.basis[:, :0], side.values[:, :0], mean, mean.clone())

@@ -25,14 +25,7 @@ from rwalk.anchors import ElementwiseAnchor
 from rwalk.consolidation import validity
 
 
-class Unrelated(TaskFisher):
-    """The diagonal recipe without the factor of overlapping tasks, which has a test of its own."""
-
-    def _factors(self, state, end):
-        return [1.0] * len(state.fisher)
-
-
-KINDS = {"RWalk": RWalk, "EWCpp": EWCpp, "TaskFisher": Unrelated, "SI": SI, "L2": L2}
+KINDS = {"RWalk": RWalk, "EWCpp": EWCpp, "TaskFisher": TaskFisher, "SI": SI, "L2": L2}
 SHAPES = [(), (0,), (1,), (5,), (3, 4), (3, 0), (2, 3, 2, 2)]
 UNIT = {torch.bfloat16: 2.0**-9, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 SENTENCES = r"(?s)^[A-Z`].*\.$"

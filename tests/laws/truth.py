@@ -215,7 +215,6 @@ class Truth:
         return True
 
     def _taskfisher(self):
-        """Without the factor of overlapping tasks, which has a test of its own."""
         scaled, sure = self.scaled("fisher", np.mean)
         before = np.mean(self.lengths or [1])
         self.lengths += [self.steps] if self.steps else []

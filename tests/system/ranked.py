@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import batches, mlp
-from rwalk import EWC, L2, MAS, SI, Consolidator, EWCpp, Kronecker, OnlineEWC, RWalk
+from rwalk import EWC, L2, MAS, SI, Consolidator, EWCpp, Kronecker, OnlineEWC, RWalk, TaskFisher
 from rwalk._parameters import bare
 from rwalk.distributed.shards import full_tensors
 
@@ -27,11 +27,12 @@ RULES = {
     "ewc true": (EWC(labels="true"), {}),
     "online": (OnlineEWC(), {"pull": "proximal"}),
     "mas": (MAS(), {}),
-    "recipe": (None, {}),
+    "recipe": (TaskFisher(), {}),
+    "default": (Kronecker(m=2, every=2), {}),
     "rwalk proximal tail": (RWalk(delta_t=2), {"pull": "proximal", "average": "tail"}),
     "rwalk example": (RWalk(delta_t=2, fisher="example"), {}),
     "ewcpp example": (EWCpp(fisher="example"), {}),
-    "kronecker": (Kronecker(labels="exact", every=2), {}),
+    "kronecker": (Kronecker(measure="data", labels="exact", every=2), {}),
 }
 
 
@@ -83,7 +84,8 @@ def measures(memory, model):
     state = full_tensors(memory.state_dict())
     for weight in state["anchor"].get("layers", {}):  # whose bases rounding can turn; their products it cannot
         layer = memory.anchor.layers[weight]
-        state["anchor"]["layers"][weight] = [layer.inputs.matrix(), layer.outputs.matrix(), layer.deferred]
+        state["anchor"]["layers"][weight] = [layer.inputs.matrix(), layer.outputs.matrix()]
+    del state["moments"]  # between ends each rank has its own
     return {
         "state": state,
         "theta": {name.removeprefix("module."): full_tensors(p.detach()).clone() for name, p in model.named_parameters()},
@@ -110,13 +112,6 @@ def trained(name, how="alone", optimizer="sgd"):
         "bytes": memory.state_bytes,
         "local": [list(t.shape) for t in memory._memory.protected.theta.values()],
     }
-
-
-def layered(name, how):
-    try:
-        started(name, how)
-    except ValueError as error:
-        return str(error)
 
 
 def all_trained(names, how, optimizer="sgd"):

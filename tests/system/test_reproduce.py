@@ -243,9 +243,9 @@ def test_the_table_of_transfer_shows_the_best_strength_beside_the_default(tmp_pa
     setting = transfer.Setting(lambda seed: bench.permuted("digits", tasks=2, seed=seed), Training(batch_size=128))
     assert transfer.one(setting, transfer.METHODS["joint"], None, 0, tmp_path).average_accuracy > 0.3
     found = {"fine-tuning": {None: [40.0, 50.0]}, "averaging alone": {0.0: [50.0]}, "RWalk": {1: [60.0], 10: [70.0]},
-             "EWC, averaged": {1: [61.0]}, "recipe": {transfer.DEFAULT: [70.0, 72.0], 0.15: [75.0, 73.0]},
-             "without overlap": {transfer.DEFAULT: [69.0]}, "joint": {None: [90.0]}}  # fmt: skip
-    cells = ["here", "45.0", "50.0", "70.0 (10)", "61.0 (1)", "74.0 (0.15)", "71.0", "-3.0", "69.0", "90.0"]
+             "EWC, averaged": {1: [61.0]}, "recipe": {0.1: [71.0], 0.15: [69.0]},
+             "default": {transfer.DEFAULT: [80.0, 82.0], 0.2: [85.0, 83.0]}, "joint": {None: [90.0]}}  # fmt: skip
+    cells = ["here", "45.0", "50.0", "70.0 (10)", "61.0 (1)", "71.0 (0.1)", "81.0", "-3.0", "90.0"]
     assert transfer.row("here", found) == cells
     assert len(cells) == len(transfer.HEADINGS)
 

@@ -260,69 +260,12 @@ def test_the_diagonal_recipe_sums_each_tasks_mean_in_its_own_unit(fisher):
         if omega is None:
             omega = new
         else:
-            factors, fade = overlapping(omega, mean), (before / length) ** 0.5
-            omega = [o * fade + f * n for o, f, n in zip(omega, factors, new, strict=True)]
+            omega = [o * (before / length) ** 0.5 + n for o, n in zip(omega, new, strict=True)]
         before = length
         train(model, optimizer, batches(task, steps))
         memory.consolidate()
         for ours, expected in zip(omegas(memory), omega, strict=True):
             close(ours, expected)
-
-
-def overlapping(earlier, latest):
-    """The factor of each tensor's importance, in float64 NumPy."""
-    factors, least = [], 1.0
-    for old, new in zip(earlier, latest, strict=True):
-        p, q = old / old.sum(), new / new.sum()
-        overlap = np.sqrt(p * q).sum()
-        least = min(least, overlap) if old.ndim > 1 else least
-        overlap = min(overlap, least)
-        factors.append(np.clip((overlap / (1 - overlap)) ** 2 / 2, 1, 10))
-    return factors
-
-
-@pytest.mark.parametrize("related", [True, False])
-def test_where_tasks_need_the_same_weights_they_are_held_harder(related):
-    """Two layers; unrelated tasks see inputs of their own, so that the upper layer does not count as shared either."""
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(12, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    memory = Consolidator(model, TaskFisher(), strength=0.0, average="none").attach(optimizer)
-    omega, seen = None, []
-    for task in range(3):
-        squares, part = [np.zeros(p.shape) for p in model.parameters()], torch.zeros(12, dtype=torch.float64)
-        part[:] = 1.0 if related else 0.05
-        part[4 * task : 4 * task + 4] = 1.0
-        for _ in range(10):
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(model(torch.randn(16, 12).double() * part), torch.arange(16) % 3).backward()
-            squares = [s + p.grad.numpy() ** 2 / 10 for s, p in zip(squares, model.parameters(), strict=True)]
-            optimizer.step()
-        memory.consolidate()
-        scale = np.concatenate([s.ravel() for s in squares]).mean() * 10**0.5
-        latest = [s / scale for s in squares]
-        factors = [1.0] * len(latest) if omega is None else overlapping(omega, latest)
-        seen += factors
-        added = [s * f for s, f in zip(latest, factors, strict=True)]
-        omega = added if omega is None else [o + a for o, a in zip(omega, added, strict=True)]
-        for ours, expected in zip(omegas(memory), omega, strict=True):
-            close(ours, expected)
-    assert (max(seen) > 5) == related
-    assert related or max(seen) == 1
-
-
-def test_what_a_task_has_for_itself_does_not_count_as_related():
-    """A head that no earlier task used, one that this task does not use, and a layer after them."""
-    theta = {"first": torch.ones(2, 2), "theirs": torch.ones(2, 2), "own": torch.ones(2, 2), "last": torch.ones(2)}
-    old = {"first": torch.ones(2, 2), "theirs": torch.ones(2, 2), "own": torch.zeros(2, 2), "last": torch.ones(2)}
-    rule = TaskFisher()
-    state = rule.init(list(theta.values()))
-    for name, fisher in zip(theta, state.fisher, strict=True):
-        fisher.fill_(0.0 if name == "theirs" else 1.0)
-    anchor, _ = rule.conclude(state._replace(seen=[1, 0, 1, 1], steps=1), TaskEnd(theta, theta, ElementwiseAnchor(theta, old)))
-    unit = 10 / 14  # the mean of ten ones and four zeros
-    expected = {"first": 1 + 10 / unit, "theirs": 1.0, "own": 1 / unit, "last": 1 + 10 / unit}
-    assert {name: omega.flatten()[0].item() for name, omega in anchor.omega.items()} == pytest.approx(expected)
 
 
 @pytest.mark.filterwarnings("ignore:The gradient pull overshoots")

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rwalk import EWC, Consolidator, RWalk, bench
 from rwalk._io import files
 from rwalk.bench import Record, Training
-from rwalk.bench.baselines import Past
+from rwalk.bench.baselines import RECIPES, Past
 from rwalk.bench.models import mlp
 from rwalk.bench.spec import RunSpec
 from rwalk.bench.training import Learner
@@ -202,17 +202,16 @@ def test_an_unknown_method():
 
 
 @pytest.mark.filterwarnings("ignore:The gradient pull overshoots")
-@pytest.mark.parametrize("name", [*rules(), "recipe"])
+@pytest.mark.parametrize("name", [*rules(), *RECIPES])
 def test_every_rule_runs_class_incrementally_under_its_mask(name):
     stream = bench.split("digits", tasks=5, scenario="class")
-    method = name if name == "recipe" else rules()[name]()
+    method = name if name in RECIPES else rules()[name]()
     record = bench.run(stream, method, training=Training(hidden=(16,), batch_size=50))
     assert record.method == name
     assert all(a is None or 0 <= a <= 1 for row in record.accuracy for a in row)
-    assert record.config["rule"].keys() == {
-        f.name for f in dataclasses.fields(rules()["task_fisher" if name == "recipe" else name])
-    }
-    assert record.config["pull"] == ("proximal" if name in ("recipe", "kronecker", "task_fisher") else "gradient")
+    kind = RECIPES.get(name) or rules()[name]
+    assert record.config["rule"].keys() == {f.name for f in dataclasses.fields(kind)}
+    assert record.config["pull"] == kind.defaults.pull
 
 
 def test_fisher_information_of_a_masked_head_leaves_the_shut_outputs_alone():

@@ -72,8 +72,8 @@ class Moments(NamedTuple):
     @property
     def elements(self) -> int:
         """How many elements the layer has."""
-        groups, inputs = self.inputs.total.shape[:2]
-        return groups * inputs * self.outputs.total.shape[1]
+        groups, inputs = len(self.inputs.total), self.inputs.total.shape[-1]
+        return groups * inputs * self.outputs.total.shape[-1]
 
 
 class Cut(NamedTuple):
@@ -119,14 +119,11 @@ class KroneckerFactor:
             earlier: the layer as earlier tasks left it.
             fade: what to multiply its G by.
         """
-        inputs, outputs, tasks = moments.inputs, moments.outputs, 1
-        if earlier is not None:
-            tasks = earlier.tasks + 1
-            inputs = inputs.joined(1 / tasks, earlier.inputs, earlier.tasks / tasks)
-            outputs = outputs.joined(1 / unit, earlier.outputs, fade)
-        else:
-            outputs = SecondMoment(outputs.total / unit, outputs.trace / unit)
-        return cls(moments.arrangement, inputs.spectrum(*cut), outputs.spectrum(*cut), tasks)
+        tasks = 1 if earlier is None else earlier.tasks + 1
+        before = (None, None) if earlier is None else (earlier.inputs, earlier.outputs)
+        inputs = moments.inputs.scaled(1 / tasks).spectrum(*cut, before[0], 1 - 1 / tasks)
+        outputs = moments.outputs.scaled(1 / unit).spectrum(*cut, before[1], fade)
+        return cls(moments.arrangement, inputs, outputs, tasks)
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> "KroneckerFactor":
         """Put other tensors in the place of all that are held."""

@@ -1,16 +1,22 @@
 """Symmetric matrices by their leading directions, with one value for all others, and sums of outer products to find them in."""
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from rwalk.distributed.ranks import Ranks
 
 OVERSAMPLING = 8
-"""How many more columns a sketch has than directions are kept of it."""
+"""How many more directions are followed while a matrix is summed up than are kept of it."""
+MOST_ROWS = 4096
+"""How many rows are looked at, at most, to follow directions: of more of them, as of a convolution, every n-th one."""
 BLOCK = 1024
-"""Rows of the probe matrix that are drawn at a time, so that a longer one begins with a shorter one."""
+"""Rows of the probe that are drawn at a time, so that a longer one begins with a shorter one."""
 
 
 class Spectrum(NamedTuple):
@@ -71,38 +77,39 @@ class Spectrum(NamedTuple):
 
 @dataclass(eq=False)
 class SecondMoment:
-    """A sum of x x^T over rows x, for each group of a layer: exact, as a sketch, or its diagonal alone.
+    """A sum of x x^T over rows x, for each group of a layer: exact, by its leading directions, or its diagonal alone.
 
     Args:
-        total: the sum, (groups, size, size); its product with the probe matrix, (groups, size, width); or its diagonal,
-            (groups, size).
+        total: the exact sum, (groups, size, size); its leading directions as rows that are as long as the roots of their
+            eigenvalues, (groups, most, size) at most; or its diagonal, (groups, size).
         trace: its trace, (groups,).
+        most: how many directions are followed; None where the sum is exact or a diagonal.
     """
 
     total: Tensor
     trace: Tensor
+    most: int | None = None
 
     @classmethod
     def zeros(cls, groups: int, size: int, rank: int | None, like: Tensor) -> "SecondMoment":
-        """Start a sum of which `rank` directions will be kept, None for all: a sketch where that is the smaller."""
-        width = size if rank is None else min(rank + OVERSAMPLING, size)
-        return cls(like.new_zeros(groups, size, width), like.new_zeros(groups))
+        """Start a sum of which `rank` directions will be kept, None for all; it is exact unless following fewer is smaller."""
+        if rank is None or rank + OVERSAMPLING >= size:
+            return cls(like.new_zeros(groups, size, size), like.new_zeros(groups))
+        return cls(like.new_zeros(groups, 0, size), like.new_zeros(groups), rank + OVERSAMPLING)
 
     @classmethod
     def diagonal(cls, size: int, like: Tensor) -> "SecondMoment":
         """Start a sum that is a diagonal."""
         return cls(like.new_zeros(1, size), like.new_zeros(1))
 
-    @property
-    def sketched(self) -> bool:
-        """Whether it is only known by its product with the probe matrix."""
-        return self.total.dim() == 3 and self.total.shape[2] < self.total.shape[1]
-
-    def add(self, rows: Tensor, factor: float = 1.0) -> None:
-        """Add factor * x x^T for each of (groups, n, size) rows."""
-        self.trace.add_(rows.square().sum((1, 2)), alpha=factor)
-        right = rows @ probe_matrix(*self.total.shape[1:], rows.dtype, rows.device) if self.sketched else rows
-        self.total.baddbmm_(rows.mT, right, alpha=factor)
+    def add(self, rows: Tensor) -> None:
+        """Add x x^T for each of (groups, n, size) rows."""
+        if self.most is not None:
+            rows = _fewer(rows, self.most)
+            self.total = _merged(self.total, rows, self.most)
+        else:
+            self.total.baddbmm_(rows.mT, rows)
+        self.trace.add_(rows.square().sum((1, 2)))
 
     def add_diagonal(self, diagonal: Tensor) -> None:
         """Add to a sum that is a diagonal."""
@@ -110,38 +117,63 @@ class SecondMoment:
         self.trace.add_(diagonal.sum(1))
 
     def add_sum(self, other: "SecondMoment", factor: float) -> None:
-        """Add another sum of the same kind."""
-        self.total.add_(other.total, alpha=factor)
+        """Add another sum of the same kind, multiplied by a number."""
+        if self.most is None:
+            self.total.add_(other.total, alpha=factor)
+        else:
+            self.total = _merged(self.total, other.total * math.sqrt(factor), self.most)
         self.trace.add_(other.trace, alpha=factor)
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Add up over ranks."""
+        ranks.sum_(self.trace)
+        if self.most is None:
+            ranks.sum_(self.total)
+            return
+        groups, count, size = self.total.shape
+        every = self.total.new_zeros(ranks.size, groups, self.most, size)
+        every[ranks.number, :, :count] = self.total
+        self.total = self.total[:, :0]
+        for part in ranks.sum_(every):
+            self.total = _merged(self.total, part, self.most)
+
+    def scaled(self, factor: float) -> "SecondMoment":
+        """Multiply the sum by a number."""
+        return SecondMoment(self.total * (factor if self.most is None else math.sqrt(factor)), self.trace * factor, self.most)
 
     def put_into(self, other: "SecondMoment") -> None:
         """Write the sum into the leading block of one of more coordinates."""
         total = self.total
-        if other.sketched and not self.sketched:
-            total = total @ probe_matrix(self.total.shape[1], other.total.shape[2], total.dtype, total.device)
-        other.total[tuple(map(slice, total.shape))] = total
+        if other.most is not None and self.most is None:
+            values, basis = _eigenpairs(total.double())
+            total = (basis * values.sqrt().unsqueeze(1)).mT.to(total.dtype)
+        if other.most is not None:
+            other.total = _merged(other.total, F.pad(total, (0, other.total.shape[2] - total.shape[2])), other.most)
+        else:
+            other.total[tuple(map(slice, total.shape))] = total
         other.trace.copy_(self.trace)
 
-    def joined(self, share: float, earlier: Spectrum, factor: float) -> "SecondMoment":
-        """Return share * this + factor * an earlier matrix, in the form of this one."""
-        if self.total.dim() == 2:
-            before = earlier.rest
-        elif self.sketched:
-            omega = probe_matrix(*self.total.shape[1:], self.total.dtype, self.total.device)
-            before = earlier.times(omega.expand(len(self.total), -1, -1))
-        else:
-            before = earlier.matrix()
-        trace = earlier.diagonal().sum(1) * factor
-        return SecondMoment(self.total * share + before * factor, self.trace * share + trace)
+    def spectrum(self, share: float, rank: int | None, earlier: Spectrum | None = None, factor: float = 0.0) -> Spectrum:
+        """Return the leading directions of this sum and `factor` times an earlier matrix.
 
-    def spectrum(self, share: float, rank: int | None) -> Spectrum:
-        """Return the fewest leading directions that hold a share of the trace, at most `rank`, and the mean of all others."""
+        Args:
+            share: as many as hold this share of the trace; all others count by their mean.
+            rank: but no more than this; None for no limit.
+            earlier: the matrix, None for none.
+            factor: what to multiply it by.
+        """
         if self.total.dim() == 2:
-            none, zero = self.total.new_zeros(1, 0), self.total.new_zeros(1, 1)
-            return Spectrum(self.total.new_zeros(1, 0, self.total.shape[1]), none, zero, self.total)
+            diagonal = self.total if earlier is None else self.total + earlier.rest * factor
+            none, zero = diagonal.new_zeros(1, 0), diagonal.new_zeros(1, 1)
+            return Spectrum(diagonal.new_zeros(1, 0, diagonal.shape[1]), none, zero, diagonal)
+        old = None if earlier is None else Spectrum(*(t.double() for t in earlier.scaled(factor)))
+        trace = self.trace.double() if old is None else self.trace.double() + old.diagonal().sum(1)
         wide = self.total.double()
-        values, basis = _nystrom(wide) if self.sketched else _eigenpairs(wide)
-        return _leading(values, basis, self.trace.double(), share, rank).to_dtype(self.total.dtype)
+        if self.most is None:
+            values, basis = _eigenpairs(wide if old is None else wide + old.matrix())
+        else:
+            values, basis = _of_directions(wide, old)
+        return _leading(values, basis, trace, share, rank).to_dtype(self.total.dtype)
 
 
 class _Wide(NamedTuple):
@@ -152,7 +184,8 @@ class _Wide(NamedTuple):
     mean: Tensor
 
     def to_dtype(self, dtype: torch.dtype) -> Spectrum:
-        basis, values, mean = (t.to(dtype).clone(memory_format=torch.contiguous_format) for t in self)  # not parts of larger ones
+        """Return them as tensors of their own, not parts of larger ones."""
+        basis, values, mean = (t.to(dtype).clone(memory_format=torch.contiguous_format) for t in self)
         return Spectrum(basis, values, mean, mean.clone())
 
 
@@ -160,34 +193,60 @@ def _leading(values: Tensor, basis: Tensor, trace: Tensor, share: float, rank: i
     """Cut eigenpairs, largest first, to those that hold a share of the trace."""
     size, total = basis.shape[1], trace.unsqueeze(1)
     held = values.cumsum(1)
-    enough = held >= share * total * (1 - 1e-12)
-    enough[:, -1:] = True
-    needed = int(torch.where(total > 0, enough.int().argmax(1, keepdim=True) + 1, 0).max())
+    enough = (held < share * total * (1 - 1e-12)).sum(1) + 1
+    there = (values > 1e-13 * values[:, :1]).sum(1)
+    needed = int(torch.minimum(enough, there).max())
     kept = needed if rank is None else min(needed, rank)
     others = (total - held[:, kept - 1 : kept] if kept else total).clamp(min=0)
     return _Wide(basis[:, :, :kept].mT, values[:, :kept], others / max(size - kept, 1) if kept < size else others * 0)
 
 
 def _eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues, largest first and 0 where rounding has made them negative, and eigenvectors."""
+    """Return eigenvalues, largest first and 0 where rounding has made them negative, and eigenvectors as columns."""
     values, basis = torch.linalg.eigh((matrix + matrix.mT) / 2)
     return values.flip(1).clamp(min=0), basis.flip(2)
 
 
-def _nystrom(sketch: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what a sketch shows of a matrix's leading eigenpairs (Nyström; Tropp et al. 2017, arXiv 1706.05736)."""
-    omega = probe_matrix(*sketch.shape[1:], torch.float64, sketch.device)
-    core = omega.T @ sketch
-    values, vectors = torch.linalg.eigh((core + core.mT) / 2)
-    least = values[:, -1:].clamp(min=0) * 1e-13
-    inverse = torch.where(values > least, values.clamp(min=torch.finfo(torch.float64).tiny).rsqrt(), 0)
-    basis, roots, _ = torch.linalg.svd(sketch @ (vectors * inverse.unsqueeze(1)), full_matrices=False)
-    return roots.square(), basis
+def _of_directions(rows: Tensor, earlier: Spectrum | None) -> tuple[Tensor, Tensor]:
+    """Return eigenpairs of a sum that is known by its directions, joined with an earlier matrix that is too."""
+    if earlier is not None:
+        rows = torch.cat([rows, (earlier.values - earlier.mean).clamp(min=0).sqrt().unsqueeze(2) * earlier.basis], 1)
+    _, roots, basis = torch.linalg.svd(rows, full_matrices=False)
+    values = roots.square()
+    if earlier is not None:  # what it has in all directions alike
+        values = values + (basis.square() * earlier.rest.unsqueeze(1)).sum(2)
+    return values, basis.mT
+
+
+def _merged(total: Tensor, rows: Tensor, most: int) -> Tensor:
+    """Return the leading directions of two sums together: an incremental singular value decomposition (Brand 2002)."""
+    both = torch.cat([total, rows], 1)
+    if both.shape[1] <= most:
+        return both
+    _, vectors = torch.linalg.eigh(both @ both.mT)
+    return vectors[:, :, -most:].mT @ both
+
+
+def _fewer(rows: Tensor, most: int) -> Tensor:
+    """Return rows whose sum has nearly the same leading directions, where there are many.
+
+    By a random projection and one power iteration (Halko, Martinsson, Tropp 2011, arXiv 0909.4061).
+    """
+    step = (rows.shape[1] // MOST_ROWS) | 1
+    if step > 1:
+        rows = rows[:, ::step] * math.sqrt(rows.shape[1] / rows[:, ::step].shape[1])
+    if rows.shape[1] <= 2 * most:
+        return rows
+    found = rows.mT @ (rows @ probe(rows.shape[2], most, rows.dtype, rows.device))
+    basis, _ = torch.linalg.qr(found)
+    inside = rows @ basis
+    values, vectors = torch.linalg.eigh(inside.mT @ inside)
+    return values.clamp(min=0).sqrt().unsqueeze(2) * (basis @ vectors).mT
 
 
 @lru_cache(maxsize=64)
-def probe_matrix(size: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the random (size, width) matrix of all sketches, the same in every process."""
+def probe(size: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a random (size, width) matrix, the same in every process."""
     blocks = [
         torch.randn(BLOCK, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
         for seed in range(-(-size // BLOCK))

@@ -1,7 +1,7 @@
 """What published baselines add to the training loop: stored examples, earlier answers, or the data of all tasks so far."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,8 @@ from rwalk.bench.streams import Experience
 from rwalk.bench.training import Addition, Batch, Learner, batches, competing
 from rwalk.replay import Buffer, project_
 from rwalk.replay.buffer import Per
+from rwalk.rules import Kronecker, TaskFisher
+from rwalk.rules.base import Rule
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,15 @@ BASELINES = {
     "agem": "A-GEM: a step may not raise the loss on stored examples (Chaudhry et al. 2019).",
     "lwf": "Learning without forgetting: answers like the model before the task, on its own inputs (Li and Hoiem 2016).",
 }
-"""What each method beside the rules and the recipe does."""
+"""What each method does that has no rule."""
+
+RECIPES: dict[str, Callable[[], Rule[Any]]] = {"default": Kronecker, "recipe": TaskFisher}
+"""Methods that are a rule with all that is recommended beside it, by the names that they have here."""
+RECIPES_ABOUT = {
+    "default": "What we recommend, `Consolidator(model)`: Kronecker factors of each layer, proximal pull, tail averaging.",
+    "recipe": "The diagonal recipe, `TaskFisher()`: mean squared gradients of each weight, proximal pull, tail averaging.",
+}
+"""What each of them does."""
 
 
 def addition(method: str, rehearsal: Rehearsal | None, strength: float, seed: int) -> Addition:

@@ -46,7 +46,7 @@ def tune(
 
     Args:
         stream: the whole stream; only training examples of its first tasks are read.
-        method: "recipe" or a rule such as `RWalk()`.
+        method: "default", "recipe" or a rule such as `RWalk()`.
         strengths: what to try, above 0; nine values around the default when None, from a hundredth of it to a hundred times.
         learning_rates: what to try with each strength; that of `training` when None.
         seeds: of initial weights and batch order; accuracies are averaged over them.
@@ -88,7 +88,7 @@ class Search:
     ) -> None:
         spec.check()
         if spec.settings is None:
-            raise ValueError(f"Method `{spec.method_name}` has no strength; tune recipe or a rule.")
+            raise ValueError(f"Method `{spec.method_name}` has no strength; tune default, recipe or a rule.")
         if refine < 0:
             raise ValueError(f"{refine} trials to refine are out of range; pass 0 or more.")
         self.spec, self.seeds, self.refine = spec, list(seeds), refine

@@ -16,7 +16,7 @@ import rwalk
 from rwalk import kernels
 from rwalk._errors import printable
 from rwalk.bench import devices, models, streams
-from rwalk.bench.baselines import BASELINES, LwF, Rehearsal, addition
+from rwalk.bench.baselines import BASELINES, RECIPES, LwF, Rehearsal, addition
 from rwalk.bench.checkpoint import Checkpoint, Measured
 from rwalk.bench.data import load
 from rwalk.bench.dataset import DataSet
@@ -122,8 +122,9 @@ class RunSpec:
     def settings(self) -> Settings | None:
         """The consolidator's settings; None for methods without one."""
         rule = self.method if isinstance(self.method, Rule) else None
-        ruled = rule is not None or (isinstance(self.method, str) and self.method == "recipe")
-        return resolve(rule, self.strength, self.pull, self.average) if ruled else None
+        if isinstance(self.method, str) and self.method in RECIPES:
+            rule = RECIPES[self.method]()
+        return None if rule is None else resolve(rule, self.strength, self.pull, self.average)
 
     @cached_property
     def rehearsal(self) -> Rehearsal | None:
@@ -134,7 +135,7 @@ class RunSpec:
         if self.added_name in ("replay", "agem"):
             return rehearsal or Rehearsal()
         if rehearsal is not None and self.settings is None:
-            raise ValueError(f"Method `{self.base_name}` does not use `replay`. Pass it with a rule, recipe, replay or agem.")
+            raise ValueError(f"Method `{self.base_name}` does not use `replay`. Pass it with a rule, default, recipe, replay or agem.")
         return rehearsal
 
     @cached_property
@@ -182,8 +183,8 @@ class RunSpec:
         """Raise a ValueError or TypeError if the parts do not fit together; no model is built."""
         streams.check(self.tasks)
         custom = hasattr(self.method, "fit") and hasattr(self.method, "predict") and not isinstance(self.method, type)
-        if isinstance(self.method, str) and self.method not in (*BASELINES, "recipe"):
-            known = ", ".join([*BASELINES, "recipe", *rules()])
+        if isinstance(self.method, str) and self.method not in (*BASELINES, *RECIPES):
+            known = ", ".join([*BASELINES, *RECIPES, *rules()])
             name = printable(self.method, "")
             raise ValueError(f"There is no method `{name}`; pass one of {known}, or a rule object like `RWalk()`.")
         if not isinstance(self.method, str | Rule) and not custom:
@@ -296,7 +297,7 @@ def run(
 
     Args:
         stream: the tasks, for example `rwalk.bench.split("digits", tasks=5)`.
-        method: "finetune", "joint", "cumulative", "replay", "agem", "lwf", "recipe" (`Consolidator(model)`), a rule such as
+        method: "finetune", "joint", "cumulative", "replay", "agem", "lwf", "default" (`Consolidator(model)`), "recipe" (the diagonal one), a rule such as
             `RWalk()`, or an object with `fit` and `predict`.
         strength: factor of the penalty for a rule; the consolidator's default when None. For "lwf" the weight of the earlier
             answers; 1 when None.
@@ -305,7 +306,7 @@ def run(
         pull: "gradient" or "proximal", for a rule; the consolidator's default when None.
         average: "none" or "tail", for a rule; the consolidator's default when None.
         replay: how many examples of earlier tasks "replay" and "agem" keep, or a `Rehearsal`; 200 in total when None. A rule or
-            the recipe is trained with replay beside it if this is given.
+            default and recipe are trained with replay beside it if this is given.
         checkpoint: file that keeps the state of the run after each task but the last; if it exists, the run continues from it.
             It stays until it is removed; where it cannot be written, a warning says so. Learners of one's own need the methods
             of `rwalk.bench.training.Resumable` for it.

@@ -5,14 +5,12 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from rwalk.bench.baselines import BASELINES
+from rwalk.bench.baselines import BASELINES, RECIPES_ABOUT
 from rwalk.bench.dataset import HUB
 from rwalk.bench.models import MODELS
 from rwalk.bench.streams import STREAMS
 from rwalk.report.plain import shown
 from rwalk.rules import rules
-
-RECIPE = "The recommended recipe, `Consolidator(model)`: summed Fisher information, proximal pull, tail averaging."
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class List:
         console.print("\nModels:", style="bold")
         _entries(console, {name: model.about for name, model in MODELS.items()})
         console.print("\nMethods:", style="bold")
-        _entries(console, BASELINES | {name: kind.__doc__ for name, kind in rules().items()} | {"recipe": RECIPE})
+        _entries(console, BASELINES | {name: kind.__doc__ for name, kind in rules().items()} | RECIPES_ABOUT)
         return 0
 
 

@@ -14,7 +14,7 @@ from rwalk import kernels, report
 from rwalk._errors import printable
 from rwalk._io import files
 from rwalk.bench import devices
-from rwalk.bench.baselines import BASELINES, Rehearsal
+from rwalk.bench.baselines import BASELINES, RECIPES, Rehearsal
 from rwalk.bench.pool import Failure, outcomes
 from rwalk.bench.record import Record
 from rwalk.bench.spec import RunSpec, StreamSpec, forget_data
@@ -55,20 +55,20 @@ class Run:
     """Kind and data set: split-, domain-, drift-, permuted- or rotated-, then digits, a name such as mnist, or a folder of
     parquet files."""
     methods: str = "finetune,rwalk"
-    """Comma-separated: finetune, joint, cumulative, replay, agem, lwf, recipe, and rules (see `rwalk list`)."""
+    """Comma-separated: finetune, joint, cumulative, replay, agem, lwf, default, recipe, and rules (see `rwalk list`)."""
     seeds: int = 3
     """Number of seeds; each one sets initial weights, batch order and permutations."""
     first_seed: int = 0
     """The first seed."""
     strength: str | None = None
     """Factor of the penalty, several ones with commas between, or tuned: what `rwalk tune` has found with the same settings;
-    default: 1 for rules and lwf, 0.1 for the recipe, 0.0015 for kronecker."""
+    default: 1 for rules and lwf, 0.1 for default, recipe and kronecker."""
     pull: Pull | None = None
-    """How rules pull: by the penalty's gradient, or by a proximal step; default: gradient; recipe and kronecker: proximal."""
+    """How rules pull: by the penalty's gradient, or by a proximal step; default: gradient; default, recipe and kronecker: proximal."""
     average: Average | None = None
-    """Whether rules end a task at the average of its later iterates; default: none; recipe and kronecker: tail."""
+    """Whether rules end a task at the average of its later iterates; default: none; default, recipe and kronecker: tail."""
     replay: int | None = None
-    """Examples of earlier tasks that replay and agem keep; default: 200. If given, rules and the recipe replay them, too."""
+    """Examples of earlier tasks that replay and agem keep; default: 200. If given, rules, default and recipe replay them, too."""
     per: Per = "total"
     """Whether all classes share that number, or each one has it."""
     select: Literal["uniform", "plane", "entropy", "herding", "reservoir"] = "uniform"
@@ -192,8 +192,8 @@ def method_names(command: Run) -> list[str]:
     """Return the methods of a command, each once."""
     names = [name.strip().replace("-", "_").lower() for name in command.methods.split(",")]
     for name in names:
-        if name not in {*BASELINES, "recipe", *RULES}:
-            known = ", ".join([*BASELINES, "recipe", *RULES])
+        if name not in {*BASELINES, *RECIPES, *RULES}:
+            known = ", ".join([*BASELINES, *RECIPES, *RULES])
             raise ValueError(f"There is no method `{printable(name, '')}`; pass some of {known}. `rwalk list` explains them.")
     return list(dict.fromkeys(names))
 
@@ -214,7 +214,7 @@ def spec_of(command: Run, words: Sequence[str], name: str, seed: int, tuning: tu
 
 
 def _rehearsal(command: Run, name: str) -> Rehearsal | None:
-    """Return what a method keeps: replay and agem always, rules and the recipe if the command asks for it."""
+    """Return what a method keeps: replay and agem always, rules, default and recipe if the command asks for it."""
     if name not in ("replay", "agem") and (command.replay is None or name in BASELINES):
         return None
     return Rehearsal(200 if command.replay is None else command.replay, command.per, command.select, command.replay_batch)

@@ -29,7 +29,7 @@ class Tune(Run):
     """
 
     methods: Annotated[str, tyro.conf.arg(aliases=["--method"])] = "rwalk"
-    """Comma-separated: recipe, and rules (see `rwalk list`)."""
+    """Comma-separated: default, recipe, and rules (see `rwalk list`)."""
     seeds: int = 1
     """Number of seeds, over which accuracies are averaged."""
     strength: str | None = None

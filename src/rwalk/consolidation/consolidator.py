@@ -28,7 +28,7 @@ from rwalk.rules.base import Rule
 class Consolidator:
     """Hold a model to what earlier tasks need, in a training loop that stays as it is.
 
-    `Consolidator(model)` is the recommended recipe: the rule `TaskFisher()`, strength 0.1, proximal pull and tail averaging.
+    `Consolidator(model)` is what we recommend: the rule `Kronecker()`, strength 0.1, proximal pull and tail averaging.
     `Consolidator(model, RWalk())` is Riemannian Walk as published. The arguments that are not given follow from the rule.
 
     Args:
@@ -113,7 +113,7 @@ class Consolidator:
 
     @property
     def anchor(self) -> Anchor:
-        """What earlier tasks left behind: `anchor.point` and `anchor.omega` map parameter names to tensors.
+        """What earlier tasks left behind: `anchor.point` and `anchor.importance()` map parameter names to tensors.
 
         Under `fully_shard` these are DTensors in the memory of each rank's parts.
         """

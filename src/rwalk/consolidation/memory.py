@@ -352,7 +352,7 @@ class Memory:
         moments = gradients.TrainingMoments(self.model, now.parameters, self.rule.rank, held_names(anchor))
         try:
             squares = shards.local_parts(_copied(content["squares"]), now.parameters)
-            moments.read({**_copied(content), "squares": squares}, now.shard_group.first)
+            moments.read({**_copied(content), "squares": squares}, now.shard_group.first, bool(now.shard_group.groups))
         except (ValueError, RuntimeError, AttributeError) as error:
             raise state_checks.damaged_state([f"moments ({error})"]) from None
         return moments

@@ -146,8 +146,8 @@ def _damaged_moments(moments: Mapping[str, Any], shapes: Mapping[str, torch.Size
     """List what is wrong with second moments, as far as can be seen without their layers."""
     layers, squares, seen = moments["layers"], moments["squares"], moments["seen"]
     wrong = [n for n in {*squares, *seen} if not (_tensor(squares.get(n), shapes.get(n)) and _whole(seen.get(n)))]
-    wrong += [w for w, entry in layers.items() if w not in shapes or not _whole(entry["rows"]) or len(entry["sums"]) != 4]
-    return wrong + ([] if _whole(moments["examples"]) else ["examples"])
+    wrong += [w for w, entry in layers.items() if w not in shapes or not _count(entry["rows"]) or len(entry["sums"]) != 4]
+    return wrong + ([] if _count(moments["examples"]) else ["examples"])
 
 
 def _fits(column: Any, shapes: Mapping[str, torch.Size], fresh: Any, empty: bool) -> bool:
@@ -170,6 +170,10 @@ def _alike(value: Any, fresh: Any) -> bool:
 
 def _tensor(value: Any, shape: torch.Size | None) -> bool:
     return isinstance(value, Tensor) and value.shape == shape and value.is_floating_point()
+
+
+def _count(value: Any) -> bool:
+    return type(value) in (int, float) and value >= 0
 
 
 def _whole(value: Any) -> bool:

@@ -67,7 +67,8 @@ def take_last_turn(
     if not turns.lengths:
         return lambda: None
     lengths, since = dict(turns.lengths), turns.since
-    writable = {name: p for name, p in theta.items() if name in lengths and p.requires_grad}
+    parameters = memory.protected.parameters  # those that were frozen meanwhile stay as they are
+    writable = {name: p for name, p in theta.items() if name in lengths and parameters[name].requires_grad}
     before = {name: p.detach().clone() for name, p in writable.items()}
     average = {name: tail.average[name].clone() for name in writable if name in tail.average}
     count = dict(tail.count)

@@ -64,7 +64,7 @@ class TrainingMoments:
         self.layers: dict[str, LayerSums] = {}
         self.squares: dict[str, Tensor] = {}
         self.seen: dict[str, int] = {}
-        self.examples = 0
+        self.examples = 0.0
         self._odd: set[str] = set()
         self._unseen: set[str] = set()
         self._checked = self._missed = False
@@ -219,10 +219,13 @@ class TrainingMoments:
         layers, examples = self._whole()
         return {weight: sums.moments(examples) for weight, sums in layers.items() if sums.rows}
 
-    def _whole(self) -> tuple[dict[str, LayerSums], int]:
-        """Return the sums and the number of examples over all ranks; each of them goes through all layers."""
+    def _ranks(self) -> Ranks:
         ranks = Ranks.of(self._model, warn=False)
-        ranks = ranks if ranks.groups else Ranks(self._group)
+        return ranks if ranks.groups else Ranks(self._group)
+
+    def _whole(self) -> tuple[dict[str, LayerSums], float]:
+        """Return the sums and the number of examples over all ranks; each of them goes through all layers."""
+        ranks = self._ranks()
         if not ranks.groups:
             return self.layers, self.examples
         device = next(iter(self._parameters.values())).device
@@ -235,7 +238,7 @@ class TrainingMoments:
             whole[weight].reduce(ranks)
             if left_out:
                 whole[weight].rows = 0
-        return whole, int(ranks.sums([self.examples], device)[0])
+        return whole, ranks.sums([self.examples], device)[0]
 
     def means(self) -> dict[str, Tensor]:
         """Return the mean squared gradients of the other parameters, over the steps that they took part in."""
@@ -269,19 +272,31 @@ class TrainingMoments:
         yield from self.squares.values()
 
     def content(self, whole: bool = False) -> dict[str, Any]:
-        """Return the sums as tensors and plain values, for state files; if `whole`, those over all ranks."""
-        sums, examples = self._whole() if whole else (self.layers, self.examples)
-        layers = {weight: {"rows": s.rows, "sums": s.tensors()} for weight, s in sums.items() if s.rows}
+        """Return the sums over all ranks as tensors and plain values, for state files.
+
+        Unless `whole`, nothing is communicated, and this rank's sums stand for those of all others.
+        """
+        size = 1 if whole else self._ranks().size
+        sums, examples = self._whole() if whole else (self.layers, self.examples * size)
+        layers = {weight: {"rows": s.rows * size, "sums": s.scaled(size).tensors()} for weight in self._uses.layers if (s := sums.get(weight)) and s.rows}
         return {"layers": layers, "squares": dict(self.squares), "seen": dict(self.seen), "examples": examples}
 
-    def read(self, content: Mapping[str, Any], first: bool = True) -> None:
-        """Continue from a `content` of the same model; of ranks that share one, the first continues from its sums."""
+    def read(self, content: Mapping[str, Any], first: bool = True, whole: bool = False) -> None:
+        """Continue from a `content` of the same model.
+
+        Args:
+            content: the sums over all ranks.
+            first: whether this is the first rank, which continues from them if they are `whole`; else each has its share.
+            whole: as for `content`.
+        """
+        size = 1 if whole else self._ranks().size
         for weight, entry in content["layers"].items():
             if weight in self._uses.layers and first:
                 self.layers[weight] = LayerSums(self._uses.layers[weight], self._rank)
-                self.layers[weight].read(entry["rows"], entry["sums"])
+                self.layers[weight].read(entry["rows"] / size, entry["sums"])
+                self.layers[weight] = self.layers[weight].scaled(1 / size)
         self.squares, self.seen = dict(content["squares"]), dict(content["seen"])
-        self.examples = content["examples"] if first else 0
+        self.examples = content["examples"] / size if first else 0.0
 
 
 def _compiled(model: nn.Module) -> bool:

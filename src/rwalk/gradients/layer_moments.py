@@ -78,7 +78,7 @@ class LayerSums:
     """
 
     def __init__(self, layer: MeasuredLayer, rank: int | None) -> None:
-        self.layer = layer
+        self.layer, self._rank = layer, rank
         like = torch.empty(0, dtype=state_dtype(layer.parameter), device=layer.parameter.device)
         groups = layer.arrangement.groups
         if layer.one_hot:
@@ -86,7 +86,7 @@ class LayerSums:
         else:
             self.inputs = SecondMoment.zeros(groups, layer.width, rank, like)
         self.outputs = SecondMoment.zeros(groups, layer.height, rank, like)
-        self.rows = 0
+        self.rows = 0.0
 
     def add_inputs(self, inputs: Tensor) -> None:
         """Add rows of inputs, or tokens."""
@@ -109,18 +109,28 @@ class LayerSums:
 
     def reduce(self, ranks: Ranks) -> None:
         """Add up over ranks."""
-        for tensor in self.tensors():
-            ranks.sum_(tensor)
-        self.rows = int(ranks.sums([self.rows], self.inputs.total.device)[0])
+        self.inputs.reduce(ranks)
+        self.outputs.reduce(ranks)
+        self.rows = ranks.sums([self.rows], self.inputs.total.device)[0]
+
+    def scaled(self, factor: float) -> "LayerSums":
+        """Return the sums multiplied by a number, which are not those of so many rows."""
+        if factor == 1:
+            return self
+        other = LayerSums(self.layer, self._rank)
+        other.inputs, other.outputs, other.rows = self.inputs.scaled(factor), self.outputs.scaled(factor), self.rows
+        return other
 
     def tensors(self) -> list[Tensor]:
         """List the tensors that are held."""
         return [self.inputs.total, self.inputs.trace, self.outputs.total, self.outputs.trace]
 
-    def read(self, rows: int, tensors: Sequence[Tensor]) -> None:
+    def read(self, rows: float, tensors: Sequence[Tensor]) -> None:
         """Continue from what `tensors` listed."""
-        for mine, theirs in zip(self.tensors(), tensors, strict=True):
-            mine.copy_(theirs)
+        for mine, total, trace in zip((self.inputs, self.outputs), tensors[::2], tensors[1::2], strict=True):
+            if total.dim() != mine.total.dim() or trace.shape != mine.trace.shape or total.shape[-1] != mine.total.shape[-1]:
+                raise ValueError(f"the sums of `{self.layer.weight}`")
+            mine.total, mine.trace = (t.to(mine.trace.device, mine.trace.dtype) for t in (total, trace))
         self.rows = rows
 
     def grown(self, layer: MeasuredLayer, rank: int | None) -> "LayerSums":
@@ -133,10 +143,7 @@ class LayerSums:
 
     def moments(self, examples: float) -> Moments:
         """Return the means over rows of inputs and over a number of examples."""
-        inputs, outputs = (
-            SecondMoment(m.total / n, m.trace / n) for m, n in ((self.inputs, self.rows), (self.outputs, examples))
-        )
-        return Moments(self.layer.arrangement, inputs, outputs)
+        return Moments(self.layer.arrangement, self.inputs.scaled(1 / self.rows), self.outputs.scaled(1 / examples))
 
 
 class LayerKind(NamedTuple):

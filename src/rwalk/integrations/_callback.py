@@ -15,7 +15,7 @@ class HostCallback:
     """A memory for a loop that makes model and optimiser only when training begins.
 
     Args:
-        rule: how importance is measured; None for the recommended recipe; or an existing `Consolidator`, for example after
+        rule: how importance is measured; None for the recommended one; or an existing `Consolidator`, for example after
             `estimate`.
         strength: factor of the penalty; see `Consolidator`.
         options: further arguments of `Consolidator`.

@@ -27,7 +27,7 @@ class ConsolidationPlugin(HostCallback, SupervisedPlugin, supports_distributed=T
     after a restart, load the model as it was, then `state_dict` into a new plugin, and train.
 
     Args:
-        rule: how importance is measured, such as `SI()`; None for the recommended recipe; or a `Consolidator`.
+        rule: how importance is measured, such as `SI()`; None for the recommended one; or a `Consolidator`.
         strength: factor of the penalty.
         options: further arguments of `Consolidator`.
     """

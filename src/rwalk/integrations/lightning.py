@@ -30,7 +30,7 @@ class ConsolidationCallback(HostCallback, Callback):
     figures of `Consolidator.summary` at the end of each task, before it is consolidated.
 
     Args:
-        rule: how importance is measured; None for the recommended recipe; or a `Consolidator` of the model.
+        rule: how importance is measured; None for the recommended one; or a `Consolidator` of the model.
         strength: factor of the penalty; see `Consolidator`.
         loss, logits: for rules that measure on data, here on the training loader's; see `Consolidator.consolidate`.
         options: further arguments of `Consolidator`.

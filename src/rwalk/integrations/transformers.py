@@ -31,7 +31,7 @@ class ConsolidationCallback(HostCallback, TrainerCallback):
     ends run first, wherever they are in the list: their weights are those of the model and of the anchor.
 
     Args:
-        rule: how importance is measured; None for the recommended recipe; or a `Consolidator`, such as `protect` returns.
+        rule: how importance is measured; None for the recommended one; or a `Consolidator`, such as `protect` returns.
         strength: factor of the penalty; see `Consolidator`.
         loss, logits: for rules that measure on data, as in `Consolidator.consolidate`. Without `loss`, rules that take the
             data's labels, such as `EWC(labels="true")`, take the model's own: of a language model, the mean over tokens. For

@@ -13,7 +13,7 @@ from rwalk.report.summary import MethodComparison
 KINDS = ("split", "permuted", "rotated", "domain", "drift")
 """Kinds of streams that the command line makes."""
 PLAIN = ("finetune", "joint", "cumulative", "replay", "agem", "lwf")
-"""Methods of the command line other than the rules and the recipe."""
+"""Methods of the command line other than the rules, default and recipe."""
 SETTINGS = {"stream", "training", "rule", "strength", "pull", "average", "replay", "temperature"}
 """Parts of the configuration that the command line can set."""
 VALIDATION = "-validation"
@@ -72,7 +72,7 @@ def _inexpressible(record: Record) -> str:
         return "`rwalk tune` made it"
     if not record.stream.startswith(tuple(f"{kind}-" for kind in KINDS)):
         return "its stream was made in Python"
-    if method not in {*PLAIN, "recipe", *_rules()}:
+    if method not in {*PLAIN, "default", "recipe", *_rules()}:
         return "its method was made in Python"
     if unknown := record.config.keys() - SETTINGS:
         return f"its {', '.join(sorted(unknown))} came from Python"

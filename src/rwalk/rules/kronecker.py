@@ -66,7 +66,7 @@ class Kronecker(Rule[TaskLengths]):
         every: after how many steps the weights are pulled, with the sum of their step sizes.
         share: of each matrix as many leading directions are kept as hold this share of its trace; all others count by their
             mean. 1 keeps all.
-        rank: but no more than this; a matrix that is larger is only sketched. None for no limit.
+        rank: but no more than this; of a larger matrix only a few more are followed while it is measured. None for no limit.
         labels: for "data": "sample" draws a label for each row of logits for one backward pass, "exact" weights every class by
             its probability with one pass for each, "true" takes the data's labels, which makes G small where the model is sure
             of them.
@@ -79,7 +79,7 @@ class Kronecker(Rule[TaskLengths]):
     m: int = 10
     every: int = 10
     share: float = 0.9
-    rank: int | None = 64
+    rank: int | None = 32
     labels: Labels = "sample"
     samples: int | None = None
 
@@ -144,7 +144,7 @@ class Kronecker(Rule[TaskLengths]):
         omega = {n: _joined(anchor.omega.get(n), fade, alone.get(n), other, end.point[n]) for n in end.point if n not in inside}
         check_finite(omega, "Look at the size of the gradients.")
         point = dict(zip(end.point, copies(list(end.point.values())), strict=True))
-        return KroneckerAnchor(point, omega, layers), after
+        return KroneckerAnchor(point, omega, {name: layers[name] for name in point if name in layers}), after
 
     def report(
         self,

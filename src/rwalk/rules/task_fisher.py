@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rwalk._parameters import zeros
 from rwalk.anchors.base import Anchor
-from rwalk.rules._scale import mean_element, overlap_factors
+from rwalk.rules._scale import mean_element
 from rwalk.rules.base import Defaults, Fisher, Rule, Step, TaskEnd, check, check_finite, counted
 
 
@@ -39,8 +39,8 @@ class MeanFisher(NamedTuple):
 class TaskFisher(Rule[MeanFisher]):
     """Importance is the sum over tasks of F / (its mean * sqrt(mean steps per task)), with F the task's mean squared gradient.
 
-    In that unit one strength suits short and long tasks, as a pull that is repeated more often may be weaker. Where a task
-    needs the same weights as earlier ones, it counts up to ten times (see `overlap_factors`).
+    In that unit one strength suits short and long tasks, as a pull that is repeated more often may be weaker. Related tasks
+    want a larger one than tasks that share little: what such tasks need of a layer is a matrix, as under `Kronecker`.
 
     Args:
         fisher: "batch" squares the averaged gradient; "example" averages squared per-example gradients, in the same backward.
@@ -79,8 +79,8 @@ class TaskFisher(Rule[MeanFisher]):
         after = state._replace(tasks=tasks, length=state.steps / tasks if tasks else 1.0)
         unit = mean_element(state.fisher, end.shard_group) * math.sqrt(after.length)
         fade = math.sqrt(state.length / after.length) if state.tasks else 1.0  # an anchor from elsewhere stays as it is
-        columns = zip(state.fisher, end.earlier(), self._factors(state, end), state.seen, strict=True)
-        omega = [_joined(fisher / (unit / factor), old, n, fade) for fisher, old, factor, n in columns]
+        columns = zip(state.fisher, end.earlier(), state.seen, strict=True)
+        omega = [_joined(fisher / unit, old, n, fade) for fisher, old, n in columns]
         check_finite(dict(zip(end.point, omega, strict=True)), "Look at the size of the gradients.")
         return end.renew(omega), after._replace(seen=[0] * len(omega))
 
@@ -88,10 +88,6 @@ class TaskFisher(Rule[MeanFisher]):
         """Start the mean of another task."""
         if state.fisher:
             torch._foreach_zero_(state.fisher)
-
-    def _factors(self, state: MeanFisher, end: TaskEnd) -> list[float]:
-        """Return how much more each tensor counts for falling on what earlier tasks need."""
-        return overlap_factors(end.earlier(), state.fisher, end.shard_group)
 
 
 def _joined(new: Tensor, old: Tensor | None, seen: int, fade: float) -> Tensor:
