@@ -3,7 +3,9 @@
 `python -m reproduce.transfer --out runs/transfer` does what has no record yet and prints the tables; it may be stopped and
 started again at any moment. Data sets are looked up below `RWALK_DATA`, else downloaded.
 
-`--ablation` changes one ingredient of the default at a time, `--diagonal` one of the diagonal recipe, on the first setting. "Best" is the best strength of the scan by
+`--ablation` changes one ingredient of the default at a time, `--diagonal` one of the diagonal recipe, on the first setting.
+
+"Best" is the best strength of the scan by
 the very test accuracy that is shown, which flatters it: the default is compared with what nobody can know beforehand.
 """
 
@@ -218,7 +220,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS), metavar="SETTING")
     parser.add_argument("--ablation", action="store_true", help="change one ingredient of the default at a time instead")
-    parser.add_argument("--diagonal", action="store_true", help="change one ingredient of the diagonal recipe at a time instead")
+    parser.add_argument(
+        "--diagonal", action="store_true", help="change one ingredient of the diagonal recipe at a time instead"
+    )
     seed_options(parser, 2)
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"))
     options = parser.parse_args()

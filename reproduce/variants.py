@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rwalk._parameters import zeros
 from rwalk import Kronecker
+from rwalk._parameters import zeros
 from rwalk.anchors import Anchor, KroneckerAnchor
 from rwalk.anchors.factors import KroneckerFactor
 from rwalk.anchors.spectrum import Spectrum

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import mlp
-from rwalk import Consolidator, EWC, EWCpp, L2, RWalk, SI, TaskFisher
+from rwalk import EWC, L2, SI, Consolidator, EWCpp, RWalk, TaskFisher
 
 SIZE = 600
 

@@ -232,7 +232,7 @@ def test_under_activation_checkpointing_each_row_counts_once():
 def test_copies_and_files_of_a_model_that_is_being_measured_hold_no_hooks_that_work():
     model, optimizer, memory = attached(WHOLE)
     train(model, optimizer, batches(0, 2))
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
         before = tensors(memory)
         F.cross_entropy(other(torch.randn(3, 5).double()), torch.zeros(3).long()).backward()
         train(other, torch.optim.SGD(other.parameters(), lr=0.1), batches(1, 2))

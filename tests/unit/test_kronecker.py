@@ -251,7 +251,9 @@ def test_what_is_held_alone_is_pulled_alone(adam):
     memory = Consolidator(model, Kronecker(every=2), 0.5, average="none")
     memory.estimate(data(0))
     other = copy.deepcopy(model)
-    both = [torch.optim.Adam(m.parameters(), lr=0.1) if adam else torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, other)]
+    both = [
+        torch.optim.Adam(m.parameters(), lr=0.1) if adam else torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, other)
+    ]
     memory.attach(both[0])
     train(model, both[0], batches(1, 1))
     train(other, both[1], batches(1, 1))
@@ -408,7 +410,9 @@ def test_damaged_layers_are_refused_and_change_nothing(damage):
 
 def test_the_runner_takes_it_by_name_and_settings():
     stream = bench.permuted("digits", tasks=2)
-    record = bench.run(stream, Kronecker(measure="data", labels="exact", samples=100), training=bench.Training(hidden=(16,), batch_size=50))
+    record = bench.run(
+        stream, Kronecker(measure="data", labels="exact", samples=100), training=bench.Training(hidden=(16,), batch_size=50)
+    )
     assert (record.method, record.config["pull"], record.config["average"]) == ("kronecker", "proximal", "tail")
     assert record.config["strength"] == Kronecker.defaults.strength
 

@@ -229,7 +229,7 @@ RECURRENT = [
 
 @pytest.mark.parametrize(("kind", "options"), RECURRENT)
 def test_gates_give_the_gradients_of_recurrent_layers(kind, options):
-    """Outputs are the module's, and inputs and gates' gradients multiply to the weights' gradients, also through last states."""
+    """Outputs are the module's, and inputs and gates' gradients multiply to the weights' gradients, last states included."""
     from rwalk.gradients.recurrent import Gates
 
     torch.manual_seed(0)

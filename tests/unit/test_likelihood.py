@@ -342,7 +342,9 @@ def test_outputs_of_a_sigmoid_are_refused_as_those_of_a_softmax_are(name):
     for one in x.split(1):
         p = model(one).reshape(())
         want = want + sum(q.item() * gradients(model, theta, q.log()) ** 2 for q in (p, 1 - p)) / 5
-    torch.testing.assert_close(flat(memory.anchor.importance().values()), want, rtol=1e-4 if "single" in name else 1e-9, atol=1e-6)
+    torch.testing.assert_close(
+        flat(memory.anchor.importance().values()), want, rtol=1e-4 if "single" in name else 1e-9, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -377,7 +379,9 @@ def test_a_loss_names_the_distribution_of_several_outputs(named, outputs, engine
     assert abs(got / singly(model, theta, x, weight).sum() - 1) < (0.2 if engine == "layers" else 0.6)
 
 
-@pytest.mark.parametrize("rule", [EWC(), OnlineEWC(), Kronecker(measure="data", labels="exact"), EWC(labels="sample"), EWC(labels="true")])
+@pytest.mark.parametrize(
+    "rule", [EWC(), OnlineEWC(), Kronecker(measure="data", labels="exact"), EWC(labels="sample"), EWC(labels="true")]
+)
 def test_rules_hold_a_model_with_one_output(rule):
     model = nn.Linear(6, 1).double()
     x, y = torch.randn(8, 6).double(), torch.randn(8, 1).double()
@@ -592,7 +596,9 @@ class Last(nn.Module):
         return x[-1]
 
 
-@pytest.mark.parametrize("rule", [EWC(), EWC(labels="sample"), OnlineEWC(labels="true"), MAS(), Kronecker(measure="data")], ids=str)
+@pytest.mark.parametrize(
+    "rule", [EWC(), EWC(labels="sample"), OnlineEWC(labels="true"), MAS(), Kronecker(measure="data")], ids=str
+)
 @pytest.mark.parametrize("name", REFUSED)
 def test_examples_must_lie_along_the_first_dimension_and_be_independent(name, rule):
     make, inputs, shape, options, match = REFUSED[name]

@@ -257,10 +257,7 @@ def test_the_diagonal_recipe_sums_each_tasks_mean_in_its_own_unit(fisher):
         squares = [descend(theta, x, y, fisher) for x, y in batches(task, steps)]
         mean = [np.mean(each, axis=0) for each in zip(*squares, strict=True)]
         new = [m / (np.concatenate([m.ravel() for m in mean]).mean() * length**0.5) for m in mean]
-        if omega is None:
-            omega = new
-        else:
-            omega = [o * (before / length) ** 0.5 + n for o, n in zip(omega, new, strict=True)]
+        omega = new if omega is None else [o * (before / length) ** 0.5 + n for o, n in zip(omega, new, strict=True)]
         before = length
         train(model, optimizer, batches(task, steps))
         memory.consolidate()

@@ -95,7 +95,12 @@ class Anchor(ABC):
             raise ValueError(f"The anchor's layers {listed(wrong)} do not fit its points. Pass it as it was saved.")
         for name in self.omega if self.parts else self.point:
             point, omega = self.point.get(name), self.omega.get(name)
-            if omega is None or point is None or omega.shape != point.shape or not bool((torch.isfinite(omega) & (omega >= 0)).all()):
+            if (
+                omega is None
+                or point is None
+                or omega.shape != point.shape
+                or not bool((torch.isfinite(omega) & (omega >= 0)).all())
+            ):
                 raise ValueError(
                     f"The anchor's importance of {listed([name])} is missing, negative, not finite or of another shape. "
                     "`anchor.omega` needs a weight of 0 or more for each element of its point."

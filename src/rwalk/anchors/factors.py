@@ -204,8 +204,7 @@ class KroneckerFactor:
                 return None
             factor = factor._grown(weight.shape, old)
         dtype = state_dtype(weight)
-        sides = {"inputs": factor.inputs.beside(weight, dtype), "outputs": factor.outputs.beside(weight, dtype)}
-        return replace(factor, **sides)
+        return replace(factor, inputs=factor.inputs.beside(weight, dtype), outputs=factor.outputs.beside(weight, dtype))
 
     def _grown(self, new: torch.Size, old: torch.Size) -> "KroneckerFactor":
         first, others = torch.arange(old[0]), torch.zeros((), dtype=torch.long)

@@ -145,12 +145,12 @@ class KroneckerAnchor(Anchor):
         """Return D of a layer, gathered from all ranks where it is sharded."""
         if not shards.sharded(parameters.get(weight)):
             return layer.displacement(weight, theta, self.point)
-        moved, point = {}, {}
+        moved: dict[str, Tensor] = {}
         for name in layer.names(weight):
             part = theta[name] - self.point[name] if name in theta else torch.zeros_like(self.point[name])
-            moved[name] = shards.full_tensor(shards.as_dtensor(part, parameters[name]))
-            point[name] = torch.zeros_like(moved[name])
-        return layer.displacement(weight, moved, point)
+            whole: Any = shards.full_tensor(shards.as_dtensor(part, parameters[name]))
+            moved[name] = whole
+        return layer.displacement(weight, moved, {name: torch.zeros_like(d) for name, d in moved.items()})
 
     @torch.no_grad()
     def penalty(self, theta: Mapping[str, Tensor]) -> float | Tensor:

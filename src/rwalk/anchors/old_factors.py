@@ -1,4 +1,4 @@
-"""Anchors of layers as earlier versions have saved them: both matrices of one group, each in its whole basis and another unit."""
+"""Anchors of layers as earlier versions have saved them: two matrices, each in its whole basis, in another unit."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -49,7 +49,9 @@ class Spectrum(NamedTuple):
 
     def matrix(self) -> Tensor:
         """Multiply the matrices out, (groups, size, size)."""
-        return self.times(torch.eye(self.size, dtype=self.basis.dtype, device=self.basis.device).expand(len(self.basis), -1, -1))
+        return self.times(
+            torch.eye(self.size, dtype=self.basis.dtype, device=self.basis.device).expand(len(self.basis), -1, -1)
+        )
 
     def diagonal(self) -> Tensor:
         """Return the diagonals, (groups, size)."""
@@ -224,7 +226,8 @@ def _merged(total: Tensor, rows: Tensor, most: int) -> Tensor:
     if both.shape[1] <= most:
         return both
     _, vectors = torch.linalg.eigh(both @ both.mT)
-    return vectors[:, :, -most:].mT @ both
+    leading: Tensor = vectors[:, :, -most:].mT @ both
+    return leading
 
 
 def _fewer(rows: Tensor, most: int) -> Tensor:
@@ -241,7 +244,8 @@ def _fewer(rows: Tensor, most: int) -> Tensor:
     basis, _ = torch.linalg.qr(found)
     inside = rows @ basis
     values, vectors = torch.linalg.eigh(inside.mT @ inside)
-    return values.clamp(min=0).sqrt().unsqueeze(2) * (basis @ vectors).mT
+    leading: Tensor = values.clamp(min=0).sqrt().unsqueeze(2) * (basis @ vectors).mT
+    return leading
 
 
 @lru_cache(maxsize=64)

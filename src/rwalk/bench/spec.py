@@ -135,7 +135,9 @@ class RunSpec:
         if self.added_name in ("replay", "agem"):
             return rehearsal or Rehearsal()
         if rehearsal is not None and self.settings is None:
-            raise ValueError(f"Method `{self.base_name}` does not use `replay`. Pass it with a rule, default, recipe, replay or agem.")
+            raise ValueError(
+                f"Method `{self.base_name}` does not use `replay`. Pass it with a rule, default, recipe, replay or agem."
+            )
         return rehearsal
 
     @cached_property
@@ -297,8 +299,8 @@ def run(
 
     Args:
         stream: the tasks, for example `rwalk.bench.split("digits", tasks=5)`.
-        method: "finetune", "joint", "cumulative", "replay", "agem", "lwf", "default" (`Consolidator(model)`), "recipe" (the diagonal one), a rule such as
-            `RWalk()`, or an object with `fit` and `predict`.
+        method: "finetune", "joint", "cumulative", "replay", "agem", "lwf", "default" (`Consolidator(model)`), "recipe" (the
+            diagonal one), a rule such as `RWalk()`, or an object with `fit` and `predict`.
         strength: factor of the penalty for a rule; the consolidator's default when None. For "lwf" the weight of the earlier
             answers; 1 when None.
         seed: seed of initial weights and batch order; equal seeds give equal results, bit for bit on one machine's CPU.

@@ -13,7 +13,7 @@ from rwalk._io import states
 from rwalk._parameters import named_parameters, once_built, refuse_odd
 from rwalk.anchors.base import Anchor
 from rwalk.anchors.match import Match
-from rwalk.consolidation import hooks, state_checks
+from rwalk.consolidation import hooks, saving, state_checks
 from rwalk.consolidation.memory import Memory
 from rwalk.consolidation.offload import Offload
 from rwalk.consolidation.protected import find_protected, refuse_nothing, trainable
@@ -302,7 +302,7 @@ class Consolidator:
         self._observer.resolve()
         self._memory.theta()  # what grew or was replaced is saved as it is now, and can be loaded into the model as it is now
         self._memory.follow_replaced()
-        return self._memory.content()
+        return saving.content(self._memory)
 
     def blank_state_dict(self, folder: str | Path, key: str) -> dict[str, Any]:
         """Return a state dictionary into which `torch.distributed.checkpoint` can load a saved one, on any number of ranks.
@@ -330,7 +330,7 @@ class Consolidator:
         Raises:
             ValueError: if the state is of another format, rule or model; the message names the difference.
         """
-        self._memory.restore(state_dict)
+        saving.restore(self._memory, state_dict)
         self._observer.forget_pending()
 
     @torch.inference_mode(False)

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +11,12 @@ from torch.optim import Optimizer
 
 from rwalk import gradients
 from rwalk._parameters import bare, copies, listed, named_parameters, refuse_odd
-from rwalk.anchors.base import Anchor, anchor_kind
+from rwalk.anchors.base import Anchor
 from rwalk.anchors.elementwise import ElementwiseAnchor
 from rwalk.anchors.kronecker import KroneckerAnchor, held_names
 from rwalk.anchors.match import Match
-from rwalk.consolidation import proximal, state_checks
 from rwalk.consolidation.averaging import Tail
+from rwalk.consolidation.measuring import content_of, moments_from
 from rwalk.consolidation.moves import Moves
 from rwalk.consolidation.offload import Offload
 from rwalk.consolidation.old_states import NOTHING_MEASURED
@@ -30,7 +29,7 @@ from rwalk.consolidation.protected import (
 )
 from rwalk.consolidation.repeats import LastEnd
 from rwalk.consolidation.settings import Settings
-from rwalk.consolidation.turns import Turns, take_last_turn, take_turn
+from rwalk.consolidation.turns import Turns
 from rwalk.distributed import shards
 
 
@@ -51,6 +50,7 @@ class Memory:
         steps: how many steps of the current task have been observed.
         last_end: how the last task ended, for rules that measure on data.
         shown: whether somebody else has been given the anchor, who may put its tensors elsewhere.
+        renewed: whether the state was cleared of what the task begins without.
         squares: the collector of per-example gradients, None where the rule needs none.
         moments: the collector of second moments in training, None where the rule needs none.
         turns: how far the weights have gone since they were last pulled, where that is not done at each step.
@@ -69,19 +69,13 @@ class Memory:
         self.last_end: LastEnd | None = None
         self.squares: gradients.Squares | None = None
         self.moments: gradients.TrainingMoments | None = None
-        self._renewed = True
+        self.renewed = True
         self._copied: dict[str, Any] = {}
         self._followed = bare(model)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies are made of: everything except hooks on the model."""
-        return {**vars(self), "squares": None, "moments": None, "_copied": self._measured()}
-
-    def _measured(self) -> dict[str, Any]:
-        if self.moments is None:
-            return dict(NOTHING_MEASURED)
-        content = self.moments.content(whole=bool(self.protected.shard_group.groups))
-        return {**content, "squares": shards.as_dtensors(content["squares"], self.protected.parameters)}
+        return {**vars(self), "squares": None, "moments": None, "_copied": content_of(self.moments, self.protected)}
 
     @property
     def averages(self) -> bool:
@@ -93,37 +87,6 @@ class Memory:
         """Whether each element is pulled alone at each step, and not whole layers every few steps."""
         return self.rule.anchor_kind.by_element
 
-    def take_turn(self, theta: Mapping[str, Tensor], metrics: proximal.Metrics) -> None:
-        """Pull whole layers and average; see `take_turn`."""
-        take_turn(self, theta, self.pull_steps(metrics))
-
-    def take_last_turn(self) -> Callable[[], None]:
-        """Do so for the last time in a task; return a function that undoes it."""
-        if not self.turns.lengths or self.by_element:
-            return lambda: None
-        if self.optimizer is not None:
-            metrics = proximal.Metrics(self.optimizer, self.protected.parameters.values())
-            return take_last_turn(self, self.protected.theta, self.pull_steps(metrics))
-        if not any(self.turns.lengths.values()):
-            return take_last_turn(self, self.protected.theta, None)
-        warnings.warn(
-            f"No optimiser is attached, so the pull of the last {self.turns.since} steps is left out, as its length is not "
-            "known. Call `attach(optimizer)` before `consolidate()`.",
-            stacklevel=5,
-        )
-        self.turns.reset()
-        return lambda: None
-
-    def pull_steps(self, metrics: proximal.Metrics) -> Callable[[Mapping[str, float]], proximal.DeferredSteps]:
-        """Return what turns sums of steps' lengths into the steps of a pull."""
-        group, names = self.protected.shard_group, list(self.protected.theta)
-
-        def mean(total: float, count: int) -> float:
-            total, count = group.sums([total, count])
-            return total / count
-
-        return lambda lengths: proximal.DeferredSteps(metrics, names, lengths, mean)
-
     def watch_next(self) -> None:
         """Have the next step measured if its turn has come."""
         every = self.rule.moments_every
@@ -132,9 +95,9 @@ class Memory:
 
     def renew(self) -> None:
         """Clear what the next task starts without; what was interrupted is done again."""
-        if not self._renewed:
+        if not self.renewed:
             self.rule.renew(self.state)
-            self._renewed = True
+            self.renewed = True
 
     def next_moments(self, anchor: Anchor) -> gradients.TrainingMoments | None:
         """Return the collector of second moments for a task that begins with an anchor."""
@@ -144,7 +107,7 @@ class Memory:
         """Take over what a task's end has brought."""
         counts = self.steps or not self.tasks or self.rule.measures == "data"
         self.anchor, self.state, self.last_end, self.moves, self.moments = anchor, state, last_end, moves, moments
-        self.tasks, self.steps, self._renewed, self.turns = self.tasks + bool(counts), 0, False, Turns()
+        self.tasks, self.steps, self.renewed, self.turns = self.tasks + bool(counts), 0, False, Turns()
         self.tail.restart()
         self.shown = False
         self.watch_next()
@@ -246,7 +209,7 @@ class Memory:
         if self.rule.moments_every is None:
             return
         if self.moments is None:
-            self.moments = self._read_moments(self._copied or NOTHING_MEASURED, now, self.anchor)
+            self.moments = moments_from(self._copied or NOTHING_MEASURED, self.model, self.rule, now, self.anchor)
             self._copied = {}
         else:
             self.moments = self.moments.followed(now.parameters, lost, held_names(self.anchor))
@@ -289,13 +252,16 @@ class Memory:
                 stacklevel=4,
             )
         self.widen([*match.names.values(), *trainable(self.model)])
-        self.anchor = self.offload.keep_anchor(self._local(self._of_my_kind(anchor).renamed(match.names)).align(self.protected.theta))
+        self.anchor = self.offload.keep_anchor(
+            self._local(self.of_my_kind(anchor).renamed(match.names)).align(self.protected.theta)
+        )
         if self.moments is not None:
             self.moments = self.moments.followed(self.protected.parameters, [], held_names(self.anchor))
             self.watch_next()
         return match
 
-    def _of_my_kind(self, anchor: Anchor) -> Anchor:
+    def of_my_kind(self, anchor: Anchor) -> Anchor:
+        """Return an anchor that the rule can hold to, with the same quadratic."""
         return anchor if self.by_element else KroneckerAnchor.of(anchor)
 
     def _local(self, anchor: Anchor) -> Anchor:
@@ -320,73 +286,3 @@ class Memory:
         yield from self.tail.average.values()
         if self.moments is not None:
             yield from self.moments.tensors()
-
-    def content(self) -> dict[str, Any]:
-        """Return the layout of `Consolidator.state_dict`, its tensors copied."""
-        parameters = self.protected.parameters
-        state = {key: shards.as_dtensors(_copied(value), parameters) for key, value in self.state._asdict().items()}
-        state |= {key: self.protected.shard_group.total(state[key]) for key in self.rule.counters}
-        return {
-            "format": state_checks.FORMAT,
-            "rule": state_checks.description(self.rule),
-            "strength": self.strength,
-            "average": self.average,
-            "tasks": self.tasks,
-            "steps": self.steps,
-            "changed": "\n".join(self.changed()),
-            "last_end": "" if self.last_end is None else self.last_end.text(),
-            "shapes": {name: list(p.shape) for name, p in parameters.items()},
-            "state": state,
-            "anchor": _copied(self.whole_anchor().content()),
-            "turns": {"lengths": dict(self.turns.lengths), "since": self.turns.since},
-            "moments": _copied(self._measured()),
-            "tail": {"average": shards.as_dtensors(_copied(self.tail.average), parameters), "count": dict(self.tail.count)},
-        }
-
-    def _read_moments(
-        self, content: Mapping[str, Any], now: ProtectedParameters, anchor: Anchor
-    ) -> gradients.TrainingMoments | None:
-        """Return the collector of second moments that a content was made from."""
-        if self.rule.moments_every is None:
-            return None
-        moments = gradients.TrainingMoments(self.model, now.parameters, self.rule.rank, held_names(anchor))
-        try:
-            squares = shards.local_parts(_copied(content["squares"]), now.parameters)
-            moments.read({**_copied(content), "squares": squares}, now.shard_group.first, bool(now.shard_group.groups))
-        except (ValueError, RuntimeError, AttributeError) as error:
-            raise state_checks.damaged_state([f"moments ({error})"]) from None
-        return moments
-
-    def restore(self, content: Mapping[str, Any]) -> None:
-        """Continue from a `content` of the same model and rule; on an error nothing changes."""
-        parameters = named_parameters(self.model)
-        content = state_checks.current_format(content, parameters)
-        state_checks.refuse_state(content, self.rule, self.average, parameters, self.state)
-        now = ProtectedParameters.of({name: parameters[name] for name in content["shapes"]})
-        mine = partial(shards.local_parts, parameters=now.parameters)
-        state = type(self.state)(**{key: _copied(mine(value)) for key, value in content["state"].items()})
-        state = state._replace(**{key: now.shard_group.mine(getattr(state, key)) for key in self.rule.counters})
-        state = grow_state(state, list(now.shapes), now.shapes, now.theta, self.rule.init)
-        kind = anchor_kind(content["anchor"]) or ElementwiseAnchor
-        anchor = self._of_my_kind(kind.read(_copied(content["anchor"])))
-        anchor = replace(anchor, point=mine(anchor.point), omega=mine(anchor.omega)).align(now.theta)
-        moments = self._read_moments(content["moments"], now, anchor)
-        self.tail = Tail.read(_copied(mine(content["tail"]["average"])), content["tail"]["count"])
-        self.strength, self.tasks, self.steps = (content[key] for key in ("strength", "tasks", "steps"))
-        self.moves, self._renewed, self.protected = Moves(content["changed"].splitlines()), True, now
-        self.last_end = LastEnd.read(content["last_end"]) if content["last_end"] else None
-        self.anchor, self.state = self.offload.keep_anchor(anchor), self.offload.keep(self.rule, state)
-        self.turns = Turns(content["turns"]["lengths"], content["turns"]["since"])
-        self.stop_collecting()
-        self.moments = moments
-        if self.optimizer is not None:
-            self.follow_optimizer(self.optimizer)
-
-
-def _copied(value: Any) -> Any:
-    """Copy the tensors in lists and dictionaries; pass plain values on."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, list):
-        return [_copied(v) for v in value]
-    return {k: _copied(v) for k, v in value.items()} if isinstance(value, dict) else value

@@ -37,7 +37,7 @@ def _whole_layers(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return what changes for a rule that measured on data, kept all directions and had another unit."""
     rule, tasks = content["rule"], content["tasks"]
     whole = {"measure": "data", "m": 10, "every": rule["every"], "share": 1.0, "rank": None}
-    lengths = {}
+    lengths: dict[str, float] = {}
     for weight, layer in content["anchor"].get("layers", {}).items():
         if layer["deferred"][1]:
             lengths |= dict.fromkeys([weight, *([layer["bias"]] if layer["bias"] else [])], layer["deferred"][0] / UNIT)

@@ -63,7 +63,8 @@ class Metrics:
     def lengths(self, factor: float) -> list[float]:
         """Return for each parameter `factor` times the length of a step, before it is divided by a second moment."""
         each = [
-            factor * rate(group) * _unit(group) / (1 - _momentum(self._optimizer, group)) for group in self._optimizer.param_groups
+            factor * rate(group) * _unit(group) / (1 - _momentum(self._optimizer, group))
+            for group in self._optimizer.param_groups
         ]
         return each * len(self._group) if len(each) == 1 else [each[k] for k in self._group]
 

@@ -59,7 +59,9 @@ def refuse_state(
     """
     try:
         _refuse_origin(state_dict, rule, average)
-        damaged = [key for key in ("shapes", "state", "anchor", "tail", "turns", "moments") if not isinstance(state_dict[key], Mapping)]
+        damaged = [
+            key for key in ("shapes", "state", "anchor", "tail", "turns", "moments") if not isinstance(state_dict[key], Mapping)
+        ]
         if not damaged:
             _refuse_model(state_dict["shapes"], parameters)
             damaged = _damage(state_dict, rule, state)

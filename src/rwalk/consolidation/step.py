@@ -1,6 +1,5 @@
 """One optimiser step: it is checked, observed by the rule, and followed by the pull and the average."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,11 +8,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rwalk import gradients, kernels
-from rwalk.anchors.base import Anchor
 from rwalk.consolidation import proximal
 from rwalk.consolidation.memory import Memory
+from rwalk.consolidation.overshoot import OvershootCheck
 from rwalk.consolidation.protected import refuse_sparse, shares_memory
 from rwalk.consolidation.settings import Nonfinite, Pull
+from rwalk.consolidation.turns import take_turn
 from rwalk.consolidation.validity import ACCEPTED, PendingCheck, loss_scale, scaler_scale, skip_flag
 from rwalk.rules.base import Step
 
@@ -62,8 +62,7 @@ class StepObserver:
         self._averaged: list[str] = []
         self._changed: list[str] = []
         self._pending: PendingCheck | None = None
-        self._checked_anchor: Anchor | None = None
-        self._largest = 0.0
+        self._overshoot = OvershootCheck()
         self._metrics: tuple[Any, Any, proximal.Metrics] | None = None
         self._checked_optimizer: Optimizer | None = None
         self._layout: kernels.Layout | None = None
@@ -127,7 +126,7 @@ class StepObserver:
         step, self._open = self._open, None
         if step is None:
             return
-        memory, pending = self.memory, self._pending
+        memory = self.memory
         if not memory.by_element:
             self._take_turn(optimizer, step)
             return
@@ -169,7 +168,7 @@ class StepObserver:
         self._averaged = [name for name, has in zip(names, step.moved, strict=True) if has]
         self._counted = [length for length, has in zip(lengths, step.moved, strict=True) if has]
         if memory.turns.since >= memory.rule.pull_every and (self._pending is None or not self._pending.fails()):
-            memory.take_turn(memory.protected.theta, metrics)
+            take_turn(memory, memory.protected.theta, metrics)
             self._averaged = []
         memory.moves.after_step(memory.protected, names, step.moved, walks=False)
         memory.watch_next()
@@ -300,24 +299,8 @@ class StepObserver:
         memory = self.memory
         if self.pull != "gradient" or not memory.strength or not memory.anchor.point:
             return 0.0
-        self._warn_of_overshoot(max(map(proximal.rate, optimizer.param_groups)))
+        self._overshoot.look(memory, max(map(proximal.rate, optimizer.param_groups)))
         return memory.strength
-
-    def _warn_of_overshoot(self, lr: float) -> None:
-        """Warn, once for an anchor, when steps along the penalty's gradient are longer than the distance to the anchor."""
-        memory = self.memory
-        if self._checked_anchor is not memory.anchor:
-            self._checked_anchor = memory.anchor
-            self._largest = memory.protected.shard_group.maxima([memory.anchor.largest()])[0]
-        largest, strength = self._largest, memory.strength
-        if lr * 2 * strength * largest > 1:
-            self._largest = 0.0
-            warnings.warn(
-                "The gradient pull overshoots the anchor: lr * 2 * strength * max omega is more than 1, at strength "
-                f"{strength:g}, learning rate {lr:g} and largest importance {largest:.3g}. Build the consolidator with "
-                f'`pull="proximal"`, or with a strength below {0.5 / (lr * largest):.3g}.',
-                stacklevel=6,
-            )
 
     def _metric(self, optimizer: Optimizer, moved: list[bool]) -> kernels.Metric | None:
         """Return the metric of the proximal pull, after whole layers were pulled in it; None for no pull."""

@@ -18,6 +18,7 @@ from rwalk.consolidation.memory import Memory
 from rwalk.consolidation.moves import Moves
 from rwalk.consolidation.protected import trainable
 from rwalk.consolidation.repeats import LastEnd, SummedData
+from rwalk.consolidation.turns import take_last_turn
 from rwalk.distributed import ranks, wrappers
 from rwalk.rules.base import Factors, Gradients, Rule, TaskEnd, no_data, no_factors
 
@@ -39,7 +40,7 @@ def end_task(memory: Memory, data: Iterable[Any] | None, loss: Any, logits: Any,
     _accept_changes(memory)
     undo: Callable[[], Any] = int  # nothing to undo yet
     try:
-        undo = memory.take_last_turn()
+        undo = take_last_turn(memory)
         with memory.tail.swapped(theta) as raw, statistics_kept(memory.model):
             if any(memory.tail.count.values()):
                 renew_statistics(memory.model, data, gradients.forward)

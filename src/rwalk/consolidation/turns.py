@@ -1,11 +1,14 @@
 """What is done every few steps and not at each: the pull of whole layers, and the average of weights that were just pulled."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from rwalk.anchors.kronecker import KroneckerAnchor, PullSteps
+from rwalk.consolidation import proximal
+from rwalk.consolidation.protected import ProtectedParameters
 
 if TYPE_CHECKING:
     from rwalk.consolidation.memory import Memory
@@ -40,38 +43,66 @@ class Turns:
         self.lengths, self.since = {}, 0
 
 
-def take_turn(
-    memory: "Memory", theta: Mapping[str, Tensor], steps: Callable[[Mapping[str, float]], PullSteps] | None
-) -> None:
+def pull_steps(protected: ProtectedParameters, metrics: proximal.Metrics, lengths: Mapping[str, float]) -> PullSteps:
+    """Return how long the steps of a pull are that makes up for several steps of an optimiser."""
+
+    def mean(total: float, count: int) -> float:
+        total, every = protected.shard_group.sums([total, count])
+        return total / every
+
+    return proximal.DeferredSteps(metrics, list(protected.theta), lengths, mean)
+
+
+def take_turn(memory: "Memory", theta: Mapping[str, Tensor], metrics: proximal.Metrics | None) -> None:
     """Pull the parameters that have moved since the last time, then take them into the average.
 
     Args:
         memory: holds anchor, average and what has been counted.
         theta: the parameters that may be written to, by name.
-        steps: takes the sums of steps' lengths, and returns how long the steps of a pull are; None for no pull.
+        metrics: reads the optimiser's metric; None for no pull.
     """
-    turns = memory.turns
-    moved = {name: theta[name] for name in turns.lengths if name in theta}
-    if steps is not None and isinstance(memory.anchor, KroneckerAnchor) and any(turns.lengths.values()):
-        memory.anchor.draw(moved, steps(turns.lengths), memory.protected.parameters)
+    lengths, anchor = memory.turns.lengths, memory.anchor
+    moved = {name: theta[name] for name in lengths if name in theta}
+    if metrics is not None and isinstance(anchor, KroneckerAnchor) and any(lengths.values()):
+        anchor.draw(moved, pull_steps(memory.protected, metrics, lengths), memory.protected.parameters)
     if memory.averages:
         memory.tail.take(moved)
-    turns.reset()
+    memory.turns.reset()
 
 
-def take_last_turn(
-    memory: "Memory", theta: Mapping[str, Tensor], steps: Callable[[Mapping[str, float]], PullSteps] | None
-) -> Callable[[], None]:
+def take_last_turn(memory: "Memory") -> Callable[[], None]:
     """Take a turn when a task ends, if there were steps since the last one; return a function that undoes it."""
-    turns, tail = memory.turns, memory.tail
+    turns, theta = memory.turns, memory.protected.theta
     if not turns.lengths:
         return lambda: None
-    lengths, since = dict(turns.lengths), turns.since
+    metrics = None
+    if memory.optimizer is not None:
+        metrics = proximal.Metrics(memory.optimizer, memory.protected.parameters.values())
+    elif any(turns.lengths.values()):
+        warnings.warn(
+            f"No optimiser is attached, so the pull of the last {turns.since} steps is left out, as its length is not known. "
+            "Call `attach(optimizer)` before `consolidate()`.",
+            stacklevel=5,
+        )
+        turns.reset()
+        return lambda: None
     parameters = memory.protected.parameters  # those that were frozen meanwhile stay as they are
-    writable = {name: p for name, p in theta.items() if name in lengths and parameters[name].requires_grad}
-    before = {name: p.detach().clone() for name, p in writable.items()}
-    average = {name: tail.average[name].clone() for name in writable if name in tail.average}
-    count = dict(tail.count)
+    writable = {name: theta[name] for name in turns.lengths if name in theta and parameters[name].requires_grad}
+    undo = _undoing(memory, writable)
+    try:
+        take_turn(memory, {name: p.detach() for name, p in writable.items()}, metrics)
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+def _undoing(memory: "Memory", theta: Mapping[str, Tensor]) -> Callable[[], None]:
+    """Return a function that brings back what a turn changes."""
+    turns, tail = memory.turns, memory.tail
+    lengths, since, count = dict(turns.lengths), turns.since, dict(tail.count)
+    before = {name: p.detach().clone() for name, p in theta.items()}
+    average = {name: tail.average[name].clone() for name in theta if name in tail.average}
 
     def undo() -> None:
         for name, value in before.items():
@@ -81,9 +112,4 @@ def take_last_turn(
         tail.count = count
         memory.turns = Turns(lengths, since)
 
-    try:
-        take_turn(memory, {name: p.detach() for name, p in writable.items()}, steps)
-    except BaseException:
-        undo()
-        raise
     return undo

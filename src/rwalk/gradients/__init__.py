@@ -9,4 +9,15 @@ from rwalk.gradients.moments import moments
 from rwalk.gradients.outputs import read_output
 from rwalk.gradients.over_data import per_example_over
 
-__all__ = ["ModelSnapshot", "Squares", "StepMoments", "TrainingMoments", "forward", "isolated", "moments", "per_example_over", "read_output", "refuse_dependence"]
+__all__ = [
+    "ModelSnapshot",
+    "Squares",
+    "StepMoments",
+    "TrainingMoments",
+    "forward",
+    "isolated",
+    "moments",
+    "per_example_over",
+    "read_output",
+    "refuse_dependence",
+]

@@ -278,7 +278,11 @@ class TrainingMoments:
         """
         size = 1 if whole else self._ranks().size
         sums, examples = self._whole() if whole else (self.layers, self.examples * size)
-        layers = {weight: {"rows": s.rows * size, "sums": s.scaled(size).tensors()} for weight in self._uses.layers if (s := sums.get(weight)) and s.rows}
+        layers = {
+            weight: {"rows": s.rows * size, "sums": s.scaled(size).tensors()}
+            for weight in self._uses.layers
+            if (s := sums.get(weight)) and s.rows
+        }
         return {"layers": layers, "squares": dict(self.squares), "seen": dict(self.seen), "examples": examples}
 
     def read(self, content: Mapping[str, Any], first: bool = True, whole: bool = False) -> None:

@@ -167,9 +167,9 @@ class LayerKind(NamedTuple):
             x, g = (t if t.dim() == len(module.kernel_size) + 2 else t.unsqueeze(0) for t in (x, g))
             places = g[0, 0].numel()
             count = at_once(g.device, module.in_channels * math.prod(module.kernel_size) * places)
-            pieces = zip(x.split(count), g.split(count), strict=True)
+            pieces = list(zip(x.split(count), g.split(count), strict=True))
         else:
-            pieces = iter([(x, g)])
+            pieces = [(x, g)]
         for some, gradient in pieces:
             yield from _without_padding(module, LayerRows(layer, self.inputs(module, some), self.deltas(module, gradient)))
 
@@ -188,11 +188,13 @@ def _flat(_: nn.Module, x: Tensor) -> Tensor:
 
 
 def _patches(module: Any, x: Tensor) -> Tensor:
-    return patches(module, x).transpose(0, 1).flatten(1, 2)
+    rows: Tensor = patches(module, x).transpose(0, 1).flatten(1, 2)
+    return rows
 
 
 def _channels(module: Any, g: Tensor) -> Tensor:
-    return g.flatten(2).unflatten(1, (module.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+    rows: Tensor = g.flatten(2).unflatten(1, (module.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+    return rows
 
 
 def _tokens(_: nn.Module, x: Tensor) -> Tensor:
@@ -238,7 +240,9 @@ class WeightGradient:
     def fits(self, gradient: Tensor | None) -> bool:
         """Return whether the weight has this gradient."""
         total = self._total
-        given = torch.zeros_like(total) if gradient is None else self._layer.arrangement._replace(bias=None).matrix(gradient, None)
+        given = (
+            torch.zeros_like(total) if gradient is None else self._layer.arrangement._replace(bias=None).matrix(gradient, None)
+        )
         return GradientFit.of(total, given, torch.as_tensor(self._bound)).fits(1.0, CANCELLED)
 
 

@@ -14,7 +14,7 @@ from rwalk.anchors.kronecker import HeldNames
 from rwalk.distributed.shards import sharded
 from rwalk.distributed.wrappers import module_class
 from rwalk.gradients.layer_moments import LAYER_KINDS, TRANSPOSED_LINEAR, LayerKind, LayerRows, MeasuredLayer
-from rwalk.gradients.recurrent import Gates, Recurrent, measurable
+from rwalk.gradients.recurrent import Gates, measurable
 
 Rows = Callable[[Sequence[Tensor | None]], Iterator[LayerRows]]
 """Takes the gradients of a use's outputs, None where there is none, and yields what the use contributes."""
@@ -70,7 +70,7 @@ def _odd_embedding(module: nn.Module) -> bool:
 
 def _weight(claim: Claim) -> nn.Parameter | None:
     module = claim.module.out_proj if claim.key.startswith("out_proj.") else claim.module
-    return module._parameters.get(claim.key.rpartition(".")[2])  # type: ignore[union-attr, return-value]
+    return module._parameters.get(claim.key.rpartition(".")[2])  # type: ignore[union-attr]
 
 
 class ModelHook(partial[Any]):
@@ -142,9 +142,7 @@ class LayerUses:
         self._handles.clear()
 
 
-def _layer(
-    uses: list[Claim], names: Mapping[int, str], biases: list[int], held: HeldNames
-) -> MeasuredLayer | None:
+def _layer(uses: list[Claim], names: Mapping[int, str], biases: list[int], held: HeldNames) -> MeasuredLayer | None:
     """Return the layer of a weight; None where its uses are of different kinds."""
     first = uses[0]
     parameter = _weight(first)
@@ -168,9 +166,7 @@ def _takes_gradients(output: Any) -> bool:
     return torch.is_grad_enabled() and isinstance(output, Tensor) and output.is_floating_point()
 
 
-def _plain(
-    layer: MeasuredLayer, kind: LayerKind, noted: Noted, module: nn.Module, args: Any, kwargs: Any, output: Any
-) -> Any:
+def _plain(layer: MeasuredLayer, kind: LayerKind, noted: Noted, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     """Note the use of a layer with one weight."""
     if not _takes_gradients(output):
         return output
@@ -221,7 +217,7 @@ class _Attention:
         """Begin a call of the module."""
         plain = F.linear
         self._plain.append(plain)
-        owners = {"out_proj.weight": module.out_proj}
+        owners: dict[str, Any] = {"out_proj.weight": module.out_proj}
         weights = {key: owners.get(key, module)._parameters[key.rpartition(".")[2]] for key in self._layers}
 
         def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -243,14 +239,12 @@ class _Attention:
         for key, p in weights.items():
             if weight is p:
                 return self._layers[key], 0
-            if weight._base is p and weight.stride() == p.stride():
+            if isinstance(p, Tensor) and weight._base is p and weight.stride() == p.stride():
                 return self._layers[key], (weight.storage_offset() - p.storage_offset()) // p.stride(0)
         return None, 0
 
 
-def _placed_rows(
-    layer: MeasuredLayer, offset: int, x: Tensor, gradients: Sequence[Tensor | None]
-) -> Iterator[LayerRows]:
+def _placed_rows(layer: MeasuredLayer, offset: int, x: Tensor, gradients: Sequence[Tensor | None]) -> Iterator[LayerRows]:
     """Yield rows of some of a layer's outputs, as rows of all of them."""
     for g in gradients:
         if g is not None:

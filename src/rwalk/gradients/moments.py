@@ -94,9 +94,7 @@ class _Passes:
         odd: the layers whose weights have another gradient than their inputs and outputs give.
     """
 
-    def __init__(
-        self, root: nn.Module, uses: LayerUses, rank: int | None, scores: Scores, snapshot: ModelSnapshot
-    ) -> None:
+    def __init__(self, root: nn.Module, uses: LayerUses, rank: int | None, scores: Scores, snapshot: ModelSnapshot) -> None:
         self._root, self._uses, self._scores, self._snapshot = root, uses, scores, snapshot
         self.sums = empty_sums(uses.layers, rank)
         self.odd: set[str] = set()
@@ -153,4 +151,3 @@ def _sums(score: Tensor, weight: Tensor) -> Iterator[Tensor]:
     for c in range(score.shape[1]):
         # a masked class must not add 0 * inf
         yield torch.where(weight[:, c] > 0, score[:, c] * weight[:, c].sqrt(), 0).sum()
-

@@ -1,7 +1,7 @@
-"""Gates of recurrent layers: PyTorch computes all steps at once, so they are computed again, one by one, where they are asked for."""
+"""Gates of recurrent layers, computed again step by step: PyTorch computes all steps at once and shows none."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +47,8 @@ class Gates:
     def _run(self, number: int, direction: int, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Run one layer in one direction; return its outputs and its last state."""
         suffix = f"l{number}" + "_reverse" * direction
-        weights = [getattr(self.module, f"{name}_{suffix}", None) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-        w_ih, w_hh, b_ih, b_hh = (None if w is None else w.detach() for w in weights)
+        found = [getattr(self.module, f"{name}_{suffix}", None) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+        w_ih, w_hh, b_ih, b_hh = (cast(Tensor, None if w is None else w.detach()) for w in found)
         gates = F.linear(x, w_ih, b_ih).requires_grad_()
         inputs, recurrent, outputs = [], [], []
         for t in reversed(range(len(x))) if direction else range(len(x)):

@@ -194,6 +194,11 @@ class Rule(ABC, Generic[State]):
         return None
 
     @property
+    def directions(self) -> int | None:
+        """How many directions are kept of each matrix that is measured in training; None for all."""
+        return None
+
+    @property
     def pull_every(self) -> int:
         """After how many steps whole layers are pulled."""
         return 1

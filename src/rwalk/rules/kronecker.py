@@ -115,6 +115,11 @@ class Kronecker(Rule[TaskLengths]):
         return self.m if self.measure == "training" else None
 
     @property
+    def directions(self) -> int | None:
+        """How many directions are kept of each matrix."""
+        return self.rank
+
+    @property
     def pull_every(self) -> int:
         """After how many steps whole layers are pulled."""
         return self.every
@@ -166,6 +171,7 @@ def _unit(fresh: Mapping[str, Moments]) -> float:
 
 def _joined(earlier: Tensor | None, fade: float, fresh: Tensor | None, unit: float, theta: Tensor) -> Tensor:
     """Add a task's importance to the earlier one."""
-    total = torch.zeros_like(theta, dtype=torch.promote_types(theta.dtype, torch.float32)) if earlier is None else earlier * fade
+    total = (
+        torch.zeros_like(theta, dtype=torch.promote_types(theta.dtype, torch.float32)) if earlier is None else earlier * fade
+    )
     return total if fresh is None else total + fresh / unit
-
