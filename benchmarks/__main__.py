@@ -23,6 +23,7 @@ SLOW = ("resnet18", "gpt", "resnet50", "vit-b16", "bert-base", "gpt2", "many-300
 """What the quick form leaves out."""
 EVERYDAY = (
     "plain",
+    "default",
     *(f"{rule}-{name}" for rule in ("rwalk", "recipe", "ewcpp", "si") for name in ("blocked", "numba", "triton")),
 )
 """What the quick form measures, as far as it is there."""

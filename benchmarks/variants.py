@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from benchmarks.models import Case
-from rwalk import EWC, L2, MAS, SI, Consolidator, EWCpp, OnlineEWC, RWalk, kernels
+from rwalk import EWC, L2, MAS, SI, Consolidator, EWCpp, OnlineEWC, RWalk, TaskFisher, kernels
 from rwalk.rules.base import Rule
 
 POOL = 20
@@ -136,9 +136,10 @@ def ours() -> dict[str, Variant]:
         **{f"rwalk-{name}": watched(f"RWalk, {name}", RWalk(), backend=name) for name in kernels.available()},
         "rwalk-50-tasks": watched("RWalk, 50 tasks", RWalk(), tasks=50, cases=("mlp-b10", "mlp-b128")),
         "rwalk-example": watched("RWalk, per example", RWalk(fisher="example")),
-        **{f"recipe-{name}": watched(f"recipe, {name}", None, backend=name) for name in others},
+        **{f"recipe-{name}": watched(f"recipe, {name}", TaskFisher(), backend=name) for name in others},
         **{f"ewcpp-{name}": watched(f"EWCpp, {name}", EWCpp(), backend=name) for name in others},
         **{f"si-{name}": watched(f"SI, {name}", SI(), backend=name) for name in others},
+        "default": watched("default", None),
         "ewc": watched("EWC", EWC(labels="true")),
         "online-ewc": watched("OnlineEWC", OnlineEWC(labels="true")),
         "mas": watched("MAS", MAS()),

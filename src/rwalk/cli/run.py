@@ -64,7 +64,7 @@ class Run:
     """Factor of the penalty, several ones with commas between, or tuned: what `rwalk tune` has found with the same settings;
     default: 1 for rules and lwf, 0.1 for default, recipe and kronecker."""
     pull: Pull | None = None
-    """How rules pull: by the penalty's gradient, or by a proximal step; gradient, or for default, recipe and kronecker proximal."""
+    """How rules pull: by the penalty's gradient, or by a proximal step; default: as in their papers, or proximal."""
     average: Average | None = None
     """Whether rules end a task at the average of its later iterates; default: none; default, recipe and kronecker: tail."""
     replay: int | None = None
