@@ -74,10 +74,10 @@ plugin = RWalkPlugin(ewc_lambda=1.0, ewc_alpha=0.9, delta_t=10)
 model = train("RWalk", plugin)
 
 # `ConsolidationPlugin` takes every other rule, with its strength and the options of `Consolidator`. Rules that measure on data
-# get it from the strategy when an experience ends. Without a rule it uses the recommended recipe, `TaskFisher()`.
+# get it from the strategy when an experience ends. Without a rule it uses the recommended one, `Kronecker()`.
 
 train("EWC", ConsolidationPlugin(EWC(samples=300), strength=10.0, pull="proximal"))
-train("recipe", ConsolidationPlugin(strength=1.0))
+train("default", ConsolidationPlugin())
 
 # `plugin.memory` is the consolidator.
 

@@ -22,7 +22,7 @@ rng = np.random.default_rng(0)
 tasks = [rng.permutation(64) for _ in range(5)]
 
 # Settings are arguments, as always in scikit-learn. `rule` may be `RWalk()`, `EWC()` or any other rule; without one it is the
-# recommended recipe, `TaskFisher()`. At strength 0 nothing is protected: that is plain training.
+# recommended one, `Kronecker()`. At strength 0 nothing is protected: that is plain training.
 
 make = partial(RWalkClassifier, hidden=(256, 256), optimizer=torch.optim.SGD, lr=0.1, batch_size=10, random_state=0)
 plain, protected = make(strength=0), make()

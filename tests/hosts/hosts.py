@@ -42,3 +42,10 @@ def forks(module: str):
     with subprocess.Popen(command, env=environment, **pipes) as server:
         yield run
         server.stdin.close()
+
+
+def numbers(tree):
+    """The tensors and numbers of nested dictionaries and lists, without names and nothing."""
+    if isinstance(tree, dict):
+        return {key: numbers(value) for key, value in tree.items() if not isinstance(value, str | None)}
+    return [numbers(value) for value in tree] if isinstance(tree, list) else tree

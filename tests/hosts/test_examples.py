@@ -61,7 +61,7 @@ def test_an_example_keeps_more_with_us_than_without(script, tmp_path):
 def avalanches(printed):
     lines = [line.split() for line in printed.splitlines() if "forgetting" in line]
     accuracy = {line[0]: float(line[2].rstrip("%,")) for line in lines}
-    assert accuracy.keys() == {"without", "RWalk", "EWC", "recipe"}
+    assert accuracy.keys() == {"without", "RWalk", "EWC", "default"}
     assert all(figure > accuracy["without"] for name, figure in accuracy.items() if name != "without")
 
 

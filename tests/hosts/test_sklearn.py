@@ -54,8 +54,8 @@ def assert_close(ours, theirs):
     """Demand the same weights and importance, but for the order in which a batch's examples are summed."""
     for name, value in theirs.model.state_dict().items():
         torch.testing.assert_close(ours.model.state_dict()[name], value, rtol=0, atol=1e-12)
-    for name, value in theirs.anchor.omega.items():
-        torch.testing.assert_close(ours.anchor.omega[name], value, rtol=1e-9, atol=1e-12)
+    for name, value in theirs.anchor.importance().items():
+        torch.testing.assert_close(ours.anchor.importance()[name], value, rtol=1e-9, atol=1e-12)
 
 
 # No check is exempt. One, on libraries of arrays other than NumPy, is skipped by scikit-learn itself unless it is asked for.

@@ -170,8 +170,7 @@ def test_a_step_that_a_scaler_leaves_out_is_no_part_of_it():
     assert_same_layers(*runs)
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_passes_whose_gradients_are_dropped_do_not_count(kept):
+def test_passes_whose_gradients_are_dropped_do_not_count():
     runs = []
     for dropped in (True, False):
         model, optimizer, memory = attached(WHOLE)
@@ -179,8 +178,9 @@ def test_passes_whose_gradients_are_dropped_do_not_count(kept):
             if dropped:
                 F.cross_entropy(model(torch.as_tensor(10 * x)), torch.as_tensor(y)).backward()
             optimizer.zero_grad()
+            model(torch.as_tensor(np.concatenate([x, x])))  # nor does an evaluation, with gradients or without
             with torch.no_grad():
-                model(torch.as_tensor(x))  # nor does an evaluation
+                model(torch.as_tensor(x))
             train(model, optimizer, [(x, y)])
         memory.consolidate()
         runs.append(memory)
@@ -306,3 +306,27 @@ def test_short_and_long_tasks_weigh_the_same_in_the_unit_of_their_mean_length():
     traces = sum(float(f.outputs.diagonal().sum() * f.inputs.diagonal().sum()) for f in memory.anchor.layers.values())
     assert means[1] == pytest.approx(traces / 66)
     assert float(memory._memory.state.mean) == 32
+
+
+def test_a_pretrained_model_is_protected_before_its_first_task():
+    model, optimizer, memory = attached(strength=1.0)
+    memory.detach()
+    data = [tuple(map(torch.as_tensor, batch)) for batch in batches(0, 4)]
+    with pytest.raises(ValueError, match="needs data"):
+        memory.estimate()
+    memory.estimate(data)
+    assert memory.tasks == 1
+    assert set(memory.anchor.layers) == {"0.weight", "2.weight"}
+    memory.attach(optimizer)
+    train(model, optimizer, batches(1, 20))
+    assert float(memory.penalty()) > 0
+    memory.consolidate()
+    assert memory.anchor.layers["0.weight"].tasks == 2
+
+
+def test_a_task_of_which_no_step_was_measured_says_so():
+    model, optimizer, memory = attached()
+    memory._memory.moments.close()  # as where a first forward pass came before `attach`
+    train(model, optimizer, batches(0, 3))
+    with pytest.warns(UserWarning, match="No step of this task was measured"):
+        memory.consolidate()

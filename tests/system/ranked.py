@@ -38,7 +38,7 @@ RULES = {
 
 def engine(model, how):
     """Put a model under one of torch's engines."""
-    if how == "ddp":
+    if how.startswith("ddp"):
         return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     if how in ("fsdp", "hybrid"):
         from torch.distributed.fsdp import fully_shard
@@ -74,7 +74,8 @@ def started(name, how="alone", optimizer="sgd", **options):
     model = engine(mlp(), how)
     kinds = {"sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.5), "adam": lambda p: torch.optim.Adam(p, lr=0.01)}
     moved = kinds[optimizer](model.parameters())
-    memory = Consolidator(model, rule, **more, **options).attach(moved)
+    given = bare(model) if how == "ddp of the bare model" else model
+    memory = Consolidator(given, rule, **more, **options).attach(moved)
     return model, moved, memory
 
 

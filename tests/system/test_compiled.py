@@ -12,7 +12,7 @@ def test_code_that_was_just_compiled_and_code_kept_on_disk_give_the_same_bits(tm
     script = """
 import os
 import torch
-from rwalk import Consolidator, kernels
+from rwalk import Consolidator, TaskFisher, kernels
 kernels.use("numba")
 child = os.fork()  # two processes, one after the other, in which nothing is compiled yet
 if child:
@@ -21,7 +21,7 @@ if child:
 torch.manual_seed(0)
 model = torch.nn.Linear(64, 10)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-memory = Consolidator(model).attach(optimizer)
+memory = Consolidator(model, TaskFisher()).attach(optimizer)
 for task in range(2):
     for _ in range(20):
         optimizer.zero_grad()

@@ -105,7 +105,10 @@ def test_layers_of_earlier_versions_keep_their_penalty_and_their_place_in_a_turn
     model = memory.model
     truth = 0.0
     for weight, layer in raw["anchor"]["layers"].items():
-        sides = [basis.float() @ torch.diag(values.float()) @ basis.float().T for basis, values in (layer["outputs"], layer["inputs"])]
+        sides = [
+            basis.float() @ torch.diag(values.float()) @ basis.float().T
+            for basis, values in (layer["outputs"], layer["inputs"])
+        ]
         theta, point = dict(model.named_parameters()), raw["anchor"]["point"]
         d = [theta[name].detach() - point[name].float() for name in (layer["bias"], weight)]
         d = torch.cat([d[0].unsqueeze(1), d[1]], 1)

@@ -87,6 +87,12 @@ def test_every_rule_gives_what_one_process_gives(on, how, world):
             alike(rank[name]["found"], truth(name)["found"], f"{name} on {world} ranks under {how}")
 
 
+def test_a_model_that_a_wrapper_calls_is_measured_on_all_ranks(on):
+    """The consolidator was given the plain model, and DistributedDataParallel calls it."""
+    for rank in on(2, "all_trained", names=["default"], how="ddp of the bare model"):
+        alike(rank["default"]["found"], truth("default")["found"], "default")
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")  # that there is no process group in one process
 @pytest.mark.parametrize("name", ["rwalk", "recipe", "default"])
 def test_a_distributed_checkpoint_goes_on_with_another_number_of_ranks(on, name, tmp_path):

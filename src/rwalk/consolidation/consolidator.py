@@ -1,5 +1,6 @@
 """The consolidator binds a model, a rule and an anchor to any training loop that calls `optimizer.step()`."""
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -171,7 +172,7 @@ class Consolidator:
         refuse_nothing(found)
         self.detach()
         memory.follow(found)
-        memory.optimizer = optimizer
+        memory.optimizer, memory.last_optimizer = optimizer, weakref.ref(optimizer)
         memory.watch_next()
         self._watch(optimizer)
         return self
@@ -248,7 +249,7 @@ class Consolidator:
             ValueError: if the rule measures on data and there is none.
         """
         refuse_estimate(self.rule, self.steps)
-        refuse_data(data, self.rule)
+        refuse_data(data, self.rule, estimating=True)
         self._memory.widen(trainable(self.model))
         self._memory.count_data_again()
         self._end_task(data, loss, logits, estimating=self.rule.measures != "nothing")

@@ -9,16 +9,13 @@ from rwalk import gradients
 from rwalk.anchors.base import Anchor
 from rwalk.anchors.kronecker import held_names
 from rwalk.consolidation import state_checks
-from rwalk.consolidation.old_states import NOTHING_MEASURED
 from rwalk.consolidation.protected import ProtectedParameters
 from rwalk.distributed import shards
 from rwalk.rules.base import Rule
 
 
-def content_of(moments: gradients.TrainingMoments | None, protected: ProtectedParameters) -> dict[str, Any]:
+def content_of(moments: gradients.TrainingMoments, protected: ProtectedParameters) -> dict[str, Any]:
     """Return what was measured, as tensors and plain values."""
-    if moments is None:
-        return dict(NOTHING_MEASURED)
     content = moments.content(whole=bool(protected.shard_group.groups))
     return {**content, "squares": shards.as_dtensors(content["squares"], protected.parameters)}
 

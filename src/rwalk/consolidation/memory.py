@@ -1,6 +1,7 @@
 """What a consolidator remembers: the rule's state, the anchor and the average, and how they follow a model that changes."""
 
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -44,6 +45,7 @@ class Memory:
 
     Attributes:
         optimizer: the optimiser that is watched, None for none.
+        last_optimizer: a weak reference to the one that was watched last.
         protected: the parameters that all of this is about.
         moves: which moves of the weights are not the optimiser's.
         tasks: how many tasks have ended.
@@ -60,6 +62,7 @@ class Memory:
         self.model, self.rule, self.strength = model, settings.rule, settings.strength
         self.average, self.offload, self.strict = settings.average, offload, strict
         self.optimizer: Optimizer | None = None
+        self.last_optimizer: weakref.ref[Optimizer] | None = None
         self.protected = ProtectedParameters()
         self.state: Any = self.rule.init([])
         self.anchor: Anchor = self.rule.anchor_kind()
@@ -75,7 +78,13 @@ class Memory:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies are made of: everything except hooks on the model."""
-        return {**vars(self), "squares": None, "moments": None, "_copied": content_of(self.moments, self.protected)}
+        return {
+            **vars(self),
+            "squares": None,
+            "moments": None,
+            "last_optimizer": None,
+            "_copied": self.measured(),
+        }
 
     @property
     def averages(self) -> bool:
@@ -203,6 +212,10 @@ class Memory:
         self.collect_squares(self.protected)
         self.collect_moments(self.protected, [])
         self.watch_next()
+
+    def measured(self) -> Mapping[str, Any]:
+        """Return the second moments that were measured in this task, as state files have them."""
+        return content_of(self.moments, self.protected) if self.moments is not None else self._copied or NOTHING_MEASURED
 
     def collect_moments(self, now: ProtectedParameters, lost: list[str]) -> None:
         """Measure second moments of layers in the user's training, where the rule asks for them."""

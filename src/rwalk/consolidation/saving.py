@@ -10,7 +10,7 @@ from rwalk.anchors.base import anchor_kind
 from rwalk.anchors.elementwise import ElementwiseAnchor
 from rwalk.consolidation import state_checks
 from rwalk.consolidation.averaging import Tail
-from rwalk.consolidation.measuring import content_of, copied, moments_from
+from rwalk.consolidation.measuring import copied, moments_from
 from rwalk.consolidation.memory import Memory
 from rwalk.consolidation.moves import Moves
 from rwalk.consolidation.protected import ProtectedParameters, grow_state
@@ -38,7 +38,7 @@ def content(memory: Memory) -> dict[str, Any]:
         "state": state,
         "anchor": copied(memory.whole_anchor().content()),
         "turns": {"lengths": dict(memory.turns.lengths), "since": memory.turns.since},
-        "moments": copied(content_of(memory.moments, protected)),
+        "moments": copied(memory.measured()),
         "tail": {"average": shards.as_dtensors(copied(memory.tail.average), parameters), "count": dict(memory.tail.count)},
     }
 

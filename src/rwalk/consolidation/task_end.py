@@ -32,6 +32,8 @@ def end_task(memory: Memory, data: Iterable[Any] | None, loss: Any, logits: Any,
     else:
         memory.widen(() if memory.protected.theta else trainable(memory.model))
     theta = memory.theta()
+    if memory.moments is None:  # in a copy of a consolidator that was not attached again
+        memory.collect_moments(memory.protected, [])
     if data is not None and on_data and not isinstance(data, Iterator):
         data = SummedData(data)
     last = _unmoved_since(memory, theta)
@@ -57,7 +59,7 @@ def end_task(memory: Memory, data: Iterable[Any] | None, loss: Any, logits: Any,
     return memory.end_task(anchor, state, end, moves, moments)
 
 
-def refuse_data(data: Any, rule: Rule[Any] | None = None) -> None:
+def refuse_data(data: Any, rule: Rule[Any] | None = None, estimating: bool = False) -> None:
     """Refuse data that yields no batches, and missing data under a rule that measures on it."""
     tensors = isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data)
     if tensors or isinstance(data, Tensor | Dataset):
@@ -65,7 +67,8 @@ def refuse_data(data: Any, rule: Rule[Any] | None = None) -> None:
         raise TypeError(
             f"`data` must yield batches `(inputs, labels)`, but is {came}. Pass a DataLoader, or a list such as `[(x, y)]`."
         )
-    if data is None and rule is not None and rule.measures == "data":
+    needed = rule is not None and (rule.measures == "data" or (estimating and rule.measures != "nothing"))
+    if data is None and needed:
         no_data("true", torch.square)
 
 

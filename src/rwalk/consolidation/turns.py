@@ -76,8 +76,10 @@ def take_last_turn(memory: "Memory") -> Callable[[], None]:
     if not turns.lengths:
         return lambda: None
     metrics = None
-    if memory.optimizer is not None:
-        metrics = proximal.Metrics(memory.optimizer, memory.protected.parameters.values())
+    last = memory.last_optimizer
+    optimizer = memory.optimizer if memory.optimizer is not None or last is None else last()
+    if optimizer is not None:
+        metrics = proximal.Metrics(optimizer, memory.protected.parameters.values())
     elif any(turns.lengths.values()):
         warnings.warn(
             f"No optimiser is attached, so the pull of the last {turns.since} steps is left out, as its length is not known. "

@@ -119,9 +119,10 @@ def scaler_scale() -> float:
     """
     frame = inspect.currentframe()
     while frame is not None:
-        mine = frame.f_locals.get("self")
-        if frame.f_code.co_name == "step" and isinstance(mine, torch.amp.GradScaler):
-            return float(mine.get_scale())
+        if frame.f_code.co_name == "step":
+            scaler = frame.f_locals.get("self")
+            if isinstance(scaler, torch.amp.GradScaler):
+                return float(scaler.get_scale())
         frame = frame.f_back
     return 1.0
 

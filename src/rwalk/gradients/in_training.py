@@ -76,6 +76,7 @@ class TrainingMoments:
     def _start_step(self) -> None:
         self._step: dict[str, LayerSums] = {}
         self._sizes: list[int] = []
+        self._came: set[int] = set()
         self._made: dict[str, WeightGradient] = {}
         self._given: dict[str, Tensor] = {}
 
@@ -127,18 +128,19 @@ class TrainingMoments:
         """Wait for the gradients of the outputs of a use."""
         if not no_training(self._root):
             waiting = [with_gradient(y) for y in outputs if y.requires_grad]
-            shapes = [y.shape for y in outputs]
+            collect = partial(self._collect, rows, [y.shape for y in outputs], len(self._sizes))
             if len(waiting) == len(outputs) == 1:
-                waiting[0].register_hook(lambda g: self._collect(rows, shapes, [g]))
+                waiting[0].register_hook(lambda g: collect([g]))
             elif len(waiting) == len(outputs):
-                register_multi_grad_hook(waiting, partial(self._collect, rows, shapes))
+                register_multi_grad_hook(waiting, collect)
         return outputs
 
     @torch.no_grad()
-    def _collect(self, rows: Rows, shapes: Sequence[torch.Size], came: Sequence[Tensor | None]) -> None:
-        """Add what the gradients of a use tell."""
+    def _collect(self, rows: Rows, shapes: Sequence[torch.Size], number: int, came: Sequence[Tensor | None]) -> None:
+        """Add what the gradients of a use in the forward pass of this number tell."""
         if not self.open or no_training(self._root):
             return
+        self._came.add(number)
         gradients = [None if g is None else g.reshape(shape) for g, shape in zip(came, shapes, strict=True)]
         kind = next((g.device.type for g in gradients if g is not None), "cpu")
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
@@ -161,7 +163,8 @@ class TrainingMoments:
             loss_scale: what the loss was multiplied by.
             grad_scale: what `grad` is still multiplied by.
         """
-        layers, examples = self._step, sum(self._sizes) or 1
+        layers = self._step
+        examples = sum(size for n, size in enumerate(self._sizes, start=1) if n in self._came) or 1
         if not self._missed and not layers and not self._sizes and self._uses.layers:
             self._missed = True
             return None

@@ -7,6 +7,7 @@ directions, in a unit of each task's own.
 """
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, get_args
@@ -138,6 +139,12 @@ class Kronecker(Rule[TaskLengths]):
         fresh = end.factors(self.labels, self.samples, self.rank)
         inside = {*anchor.inside, *(n for w, m in fresh.items() for n in m.arrangement.names(w))}
         alone = end.alone(self.labels, self.samples, [name for name in end.point if name not in inside])
+        if state.now and end.squares is not None and not fresh and not alone:
+            warnings.warn(
+                "No step of this task was measured, so nothing of it is held. Attach before the task's first forward pass, or "
+                "choose a smaller `m`.",
+                stacklevel=7,
+            )
         steps = state.now or (ESTIMATE if fresh or alone else 0)
         after = TaskLengths(0, state.tasks + bool(steps), state.steps + steps)
         root = math.sqrt(after.mean)
