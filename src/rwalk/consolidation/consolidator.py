@@ -178,9 +178,8 @@ class Consolidator:
         return self
 
     def _watch(self, optimizer: Optimizer) -> None:
-        observer = self._observer
-        after = observer.after if observer.works_after else None
-        self._hooks = hooks.StepHooks(self, optimizer, observer.before, after)
+        after = self._observer.after if self._observer.works_after else None
+        self._hooks = hooks.StepHooks(self, optimizer, self._observer.before, after)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -283,9 +282,7 @@ class Consolidator:
     def summary(self, loss: float | Tensor | None = None) -> Summary:
         """Return what is held and how it works, in figures; pass the current loss for the ratio of penalty to loss.
 
-        Besides the penalty: for `RWalk`, the share of windows and elements whose squared Riemannian distance exceeded eps, and
-        how much of the penalty comes from Fisher information and from score; for each layer, its share of the importance and
-        its drift from the anchor.
+        Besides the penalty: each layer's share of the importance and its drift from the anchor, and what the rule reports.
         """
         return summarise(self._memory, self.pull, self.skipped, float(self.penalty()), loss)
 

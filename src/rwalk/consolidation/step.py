@@ -14,7 +14,7 @@ from rwalk.consolidation.overshoot import OvershootCheck
 from rwalk.consolidation.protected import refuse_sparse, shares_memory
 from rwalk.consolidation.settings import Nonfinite, Pull
 from rwalk.consolidation.turns import take_turn
-from rwalk.consolidation.validity import ACCEPTED, PendingCheck, loss_scale, scaler_scale, skip_flag
+from rwalk.consolidation.validity import ACCEPTED, PendingCheck, loss_scale, refuse_capture, scaler_scale, skip_flag
 from rwalk.rules.base import Step
 
 UNTOUCHED = kernels.RuleUpdate()
@@ -329,15 +329,6 @@ class StepObserver:
             "_open": None,
         }
         return {**vars(self), **fresh}
-
-
-def refuse_capture() -> None:
-    """Raise a RuntimeError where the step would become part of a CUDA graph."""
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "This step is captured in a CUDA graph, whose replays the consolidator would not see. Capture the forward and "
-            "backward pass alone, and call `optimizer.step()` outside of the graph."
-        )
 
 
 def _alike(mine: list[Tensor], like: list[Tensor]) -> bool:

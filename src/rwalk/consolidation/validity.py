@@ -132,5 +132,14 @@ def skip_flag(optimizer: Optimizer) -> Tensor | None:
     return _scalar(getattr(optimizer, "found_inf", None))
 
 
+def refuse_capture() -> None:
+    """Raise a RuntimeError where the step would become part of a CUDA graph."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "This step is captured in a CUDA graph, whose replays the consolidator would not see. Capture the forward and "
+            "backward pass alone, and call `optimizer.step()` outside of the graph."
+        )
+
+
 def _scalar(value: Any) -> Tensor | None:
     return value.reshape(()) if isinstance(value, Tensor) else None
