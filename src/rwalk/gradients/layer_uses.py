@@ -122,7 +122,6 @@ class LayerUses:
                 for claim in uses:
                     self._used.setdefault(claim.module, {})[claim.key] = layer, claim.kind
         self._handles: list[Any] = []
-        self._linear: Any = None
 
     def open(self, noted: Noted) -> None:
         """Note uses from now on."""
