@@ -27,7 +27,7 @@ def end_task(memory: Memory, data: Iterable[Any] | None, loss: Any, logits: Any,
     """End a task; see `Consolidator.consolidate` for the arguments. If it fails, nothing changes."""
     wrappers.reshard_fsdp(memory.model)
     on_data = estimating or memory.rule.measures == "data"
-    if not on_data:
+    if memory.rule.measures == "steps" and not estimating:
         memory.follow_replaced()
     else:
         memory.widen(() if memory.protected.theta else trainable(memory.model))

@@ -21,6 +21,7 @@ KNOWN_NAMES = {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
         "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
     },
+    "builtins": {"getattr"},  # by which Python before 3.11.4 names a value of an enumeration; here, too, it does nothing
     "pathlib": {"PosixPath", "WindowsPath"},
     "pathlib._local": {"PosixPath", "WindowsPath"},
 }  # fmt: skip
