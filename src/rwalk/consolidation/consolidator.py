@@ -318,8 +318,7 @@ class Consolidator:
             FileNotFoundError: if there is no checkpoint.
             ValueError: if its metadata cannot be read, or hold no such state.
         """
-        parameters = named_parameters(self.model)
-        return checkpoint.empty_state(folder, key, parameters, state_checks.GROUPS)  # type: ignore[no-any-return]
+        return checkpoint.empty_state(folder, key, named_parameters(self.model), state_checks.GROUPS)  # type: ignore[no-any-return]
 
     @torch.inference_mode(False)
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
