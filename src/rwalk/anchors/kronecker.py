@@ -78,7 +78,7 @@ class KroneckerAnchor(Anchor):
     def align(self, theta: Mapping[str, Tensor]) -> "KroneckerAnchor":
         """Follow a model that changed, as `Anchor.align` does: grown layers keep their old block."""
         point = ElementwiseAnchor(self.point, self.point).align(theta).point
-        omega = ElementwiseAnchor({n: self.point[n] for n in self.omega}, self.omega).align(theta).omega
+        omega = self.elementwise.align(theta).omega
         layers = {}
         for weight, layer in self.layers.items():
             if weight in point:

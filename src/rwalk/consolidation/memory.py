@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from rwalk import gradients
 from rwalk._parameters import bare, copies, listed, named_parameters, refuse_odd
 from rwalk.anchors.base import Anchor
-from rwalk.anchors.elementwise import ElementwiseAnchor
 from rwalk.anchors.kronecker import KroneckerAnchor, held_names
 from rwalk.anchors.match import Match
 from rwalk.consolidation.averaging import Tail
@@ -136,7 +135,7 @@ class Memory:
         group, anchor = self.protected.shard_group, self.anchor
         if not group.groups:
             return anchor.penalty(theta)
-        apart = ElementwiseAnchor({name: anchor.point[name] for name in anchor.omega}, anchor.omega)
+        apart = KroneckerAnchor.of(anchor).elementwise
         return anchor.whole_penalty(theta, self.protected.parameters) + group.sum_(torch.as_tensor(apart.penalty(theta)))
 
     def widen(self, names: Collection[str]) -> None:

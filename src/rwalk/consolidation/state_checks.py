@@ -38,7 +38,7 @@ def current_format(content: Any, parameters: Mapping[str, Tensor]) -> Any:
 
 
 def damaged_state(parts: list[str]) -> ValueError:
-    """Return the error for a state some parts of which are damaged."""
+    """Return the error that names the damaged parts of a state."""
     return ValueError(
         f"The state is damaged: {listed(parts)} is missing, left over, or of another kind or shape than expected. Pass "
         "what `Consolidator.state_dict()` returned, unchanged."

@@ -24,20 +24,23 @@ class MeasuredLayer(NamedTuple):
         weight: the name of its weight.
         parameter: the weight.
         arrangement: how its parameters lie in a matrix.
-        width: how many inputs a row has, the 1 for the bias included.
-        one_hot: whether inputs are tokens, each of which stands for a row of the weight.
+        one_hot: whether inputs are tokens: row numbers of the weight.
     """
 
     weight: str
     parameter: nn.Parameter
     arrangement: Arrangement
-    width: int
     one_hot: bool = False
 
     @property
     def height(self) -> int:
         """How many outputs a group has."""
-        return self.parameter.shape[1 if self.arrangement.transposed else 0] // self.arrangement.groups
+        return self.arrangement.sizes(self.parameter.shape)[1]
+
+    @property
+    def width(self) -> int:
+        """How many inputs a row has, the 1 for the bias included."""
+        return self.arrangement.sizes(self.parameter.shape)[2]
 
     def extended(self, rows: Tensor) -> Tensor:
         """Put the 1 for the bias in front of rows of inputs."""

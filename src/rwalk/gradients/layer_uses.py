@@ -157,8 +157,7 @@ def _layer(uses: list[Claim], names: Mapping[int, str], biases: list[int], held:
     elif name in held.alone:
         name = None
     arrangement = Arrangement(name, first.groups, first.kind.transposed)
-    width = (parameter.shape[0] if first.kind.transposed else parameter.shape[1:].numel()) + (name is not None)
-    return MeasuredLayer(weight, parameter, arrangement, width, first.kind.one_hot)
+    return MeasuredLayer(weight, parameter, arrangement, first.kind.one_hot)
 
 
 def _takes_gradients(output: Any) -> bool:
