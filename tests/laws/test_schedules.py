@@ -278,6 +278,13 @@ class Schedules(RuleBasedStateMachine):
         if self.attached and isinstance(self.rule, L2):
             self._look()
         self._grown()
+        inner = self.memory._memory
+        if self.rule.measures == "steps" and not inner.steps and inner.begun.found(inner.protected.theta):
+            before = self._snapshot()
+            with pytest.raises(RuntimeError, match="No optimiser step was seen"):
+                self.memory.consolidate()
+            self._unchanged(before)
+            return
         dropped = self.options["average"] == "tail" and self.truth.dropped
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")

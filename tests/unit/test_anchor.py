@@ -157,6 +157,7 @@ def test_windows_beyond_eps_are_counted_one_by_one():
     assert memory.summary().figures["windows beyond eps"] == far / everything
 
 
+@pytest.mark.filterwarnings("ignore:Another memory has learned")
 def test_adopting_and_estimating_cover_the_model_beyond_the_optimiser():
     model, memory = protected()
     head = torch.optim.SGD(model[2].parameters(), lr=0.1)

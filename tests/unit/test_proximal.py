@@ -196,6 +196,7 @@ def test_statistics_that_cannot_be_recomputed_are_left_alone():
     assert not torch.equal(model[1].running_mean, before["1.running_mean"])
 
 
+@pytest.mark.filterwarnings("ignore:Another memory has learned")
 def test_statistics_stay_where_nothing_was_averaged_or_the_user_froze_them():
     model = normed()
     x, y = (torch.as_tensor(t) for t in batches(0, 1)[0])

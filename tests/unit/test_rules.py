@@ -546,6 +546,7 @@ def test_layers_with_time_first_are_told_where_it_is_as_long_as_the_batch(encode
         close(omega, (each if name.startswith("head") else whole)[name].numpy())
 
 
+@pytest.mark.filterwarnings("ignore:Another memory has learned")
 @pytest.mark.parametrize("make", [unbiased, Unbiased])
 def test_without_a_bias_scale_and_clipping_are_followed(make):
     model = make()

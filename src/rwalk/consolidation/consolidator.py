@@ -2,31 +2,30 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rwalk._io import states
-from rwalk._parameters import named_parameters, once_built, refuse_odd
+from rwalk._parameters import once_built, refuse_odd
 from rwalk.anchors.base import Anchor
 from rwalk.anchors.match import Match
-from rwalk.consolidation import hooks, saving, state_checks
+from rwalk.consolidation import hooks, misuse
 from rwalk.consolidation.memory import Memory
+from rwalk.consolidation.moves import Writes
 from rwalk.consolidation.offload import Offload
-from rwalk.consolidation.protected import find_protected, refuse_nothing, trainable
+from rwalk.consolidation.protected import find_protected, refuse_nothing
+from rwalk.consolidation.saved_state import SavedState
+from rwalk.consolidation.scope import Named, Scope
 from rwalk.consolidation.settings import Average, Nonfinite, Pull, check_choice, check_strength, resolve
 from rwalk.consolidation.step import StepObserver
 from rwalk.consolidation.summary import Summary, summarise
 from rwalk.consolidation.task_end import end_task, refuse_data, refuse_estimate
-from rwalk.distributed import checkpoint
 from rwalk.rules.base import Rule
 
 
-class Consolidator:
+class Consolidator(SavedState):
     """Hold a model to what earlier tasks need, in a training loop that stays as it is.
 
     `Consolidator(model)` is what we recommend: the rule `Kronecker()`, strength 0.1, proximal pull and tail averaging.
@@ -45,6 +44,9 @@ class Consolidator:
         state_device: "cpu" keeps the anchor, and what is read only when a task ends, off the accelerator.
         strict: for rules with `fisher="example"`: raise an error, instead of a warning, where a layer's per-example gradients
             cannot be computed.
+        only: what may be protected: parameters or modules by name, by a pattern such as "encoder.*.bias", or modules of the
+            model, one or a list; None for everything that the optimiser trains.
+        exclude: what may not, for example a head that is to learn freely.
     """
 
     def __init__(
@@ -59,12 +61,15 @@ class Consolidator:
         state_dtype: torch.dtype | None = None,
         state_device: torch.device | str | None = None,
         strict: bool = False,
+        only: Named | None = None,
+        exclude: Named | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a `torch.nn.Module`, but is a `{type(model).__name__}`.")
         check_choice("nonfinite", nonfinite, get_args(Nonfinite))
         settings = resolve(rule, strength, pull, average)
-        self._memory = Memory(model, settings, Offload.of(state_dtype, state_device), strict)
+        scope = Scope(model, only, exclude)
+        self._memory = Memory(model, settings, scope, Offload.of(state_dtype, state_device), strict)
         self._observer = StepObserver(self._memory, settings.pull, nonfinite)
         self._hooks: hooks.StepHooks | None = None
 
@@ -97,6 +102,7 @@ class Consolidator:
         memory.moves.note_all(memory.protected.theta)
         if memory.optimizer is not None:
             self._watch(memory.optimizer)
+            memory.begun = Writes({})
             once_built(memory.model, memory.collect_again)
 
     def __copy__(self) -> "Consolidator":
@@ -167,11 +173,14 @@ class Consolidator:
         memory, optimizer = self._memory, hooks.innermost(optimizer)
         hooks.refuse_unwatchable(optimizer)
         hooks.refuse_attachment(optimizer, self, memory.steps if memory.optimizer is not None else 0)
-        found = find_protected(memory.model, optimizer, memory.protected.theta)
+        found = find_protected(memory.model, optimizer, memory.scope, memory.protected.theta)
         refuse_odd(found.theta)
         refuse_nothing(found)
         self.detach()
+        misuse.warn_of_second_memory(memory, found.theta)
+        begins = not memory.steps and not found.same(memory.protected)
         memory.follow(found)
+        memory.begun = Writes(found.theta) if begins else memory.begun
         memory.optimizer, memory.last_optimizer = optimizer, weakref.ref(optimizer)
         memory.watch_next()
         self._watch(optimizer)
@@ -214,7 +223,8 @@ class Consolidator:
             logits: how to read logits of shape (batch, classes) or (batch, rows, classes) from the model's output.
 
         Raises:
-            RuntimeError: if the consolidator was never attached and the rule measures during training.
+            RuntimeError: if the consolidator was never attached and the rule measures during training, or something else than
+                the optimiser it was attached to has trained.
             ValueError: if the rule measures on data and there is none.
         """
         refuse_data(data, self.rule)
@@ -229,6 +239,8 @@ class Consolidator:
     def _end_task(self, data: Any, loss: Any, logits: Any, estimating: bool = False) -> None:
         self._observer.resolve()
         self._observer.release()
+        if not estimating:
+            misuse.refuse_unwatched(self._memory)
         end_task(self._memory, data, loss, logits, estimating)
 
     @torch.inference_mode(False)
@@ -249,7 +261,7 @@ class Consolidator:
         """
         refuse_estimate(self.rule, self.steps)
         refuse_data(data, self.rule, estimating=True)
-        self._memory.widen(trainable(self.model))
+        self._memory.widen(self._memory.scope.trainable(self.model))
         self._memory.count_data_again()
         self._end_task(data, loss, logits, estimating=self.rule.measures != "nothing")
 
@@ -290,61 +302,3 @@ class Consolidator:
     def state_bytes(self) -> int:
         """Bytes of the tensors held for rule, anchor, average and per-example squares, on this rank."""
         return self._observer.nbytes
-
-    @torch.inference_mode(False)
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that is needed to continue, mid-task included, as plain tensors and numbers, copied.
-
-        Under `fully_shard` the tensors are DTensors, as `torch.distributed.checkpoint` takes them, and all ranks have to call.
-        """
-        self._observer.resolve()
-        self._memory.theta()  # what grew or was replaced is saved as it is now, and can be loaded into the model as it is now
-        self._memory.follow_replaced()
-        return saving.content(self._memory)
-
-    def blank_state_dict(self, folder: str | Path, key: str) -> dict[str, Any]:
-        """Return a state dictionary into which `torch.distributed.checkpoint` can load a saved one, on any number of ranks.
-
-        A state's content depends on how much was trained, and `torch.distributed.checkpoint.load` fills only what it is given.
-        So pass `{KEY: memory.blank_state_dict(FOLDER, KEY)}` to it, and what it has filled to `load_state_dict`.
-
-        Args:
-            folder: the checkpoint, as `torch.distributed.checkpoint.save` wrote it. Its metadata are a pickle, which is read
-                here without running any of it; but `torch.distributed.checkpoint.load` unpickles the same file, so pass only
-                checkpoints that you trust.
-            key: the key under which the `state_dict` was saved.
-
-        Raises:
-            FileNotFoundError: if there is no checkpoint.
-            ValueError: if its metadata cannot be read, or hold no such state.
-        """
-        return checkpoint.empty_state(folder, key, named_parameters(self.model), state_checks.GROUPS)  # type: ignore[no-any-return]
-
-    @torch.inference_mode(False)
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict` of the same model and rule; on an error nothing changes.
-
-        Raises:
-            ValueError: if the state is of another format, rule or model; the message names the difference.
-        """
-        saving.restore(self._memory, state_dict)
-        self._observer.forget_pending()
-
-    @torch.inference_mode(False)
-    def save(self, path: str | Path) -> None:
-        """Write `state_dict` to a safetensors file, whole or not at all, with a checksum and without pickle.
-
-        Under `fully_shard` all ranks have to call; the first one gathers and writes.
-        """
-        content = self.state_dict()
-        checkpoint.save_once(content, self._memory.protected.shard_group, partial(states.save, path, "consolidator"))
-
-    @torch.inference_mode(False)
-    def load(self, path: str | Path) -> None:
-        """Continue from a file that `save` wrote under the same model and rule; on an error nothing changes.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if the file is damaged or something else, or of another rule or model; the message names the difference.
-        """
-        self.load_state_dict(states.load(path, "consolidator"))

@@ -17,7 +17,8 @@ from rwalk.anchors.kronecker import KroneckerAnchor, held_names
 from rwalk.anchors.match import Match
 from rwalk.consolidation.averaging import Tail
 from rwalk.consolidation.measuring import content_of, moments_from
-from rwalk.consolidation.moves import Moves
+from rwalk.consolidation.misuse import note_learned
+from rwalk.consolidation.moves import Moves, Writes
 from rwalk.consolidation.offload import Offload
 from rwalk.consolidation.old_states import NOTHING_MEASURED
 from rwalk.consolidation.protected import (
@@ -25,9 +26,9 @@ from rwalk.consolidation.protected import (
     find_protected,
     grow_state,
     refuse_new_shards,
-    trainable,
 )
 from rwalk.consolidation.repeats import LastEnd
+from rwalk.consolidation.scope import Scope
 from rwalk.consolidation.settings import Settings
 from rwalk.consolidation.turns import Turns
 from rwalk.distributed import shards
@@ -39,6 +40,7 @@ class Memory:
     Args:
         model: the network.
         settings: rule, strength, pull and averaging.
+        scope: which parameters may be protected.
         offload: where and how precisely state is kept.
         strict: whether layers without per-example gradients are an error.
 
@@ -54,18 +56,19 @@ class Memory:
         renewed: whether the state was cleared of what the task begins without.
         squares: the collector of per-example gradients, None where the rule needs none.
         moments: the collector of second moments in training, None where the rule needs none.
+        begun: what the parameters were like when the task began, as far as that is known.
         turns: how far the weights have gone since they were last pulled, where that is not done at each step.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings, offload: Offload, strict: bool) -> None:
-        self.model, self.rule, self.strength = model, settings.rule, settings.strength
+    def __init__(self, model: nn.Module, settings: Settings, scope: Scope, offload: Offload, strict: bool) -> None:
+        self.model, self.scope, self.rule, self.strength = model, scope, settings.rule, settings.strength
         self.average, self.offload, self.strict = settings.average, offload, strict
         self.optimizer: Optimizer | None = None
         self.last_optimizer: weakref.ref[Optimizer] | None = None
         self.protected = ProtectedParameters()
         self.state: Any = self.rule.init([])
         self.anchor: Anchor = self.rule.anchor_kind()
-        self.tail, self.moves, self.turns = Tail(), Moves(), Turns()
+        self.tail, self.moves, self.turns, self.begun = Tail(), Moves(), Turns(), Writes({})
         self.shown = False
         self.tasks, self.steps = 0, 0
         self.last_end: LastEnd | None = None
@@ -118,6 +121,8 @@ class Memory:
         self.tasks, self.steps, self.renewed, self.turns = self.tasks + bool(counts), 0, False, Turns()
         self.tail.restart()
         self.shown = False
+        self.begun = Writes(self.protected.theta)
+        note_learned(self)
         self.watch_next()
         self.renew()
         if self.squares is not None:
@@ -142,7 +147,7 @@ class Memory:
         """Protect parameters of these names too, and take up modules that were replaced."""
         known = {*self.protected.theta, *names}
         if self.optimizer is not None:
-            now = find_protected(self.model, self.optimizer, known)
+            now = find_protected(self.model, self.optimizer, self.scope, known)
         else:
             now = ProtectedParameters.of(named_parameters(self.model, known))
         if not now.same(self.protected):
@@ -150,7 +155,7 @@ class Memory:
 
     def follow_optimizer(self, optimizer: Optimizer) -> None:
         """Protect what an optimiser holds now, beside what was protected before."""
-        self.follow(find_protected(self.model, optimizer, self.protected.theta))
+        self.follow(find_protected(self.model, optimizer, self.scope, self.protected.theta))
 
     def follow_replaced(self) -> None:
         """Take up parameters that replaced others of the same name, and let go of those that went away."""
@@ -170,6 +175,8 @@ class Memory:
         anchor, state = self.offload.keep_anchor(anchor), self.offload.keep(self.rule, state)
         self.collect_squares(now)
         self.collect_moments(now, lost)
+        if not now.same(self.protected):
+            self.begun = Writes({})
         self.anchor, self.state, self.tail, self.moves, self.protected = anchor, state, tail, moves, now
         self.turns.lengths = {name: length for name, length in self.turns.lengths.items() if name in now.theta}
         self._followed = bare(self.model)
@@ -251,7 +258,7 @@ class Memory:
                 f"A `{kind}` cannot be held under {name}, which holds each weight alone. Use the rule `Kronecker()`."
             )
         anchor.refuse_damage()
-        match = anchor.match(named_parameters(self.model), rename)
+        match = anchor.match(self.scope.of(named_parameters(self.model)), rename)
         if not match.names:
             raise ValueError(
                 f"The anchor fits nothing of the model: {match}. Pass `rename`, which leads from the anchor's names to the "
@@ -263,7 +270,7 @@ class Memory:
                 "itself. Use EWC, OnlineEWC, SI, MAS or L2 to keep it longer.",
                 stacklevel=4,
             )
-        self.widen([*match.names.values(), *trainable(self.model)])
+        self.widen([*match.names.values(), *self.scope.trainable(self.model)])
         self.anchor = self.offload.keep_anchor(
             self._local(self.of_my_kind(anchor).renamed(match.names)).align(self.protected.theta)
         )

@@ -12,12 +12,8 @@ from torch.optim import Optimizer
 
 from rwalk import kernels
 from rwalk._parameters import grow_tensor, grown, listed, named_parameters, refuse_uninitialised, zero
+from rwalk.consolidation.scope import Scope
 from rwalk.distributed.shards import ALONE, ShardGroup, layout, local, sharded
-
-
-def trainable(model: nn.Module) -> list[str]:
-    """List the names of the parameters that require gradients."""
-    return [name for name, p in named_parameters(model).items() if p.requires_grad]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +28,7 @@ class ProtectedParameters:
         shapes: the shapes of `theta` when it was looked at.
         looked_at: the parameters that the optimiser held when it was looked at.
         fingerprint: what they were like.
+        frozen: those that the optimiser holds and that did not require gradients then.
     """
 
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -41,12 +38,7 @@ class ProtectedParameters:
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     looked_at: list[Tensor] = field(default_factory=list)
     fingerprint: Any = None
-
-    @cached_property
-    def frozen(self) -> list[Tensor]:
-        """Those that the optimiser holds and that are not protected, as they do not require gradients."""
-        mine = {id(p) for p in self.parameters.values()}
-        return [p for p in self.looked_at if id(p) not in mine]
+    frozen: list[Tensor] = field(default_factory=list)
 
     @cached_property
     def on_cpu(self) -> bool:
@@ -165,11 +157,12 @@ def optimizer_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def find_protected(model: nn.Module, optimizer: Optimizer, known: Collection[str] = ()) -> ProtectedParameters:
-    """Find the parameters to protect: those of the model that the optimiser trains, and those of names already `known`."""
+def find_protected(model: nn.Module, optimizer: Optimizer, scope: Scope, known: Collection[str] = ()) -> ProtectedParameters:
+    """Find the parameters to protect: those in scope that the optimiser trains, and those of names already `known`."""
     now = optimizer_parameters(optimizer)
     ids, trained = {id(p) for p in now}, {id(p) for p in now if p.requires_grad}
-    parameters = {name: p for name, p in named_parameters(model).items() if name in known or id(p) in trained}
+    found = named_parameters(model)
+    parameters = {name: p for name, p in found.items() if name in known or (id(p) in trained and name in scope)}
     refuse_uninitialised(parameters)
     in_optimizer = frozenset(name for name, p in parameters.items() if id(p) in ids)
     return ProtectedParameters.of(
@@ -177,6 +170,7 @@ def find_protected(model: nn.Module, optimizer: Optimizer, known: Collection[str
         in_optimizer=in_optimizer,
         looked_at=list(now),
         fingerprint=_fingerprint(optimizer, now, parameters, in_optimizer),
+        frozen=[p for p in now if not p.requires_grad],
     )
 
 
@@ -223,8 +217,8 @@ def refuse_nothing(protected: ProtectedParameters) -> None:
     """Raise a ValueError for an optimiser that moves no parameter of the model."""
     if not protected.in_optimizer:
         raise ValueError(
-            "The optimiser holds none of the model's trainable parameters. Build it from `model.parameters()` of the model "
-            "that was given to the consolidator."
+            "The optimiser holds none of the model's trainable parameters, or only those that `only` and `exclude` leave out. "
+            "Build it from `model.parameters()` of the model that was given to the consolidator."
         )
 
 

@@ -12,7 +12,7 @@ from rwalk.consolidation import state_checks
 from rwalk.consolidation.averaging import Tail
 from rwalk.consolidation.measuring import copied, moments_from
 from rwalk.consolidation.memory import Memory
-from rwalk.consolidation.moves import Moves
+from rwalk.consolidation.moves import Moves, Writes
 from rwalk.consolidation.protected import ProtectedParameters, grow_state
 from rwalk.consolidation.repeats import LastEnd
 from rwalk.consolidation.turns import Turns
@@ -48,6 +48,7 @@ def restore(memory: Memory, saved: Mapping[str, Any]) -> None:
     parameters = named_parameters(memory.model)
     saved = state_checks.current_format(saved, parameters)
     state_checks.refuse_state(saved, memory.rule, memory.average, parameters, memory.state)
+    memory.scope.refuse_others(list(saved["shapes"]))
     now = ProtectedParameters.of({name: parameters[name] for name in saved["shapes"]})
     mine = partial(shards.local_parts, parameters=now.parameters)
     state = type(memory.state)(**{key: copied(mine(value)) for key, value in saved["state"].items()})
@@ -62,6 +63,7 @@ def restore(memory: Memory, saved: Mapping[str, Any]) -> None:
     memory.moves, memory.renewed, memory.protected = Moves(saved["changed"].splitlines()), True, now
     memory.last_end = LastEnd.read(saved["last_end"]) if saved["last_end"] else None
     memory.anchor, memory.state = memory.offload.keep_anchor(anchor), memory.offload.keep(memory.rule, state)
+    memory.begun = Writes({})
     memory.turns = Turns(saved["turns"]["lengths"], saved["turns"]["since"])
     memory.stop_collecting()
     memory.moments = moments

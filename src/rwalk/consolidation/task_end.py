@@ -16,7 +16,6 @@ from rwalk.anchors.kronecker import held_names
 from rwalk.consolidation.batchnorm import renew_statistics, statistics_kept
 from rwalk.consolidation.memory import Memory
 from rwalk.consolidation.moves import Moves
-from rwalk.consolidation.protected import trainable
 from rwalk.consolidation.repeats import LastEnd, SummedData
 from rwalk.consolidation.turns import take_last_turn
 from rwalk.distributed import ranks, wrappers
@@ -30,7 +29,7 @@ def end_task(memory: Memory, data: Iterable[Any] | None, loss: Any, logits: Any,
     if memory.rule.measures == "steps" and not estimating:
         memory.follow_replaced()
     else:
-        memory.widen(() if memory.protected.theta else trainable(memory.model))
+        memory.widen(() if memory.protected.theta else memory.scope.trainable(memory.model))
     theta = memory.theta()
     if memory.moments is None:  # in a copy of a consolidator that was not attached again
         memory.collect_moments(memory.protected, [])

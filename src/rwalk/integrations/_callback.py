@@ -31,7 +31,8 @@ class HostCallback:
                 )
             self._memory = rule
             return
-        Consolidator(nn.Identity(), rule, strength, **options)  # raises errors about the arguments at once
+        known = {name: value for name, value in options.items() if name not in ("only", "exclude")}
+        Consolidator(nn.Identity(), rule, strength, **known)  # raises errors about the arguments at once
         self._arguments: tuple[Any, ...] = (rule, strength, options)
 
     @property

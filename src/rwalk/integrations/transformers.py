@@ -14,7 +14,6 @@ from transformers.trainer_utils import RemoveColumnsCollator
 from rwalk import Consolidator
 from rwalk._errors import printable
 from rwalk._parameters import bare
-from rwalk.consolidation.protected import trainable
 from rwalk.distributed.shards import sharded
 from rwalk.integrations._callback import HostCallback
 from rwalk.rules.base import Rule
@@ -166,7 +165,7 @@ def protect(
         ValueError: if everything is frozen, or there is no data that the rule can measure on.
     """
     memory = Consolidator(model, rule, strength, **options)
-    if not trainable(model):
+    if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             "The model's parameters are all frozen. Unfreeze those that fine-tuning moves with `requires_grad_(True)`, or add "
             "adapters first."

@@ -1,0 +1,59 @@
+"""What is easily forgotten when training consists of several parts: to pass the memory on, and to attach it."""
+
+import warnings
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor, nn
+
+from rwalk._parameters import bare, listed
+from rwalk.consolidation.moves import Writes
+
+if TYPE_CHECKING:
+    from rwalk.consolidation.memory import Memory
+
+
+class Learned(NamedTuple):
+    """How a memory has left its model after a task.
+
+    Args:
+        memory: which one.
+        writes: what the parameters were like.
+    """
+
+    memory: "weakref.ref[Memory]"
+    writes: Writes
+
+
+_LEARNED: weakref.WeakKeyDictionary[nn.Module, Learned] = weakref.WeakKeyDictionary()
+
+
+def note_learned(memory: "Memory") -> None:
+    """Note that a memory has learned a task of its model."""
+    _LEARNED[bare(memory.model)] = Learned(weakref.ref(memory), Writes(memory.protected.theta))
+
+
+def warn_of_second_memory(memory: "Memory", theta: Mapping[str, Tensor]) -> None:
+    """Warn where a memory without a task is attached to a model that is as another one has left it after a task."""
+    found = _LEARNED.get(bare(memory.model))
+    if found is None or found.memory() is memory or memory.tasks or memory.anchor.point:
+        return
+    if not found.writes.found(theta):
+        warnings.warn(
+            "Another memory has learned tasks of this model, and the new one knows nothing of them, so they are not protected. "
+            "Use one consolidator, or one callback, for all tasks; or give the new one what the other has saved.",
+            stacklevel=4,
+        )
+
+
+def refuse_unwatched(memory: "Memory") -> None:
+    """Raise a RuntimeError if a task is to end in which no step was seen, although the weights have changed."""
+    if memory.rule.measures != "steps" or memory.steps:
+        return
+    changed = memory.begun.found(memory.protected.theta)
+    if changed:
+        raise RuntimeError(
+            f"No optimiser step was seen since the last task or `attach`, and yet the weights {listed(changed)} have changed. "
+            "If another optimiser trained them, call `attach(optimizer)` on it before training."
+        )
