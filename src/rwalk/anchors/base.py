@@ -64,6 +64,10 @@ class Anchor(ABC):
         """
 
     @abstractmethod
+    def begun(self, theta: Mapping[str, Tensor]) -> Self:
+        """Take up parameters that it does not hold, as they are, with importance zero."""
+
+    @abstractmethod
     def renamed(self, names: Mapping[str, str]) -> Self:
         """Return the entries of some names under others."""
 

@@ -48,6 +48,12 @@ class ElementwiseAnchor(Anchor):
             {name: grow_tensor(self.omega[name], theta[name], zero) for name in both},
         )
 
+    def begun(self, theta: Mapping[str, Tensor]) -> "ElementwiseAnchor":
+        """Take up parameters as they are: see `Anchor.begun`."""
+        new = {name: p for name, p in theta.items() if name not in self.point}
+        point = self.point | {name: copy(p) for name, p in new.items()}
+        return ElementwiseAnchor(point, self.omega | {name: zero(p) for name, p in new.items()})
+
     def renamed(self, names: Mapping[str, str]) -> "ElementwiseAnchor":
         """Return the entries of some names under others."""
         return ElementwiseAnchor({n: self.point[o] for o, n in names.items()}, {n: self.omega[o] for o, n in names.items()})

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, final
 import torch
 from torch import Tensor
 
+from rwalk._parameters import copy
 from rwalk.anchors.base import Anchor
 from rwalk.anchors.elementwise import ElementwiseAnchor
 from rwalk.anchors.factors import KroneckerFactor
@@ -89,6 +90,12 @@ class KroneckerAnchor(Anchor):
                 else:
                     layers[weight] = followed
         return replace(self, point=point, omega=omega, layers=layers)
+
+    def begun(self, theta: Mapping[str, Tensor]) -> "KroneckerAnchor":
+        """Take up parameters as they are: see `Anchor.begun`."""
+        new = {name: copy(p) for name, p in theta.items() if name not in self.point}
+        nothing = {name: p.new_zeros(()).expand(p.shape) for name, p in new.items()}  # which takes no memory
+        return replace(self, point=self.point | new, omega=self.omega | nothing)
 
     def renamed(self, names: Mapping[str, str]) -> "KroneckerAnchor":
         """Return the entries of some names under others."""

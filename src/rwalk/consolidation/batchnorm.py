@@ -34,7 +34,7 @@ def statistics_kept(model: nn.Module) -> Iterator[None]:
 
 
 def renew_statistics(model: nn.Module, data: Iterable[Any] | None, forward: Callable[[nn.Module, Any], Any]) -> None:
-    """Bring running statistics in line with averaged weights, or warn that they are not; see `refresh_batch_norms`."""
+    """Bring running statistics in line with new weights, or warn that they are not; see `refresh_batch_norms`."""
     if not batch_norms(model):
         return
     if data is not None:
@@ -42,7 +42,7 @@ def renew_statistics(model: nn.Module, data: Iterable[Any] | None, forward: Call
         return
     warnings.warn(
         "The model has BatchNorm, whose running statistics do not fit the averaged weights. Call `consolidate(loader)` to "
-        'recompute them, or build the consolidator with `average="none"`.',
+        'recompute them (`data=loader` in `blend` and `path`), or build the consolidator with `average="none"`.',
         stacklevel=4,
     )
 

@@ -12,6 +12,7 @@ from rwalk._parameters import once_built, refuse_odd
 from rwalk.anchors.base import Anchor
 from rwalk.anchors.match import Match
 from rwalk.consolidation import hooks, misuse
+from rwalk.consolidation.going_back import GoingBack, Way, check_share, go_back, weights_kept
 from rwalk.consolidation.memory import Memory
 from rwalk.consolidation.moves import Writes
 from rwalk.consolidation.offload import Offload
@@ -25,7 +26,7 @@ from rwalk.consolidation.task_end import end_task, refuse_data, refuse_estimate
 from rwalk.rules.base import Rule
 
 
-class Consolidator(SavedState):
+class Consolidator(GoingBack, SavedState):
     """Hold a model to what earlier tasks need, in a training loop that stays as it is.
 
     `Consolidator(model)` is what we recommend: the rule `Kronecker()`, strength 0.1, proximal pull and tail averaging.
@@ -212,6 +213,7 @@ class Consolidator(SavedState):
         *,
         loss: Callable[[Any, Any], Tensor] | None = None,
         logits: Callable[[Any], Tensor] | None = None,
+        blend: float = 0.0,
     ) -> None:
         """End a task: turn what was observed into importance, and hold to the weights as they are now.
 
@@ -221,6 +223,7 @@ class Consolidator(SavedState):
             loss: what the model's outputs mean where targets do not show it, such as `torch.nn.functional.mse_loss`; for
                 `labels="true"` any negative log-likelihood of one example; see `rwalk.gradients.per_example_over`.
             logits: how to read logits of shape (batch, classes) or (batch, rows, classes) from the model's output.
+            blend: which part of the way back to the anchor to go first, from 0 to 1; see `blend`.
 
         Raises:
             RuntimeError: if the consolidator was never attached and the rule measures during training, or something else than
@@ -233,7 +236,13 @@ class Consolidator(SavedState):
                 "`consolidate()` was called before `attach`. Call `attach(optimizer)` before training; to protect a "
                 "pretrained model call `estimate(loader)`, under a rule that can measure on data."
             )
-        self._end_task(data, loss, logits)
+        if not check_share(blend):
+            self._end_task(data, loss, logits)
+            return
+        self._observer.resolve()
+        with weights_kept(self._memory):
+            go_back(self._memory, blend, Way(data=data))
+            self._end_task(data, loss, logits)
 
     @torch.no_grad()
     def _end_task(self, data: Any, loss: Any, logits: Any, estimating: bool = False) -> None:

@@ -250,6 +250,11 @@ class Memory:
         if self.last_end is not None:
             self.last_end = replace(self.last_end, observed=False)
 
+    def mark(self) -> None:
+        """Remember where parameters are that have no anchor; see `Consolidator.mark`."""
+        self.widen(() if self.protected.theta else self.scope.trainable(self.model))
+        self.anchor = self.offload.keep_anchor(self.anchor.begun(self.theta()))
+
     def adopt(self, anchor: Anchor, rename: Mapping[str, str] | Callable[[str], str] | None) -> Match:
         """Hold to another anchor from now on; see `Consolidator.adopt`."""
         if anchor.parts and not isinstance(anchor, self.rule.anchor_kind):

@@ -57,3 +57,21 @@ def refuse_unwatched(memory: "Memory") -> None:
             f"No optimiser step was seen since the last task or `attach`, and yet the weights {listed(changed)} have changed. "
             "If another optimiser trained them, call `attach(optimizer)` on it before training."
         )
+
+
+def accept_changes(memory: "Memory") -> None:
+    """Drop the average and deferred pulls where something has changed the weights after the last step."""
+    changed = memory.changed()
+    memory.moves.keep_changed(changed)
+    if not changed:
+        return
+    waiting = memory.turns.lengths
+    memory.turns.reset()
+    if memory.averages and any(memory.tail.count.get(name) or name in waiting for name in changed):
+        memory.tail.restart()
+        warnings.warn(
+            f"The weights {listed(changed)} were changed after the last step of the task. They are kept as they are, and the "
+            "average is dropped. To have the average, call `consolidate()` right after the last step, before anything restores "
+            'or averages weights; to have no average, pass `average="none"`.',
+            stacklevel=5,
+        )

@@ -211,7 +211,10 @@ class StepObserver:
     def nbytes(self) -> int:
         """Bytes of the tensors held, on this rank, the gradients of the last step among them."""
         squares = self.memory.squares
-        return sum(t.nbytes for t in (*self.memory.tensors(), *self._kept)) + (0 if squares is None else squares.nbytes)
+        held = sum(
+            t.nbytes for t in (*self.memory.tensors(), *self._kept) if any(t.stride()) or not t.dim()
+        )  # the others expand
+        return held + (0 if squares is None else squares.nbytes)
 
     def release(self) -> None:
         """Let go of what only steps need."""

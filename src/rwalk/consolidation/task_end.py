@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rwalk import gradients
-from rwalk._parameters import listed
 from rwalk.anchors.base import Anchor
 from rwalk.anchors.kronecker import held_names
 from rwalk.consolidation.batchnorm import renew_statistics, statistics_kept
 from rwalk.consolidation.memory import Memory
+from rwalk.consolidation.misuse import accept_changes
 from rwalk.consolidation.moves import Moves
 from rwalk.consolidation.repeats import LastEnd, SummedData
 from rwalk.consolidation.turns import take_last_turn
@@ -38,7 +38,7 @@ def end_task(memory: Memory, data: Iterable[Any] | None, loss: Any, logits: Any,
     last = _unmoved_since(memory, theta)
     if last and last.observed:
         return _warn_of_repeat()
-    _accept_changes(memory)
+    accept_changes(memory)
     undo: Callable[[], Any] = int  # nothing to undo yet
     try:
         undo = take_last_turn(memory)
@@ -99,24 +99,6 @@ def _warn_of_repeat() -> None:
         "counts twice. To protect what other data needs too, call `estimate(loader)`.",
         stacklevel=5,
     )
-
-
-def _accept_changes(memory: Memory) -> None:
-    """Drop the average and deferred pulls where something has changed the weights after the last step."""
-    changed = memory.changed()
-    memory.moves.keep_changed(changed)
-    if not changed:
-        return
-    waiting = memory.turns.lengths
-    memory.turns.reset()
-    if memory.averages and any(memory.tail.count.get(name) or name in waiting for name in changed):
-        memory.tail.restart()
-        warnings.warn(
-            f"The weights {listed(changed)} were changed after the last step of the task. They are kept as they are, and the "
-            "average is dropped. To have the average, call `consolidate()` right after the last step, before anything restores "
-            'or averages weights; to have no average, pass `average="none"`.',
-            stacklevel=5,
-        )
 
 
 def _task_end(memory: Memory, raw: Mapping[str, Tensor], data: Any, loss: Any, logits: Any) -> TaskEnd:
