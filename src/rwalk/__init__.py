@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rwalk.anchors import Anchor, KroneckerAnchor
     from rwalk.consolidation import Consolidator
+    from rwalk.finetuning import Distillation, Snapshot, warm_head
     from rwalk.rules import EWC, L2, MAS, SI, EWCpp, Kronecker, OnlineEWC, RWalk, TaskFisher
 
 __version__ = "0.1.0"
@@ -16,15 +17,25 @@ __all__ = [
     "SI",
     "Anchor",
     "Consolidator",
+    "Distillation",
     "EWCpp",
     "Kronecker",
     "KroneckerAnchor",
     "OnlineEWC",
     "RWalk",
+    "Snapshot",
     "TaskFisher",
+    "warm_head",
 ]
 
-_PACKAGES = {"Anchor": "anchors", "KroneckerAnchor": "anchors", "Consolidator": "consolidation"}
+_PACKAGES = {
+    "Anchor": "anchors",
+    "KroneckerAnchor": "anchors",
+    "Consolidator": "consolidation",
+    "Distillation": "finetuning",
+    "Snapshot": "finetuning",
+    "warm_head": "finetuning",
+}
 
 
 def __getattr__(name: str) -> Any:

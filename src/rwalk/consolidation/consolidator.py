@@ -21,7 +21,7 @@ from rwalk.consolidation.saved_state import SavedState
 from rwalk.consolidation.scope import Named, Scope
 from rwalk.consolidation.settings import Average, Nonfinite, Pull, check_choice, check_strength, resolve
 from rwalk.consolidation.step import StepObserver
-from rwalk.consolidation.summary import Summary, summarise
+from rwalk.consolidation.summary import KeptFigures, Summary, summarise
 from rwalk.consolidation.task_end import end_task, refuse_data, refuse_estimate
 from rwalk.rules.base import Rule
 
@@ -300,12 +300,13 @@ class Consolidator(GoingBack, SavedState):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def summary(self, loss: float | Tensor | None = None) -> Summary:
+    def summary(self, loss: float | Tensor | None = None, snapshot: KeptFigures | None = None) -> Summary:
         """Return what is held and how it works, in figures; pass the current loss for the ratio of penalty to loss.
 
-        Besides the penalty: each layer's share of the importance and its drift from the anchor, and what the rule reports.
+        Besides the penalty: each layer's share of the importance and its drift from the anchor, and what the rule reports; and
+        how much of what the model knew when a `snapshot` of it was taken is left.
         """
-        return summarise(self._memory, self.pull, self.skipped, float(self.penalty()), loss)
+        return summarise(self._memory, self.pull, self.skipped, float(self.penalty()), loss, snapshot)
 
     @property
     def state_bytes(self) -> int:

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from rwalk._errors import printable
@@ -13,6 +13,20 @@ from rwalk.anchors.base import Anchor
 from rwalk.consolidation import proximal
 from rwalk.consolidation.memory import Memory
 from rwalk.distributed.shards import ALONE, ShardGroup
+
+
+class Scalars(Protocol):
+    """Figures about something."""
+
+    def scalars(self, prefix: str) -> dict[str, float]:
+        """Return the figures by name."""
+
+
+class KeptFigures(Protocol):
+    """What can tell how much of what a model knew is left, as `rwalk.Snapshot`."""
+
+    def kept(self, model: nn.Module) -> Scalars:
+        """Compare a model with what it was like."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,14 @@ class Summary:
         return table
 
 
-def summarise(memory: Memory, pull: str, skipped: int, penalty: float, loss: float | Tensor | None = None) -> Summary:
+def summarise(
+    memory: Memory,
+    pull: str,
+    skipped: int,
+    penalty: float,
+    loss: float | Tensor | None = None,
+    snapshot: KeptFigures | None = None,
+) -> Summary:
     """Return a summary of what a memory holds; see `Consolidator.summary`."""
     parameters, theta = memory.protected.parameters, memory.protected.theta
     settings = {name: getattr(memory, name) for name in ("rule", "strength")}
@@ -87,6 +108,8 @@ def summarise(memory: Memory, pull: str, skipped: int, penalty: float, loss: flo
     figures = {"penalty": penalty} | ({"steps left out": float(skipped)} if skipped else {})
     if loss is not None and float(loss):
         figures["penalty / loss"] = penalty / float(loss)
+    if snapshot is not None:
+        figures |= snapshot.kept(memory.model).scalars("kept ")
     held = memory.anchor, theta, memory.protected.shard_group
     return Summary(settings, figures | memory.rule.report(memory.state, *held), layer_summaries(*held))
 

@@ -1,0 +1,106 @@
+"""Answers that stay as they were: a term of the loss that keeps a model's distribution near that of the model before.
+
+Hinton, Vinyals, Dean 2015 (arXiv 1503.02531); as a penalty on forgetting Li and Hoiem 2016 (arXiv 1606.09282).
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rwalk import gradients
+from rwalk._parameters import bare, state_dtype
+from rwalk.finetuning.rows import Read, read_rows, without_labels
+
+
+class Distillation:
+    """weight * KL(softmax(old / T) || softmax(new / T)) * T^2, the mean over rows: `loss = loss + distill(x, model(x))`.
+
+    The old model is a frozen copy in eval mode; with PEFT the same model without its adapters, which takes no memory. It costs
+    one forward pass a step. A consolidator beside it sees the gradient of the whole loss.
+
+    Args:
+        model: the network as it should stay, before it is trained further.
+        weight: factor of the term.
+        temperature: T, which divides the logits of both.
+        read: reads the logits from an output, as for `Snapshot`; rows of tokens that do not count are left out.
+    """
+
+    def __init__(self, model: nn.Module, weight: float = 1.0, temperature: float = 2.0, read: Read | None = None) -> None:
+        if not weight >= 0 or not 0 < temperature < float("inf"):
+            raise ValueError(
+                f"`weight` must be 0 or more and `temperature` above 0, but they are {weight!r} and {temperature!r}."
+            )
+        self.weight, self.temperature, self._read = weight, temperature, read
+        root: Any = bare(model)
+        self._adapted = root if hasattr(root, "disable_adapter") else None
+        self._old = None if self._adapted is not None else _frozen(root)
+
+    def __call__(self, batch: Any, output: Any) -> Tensor:
+        """Return the term for a batch and what the model in training made of it.
+
+        Args:
+            batch: what the model was given, or pairs `(inputs, labels)` of it.
+            output: what it returned.
+        """
+        new = read_rows(output, batch, self._read)
+        with torch.no_grad(), self._old_model() as old:
+            before = read_rows(gradients.forward(old, without_labels(batch)), batch, self._read)
+        t = self.temperature
+        target, answer = ((rows.values.to(state_dtype(rows.values)) / t).log_softmax(1) for rows in (before, new))
+        term = nn.functional.kl_div(answer, target, reduction="batchmean", log_target=True)
+        return self.weight * t * t * term
+
+    @contextmanager
+    def _old_model(self) -> Iterator[nn.Module]:
+        """Yield the old model, in eval mode."""
+        if self._old is not None:
+            yield self._old
+            return
+        adapted: Any = self._adapted
+        modes = [(module, module.training) for module in adapted.modules()]
+        adapted.eval()
+        try:
+            with adapted.disable_adapter():
+                yield adapted
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    @contextmanager
+    def in_loss(self, model: nn.Module) -> Iterator[None]:
+        """Add the term to the loss that a model computes itself, in train mode, as Hugging Face's do.
+
+        Raises:
+            RuntimeError: in a forward pass without such a loss.
+        """
+        handle = bare(model).register_forward_hook(self._added, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _added(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not model.training or not torch.is_grad_enabled() or not self.weight:
+            return None
+        if not isinstance(getattr(output, "loss", None), Tensor):
+            raise RuntimeError(
+                "The model's output has no loss that the term could be added to. In a loop or a `compute_loss` of your own, "
+                "add `distill(batch, output)` to the loss."
+            )
+        tokens = kwargs.get("num_items_in_batch")
+        batch = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"} or (args, None)
+        term = self(batch, output)
+        if tokens is not None:  # Trainer sums losses over the micro-batches of a step, of so many tokens together
+            term = term * (len(read_rows(output, batch, self._read).values) / float(tokens))
+        output["loss"] = output.loss + term
+        return output
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    old = copy.deepcopy(model).eval().requires_grad_(False)
+    old.zero_grad()
+    return old

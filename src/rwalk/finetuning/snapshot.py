@@ -1,0 +1,145 @@
+"""What a model knew before it was trained further, by its outputs on any inputs, and how much of that is left."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rwalk._parameters import state_dtype
+from rwalk.finetuning.rows import Read, read_rows, untouched, without_labels
+
+NEIGHBOURS = 10
+"""How many nearest rows are compared."""
+
+
+class Kept(NamedTuple):
+    """How much of what a model knew is left; 1, 1 and 0 if all of it is.
+
+    Args:
+        similarity: rank correlation of the cosine similarities of all pairs of rows, then and now (Spearman).
+        neighbours: how many of the ten rows that were nearest to a row are still among its ten nearest, a fraction.
+        divergence: KL divergence from the old to the new distribution in nats, mean over rows; None unless rows are logits.
+    """
+
+    similarity: float
+    neighbours: float
+    divergence: float | None = None
+
+    def scalars(self, prefix: str = "kept/") -> dict[str, float]:
+        """Return the figures as loggers take them."""
+        return {f"{prefix}{name}": value for name, value in self._asdict().items() if value is not None}
+
+    def __str__(self) -> str:
+        """Write the figures as one sentence."""
+        more = "" if self.divergence is None else f", {self.divergence:.3g} nats from the old outputs"
+        return f"{self.similarity:.1%} of the order of similarities, {self.neighbours:.1%} of the nearest neighbours{more}"
+
+
+class Snapshot:
+    """A model's outputs on some inputs, as they are now: `snapshot.kept()` compares the model of later with them.
+
+    The inputs need no labels, and should be like what the model is to stay good at, not like the new task.
+
+    Args:
+        model: the network.
+        inputs: batches as the model takes them, as a loader yields them; labels in them are ignored. They are kept.
+        read: what to take of an output: a function of the output, or of output and batch, that returns a tensor of shape
+            (examples, size) or (examples, tokens, size). Without it logits, sentence embeddings and the last hidden states of
+            encoders are found by their names, and a tensor is taken as it is.
+        logits: whether that is logits, so that distributions can be compared; what is called so is.
+        rows: how many rows are looked at, at most, evenly spread over the examples, or tokens that count.
+
+    Raises:
+        ValueError: if there are fewer than three rows.
+        TypeError: if nothing can be read from the output.
+    """
+
+    def __init__(
+        self, model: nn.Module, inputs: Iterable[Any], read: Read | None = None, *, logits: bool | None = None, rows: int = 500
+    ) -> None:
+        self._model, self._read, self._logits, self._rows = model, read, logits, rows
+        self._inputs = [without_labels(batch) for batch in inputs]
+        self._before, self.logits = self._look(model)
+        if len(self._before) < 3:
+            raise ValueError(
+                f"The inputs give {len(self._before)} rows of output, and comparing needs three or more. Pass more inputs."
+            )
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        return len(self._before)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the outputs that are kept."""
+        return self._before.nbytes
+
+    def kept(self, model: nn.Module | None = None) -> Kept:
+        """Compare a model's outputs with those that were remembered.
+
+        Args:
+            model: the network; the one that the snapshot was taken of if None.
+        """
+        now, _ = self._look(self._model if model is None else model)
+        if now.shape != self._before.shape:
+            raise ValueError(
+                f"The outputs have shape {tuple(now.shape)} now, and had {tuple(self._before.shape)}. Pass `read=`, which "
+                "returns the part of the output that stays, such as the embedding before a head that grows."
+            )
+        then, after = (_similarities(rows) for rows in (self._before, now))
+        return Kept(
+            _rank_correlation(then, after), _overlap(then, after), _divergence(self._before, now) if self.logits else None
+        )
+
+    def _look(self, model: nn.Module) -> tuple[Tensor, bool]:
+        """Return the rows of a model, evenly spread, and whether they are logits."""
+        found = []
+        with untouched(model) as call:
+            for batch in self._inputs:
+                rows, logits = read_rows(call(batch), batch, self._read, self._logits)
+                found.append(rows.to(state_dtype(rows)).cpu())
+        if not found:
+            raise ValueError("There are no inputs. Pass batches of examples that the model is to stay good at.")
+        every = torch.cat(found)
+        places = torch.linspace(0, len(every) - 1, min(self._rows, len(every))).round().long()
+        return every[places], logits
+
+
+def _similarities(rows: Tensor) -> Tensor:
+    """Return the cosine similarity of each pair of rows."""
+    unit = nn.functional.normalize(rows.double(), dim=1)
+    similarities: Tensor = unit @ unit.mT
+    return similarities
+
+
+def _rank_correlation(then: Tensor, now: Tensor) -> float:
+    """Return Spearman's correlation over pairs of different rows."""
+    i, j = torch.triu_indices(len(then), len(then), 1)
+    if torch.equal(then, now):
+        return 1.0
+    a, b = (_ranks(similarity[i, j]) for similarity in (then, now))
+    return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Return the rank of each value; equal values share the mean of theirs."""
+    _, inverse, count = torch.unique(values, return_inverse=True, return_counts=True)
+    last = count.cumsum(0).double()
+    return (last - (count - 1) / 2)[inverse]
+
+
+def _overlap(then: Tensor, now: Tensor) -> float:
+    """Return how many nearest neighbours stay, a fraction."""
+    count = min(NEIGHBOURS, len(then) - 1)
+    near = []
+    for similarity in (then, now):
+        others = similarity.clone().fill_diagonal_(-2)
+        near.append(torch.zeros_like(others, dtype=torch.bool).scatter_(1, others.topk(count).indices, True))
+    return float((near[0] & near[1]).sum()) / (len(then) * count)
+
+
+def _divergence(then: Tensor, now: Tensor) -> float:
+    """Return the mean over rows of KL(softmax(then) || softmax(now)), in nats."""
+    before, after = then.double().log_softmax(1), now.double().log_softmax(1)
+    return float((before.exp() * (before - after)).sum(1).mean())
