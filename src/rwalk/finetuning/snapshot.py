@@ -126,7 +126,8 @@ def _ranks(values: Tensor) -> Tensor:
     """Return the rank of each value; equal values share the mean of theirs."""
     _, inverse, count = torch.unique(values, return_inverse=True, return_counts=True)
     last = count.cumsum(0).double()
-    return (last - (count - 1) / 2)[inverse]
+    means: Tensor = (last - (count - 1) / 2)[inverse]
+    return means
 
 
 def _overlap(then: Tensor, now: Tensor) -> float:
