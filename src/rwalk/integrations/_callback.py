@@ -8,6 +8,8 @@ from torch.optim import Optimizer
 
 from rwalk import Consolidator
 from rwalk._parameters import bare, listed
+from rwalk.consolidation.going_back import check_share
+from rwalk.finetuning import Snapshot
 from rwalk.rules.base import Rule
 
 
@@ -18,10 +20,24 @@ class HostCallback:
         rule: how importance is measured; None for the recommended one; or an existing `Consolidator`, for example after
             `estimate`.
         strength: factor of the penalty; see `Consolidator`.
+        blend: which part of the way back to its start each task goes when it ends; see `Consolidator.blend`.
+        snapshot: what the model knew before; how much of it is left is logged with each evaluation.
+        once: whether what the memory holds already, after `estimate` or `adopt`, is all that is ever held: no task is
+            consolidated.
         options: further arguments of `Consolidator`.
     """
 
-    def __init__(self, rule: Rule[Any] | Consolidator | None = None, strength: float | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        rule: Rule[Any] | Consolidator | None = None,
+        strength: float | None = None,
+        *,
+        blend: float = 0.0,
+        snapshot: Snapshot | None = None,
+        once: bool = False,
+        **options: Any,
+    ) -> None:
+        self.blend, self.snapshot, self.once = check_share(blend), snapshot, once
         self._memory: Consolidator | None = None
         self._saved: Mapping[str, Any] | None = None
         if isinstance(rule, Consolidator):
@@ -30,10 +46,21 @@ class HostCallback:
                     "A `Consolidator` cannot be passed together with further arguments; pass these to the `Consolidator`."
                 )
             self._memory = rule
+            self._refuse_once()
             return
+        self._refuse_once()
         known = {name: value for name, value in options.items() if name not in ("only", "exclude")}
         Consolidator(nn.Identity(), rule, strength, **known)  # raises errors about the arguments at once
         self._arguments: tuple[Any, ...] = (rule, strength, options)
+
+    def _refuse_once(self) -> None:
+        """Refuse `once` where nothing is held yet, or what only the end of a task makes is asked for."""
+        memory = self._memory
+        if self.once and (memory is None or not memory.anchor.point or memory.average != "none" or self.blend):
+            raise ValueError(
+                "With `once=True` no task is consolidated, so the memory has to hold something already, and cannot average or "
+                'go back. Pass a `Consolidator(model, ..., average="none")` after its `estimate` or `adopt`, and no `blend`.'
+            )
 
     @property
     def memory(self) -> Consolidator:
@@ -78,11 +105,15 @@ class HostCallback:
         memory = self.bind(model)
         memory.detach()
         memory.model = model  # a host may wrap it anew for each task
-        return memory.attach(optimizer)
+        memory.attach(optimizer)
+        if self.blend and not memory.tasks and not memory.steps:
+            memory.mark()
+        return memory
 
     def end(self, data: Iterable[Any] | None = None, **options: Any) -> None:
-        """End the task: `Consolidator.consolidate`, then detach."""
-        self.memory.consolidate(data, **options)
+        """End the task: `Consolidator.consolidate`, unless all is held already, then detach."""
+        if not self.once:
+            self.memory.consolidate(data, blend=self.blend, **options)
         self.memory.detach()
         self.memory.model = bare(self.memory.model)
 

@@ -29,7 +29,7 @@ class ConsolidationPlugin(HostCallback, SupervisedPlugin, supports_distributed=T
     Args:
         rule: how importance is measured, such as `SI()`; None for the recommended one; or a `Consolidator`.
         strength: factor of the penalty.
-        options: further arguments of `Consolidator`.
+        options: `blend`, `snapshot` and `once`, as `HostCallback` has them, and further arguments of `Consolidator`.
     """
 
     _parts = 0
@@ -88,7 +88,7 @@ class MemoryMetrics(PluginMetric):
 
     def result(self) -> dict[str, float]:
         """Return the current figures."""
-        return self._plugin.memory.summary().scalars()
+        return self._plugin.memory.summary(snapshot=self._plugin.snapshot).scalars()
 
     def reset(self) -> None:
         """Do nothing, as nothing is accumulated."""

@@ -33,7 +33,7 @@ class ConsolidationCallback(HostCallback, Callback):
         rule: how importance is measured; None for the recommended one; or a `Consolidator` of the model.
         strength: factor of the penalty; see `Consolidator`.
         loss, logits: for rules that measure on data, here on the training loader's; see `Consolidator.consolidate`.
-        options: further arguments of `Consolidator`.
+        options: `blend`, `snapshot` and `once`, as `HostCallback` has them, and further arguments of `Consolidator`.
     """
 
     def __init__(
@@ -79,6 +79,11 @@ class ConsolidationCallback(HostCallback, Callback):
         every = trainer.log_every_n_steps
         if every and (trainer.global_step + 1) % every == 0:
             pl_module.log("memory/penalty", self.memory.penalty())
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log how much of what the model knew before is left, if there is a snapshot."""
+        if self.snapshot is not None and not trainer.sanity_checking:
+            pl_module.log_dict(self.snapshot.kept(pl_module).scalars())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the task."""

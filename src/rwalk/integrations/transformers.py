@@ -2,10 +2,12 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, default_data_collator
@@ -15,6 +17,7 @@ from rwalk import Consolidator
 from rwalk._errors import printable
 from rwalk._parameters import bare
 from rwalk.distributed.shards import sharded
+from rwalk.finetuning import Distillation, warm_head
 from rwalk.integrations._callback import HostCallback
 from rwalk.rules.base import Rule
 
@@ -32,10 +35,12 @@ class ConsolidationCallback(HostCallback, TrainerCallback):
     Args:
         rule: how importance is measured; None for the recommended one; or a `Consolidator`, such as `protect` returns.
         strength: factor of the penalty; see `Consolidator`.
+        warm_head: True, or the head as a module or by name: fit it on the task's data before each task; see `rwalk.warm_head`.
+        distill: adds its term to the model's own loss; make it of the model as it was before all tasks.
         loss, logits: for rules that measure on data, as in `Consolidator.consolidate`. Without `loss`, rules that take the
             data's labels, such as `EWC(labels="true")`, take the model's own: of a language model, the mean over tokens. For
             language models `labels="sample"` draws the labels of all tokens that count.
-        options: further arguments of `Consolidator`.
+        options: `blend`, `snapshot` and `once`, as `HostCallback` has them, and further arguments of `Consolidator`.
     """
 
     def __init__(
@@ -43,12 +48,15 @@ class ConsolidationCallback(HostCallback, TrainerCallback):
         rule: Rule[Any] | Consolidator | None = None,
         strength: float | None = None,
         *,
+        warm_head: bool | str | nn.Module = False,
+        distill: Distillation | None = None,
         loss: Callable[[Any, Any], Tensor] | None = None,
         logits: Callable[[Any], Tensor] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(rule, strength, **options)
         self._reading, self._figures = {"loss": loss, "logits": logits}, _Figures(self)
+        self._warm_head, self._distill, self._during = warm_head, distill, ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Attach to the optimiser, and continue from a checkpoint if Trainer does."""
@@ -58,6 +66,11 @@ class ConsolidationCallback(HostCallback, TrainerCallback):
         handler, wrapped = trainer.callback_handler, trainer.model_wrapped
         handler.callbacks = [self._figures, *(each for each in handler.callbacks if each is not self._figures)]
         ranks = isinstance(wrapped, nn.parallel.DistributedDataParallel)
+        self._during.close()
+        if self._warm_head is not False and saved is None:
+            _warm(trainer, None if self._warm_head is True else self._warm_head)
+        if self._distill is not None:
+            self._during.enter_context(self._distill.in_loss(trainer.model))
         memory = self.begin(wrapped if ranks else trainer.model, kwargs["optimizer"])
         if saved is not None:
             memory.load(saved)
@@ -75,6 +88,7 @@ class ConsolidationCallback(HostCallback, TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """End the task."""
+        self._during.close()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.memory.load(_saved(state.best_model_checkpoint))  # the weights are those of this checkpoint, too
         self.end(**_arguments(kwargs["train_dataloader"], self.memory.rule, **self._reading))
@@ -87,9 +101,11 @@ class _Figures(TrainerCallback):
         self.owner = owner
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
-        if "loss" in logs:
-            logs |= (figures := self.owner.memory.summary(logs["loss"]).scalars())
-            state.log_history[-1] |= figures
+        figures = self.owner.memory.summary(logs["loss"]).scalars() if "loss" in logs else {}
+        if self.owner.snapshot is not None and ("train_runtime" in logs or any(name.startswith("eval_") for name in logs)):
+            figures |= self.owner.snapshot.kept(kwargs["model"]).scalars()
+        logs |= figures
+        state.log_history[-1] |= figures
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         callbacks = _running_trainer()[
@@ -98,6 +114,13 @@ class _Figures(TrainerCallback):
         if self.owner in callbacks:
             callbacks.remove(self.owner)
             callbacks.append(self.owner)
+
+
+def _warm(trainer: Trainer, head: str | nn.Module | None) -> None:
+    """Fit the head on all of a trainer's data, in order, without a trace in the random state."""
+    with torch.random.fork_rng():
+        data = _loader(trainer.model, trainer.train_dataset, trainer.data_collator, trainer.args.per_device_eval_batch_size)
+        warm_head(trainer.model, _LabelledBatches(data), head)
 
 
 def _running_trainer() -> tuple[Trainer, str | None]:

@@ -1,0 +1,146 @@
+"""`blend`, `warm_head`, `distill`, `snapshot` and `once` in Trainer give what the same lines give in a loop by hand."""
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="needs Transformers: make test-integrations")
+
+from test_transformers import EXACT, arguments, batches, bert, by_hand, classified, mean_over_the_step, same, sentences, trainer
+from transformers import Trainer
+
+from rwalk import EWC, Consolidator, Distillation, RWalk, Snapshot, warm_head
+from rwalk.integrations.transformers import ConsolidationCallback, protect
+
+ORDER = {"train_sampling_strategy": "sequential"}
+TASKS = [sentences(0), sentences(1)]
+
+
+def train(folder, model, tasks, callback, **options):
+    for data in tasks:
+        trainer(folder, model, data, [callback], mean_over_the_step, **ORDER | options).train()
+    return callback.memory
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_each_task_goes_part_of_the_way_back_to_its_start(tmp_path):
+    model, other = bert(), bert()
+    memory = train(tmp_path, model, TASKS, ConsolidationCallback(RWalk(), 0.5, blend=0.25, exclude="classifier"))
+    ours = Consolidator(other, RWalk(), 0.5, exclude="classifier")
+    ours.mark()
+    for data in TASKS:
+        start = weights(other)
+        twin, copied = copy.deepcopy((other, ours))
+        by_hand(twin, [data], copied)
+        optimizer = torch.optim.AdamW(other.parameters(), lr=0.01, weight_decay=0.0)
+        ours.attach(optimizer)
+        total = 2 * len(batches(data))
+        for step in range(total):
+            optimizer.param_groups[0]["lr"] = 0.01 * (total - step) / total
+            optimizer.zero_grad()
+            classified(other.train(), batches(data)[step % (total // 2)]).backward()
+            torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
+            optimizer.step()
+        end = weights(twin)
+        ours.consolidate(blend=0.25)
+        ours.detach()
+        for name, p in other.named_parameters():
+            expected = end[name] if name.startswith("classifier") else 0.75 * end[name] + 0.25 * start[name]
+            torch.testing.assert_close(p.detach(), expected)
+    same(memory, ours)
+
+
+@pytest.mark.parametrize("head", [True, "classifier"])
+def test_a_head_is_fitted_before_each_task_and_nothing_else_changes(tmp_path, head):
+    model, other, third = bert(), bert(), bert()
+    memory = train(tmp_path, model, TASKS, ConsolidationCallback(RWalk(), 0.5, warm_head=head))
+    ours = Consolidator(other, RWalk(), 0.5)
+    for data in TASKS:
+        warm_head(other, batches(data, 8), "classifier")
+        by_hand(other, [data], ours)
+    same(memory, ours, rtol=1e-6, atol=1e-8)
+    left = warm_head(third, batches(TASKS[0]))
+    assert left < float(classified(bert(), batches(TASKS[0], 24)[0]).detach())
+
+
+def test_old_answers_are_part_of_the_loss_in_training_alone(tmp_path):
+    model, other = bert(), bert()
+    before = bert().eval()
+    keep = Distillation(model, weight=3.0, temperature=1.0)
+
+    def both(outputs, labels, num_items_in_batch):
+        raise AssertionError("the model's own loss is used")
+
+    def by_hand_loss(current, batch):
+        output = current(input_ids=batch["input_ids"], labels=batch["labels"])
+        p = before(input_ids=batch["input_ids"]).logits.softmax(1).detach()
+        return output.loss + 3 * (p * (p.log() - output.logits.log_softmax(1))).sum(1).mean()
+
+    callback = ConsolidationCallback(RWalk(), 0.5, distill=keep)
+    for data in TASKS:
+        one = trainer(tmp_path, model, data, [callback], **ORDER)
+        one.train()
+        with torch.no_grad():
+            plain = model.eval()(**batches(data)[0])
+        assert float(plain.loss) == pytest.approx(
+            float(torch.nn.functional.cross_entropy(plain.logits, batches(data)[0]["labels"]))
+        )
+    same(callback.memory, by_hand(other, TASKS, Consolidator(other, RWalk(), 0.5), loss=by_hand_loss), rtol=1e-7, atol=1e-9)
+
+
+def test_what_is_kept_is_in_the_logs_of_evaluations(tmp_path):
+    model = bert()
+    snapshot = Snapshot(model, batches(sentences(3)))
+    callback = ConsolidationCallback(RWalk(), 0.5, snapshot=snapshot)
+    settings = arguments(tmp_path, eval_strategy="epoch")
+    one = Trainer(model=model, args=settings, train_dataset=TASKS[0], eval_dataset=TASKS[1], callbacks=[callback])
+    one.train()
+    logged = [entry for entry in one.state.log_history if "kept/similarity" in entry]
+    evaluated = [entry for entry in logged if "eval_loss" in entry]
+    assert len(evaluated) == 2
+    assert all(0 < entry["kept/similarity"] < 1 and entry["kept/divergence"] > 0 for entry in evaluated)
+    assert any("train_runtime" in entry for entry in logged)
+
+
+def test_once_nothing_is_consolidated(tmp_path):
+    model, other = bert(), bert()
+    memory = protect(model, TASKS[0], EWC(), 2.0)
+    point = {name: t.clone() for name, t in memory.anchor.point.items()}
+    callback = ConsolidationCallback(memory, once=True)
+    train(tmp_path, model, TASKS, callback)
+    assert memory.tasks == 1
+    torch.testing.assert_close(memory.anchor.point, point, **EXACT)
+    ours = Consolidator(other, EWC(), 2.0)
+    ours.estimate(batches(TASKS[0], 8))
+    ours.consolidate = lambda **_: None
+    by_hand(other, TASKS, ours)
+    torch.testing.assert_close(weights(model), weights(other), rtol=1e-9, atol=1e-12)
+
+
+def test_once_with_nothing_to_hold_is_refused():
+    for wrong in ({}, {"rule": RWalk()}, {"rule": Consolidator(bert())}):
+        with pytest.raises(ValueError, match="the memory has to hold something already"):
+            ConsolidationCallback(**wrong, once=True)
+    memory = protect(bert(), TASKS[0], EWC())
+    with pytest.raises(ValueError, match="cannot average or go back"):
+        ConsolidationCallback(memory, once=True, blend=0.5)
+    with pytest.raises(ValueError, match="must be a number from 0"):
+        ConsolidationCallback(RWalk(), blend=2)
+
+
+def test_a_part_may_be_left_free(tmp_path):
+    model = bert()
+    memory = train(tmp_path, model, TASKS[:1], ConsolidationCallback(RWalk(), only=model.bert))
+    assert all(name.startswith("bert.") for name in memory.anchor.point)
+    assert len(memory.anchor.point) == len(list(model.bert.parameters()))
+
+
+def test_a_new_callback_for_each_trainer_warns(tmp_path):
+    model = bert()
+    train(tmp_path, model, TASKS[:1], ConsolidationCallback(RWalk()))
+    with pytest.warns(UserWarning, match="Another memory has learned tasks of this model"):
+        train(tmp_path, model, TASKS[1:], ConsolidationCallback(RWalk()))
