@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cases import batches, mlp, train
-from rwalk import EWC, MAS, Anchor, Consolidator, RWalk
+from rwalk import EWC, MAS, Anchor, Consolidator, Kronecker, RWalk, TaskFisher
 from rwalk.anchors import ElementwiseAnchor
 
 
@@ -207,3 +207,38 @@ def test_data_that_are_no_batches_are_refused(wrap):
     x, y = (torch.as_tensor(t) for t in batches(0, 1)[0])
     with pytest.raises(TypeError, match=r"`data` must yield batches.*list such as `\[\(x, y\)\]`"):
         Consolidator(mlp(), EWC()).estimate(wrap((x, y)))
+
+
+@pytest.mark.filterwarnings("ignore:Another memory has learned")
+@pytest.mark.parametrize("rule", [TaskFisher(), Kronecker()], ids=lambda r: type(r).__name__)
+def test_an_anchor_in_a_unit_of_its_own_counts_as_one_task_where_tasks_have_one(rule, tmp_path):
+    model, made = protected()
+    made.anchor.save(tmp_path / "anchor.safetensors")
+    anchor = Anchor.load(tmp_path / "anchor.safetensors")
+    assert anchor.origin == "EWC"
+    memory = Consolidator(model, rule)
+    match = memory.adopt(anchor)
+    held, elements = memory.anchor.importance(), sum(p.numel() for p in model.parameters())
+    assert sum(float(o.sum()) for o in held.values()) / elements == pytest.approx(1 / 300**0.5)
+    ratio = held["0.weight"] / anchor.omega["0.weight"]
+    torch.testing.assert_close(ratio, ratio[0, 0].expand_as(ratio))
+    assert f"which is one task of {type(rule).__name__}" in str(match)
+
+
+def test_anchors_of_one_unit_or_of_unknown_origin_are_held_as_they_are():
+    model, made = protected()
+    for rule, anchor in ((EWC(), made.anchor), (TaskFisher(), ElementwiseAnchor(made.anchor.point, made.anchor.omega))):
+        memory = Consolidator(model, rule)
+        match = memory.adopt(anchor)
+        assert match.note == ""
+        torch.testing.assert_close(memory.anchor.omega, anchor.omega)
+
+
+def test_an_anchor_in_the_unit_of_tasks_warns_where_importance_has_another():
+    model = mlp()
+    made = Consolidator(model, TaskFisher())
+    made.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    train(model, made._memory.optimizer, batches(0, 2))
+    made.consolidate()
+    with pytest.warns(UserWarning, match="made by TaskFisher, in the unit of one task, and EWC has a unit of its own"):
+        Consolidator(model, EWC()).adopt(made.anchor)

@@ -24,6 +24,7 @@ class Anchor(ABC):
     Args:
         point: the parameters after earlier tasks, by name.
         omega: the importance of those that are held element by element, by name: non-negative, of the shape of `point`.
+        origin: the name of the rule that made it, if known.
 
     Attributes:
         parts: what its `content` has besides point and omega.
@@ -34,6 +35,7 @@ class Anchor(ABC):
     by_element: ClassVar[bool] = True
     point: dict[str, Tensor] = field(default_factory=dict)
     omega: dict[str, Tensor] = field(default_factory=dict)
+    origin: str = field(default="", kw_only=True)
 
     def __len__(self) -> int:
         """Count the tensors held."""
@@ -70,6 +72,10 @@ class Anchor(ABC):
     @abstractmethod
     def renamed(self, names: Mapping[str, str]) -> Self:
         """Return the entries of some names under others."""
+
+    @abstractmethod
+    def scaled(self, factor: float) -> Self:
+        """Multiply the importance by a number."""
 
     def merge(self, point: Mapping[str, Tensor], omega: Sequence[Tensor]) -> "Anchor":  # noqa: ARG002
         """Add a second quadratic, where the sum of two is one of the same kind; `omega` runs parallel to `point`."""
@@ -139,7 +145,8 @@ class Anchor(ABC):
 
         If its tensors are DTensors all ranks have to call; the first one writes.
         """
-        checkpoint.save_once(self.content(), shards.ShardGroup.of(self.point.values()), partial(states.save, path, "anchor"))
+        content = self.content() | ({"origin": self.origin} if self.origin else {})
+        checkpoint.save_once(content, shards.ShardGroup.of(self.point.values()), partial(states.save, path, "anchor"))
 
     @staticmethod
     @torch.inference_mode(False)
@@ -151,12 +158,13 @@ class Anchor(ABC):
             ValueError: if the file is damaged or something else.
         """
         content = states.load(path, "anchor")
+        origin = content.pop("origin", "")
         point, omega = (_shapes(content.get(part)) for part in ("point", "omega"))
         kind = anchor_kind(content)
         unlike = point is None or omega is None or any(point.get(name) != shape for name, shape in omega.items())
         if unlike or kind is None or kind.damaged_parts(content):
             raise ValueError(printable(f"`{path}` holds no anchor that can be read. Pass a file that `Anchor.save` wrote."))
-        return kind.read(content)
+        return replace(kind.read(content), origin=str(origin))
 
 
 def anchor_kind(content: Mapping[str, Any]) -> type[Anchor] | None:

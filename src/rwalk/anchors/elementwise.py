@@ -1,7 +1,7 @@
 """The anchor that holds each weight alone: one importance for each element."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -43,20 +43,23 @@ class ElementwiseAnchor(Anchor):
     def align(self, theta: Mapping[str, Tensor]) -> "ElementwiseAnchor":
         """Follow a model that changed: see `Anchor.align`."""
         both = [name for name in theta if name in self.point]
-        return ElementwiseAnchor(
-            {name: grow_tensor(self.point[name], theta[name], copy) for name in both},
-            {name: grow_tensor(self.omega[name], theta[name], zero) for name in both},
-        )
+        point = {name: grow_tensor(self.point[name], theta[name], copy) for name in both}
+        return replace(self, point=point, omega={name: grow_tensor(self.omega[name], theta[name], zero) for name in both})
 
     def begun(self, theta: Mapping[str, Tensor]) -> "ElementwiseAnchor":
         """Take up parameters as they are: see `Anchor.begun`."""
         new = {name: p for name, p in theta.items() if name not in self.point}
         point = self.point | {name: copy(p) for name, p in new.items()}
-        return ElementwiseAnchor(point, self.omega | {name: zero(p) for name, p in new.items()})
+        return replace(self, point=point, omega=self.omega | {name: zero(p) for name, p in new.items()})
 
     def renamed(self, names: Mapping[str, str]) -> "ElementwiseAnchor":
         """Return the entries of some names under others."""
-        return ElementwiseAnchor({n: self.point[o] for o, n in names.items()}, {n: self.omega[o] for o, n in names.items()})
+        point, omega = ({new: column[old] for old, new in names.items()} for column in (self.point, self.omega))
+        return replace(self, point=point, omega=omega)
+
+    def scaled(self, factor: float) -> "ElementwiseAnchor":
+        """Multiply the importance by a number."""
+        return replace(self, omega={name: omega * factor for name, omega in self.omega.items()})
 
     @torch.no_grad()
     def penalty(self, theta: Mapping[str, Tensor]) -> float | Tensor:

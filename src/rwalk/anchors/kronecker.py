@@ -57,7 +57,7 @@ class KroneckerAnchor(Anchor):
     @classmethod
     def of(cls, anchor: Anchor) -> "KroneckerAnchor":
         """Return an anchor of either kind as one of this kind, with the same quadratic."""
-        return anchor if isinstance(anchor, cls) else cls(anchor.point, anchor.omega)
+        return anchor if isinstance(anchor, cls) else cls(anchor.point, anchor.omega, origin=anchor.origin)
 
     @property
     def elementwise(self) -> ElementwiseAnchor:
@@ -102,6 +102,11 @@ class KroneckerAnchor(Anchor):
         point = {names[n]: p for n, p in self.point.items() if n in names}
         omega = {names[n]: o for n, o in self.omega.items() if n in names}
         return replace(self, point=point, omega=omega, layers={names[w]: f for w, f in self._renamed(names) if w in names})
+
+    def scaled(self, factor: float) -> "KroneckerAnchor":
+        """Multiply the importance by a number."""
+        layers = {weight: layer.faded(factor) for weight, layer in self.layers.items()}
+        return replace(self, omega={name: omega * factor for name, omega in self.omega.items()}, layers=layers)
 
     def _renamed(self, names: Mapping[str, str]) -> Iterator[tuple[str, KroneckerFactor]]:
         for weight, layer in self.layers.items():

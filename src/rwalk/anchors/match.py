@@ -18,6 +18,7 @@ class Match(NamedTuple):
         unknown: names of the anchor that the model lacks.
         missing: names of the model that the anchor lacks.
         names: the model's name of each entry of the anchor that fits, in the model's order.
+        note: what was done to the anchor's importance, if anything.
     """
 
     same: list[str]
@@ -26,6 +27,7 @@ class Match(NamedTuple):
     unknown: list[str]
     missing: list[str]
     names: dict[str, str]
+    note: str = ""
 
     def __str__(self) -> str:
         """Name what matched and what did not."""
@@ -36,7 +38,8 @@ class Match(NamedTuple):
             "only in the anchor": self.unknown,
             "only in the model": self.missing,
         }
-        return "; ".join(f"{len(names)} {word} ({', '.join(names)})" for word, names in words.items() if names)
+        found = [f"{len(names)} {word} ({', '.join(names)})" for word, names in words.items() if names]
+        return "; ".join([*found, self.note] if self.note else found)
 
 
 def match_names(

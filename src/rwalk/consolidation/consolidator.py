@@ -12,6 +12,7 @@ from rwalk._parameters import once_built, refuse_odd
 from rwalk.anchors.base import Anchor
 from rwalk.anchors.match import Match
 from rwalk.consolidation import hooks, misuse
+from rwalk.consolidation.adoption import adopt
 from rwalk.consolidation.going_back import GoingBack, Way, check_share, go_back, weights_kept
 from rwalk.consolidation.memory import Memory
 from rwalk.consolidation.moves import Writes
@@ -282,6 +283,8 @@ class Consolidator(GoingBack, SavedState):
             anchor: the anchor; entries of tensors that grew since become their leading block.
             rename: from the anchor's names to this model's, for models that call their parameters otherwise.
 
+        An anchor of a rule with another unit than `TaskFisher` and `Kronecker` have counts under these as one task does.
+
         Returns:
             What matched, grew, and did not match; print it.
 
@@ -289,7 +292,7 @@ class Consolidator(GoingBack, SavedState):
             ValueError: if no name and shape matches, or the anchor is damaged or of another geometry than the rule's.
         """
         self._observer.resolve()
-        return self._memory.adopt(anchor, rename)
+        return adopt(self._memory, anchor, rename)
 
     @torch.inference_mode(False)
     @torch.no_grad()

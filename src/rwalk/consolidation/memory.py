@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,6 @@ from rwalk import gradients
 from rwalk._parameters import bare, copies, listed, named_parameters, refuse_odd
 from rwalk.anchors.base import Anchor
 from rwalk.anchors.kronecker import KroneckerAnchor, held_names
-from rwalk.anchors.match import Match
 from rwalk.consolidation.averaging import Tail
 from rwalk.consolidation.measuring import content_of, moments_from
 from rwalk.consolidation.misuse import note_learned
@@ -255,45 +254,9 @@ class Memory:
         self.widen(() if self.protected.theta else self.scope.trainable(self.model))
         self.anchor = self.offload.keep_anchor(self.anchor.begun(self.theta()))
 
-    def adopt(self, anchor: Anchor, rename: Mapping[str, str] | Callable[[str], str] | None) -> Match:
-        """Hold to another anchor from now on; see `Consolidator.adopt`."""
-        if anchor.parts and not isinstance(anchor, self.rule.anchor_kind):
-            kind, name = type(anchor).__name__, type(self.rule).__name__
-            raise ValueError(
-                f"A `{kind}` cannot be held under {name}, which holds each weight alone. Use the rule `Kronecker()`."
-            )
-        anchor.refuse_damage()
-        match = anchor.match(self.scope.of(named_parameters(self.model)), rename)
-        if not match.names:
-            raise ValueError(
-                f"The anchor fits nothing of the model: {match}. Pass `rename`, which leads from the anchor's names to the "
-                "model's."
-            )
-        if not self.rule.accumulates:
-            warnings.warn(
-                f"{type(self.rule).__name__} replaces an adopted anchor at the next `consolidate`, by what it measured "
-                "itself. Use EWC, OnlineEWC, SI, MAS or L2 to keep it longer.",
-                stacklevel=4,
-            )
-        self.widen([*match.names.values(), *self.scope.trainable(self.model)])
-        self.anchor = self.offload.keep_anchor(
-            self._local(self.of_my_kind(anchor).renamed(match.names)).align(self.protected.theta)
-        )
-        if self.moments is not None:
-            self.moments = self.moments.followed(self.protected.parameters, [], held_names(self.anchor))
-            self.watch_next()
-        return match
-
     def of_my_kind(self, anchor: Anchor) -> Anchor:
         """Return an anchor that the rule can hold to, with the same quadratic."""
         return anchor if self.by_element else KroneckerAnchor.of(anchor)
-
-    def _local(self, anchor: Anchor) -> Anchor:
-        """Return this rank's parts of an anchor of whole tensors."""
-        if not self.protected.shard_group.groups:
-            return anchor
-        point, omega = (shards.local_parts(c, self.protected.parameters) for c in (anchor.point, anchor.omega))
-        return replace(anchor, point=point, omega=omega)
 
     def whole_anchor(self) -> Anchor:
         """Return the anchor; under `fully_shard` its tensors are DTensors in the memory of each rank's parts."""

@@ -56,7 +56,8 @@ def restore(memory: Memory, saved: Mapping[str, Any]) -> None:
     state = grow_state(state, list(now.shapes), now.shapes, now.theta, memory.rule.init)
     kind = anchor_kind(saved["anchor"]) or ElementwiseAnchor
     anchor = memory.of_my_kind(kind.read(copied(saved["anchor"])))
-    anchor = replace(anchor, point=mine(anchor.point), omega=mine(anchor.omega)).align(now.theta)
+    point, omega, origin = mine(anchor.point), mine(anchor.omega), type(memory.rule).__name__
+    anchor = replace(anchor, point=point, omega=omega, origin=origin).align(now.theta)
     moments = moments_from(saved["moments"], memory.model, memory.rule, now, anchor)
     memory.tail = Tail.read(copied(mine(saved["tail"]["average"])), saved["tail"]["count"])
     memory.strength, memory.tasks, memory.steps = (saved[key] for key in ("strength", "tasks", "steps"))

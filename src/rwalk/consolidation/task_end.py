@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -122,6 +123,7 @@ def _concluded(memory: Memory, end: TaskEnd) -> tuple[Anchor, Any]:
     """Return the anchor and the state after a task, offloaded."""
     state = memory.offload.fetch(memory.rule, memory.state, list(end.point.values()))
     anchor, state = memory.rule.conclude(state, end)
+    anchor = replace(anchor, origin=type(memory.rule).__name__)
     return memory.offload.keep_anchor(anchor), memory.offload.keep(memory.rule, state)
 
 

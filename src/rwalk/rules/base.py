@@ -150,6 +150,7 @@ class Rule(ABC, Generic[State]):
         counters: fields of its state that count elements, so that parts of tensors have parts of the count.
         defaults: how it works unless the user says otherwise.
         anchor_kind: the kind of anchor that it makes.
+        unit: of its importance: "own", or "task" if that of each task is brought to the same mean.
         walks: whether it follows the path, so that it must be told which moves are not the optimiser's. Its state then has
             `last`, where each parameter was left by the last step.
     """
@@ -159,6 +160,7 @@ class Rule(ABC, Generic[State]):
     counters: ClassVar[tuple[str, ...]] = ()
     defaults: ClassVar[Defaults] = Defaults()
     anchor_kind: ClassVar[type[Anchor]] = ElementwiseAnchor
+    unit: ClassVar[Literal["own", "task"]] = "own"
     walks: ClassVar[bool] = False
 
     @abstractmethod

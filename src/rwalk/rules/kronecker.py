@@ -75,6 +75,7 @@ class Kronecker(Rule[TaskLengths]):
     """
 
     defaults: ClassVar[Defaults] = Defaults(0.1, "proximal", "tail")
+    unit: ClassVar[Literal["own", "task"]] = "task"
     anchor_kind: ClassVar[type[Anchor]] = KroneckerAnchor
     measure: Measure = "training"
     m: int = 10

@@ -6,7 +6,7 @@ Our own combination: the running Fisher information of Chaudhry et al. 2018 (arX
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ class TaskFisher(Rule[MeanFisher]):
     """
 
     defaults: ClassVar[Defaults] = Defaults(0.1, "proximal", "tail")
+    unit: ClassVar[Literal["own", "task"]] = "task"
     fisher: Fisher = "batch"
 
     def __post_init__(self) -> None:
