@@ -66,8 +66,8 @@ class Anchor(ABC):
         """
 
     @abstractmethod
-    def begun(self, theta: Mapping[str, Tensor]) -> Self:
-        """Take up parameters that it does not hold, as they are, with importance zero."""
+    def begun(self, theta: Mapping[str, Tensor], sharded: bool = False) -> Self:
+        """Take up parameters that it does not hold, as they are, with importance zero; `sharded` for parts of larger ones."""
 
     @abstractmethod
     def renamed(self, names: Mapping[str, str]) -> Self:

@@ -46,7 +46,7 @@ class ElementwiseAnchor(Anchor):
         point = {name: grow_tensor(self.point[name], theta[name], copy) for name in both}
         return replace(self, point=point, omega={name: grow_tensor(self.omega[name], theta[name], zero) for name in both})
 
-    def begun(self, theta: Mapping[str, Tensor]) -> "ElementwiseAnchor":
+    def begun(self, theta: Mapping[str, Tensor], sharded: bool = False) -> "ElementwiseAnchor":  # noqa: ARG002
         """Take up parameters as they are: see `Anchor.begun`."""
         new = {name: p for name, p in theta.items() if name not in self.point}
         point = self.point | {name: copy(p) for name, p in new.items()}

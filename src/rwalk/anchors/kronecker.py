@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, final
 import torch
 from torch import Tensor
 
-from rwalk._parameters import copy
+from rwalk._parameters import copy, exact_copy, state_dtype
 from rwalk.anchors.base import Anchor
 from rwalk.anchors.elementwise import ElementwiseAnchor
 from rwalk.anchors.factors import KroneckerFactor
@@ -62,7 +62,8 @@ class KroneckerAnchor(Anchor):
     @property
     def elementwise(self) -> ElementwiseAnchor:
         """The parameters that are held by importance alone."""
-        return ElementwiseAnchor({n: self.point[n] for n in self.omega}, self.omega)
+        point = {name: self.point[name].to(state_dtype(self.point[name])) for name in self.omega}
+        return ElementwiseAnchor(point, self.omega)
 
     @cached_property
     def inside(self) -> frozenset[str]:
@@ -78,7 +79,9 @@ class KroneckerAnchor(Anchor):
 
     def align(self, theta: Mapping[str, Tensor]) -> "KroneckerAnchor":
         """Follow a model that changed, as `Anchor.align` does: grown layers keep their old block."""
-        point = ElementwiseAnchor(self.point, self.point).align(theta).point
+        moved = {n: p for n, p in self.point.items() if n in theta and (p.shape, p.device) != (theta[n].shape, theta[n].device)}
+        grown = ElementwiseAnchor(moved, moved).align(theta).point
+        point = {name: grown.get(name, self.point[name]) for name in theta if name in self.point}
         omega = self.elementwise.align(theta).omega
         layers = {}
         for weight, layer in self.layers.items():
@@ -91,10 +94,10 @@ class KroneckerAnchor(Anchor):
                     layers[weight] = followed
         return replace(self, point=point, omega=omega, layers=layers)
 
-    def begun(self, theta: Mapping[str, Tensor]) -> "KroneckerAnchor":
+    def begun(self, theta: Mapping[str, Tensor], sharded: bool = False) -> "KroneckerAnchor":
         """Take up parameters as they are: see `Anchor.begun`."""
-        new = {name: copy(p) for name, p in theta.items() if name not in self.point}
-        nothing = {name: p.new_zeros(()).expand(p.shape) for name, p in new.items()}  # which takes no memory
+        new = {name: (copy if sharded else exact_copy)(p) for name, p in theta.items() if name not in self.point}
+        nothing = {n: torch.zeros((), dtype=state_dtype(p), device=p.device).expand(p.shape) for n, p in new.items()}
         return replace(self, point=self.point | new, omega=self.omega | nothing)
 
     def renamed(self, names: Mapping[str, str]) -> "KroneckerAnchor":
@@ -141,7 +144,7 @@ class KroneckerAnchor(Anchor):
             if name in theta:
                 p = theta[name]
                 w = omega.to(p.device, torch.promote_types(omega.dtype, p.dtype)) * steps.each(name)
-                p.sub_(((w / (1 + w)) * (p - self.point[name].to(p.device))).to(p.dtype))
+                p.sub_(((w / (1 + w)) * (p - self.point[name].to(w.device, w.dtype))).to(p.dtype))
 
     def _draw_layer(
         self, weight: str, layer: KroneckerFactor, theta: Mapping[str, Tensor], step: float, parameters: Mapping[str, Tensor]

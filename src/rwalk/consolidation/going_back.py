@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rwalk import gradients
-from rwalk._parameters import bare
+from rwalk._parameters import bare, state_dtype
 from rwalk.anchors.kronecker import KroneckerAnchor
 from rwalk.consolidation.batchnorm import renew_statistics
 from rwalk.consolidation.memory import Memory
@@ -166,7 +166,7 @@ def _move(theta: Mapping[str, Tensor], memory: Memory, share: float, by: By) -> 
     if by == "uniform" or share == 1:
         for name, p in theta.items():
             point = anchor.point[name].to(p.device)
-            p.copy_(point if share == 1 else p.to(point.dtype).lerp_(point, share))
+            p.copy_(point if share == 1 else p.to(state_dtype(p)).lerp(point.to(state_dtype(p)), share))
         return
     group = memory.protected.shard_group
     total = sum(anchor.totals(group).values())

@@ -252,7 +252,7 @@ class Memory:
     def mark(self) -> None:
         """Remember where parameters are that have no anchor; see `Consolidator.mark`."""
         self.widen(() if self.protected.theta else self.scope.trainable(self.model))
-        self.anchor = self.offload.keep_anchor(self.anchor.begun(self.theta()))
+        self.anchor = self.offload.keep_anchor(self.anchor.begun(self.theta(), bool(self.protected.shard_group.groups)))
 
     def of_my_kind(self, anchor: Anchor) -> Anchor:
         """Return an anchor that the rule can hold to, with the same quadratic."""

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from rwalk._parameters import copies
+from rwalk._parameters import copy, exact_copy
 from rwalk.anchors.base import Anchor
 from rwalk.anchors.factors import Cut, KroneckerFactor, Moments
 from rwalk.anchors.kronecker import KroneckerAnchor
@@ -156,7 +156,8 @@ class Kronecker(Rule[TaskLengths]):
         layers |= {w: KroneckerFactor.of(m, cut, unit, anchor.layers.get(w), fade) for w, m in fresh.items()}
         omega = {n: _joined(anchor.omega.get(n), fade, alone.get(n), other, end.point[n]) for n in end.point if n not in inside}
         check_finite(omega, "Look at the size of the gradients.")
-        point = dict(zip(end.point, copies(list(end.point.values())), strict=True))
+        copied = copy if end.shard_group.groups else exact_copy  # parts on several ranks have one precision
+        point = {name: copied(p) for name, p in end.point.items()}
         return KroneckerAnchor(point, omega, {name: layers[name] for name in point if name in layers}), after
 
     def report(
