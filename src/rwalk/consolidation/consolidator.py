@@ -202,7 +202,7 @@ class Consolidator:
         data: Iterable[Any] | None = None,
         *,
         loss: Callable[[Any, Any], Tensor] | None = None,
-        logits: Callable[[Any], Tensor] | None = None,
+        logits: Callable[..., Tensor] | None = None,
     ) -> None:
         """End a task: turn what was observed into importance, and hold to the weights as they are now.
 
@@ -237,7 +237,7 @@ class Consolidator:
         data: Iterable[Any] | None = None,
         *,
         loss: Callable[[Any, Any], Tensor] | None = None,
-        logits: Callable[[Any], Tensor] | None = None,
+        logits: Callable[..., Tensor] | None = None,
     ) -> None:
         """Protect a pretrained model before any training: `consolidate` on data it already does well.
 

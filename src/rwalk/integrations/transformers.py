@@ -45,7 +45,7 @@ class ConsolidationCallback(HostCallback, TrainerCallback):
         strength: float | None = None,
         *,
         loss: Callable[[Any, Any], Tensor] | None = None,
-        logits: Callable[[Any], Tensor] | None = None,
+        logits: Callable[..., Tensor] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(rule, strength, **options)
@@ -143,7 +143,7 @@ def protect(
     data_collator: Callable[[Any], Any] = default_data_collator,
     batch_size: int = 8,
     loss: Callable[[Any, Any], Tensor] | None = None,
-    logits: Callable[[Any], Tensor] | None = None,
+    logits: Callable[..., Tensor] | None = None,
     **options: Any,
 ) -> Consolidator:
     """Protect what a pretrained model can do, before any fine-tuning: pass the result to `ConsolidationCallback`.
