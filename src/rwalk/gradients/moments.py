@@ -20,6 +20,7 @@ from rwalk.gradients.layer_uses import NOTHING_HELD, LayerUses, Rows
 from rwalk.gradients.objectives import Scores
 from rwalk.gradients.outputs import given_inputs
 from rwalk.gradients.over_data import check_totals
+from rwalk.gradients.texts import readable
 from rwalk.rules.base import Objective
 
 ONE_EXAMPLE = "a `loss` that names no distribution takes one example"
@@ -76,8 +77,8 @@ def _factors(
         names = {id(p): name for name, p in named_parameters(model).items() if name in theta}
         passes = _Passes(root, LayerUses(root, names, held), rank, scores, snapshot)
         device = next((p.device for p in theta.values()), torch.device("cpu"))
-        count, watch = 0, ManyClasses(root, data, ranks.share(samples))
-        for raw in examples(data, ranks.share(samples), device, scores.is_likelihood):
+        count, watch, read = 0, ManyClasses(root, data, ranks.share(samples)), (readable(root, raw) for raw in data)
+        for raw in examples(read, ranks.share(samples), device, scores.is_likelihood):
             batch = scores.prepare(root, raw, snapshot)
             for part in watch.parts(batch, scores.passes):
                 passes.add(part)

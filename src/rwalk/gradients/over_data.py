@@ -19,6 +19,7 @@ from rwalk.gradients.likelihood import IGNORED, not_binary
 from rwalk.gradients.mapping import UNMAPPED, in_agreement, mapped, reaches
 from rwalk.gradients.objectives import Scores
 from rwalk.gradients.outputs import given_inputs
+from rwalk.gradients.texts import readable
 from rwalk.rules.base import Objective
 
 MEMORY = 2**28
@@ -107,8 +108,8 @@ def _gradients(
     with full_parameters(model), isolated(model, loss, logits) as snapshot:
         full = named_parameters(model)
         engine = _Engine(root, {name: full[name] for name in chosen}, scores, of, snapshot)
-        watch = ManyClasses(root, data, ranks.share(samples))
-        for batch in examples(data, ranks.share(samples), engine.device, scores.is_likelihood):
+        watch, read = ManyClasses(root, data, ranks.share(samples)), (readable(root, raw) for raw in data)
+        for batch in examples(read, ranks.share(samples), engine.device, scores.is_likelihood):
             counted = scores.prepare(root, batch, snapshot)
             for part in watch.parts(counted, scores.passes):
                 engine.add(part)

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from inspect import signature
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,10 @@ class _LabelledBatches:
             self._data.set_epoch(0)  # the same order, even if training was resumed in the middle of an epoch
         for batch in self._data:
             yield (batch, batch) if isinstance(batch, Mapping) and "labels" not in batch else batch
+
+    def __length_hint__(self) -> int:
+        """Return how many batches there are, 0 if that is unknown."""
+        return length_hint(self._data, 0)
 
 
 def _loader(model: nn.Module, dataset: Any, collator: Callable[[Any], Any], batch_size: int) -> Iterable[Any]:
