@@ -25,7 +25,9 @@ def readable(root: nn.Module, raw: Any) -> Any:
         TypeError: for texts that the model cannot tokenise, and for a single text.
     """
     if isinstance(raw, str):
-        raise TypeError("The data yield single texts. Let each batch be a list of texts; a list of one batch is `[texts]`.")
+        raise TypeError(
+            "The data yield single texts, of type `str`. Let each batch be a list of texts; a list of one batch is `[texts]`."
+        )
     if isinstance(raw, Mapping):
         return _as_argument(raw) if _takes_mapping(root, raw, certain=True) else raw
     if _texts(raw):
@@ -73,7 +75,10 @@ def _takes_mapping(root: nn.Module, features: Mapping[str, Any], certain: bool) 
         certain: whether its first argument has to say so by its name or annotation; else it is enough that the keywords do
             not fit.
     """
-    arguments = [*signature(root.forward).parameters.values()]
+    try:
+        arguments = [*signature(root.forward).parameters.values()]
+    except (TypeError, ValueError):  # a forward that is no Python function
+        return False
     names, first = {a.name for a in arguments}, arguments[0] if arguments else None
     if first is None or first.name in features or first.kind is Parameter.VAR_KEYWORD:
         return False

@@ -42,7 +42,7 @@ def evaluate(
     with gradients.isolated(model, features, logits) as kept, torch.no_grad(), _last_linear(root) as last:
 
         def output(x: Tensor) -> Tensor:
-            return gradients.read_output(kept.call(gradients.forward, root, (x,)), logits, x)
+            return gradients.read_output(kept.call(gradients.forward, root, (x,)), logits, x.to(device))
 
         for x in inputs:
             out.append(output(x))
