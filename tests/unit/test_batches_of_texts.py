@@ -80,11 +80,13 @@ def batches(kind, model):
         return [(TEXTS[:3], torch.zeros(3)), [tuple(TEXTS[3:]), [0, 1]]]
     if kind == "mappings":
         return [[{"text": t} for t in TEXTS]]
+    if kind == "features and labels":
+        return [(features_of(TEXTS), torch.zeros(5))]
     return [features_of(TEXTS)]
 
 
 @pytest.mark.parametrize("make", MODELS)
-@pytest.mark.parametrize("kind", ["texts", "pairs", "mappings", "features"])
+@pytest.mark.parametrize("kind", ["texts", "pairs", "mappings", "features", "features and labels"])
 def test_texts_are_tokenised_and_given_as_the_model_takes_them(make, kind, engine):
     model = make()
     close(gradients_of(model, batches(kind, model))("norm", torch.abs), by_hand(model))

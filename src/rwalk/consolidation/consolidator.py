@@ -211,7 +211,7 @@ class Consolidator:
                 models with BatchNorm under tail averaging; iterated once for each of the two.
             loss: what the model's outputs mean where targets do not show it, such as `torch.nn.functional.mse_loss`; for
                 `labels="true"` any negative log-likelihood of one example; see `rwalk.gradients.per_example_over`.
-            logits: how to read logits of shape (batch, classes) or (batch, rows, classes) from the model's output.
+            logits: reads logits, (batch, classes) or (batch, rows, classes), from the output, or from `(output, batch)`.
 
         Raises:
             RuntimeError: if the consolidator was never attached and the rule measures during training.

@@ -1,5 +1,6 @@
 """Warnings before a long wait: examples that are taken one at a time, and a backward pass for each of many classes."""
 
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -7,6 +8,7 @@ from operator import length_hint
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from rwalk._errors import printable
@@ -32,7 +34,15 @@ def warn_once(root: nn.Module, kind: str, message: str) -> None:
     kinds = _warned.setdefault(root, set())
     if kind not in kinds:
         kinds.add(kind)
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """Return the `stacklevel` at which `warn_once` shows the user's line: the first outside of this package and torch."""
+    level, frame = 2, sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("rwalk", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def warn_one_by_one(root: nn.Module, reason: str, remedy: str) -> None:
@@ -60,9 +70,9 @@ class ManyClasses:
         if self._timed or passes <= MANY_PASSES or not batch.size:
             yield batch
             return
-        self._timed, start = True, clock()
+        self._timed, start = True, _now(batch)
         yield batch.cut(0, TIMED)
-        seconds = (clock() - start) / min(TIMED, batch.size)
+        seconds = (_now(batch) - start) / min(TIMED, batch.size)
         total = min(self._batches * batch.size, self._samples or self._batches * batch.size)
         if not self._batches or total * seconds > LONG:
             self._warn(passes, seconds, total)
@@ -77,6 +87,13 @@ class ManyClasses:
             f'The labels "exact" take a backward pass for each of {passes} classes: {seconds:.2g} seconds an example{whole}. '
             'Use `labels="sample"`, which takes one backward pass and is unbiased, or fewer examples with `samples=`.',
         )
+
+
+def _now(batch: ExampleBatch) -> float:
+    """Return the time when everything that was begun on the batch's devices is done."""
+    for device in {t.device for t in batch.inputs if t.is_cuda}:
+        torch.cuda.synchronize(device)
+    return clock()
 
 
 def _duration(seconds: float) -> str:

@@ -28,12 +28,15 @@ def readable(root: nn.Module, raw: Any) -> Any:
         raise TypeError(
             "The data yield single texts, of type `str`. Let each batch be a list of texts; a list of one batch is `[texts]`."
         )
-    if isinstance(raw, Mapping):
-        return _as_argument(raw) if _takes_mapping(root, raw, certain=True) else raw
+    if isinstance(raw, Mapping) and _takes_mapping(root, raw, certain=True):
+        return (raw,), raw.get("labels")
     if _texts(raw):
         return (_features(root, raw),)
-    if isinstance(raw, tuple | list) and len(raw) in (1, 2) and _texts(raw[0]):
-        return (_features(root, raw[0]), *raw[1:])
+    if isinstance(raw, tuple | list) and len(raw) in (1, 2):
+        if _texts(raw[0]):
+            return (_features(root, raw[0]), *raw[1:])
+        if isinstance(raw[0], Mapping) and _takes_mapping(root, raw[0], certain=True):
+            return ((raw[0],), *raw[1:])
     return raw
 
 
@@ -58,12 +61,6 @@ def _features(root: nn.Module, texts: Any) -> Any:
         )
     features = tokenise(list(texts))
     return (dict(features),) if _takes_mapping(root, features, certain=False) else features
-
-
-def _as_argument(raw: Mapping[str, Any]) -> Any:
-    """Return a mapping as the only input, and its labels as the target."""
-    features = {key: value for key, value in raw.items() if key != "labels"}
-    return ((features,), raw["labels"]) if "labels" in raw else ((features,),)
 
 
 def _takes_mapping(root: nn.Module, features: Mapping[str, Any], certain: bool) -> bool:

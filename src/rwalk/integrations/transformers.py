@@ -154,7 +154,8 @@ def protect(
     Args:
         model: the pretrained model, with its adapters, if any.
         dataset: examples of what it does well, as Trainer takes them, or a loader; None for rules that measure nothing.
-        rule: one that measures on data, such as `EWC()`; for a language model `EWC(labels="sample")`.
+        rule: one that measures on data, such as `EWC()`; for a language model `EWC(labels="sample")`, for embeddings
+            `EWC(labels="output")`.
         strength: as in `Consolidator`.
         data_collator: as in Trainer.
         batch_size: how many examples are read at a time; the result does not depend on it.
