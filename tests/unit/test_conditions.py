@@ -145,7 +145,7 @@ def test_many_classes_are_announced_once(rule, seconds):
     model, data = wide()
     memory = Consolidator(model, rule)
     with pytest.warns(
-        UserWarning, match="backward pass for each of 150 classes: 2 seconds an example, about 2 minutes for 48"
+        UserWarning, match="backward pass for each of 150 classes or outputs: 2 seconds an example, about 2 minutes for 48"
     ) as found:
         memory.estimate(data)
     assert 'Use `labels="sample"`, which takes one backward pass' in str(found[0].message)
@@ -154,7 +154,7 @@ def test_many_classes_are_announced_once(rule, seconds):
 
 def test_data_without_a_length_have_no_total(seconds):
     model, data = wide()
-    with pytest.warns(UserWarning, match=r"of 150 classes: 2 seconds an example\. Use"):
+    with pytest.warns(UserWarning, match=r"of 150 classes or outputs: 2 seconds an example\. Use"):
         gradients_of(model, (pair for pair in data))("exact", torch.square)
 
 

@@ -55,15 +55,13 @@ def per_example_over(
         theta: the parameters of the model to differentiate, by name; everything else is constant.
         data: batches: a mapping for `model(**batch)` with its target under "labels", a pair `(inputs, target)`, or inputs
             alone. Inputs are a tensor, a tuple or list for `model(*inputs)`, or a mapping for `model(**inputs)`. The first
-            dimension of the tensors is that of the examples. If the model has a method `preprocess` or `tokenize`, inputs may
-            be a list of texts; a model whose first argument is a mapping of features gets them as one.
+            dimension of the tensors is that of the examples. Inputs may be texts if the model has `preprocess` or `tokenize`.
         loss: for the objective "true", called as `loss(output, target)` on batches of one example; returns a scalar that
             replaces -log p(y|x). For "sample" and "exact", what the outputs mean: `cross_entropy` is a softmax over the second
             dimension, `binary_cross_entropy_with_logits` a probability for each output, `mse_loss` a mean for each output, with
             variance 1; these functions of `torch.nn.functional`, or their modules without weights or smoothing.
         logits: reads the logits from the model's output, which is otherwise a tensor or holds them as `logits` or
-            `sentence_embedding`. A function of two arguments gets the output and what the model was given: a mapping, a tuple,
-            or the only input.
+            `sentence_embedding`. With two arguments it gets the output and the batch as the model was given it.
 
     Without `loss`, p(y|x) follows from logits and targets of the first batch. One logit a row is a probability if all targets
     are 0 or 1, else the mean of a normal distribution of variance 1. Several are a softmax, with one row for each example or
@@ -89,8 +87,7 @@ def per_example_over(
         each, with `torch.square`; "norm", the sum of squares of the outputs; "output", the output along a random direction,
         whose squared gradient has the mean diag(J^T J), without labels. The function raises a ValueError if there are no
         examples, if examples depend on each other, if all outputs have the same norm under "norm", or if objective, data,
-        outputs and `loss` do not fit, and a TypeError for batches and outputs of other kinds. It warns, once for a model, if
-        examples have to be taken one at a time, and if a pass for each of many classes will take more than a minute.
+        outputs and `loss` do not fit, and a TypeError for batches and outputs of other kinds.
     """
     return partial(_gradients, model, theta, data, loss, logits)
 
