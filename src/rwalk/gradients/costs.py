@@ -84,8 +84,9 @@ class ManyClasses:
         warn_once(
             self._root,
             "many classes",
-            f'The labels "exact" take a backward pass for each of {passes} classes or outputs: {seconds:.2g} seconds an example{whole}. '
-            'Use `labels="sample"`, which takes one backward pass and is unbiased, or fewer examples with `samples=`.',
+            f'The labels "exact" take a backward pass for each of {passes} classes or outputs: {seconds:.2g} seconds an '
+            f'example{whole}. Use `labels="sample"`, which takes one backward pass and is unbiased, or fewer examples with '
+            "`samples=`.",
         )
 
 
