@@ -152,7 +152,7 @@ def test_outputs_that_cannot_be_compared_are_refused():
         Snapshot(model, [X[:2]])
     with pytest.raises(ValueError, match="There are no inputs"):
         Snapshot(model, [])
-    with pytest.raises(TypeError, match="Pass `read=`"):
+    with pytest.raises(TypeError, match="output is a `str`, and not a tensor"):
         Snapshot(nn.Identity(), [X], read=lambda output: "text")
     with pytest.raises(ValueError, match=r"shape \(40, 5\) now, and had \(40, 3\)"):
         Snapshot(model, [X]).kept(net(5))

@@ -64,7 +64,7 @@ class Branching(nn.Module):
         self.a, self.b = nn.Linear(5, 3).double(), nn.Linear(5, 3).double()
 
     def forward(self, x):
-        return self.a(x) if x.sum() > 0 else self.b(x)
+        return self.a(x) if x.sum().item() > 0 else self.b(x)
 
 
 class Tied(nn.Module):

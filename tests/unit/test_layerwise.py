@@ -180,7 +180,14 @@ class MixedExamples(TwoLayers):
 
 
 class Looking(TwoLayers):
-    """Looks at values."""
+    """Looks at values, which cannot be mapped over."""
+
+    def forward(self, x):
+        return super().forward(x) if x.sum().item() > 0 else self.b(x)
+
+
+class Choosing(TwoLayers):
+    """Asks its input for yes or no."""
 
     def forward(self, x):
         return super().forward(x) if x.sum() > 0 else self.b(x)
@@ -264,6 +271,7 @@ CASES = {
     Fast: ((5,), {"b.weight", "b.bias"}),
     Kept: ((5,), set()),
     Looking: ((5,), set()),
+    Choosing: ((5,), ALL),
     Field: ((5,), set()),
     Forwards: ((5,), set()),
     Nested: ((5,), set()),
@@ -484,7 +492,7 @@ def test_hooks_of_all_modules_are_part_of_the_model(rule, objective, of):
     )
 
 
-@pytest.mark.parametrize("make", [TwoLayers, Looking])
+@pytest.mark.parametrize("make", [TwoLayers, Looking, Choosing])
 def test_hooks_of_gradients_are_about_training(make):
     model, data, calls = make(), drawn((5,)), []
     want = truth(model, named_parameters(model), data, exact, torch.square)

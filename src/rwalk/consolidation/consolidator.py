@@ -213,7 +213,7 @@ class Consolidator(GoingBack, SavedState):
         data: Iterable[Any] | None = None,
         *,
         loss: Callable[[Any, Any], Tensor] | None = None,
-        logits: Callable[[Any], Tensor] | None = None,
+        logits: Callable[..., Tensor] | None = None,
         blend: float = 0.0,
     ) -> None:
         """End a task: turn what was observed into importance, and hold to the weights as they are now.
@@ -223,7 +223,7 @@ class Consolidator(GoingBack, SavedState):
                 models with BatchNorm under tail averaging; iterated once for each of the two.
             loss: what the model's outputs mean where targets do not show it, such as `torch.nn.functional.mse_loss`; for
                 `labels="true"` any negative log-likelihood of one example; see `rwalk.gradients.per_example_over`.
-            logits: how to read logits of shape (batch, classes) or (batch, rows, classes) from the model's output.
+            logits: reads logits, (batch, classes) or (batch, rows, classes), from the output, or from `(output, batch)`.
             blend: which part of the way back to the anchor to go first, from 0 to 1; see `blend`.
 
         Raises:
@@ -259,7 +259,7 @@ class Consolidator(GoingBack, SavedState):
         data: Iterable[Any] | None = None,
         *,
         loss: Callable[[Any, Any], Tensor] | None = None,
-        logits: Callable[[Any], Tensor] | None = None,
+        logits: Callable[..., Tensor] | None = None,
     ) -> None:
         """Protect a pretrained model before any training: `consolidate` on data it already does well.
 

@@ -8,6 +8,7 @@ import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -93,6 +94,10 @@ class SummedData:
                 "begin anew with each `iter`, or pass a list of batches."
             )
         self.sums = self.sums or sums
+
+    def __length_hint__(self) -> int:
+        """Return how many batches there are, 0 if that is unknown."""
+        return length_hint(self._data, 0)
 
 
 def _weights(theta: Mapping[str, Tensor], shard_group: ShardGroup) -> dict[str, Sums]:

@@ -15,6 +15,7 @@ from rwalk import gradients
 from rwalk._errors import printable
 from rwalk._parameters import bare
 from rwalk.gradients.batches import examples
+from rwalk.gradients.texts import readable
 
 IGNORED = -100
 """The label that does not count, as in `torch.nn.functional.cross_entropy`."""
@@ -84,7 +85,7 @@ def _features(model: nn.Module, data: Iterable[Any], head: nn.Module | None) -> 
     device = next((p.device for p in root.parameters()), torch.device("cpu"))
     inputs, labels = [], []
     with gradients.isolated(model) as kept, torch.no_grad(), _calls(root, head) as calls:
-        for batch in examples(data, None, device):
+        for batch in examples((readable(root, raw) for raw in data), None, device):
             calls.clear()
             kept.call(lambda m, b: m(*b.args, **b.kwargs), root, batch)
             if not calls:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from inspect import Parameter, signature
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from rwalk import gradients
 from rwalk._parameters import bare
 
 Read = Callable[..., Tensor]
-"""Reads what matters from a model's output: `read(output)`, or `read(output, batch)`."""
+"""Reads what matters from a model's output: `read(output)`, or `read(output, inputs)`."""
 
 
 class Rows(NamedTuple):
@@ -42,49 +41,35 @@ def read_rows(output: Any, batch: Any, read: Read | None, logits: bool | None = 
     Raises:
         TypeError: if there is no such tensor.
     """
-    found, named = _take(output, batch, read)
-    if not isinstance(found, Tensor) or not found.dim():
-        raise TypeError(
-            f"The model's output is a `{type(output).__name__}` without logits or embeddings. Pass `read=`, a function of the "
-            "output, or of output and batch, that returns a tensor with one row for each example."
-        )
-    mask = _mask(batch)
-    flat = found.reshape(-1, found.shape[-1]) if found.dim() > 1 else found.unsqueeze(1)
+    inputs = batch[0] if isinstance(batch, tuple | list) and len(batch) == 2 else batch
+    hidden = None if read is not None else _mean_of_tokens(output, inputs)
+    found = gradients.read_output(output, read, inputs) if hidden is None else hidden
+    named = read is None and not isinstance(output, Tensor) and _entry(output, "logits") is found
+    mask = _mask(inputs)
+    flat = found.reshape(-1, found.shape[-1]) if found.dim() > 1 else found.reshape(-1, 1)
     if found.dim() == 3 and mask is not None and mask.shape == found.shape[:2]:
         flat = flat[mask.flatten().bool().to(flat.device)]
     return Rows(flat, named if logits is None else logits)
 
 
-def _take(output: Any, batch: Any, read: Read | None) -> tuple[Any, bool]:
-    """Return what to look at, and whether it is called logits."""
-    if read is not None:
-        return (read(output, batch) if _takes_two(read) else read(output)), False
-    if isinstance(output, Tensor):
-        return output, False
-    for name in ("logits", "sentence_embedding"):
-        found = _entry(output, name)
-        if found is not None:
-            return found, name == "logits"
-    hidden, mask = _entry(output, "last_hidden_state"), _mask(batch)
-    if isinstance(hidden, Tensor) and mask is not None:
-        weight = mask.to(hidden).unsqueeze(-1)
-        return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1), False
-    return (None if hidden is None else hidden.mean(1)), False
+def _mean_of_tokens(output: Any, inputs: Any) -> Tensor | None:
+    """Return the mean of an encoder's last hidden states over the tokens that count; None for other outputs."""
+    hidden, mask = _entry(output, "last_hidden_state"), _mask(inputs)
+    if isinstance(output, Tensor) or not isinstance(hidden, Tensor):
+        return None
+    if mask is None:
+        return hidden.mean(1)
+    weight = mask.to(hidden).unsqueeze(-1)
+    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 def _entry(output: Any, name: str) -> Any:
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
-def _mask(batch: Any) -> Tensor | None:
-    inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
+def _mask(inputs: Any) -> Tensor | None:
     found = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     return found if isinstance(found, Tensor) else None
-
-
-def _takes_two(read: Read) -> bool:
-    needed = [p for p in signature(read).parameters.values() if p.default is Parameter.empty]
-    return len(needed) > 1
 
 
 @contextmanager

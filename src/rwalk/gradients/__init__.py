@@ -1,6 +1,5 @@
 """Per-example gradients: over a data loader after training, or collected during the user's own backward pass."""
 
-from rwalk.gradients.batches import forward
 from rwalk.gradients.in_backward import Squares
 from rwalk.gradients.in_training import StepMoments, TrainingMoments
 from rwalk.gradients.independence import refuse_dependence
@@ -8,6 +7,7 @@ from rwalk.gradients.isolation import ModelSnapshot, isolated
 from rwalk.gradients.moments import moments
 from rwalk.gradients.outputs import read_output
 from rwalk.gradients.over_data import per_example_over
+from rwalk.gradients.texts import forward
 
 __all__ = [
     "ModelSnapshot",

@@ -9,7 +9,7 @@ from numbers import Number
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 EXAMPLES_FIRST = "Put the examples first in inputs, targets and outputs; for an LSTM that is `batch_first=True`."
 """What to do if examples lie along another dimension."""
@@ -115,7 +115,7 @@ def examples(data: Iterable[Any], samples: int | None, device: torch.device, fla
     if left <= 0:
         return
     for raw in data:
-        batch = _read_batch(raw, device)
+        batch = read_batch(raw, device)
         batch = replace(batch, target=_by_example(batch, flat))
         batch = batch.cut(0, int(min(left, batch.size)))
         if batch.size:
@@ -125,7 +125,7 @@ def examples(data: Iterable[Any], samples: int | None, device: torch.device, fla
             return
 
 
-def _read_batch(raw: Any, device: torch.device) -> ExampleBatch:
+def read_batch(raw: Any, device: torch.device) -> ExampleBatch:
     """Separate inputs and target of a batch, and find its examples."""
     inputs, target = (map_tensors(part, partial(_to_device, device=device)) for part in _inputs_and_target(raw))
     target_in_inputs = isinstance(raw, Mapping)
@@ -236,10 +236,3 @@ def _unreadable(came: str) -> str:
         f"The data yield {came}. A batch has to be a mapping of the model's arguments, a pair of inputs and target, or inputs "
         "as tensors; let the DataLoader's `collate_fn` return one of these."
     )
-
-
-def forward(model: nn.Module, batch: Any) -> Any:
-    """Call a model on the inputs of a batch, of any kind that `per_example_over` takes."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    read = _read_batch(batch, device)
-    return model(*read.args, **read.kwargs)

@@ -1,6 +1,5 @@
 """Sums of a function of per-example gradients, layer by layer, in one pass over many examples that are each its own batch."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,36 +9,18 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
 from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
 
 from rwalk.distributed.wrappers import module_class
 from rwalk.gradients.layer_rules import LAYER_RULES, Elementwise, Gather, Sum, find_owners
+from rwalk.gradients.mapping import UNMAPPED, mapped, reaches
 
 ROOTS: dict[Any, Callable[[Tensor], Tensor]] = {torch.square: torch.sqrt, torch.abs: torch.clone}
 """The functions that can be summed layer by layer, and what to apply to a gradient's weight before the function."""
 
 ANYWHERE = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)
 """Layers whose inputs may have any shape; all others get one example at a time, with a first dimension of 1."""
-
-UNMAPPED = (RuntimeError, NotImplementedError, ValueError, TypeError)
-"""Errors of models that cannot be mapped over examples; a model's own errors may be among them."""
-
-
-def mapped(function: Callable[..., Any], in_dims: Any, *args: Any) -> Any:
-    """Call a function for all examples at once with `vmap`."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop")  # where an operator is looped over
-        return vmap(function, in_dims=in_dims, randomness="different")(*args)
-
-
-def reaches(score: Tensor, parameters: Iterable[Tensor]) -> bool:
-    """Return whether scores depend on parameters that were replaced: something else than the model holds them, too."""
-    if not score.requires_grad:
-        return False
-    found = torch.autograd.grad(score.sum(), list(parameters), retain_graph=True, allow_unused=True)
-    return any(g is not None for g in found)
 
 
 @dataclass(eq=False)
@@ -198,12 +179,15 @@ class LayerwiseSums:
             parts: all examples, as one tree of tensors.
             dims: the dimension of examples in each tensor.
             size: how many examples there are.
+
+        Raises:
+            DividedExamplesError: if the model takes different ways for different examples; nothing was added.
         """
         leaves = {name: theta[name].detach().requires_grad_() for name in self.names}
         with _hooked(self._layers, leaves) as mark:
             try:
                 with _RefuseGraphQueries():
-                    score, weight = mapped(partial(_marked, scores, leaves, mark), (0, dims), torch.arange(size), parts)
+                    score, weight = mapped(partial(_marked, scores, leaves, mark), size, (dims,), parts)
                 self._layers = [] if reaches(score, theta.values()) else [layer for layer in self._layers if layer.fits()]
                 passes = self._passes(score, ROOTS[self._of](weight), leaves)
                 first = next(passes, [])

@@ -13,12 +13,20 @@ from rwalk.anchors.kronecker import HeldNames
 from rwalk.distributed.ranks import Ranks
 from rwalk.distributed.wrappers import full_parameters
 from rwalk.gradients.batches import ExampleBatch, examples
+from rwalk.gradients.costs import ManyClasses, warn_one_by_one
 from rwalk.gradients.isolation import ModelSnapshot, isolated
 from rwalk.gradients.layer_moments import WeightGradient, empty_sums, warn_of_odd_layers
 from rwalk.gradients.layer_uses import NOTHING_HELD, LayerUses, Rows
 from rwalk.gradients.objectives import Scores
+from rwalk.gradients.outputs import given_inputs
 from rwalk.gradients.over_data import check_totals
+from rwalk.gradients.texts import readable
 from rwalk.rules.base import Objective
+
+ONE_EXAMPLE = "a `loss` that names no distribution takes one example"
+
+FASTER = 'Leave `loss` out, or use `labels="sample"`, which take whole batches; or measure fewer examples with `samples=`.'
+"""What to do if examples are measured one at a time."""
 
 
 def moments(
@@ -27,7 +35,7 @@ def moments(
     data: Iterable[Any],
     *,
     loss: Callable[[Any, Any], Tensor] | None = None,
-    logits: Callable[[Any], Tensor] | None = None,
+    logits: Callable[..., Tensor] | None = None,
 ) -> Callable[..., dict[str, Moments]]:
     """Prepare passes over data that measure second moments: for each batch one forward pass and few backward passes.
 
@@ -56,7 +64,7 @@ def _factors(
     theta: Mapping[str, nn.Parameter],
     data: Iterable[Any],
     loss: Callable[[Any, Any], Tensor] | None,
-    logits: Callable[[Any], Tensor] | None,
+    logits: Callable[..., Tensor] | None,
     objective: Objective,
     samples: int | None = None,
     rank: int | None = None,
@@ -69,12 +77,11 @@ def _factors(
         names = {id(p): name for name, p in named_parameters(model).items() if name in theta}
         passes = _Passes(root, LayerUses(root, names, held), rank, scores, snapshot)
         device = next((p.device for p in theta.values()), torch.device("cpu"))
-        count = 0
-        for raw in examples(data, ranks.share(samples), device, scores.is_likelihood):
+        count, watch, read = 0, ManyClasses(root, data, ranks.share(samples)), (readable(root, raw) for raw in data)
+        for raw in examples(read, ranks.share(samples), device, scores.is_likelihood):
             batch = scores.prepare(root, raw, snapshot)
-            size = batch.size if scores.is_likelihood else 1  # a user's loss takes one example
-            for start in range(0, batch.size, size or 1):
-                passes.add(batch.cut(start, start + size))
+            for part in watch.parts(batch, scores.passes):
+                passes.add(part)
             count += batch.size
     for layer in passes.sums.values():
         layer.reduce(ranks)
@@ -110,17 +117,25 @@ class _Passes:
         return [y.clone() for y in outputs]
 
     def add(self, batch: ExampleBatch) -> None:
-        """Add the examples of a batch."""
+        """Add the examples of a batch, one by one if a loss of the user's takes one example."""
+        size = batch.size if self._scores.takes_batches else 1
+        for start in range(0, batch.size, size or 1):
+            self._add(batch.cut(start, start + size))
+            if size < batch.size:
+                warn_one_by_one(self._root, ONE_EXAMPLE, FASTER)
+
+    def _add(self, batch: ExampleBatch) -> None:
         self._noted.clear()
         self._uses.open(self._note)
         try:
             output = self._snapshot.call(self._root, *batch.args, **batch.kwargs)
         finally:
             self._uses.close()
+        inputs = given_inputs(batch.args, batch.kwargs)
         outputs = [y for some, _ in self._noted for y in some]
         weights = {w: layer.parameter for w, layer in self._uses.layers.items() if layer.parameter.requires_grad}
         fresh = {w: p for w, p in weights.items() if w not in self._compared} if outputs else {}
-        for number, score in enumerate(_sums(*self._scores(output, batch.target, batch.size)) if outputs else ()):
+        for number, score in enumerate(_sums(*self._scores(output, inputs, batch.target, batch.size)) if outputs else ()):
             found = torch.autograd.grad(score, [*outputs, *fresh.values()], retain_graph=True, allow_unused=True)
             totals = self._add_rows(iter(found[: len(outputs)]), number == 0, fresh)
             for (weight, _), g in zip(fresh.items(), found[len(outputs) :], strict=True):

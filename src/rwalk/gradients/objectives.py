@@ -2,16 +2,17 @@
 
 from collections.abc import Callable
 from itertools import chain, combinations
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from rwalk.gradients.batches import ExampleBatch, tensors
+from rwalk.gradients.directions import output_rows, random_scores, refuse_constant_norm
 from rwalk.gradients.independence import compare_examples, precision, refuse_without_gradient
 from rwalk.gradients.isolation import ModelSnapshot, differentiable
 from rwalk.gradients.likelihood import IGNORED, Likelihood, named_distribution
-from rwalk.gradients.outputs import find_likelihood, own_loss, read_output, refuse_probabilities
+from rwalk.gradients.outputs import find_likelihood, given_inputs, own_loss, read_output, refuse_probabilities
 from rwalk.rules.base import Objective
 
 
@@ -27,13 +28,14 @@ class Scores:
         ValueError: if the objective is unknown or does not go with the loss.
     """
 
-    def __init__(self, objective: Objective, loss: Callable[[Any, Any], Tensor] | None, logits: Callable[[Any], Tensor] | None):
+    def __init__(self, objective: Objective, loss: Callable[[Any, Any], Tensor] | None, logits: Callable[..., Tensor] | None):
         self.objective: Objective = objective
         self.given = None if objective == "norm" else named_distribution(loss)
         self.loss = loss if objective == "true" else None
         self.logits = logits
         self.likelihood: Likelihood | None = None
         self.ignored = 0
+        self.passes = 1  # how many backward passes an example takes
         self._with_examples, self._shared = set[int](), set[int]()  # indices of inputs
         self._checked = self._compared = False  # whether there was any batch, and one with several examples
         self._refuse(loss)
@@ -42,6 +44,11 @@ class Scores:
         if self.objective not in get_args(Objective):
             known = ", ".join(f'"{name}"' for name in get_args(Objective))
             raise ValueError(f'There is no objective "{self.objective}"; pass one of {known}.')
+        if self.objective == "output" and loss is not None:
+            raise ValueError(
+                'The labels "output" measure the output itself and take no `loss`. Leave it out, and let `logits=` read what '
+                'is to be kept of the output; or use `labels="sample"` with a loss that names a distribution.'
+            )
         if loss is not None and self.given is None and self.objective in ("sample", "exact"):
             raise ValueError(
                 f'The `loss` names no distribution, which the labels "{self.objective}" need. Pass cross_entropy, '
@@ -51,8 +58,13 @@ class Scores:
 
     @property
     def is_likelihood(self) -> bool:
-        """Whether a log-likelihood is differentiated, and not a loss of the user's or a norm."""
-        return self.objective != "norm" and self.loss is None
+        """Whether a log-likelihood is differentiated, and not a loss of the user's or the output itself."""
+        return self.objective not in ("norm", "output") and self.loss is None
+
+    @property
+    def takes_batches(self) -> bool:
+        """Whether scores of many examples can be computed together: all except a user's loss, which takes one, and norms."""
+        return self.is_likelihood or self.objective == "output"
 
     def prepare(self, root: nn.Module, batch: ExampleBatch, snapshot: ModelSnapshot) -> ExampleBatch:
         """Return the examples of a batch that count; find out with the first of them how to read the model's output.
@@ -108,12 +120,13 @@ class Scores:
         except Exception:
             return False
 
-    def _compare(self, root: nn.Module, batch: ExampleBatch, snapshot: ModelSnapshot) -> tuple[ExampleBatch, Any, Any]:
+    def _compare(self, root: nn.Module, batch: ExampleBatch, snapshot: ModelSnapshot) -> tuple[ExampleBatch, "_Run", "_Run"]:
         """Run a few examples together, and one alone."""
 
-        def run(part: ExampleBatch) -> Any:
+        def run(part: ExampleBatch) -> _Run:
+            inputs = given_inputs(part.args, part.kwargs)
             with differentiable(root.parameters()):
-                return snapshot.call(root, *part.args, **part.kwargs)
+                return _Run(snapshot.call(root, *part.args, **part.kwargs), inputs)
 
         exact = precision([*root.parameters(), *tensors((batch.args, batch.kwargs))])
         return compare_examples(run, self._read, batch, exact)
@@ -129,34 +142,44 @@ class Scores:
 
     def _without_ignored(self, batch: ExampleBatch, likelihood: Likelihood) -> ExampleBatch:
         """Leave out examples without any target that counts, if targets are read as labels."""
-        if self.objective == "norm" or (self.loss is not None and self.given is None and not batch.target_in_inputs):
+        if self.objective in ("norm", "output") or (
+            self.loss is not None and self.given is None and not batch.target_in_inputs
+        ):
             return batch
         rows = likelihood.counting_examples(batch.target, batch.size)
         return batch if rows is None else batch.keep(rows)
 
     def _check(self, root: nn.Module, batch: ExampleBatch, snapshot: ModelSnapshot) -> None:
         """Check with a few examples that they do not depend on each other, and find out what the output means."""
-        few, output, alone = self._compare(root, batch, snapshot)
+        few, ran, alone = self._compare(root, batch, snapshot)
         refuse_without_gradient(self._differentiated(alone, batch), root.parameters())
+        if self.objective == "norm":
+            with differentiable(root.parameters()):
+                refuse_constant_norm(self._values(*alone), self._values(*ran), few.size, root.parameters())
         self._checked, self._compared = True, batch.size > 1
         if self.is_likelihood and self.likelihood is None:
-            z, inputs = read_output(output, self.logits), (few.args, few.kwargs)
-            found = find_likelihood(z, few.size, few.target, batch.target, own_loss(output), self.given, inputs)
-            if self.logits is None and self.given is None:
-                refuse_probabilities(found, z)
-            self.likelihood = found
-            found.refuse(self.objective, batch.target)
-            found.scores(self.objective, z, few.target, few.size)  # raises errors that would be obscure under `vmap`
+            self._find_likelihood(few, ran, batch.target)
 
-    def _differentiated(self, alone: Any, batch: ExampleBatch) -> Tensor:
+    def _find_likelihood(self, few: ExampleBatch, ran: "_Run", targets: Any) -> None:
+        """Find out which distribution the outputs describe, from a few examples and the targets of these and more."""
+        z, inputs = read_output(ran.output, self.logits, ran.inputs), (few.args, few.kwargs)
+        found = find_likelihood(z, few.size, few.target, targets, own_loss(ran.output), self.given, inputs)
+        if self.logits is None and self.given is None:
+            refuse_probabilities(found, z)
+        self.likelihood = found
+        found.refuse(self.objective, targets)
+        scores, _ = found.scores(self.objective, z, few.target, few.size)  # raises errors that would be obscure under `vmap`
+        self.passes = scores.shape[1]
+
+    def _differentiated(self, alone: "_Run", batch: ExampleBatch) -> Tensor:
         """Return what is differentiated at the first example."""
-        return self._values(alone) if self.loss is None else self._user_loss(alone, batch.cut(0, 1).target)
+        return self._values(*alone) if self.loss is None else self._user_loss(*alone, batch.cut(0, 1).target)
 
-    def _user_loss(self, output: Any, target: Any) -> Tensor:
+    def _user_loss(self, output: Any, inputs: Any, target: Any) -> Tensor:
         """Return the user's loss; one that names a distribution takes the logits alone, and numbers in their precision."""
         assert self.loss is not None
         if self.given is not None:
-            output = read_output(output, self.logits)
+            output = read_output(output, self.logits, inputs)
             if self.given.family != "categorical" and isinstance(target, Tensor):
                 target = target.to(output.dtype)
         value = self.loss(output, target)
@@ -165,33 +188,47 @@ class Scores:
             raise ValueError(f"`loss` returned {came}, and not a scalar tensor for one example. Let it average or sum.")
         return value.reshape(())
 
-    def _read(self, output: Any) -> Tensor | None:
+    def _read(self, ran: "_Run") -> Tensor | None:
         """Find the tensor of an output to compare; with a loss of the user's, any tensor."""
         if self.loss is None:
-            return self._values(output)
+            return self._values(*ran)
         try:
-            return read_output(output, self.logits)
+            return read_output(ran.output, self.logits, ran.inputs)
         except TypeError:
-            return next((t for t in tensors(output) if t.dim() and t.is_floating_point()), None)
+            return next((t for t in tensors(ran.output) if t.dim() and t.is_floating_point()), None)
 
-    def _values(self, output: Any) -> Tensor:
-        z = read_output(output, self.logits)
+    def _values(self, output: Any, inputs: Any) -> Tensor:
+        z = read_output(output, self.logits, inputs)
         if z.is_complex():
             raise ValueError("The model's output is complex. Pass `logits=` that returns real numbers.")
         return z
 
-    def __call__(self, output: Any, target: Any, size: int = 1) -> tuple[Tensor, Tensor]:
+    def __call__(self, output: Any, inputs: Any, target: Any, size: int = 1) -> tuple[Tensor, Tensor]:
         """Return scores to differentiate one by one and the weights of their gradients, both of shape (size, scores).
+
+        Args:
+            output: the model's output.
+            inputs: what it was given.
+            target: the targets.
+            size: how many examples these are.
 
         Raises:
             TypeError: if the output has no logits.
             ValueError: if they do not fit the targets.
         """
         if self.likelihood is not None:
-            return self.likelihood.scores(self.objective, self._values(output), target, size)
+            return self.likelihood.scores(self.objective, self._values(output, inputs), target, size)
         if self.loss is not None:
-            score = self._user_loss(output, target)
+            score = self._user_loss(output, inputs, target).reshape(1, 1)
+        elif self.objective == "output":
+            score = random_scores(self._values(output, inputs), size)
         else:
-            values = self._values(output)
-            score = values.masked_fill(values == -torch.inf, 0).square().sum()  # a masked class is no output
-        return score.reshape(1, 1), torch.ones_like(score).reshape(1, 1)
+            score = output_rows(self._values(output, inputs)).square().sum(1, keepdim=True)
+        return score, torch.ones_like(score)
+
+
+class _Run(NamedTuple):
+    """A model's output and what it was given."""
+
+    output: Any
+    inputs: Any

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rwalk.gradients.batches import tensors
 from rwalk.gradients.likelihood import IGNORED, REMEDY, Likelihood, counted, described, is_whole
@@ -21,18 +22,25 @@ RESHAPING = frozenset(
 )
 """Operations that change no value, by their names in autograd."""
 
+READ = ("logits", "sentence_embedding")
+"""What is read from an output of several parts: the first of these that it has."""
 
-def read_output(output: Any, logits: Callable[[Any], Tensor] | None) -> Tensor:
-    """Find the logits in a model's output.
+
+def read_output(output: Any, logits: Callable[..., Tensor] | None, inputs: Any = None) -> Tensor:
+    """Find the logits in a model's output, or another tensor that is asked for.
+
+    Args:
+        output: the output.
+        logits: reads them, from the output alone or, if it has two arguments, from the output and the inputs.
+        inputs: what the model was given.
 
     Raises:
         TypeError: if there are none.
     """
     if logits is not None:
-        output = logits(output)
+        output = logits(output, inputs) if _takes_inputs(logits) else logits(output)
     elif not isinstance(output, Tensor):
-        found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-        output = output if found is None else found
+        output = next((found for name in READ if (found := _entry(output, name)) is not None), output)
     if not isinstance(output, Tensor):
         raise TypeError(
             f"The model's output is a `{type(output).__name__}`, and not a tensor or an object or mapping with `logits`. "
@@ -41,11 +49,30 @@ def read_output(output: Any, logits: Callable[[Any], Tensor] | None) -> Tensor:
     return output
 
 
+def _entry(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+def _takes_inputs(logits: Callable[..., Tensor]) -> bool:
+    """Return whether a function has two arguments that have to be passed by place; one without a signature has one."""
+    try:
+        arguments = signature(logits.forward if isinstance(logits, nn.Module) else logits).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    places = [a for a in arguments if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD) and a.default is a.empty]
+    return len(places) > 1
+
+
+def given_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return a model's arguments as a batch holds them: a mapping of keywords, a tuple, or the only one."""
+    return kwargs or (args[0] if len(args) == 1 else args)
+
+
 def own_loss(output: Any) -> Tensor | None:
     """Return the loss that a model has computed itself, if its output has one."""
     if isinstance(output, Tensor):
         return None
-    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    found = _entry(output, "loss")
     if found is None and isinstance(output, tuple) and output:
         found = output[0]
     return found if isinstance(found, Tensor) and found.dim() == 0 else None

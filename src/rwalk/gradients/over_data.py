@@ -12,10 +12,14 @@ from rwalk._parameters import bare, named_parameters, refuse_odd, state_dtype
 from rwalk.distributed.ranks import Ranks
 from rwalk.distributed.wrappers import full_parameters
 from rwalk.gradients.batches import ExampleBatch, examples
+from rwalk.gradients.costs import ManyClasses, warn_one_by_one
 from rwalk.gradients.isolation import ModelSnapshot, differentiable, isolated
-from rwalk.gradients.layerwise import UNMAPPED, LayerwiseSums, mapped, reaches
+from rwalk.gradients.layerwise import LayerwiseSums
 from rwalk.gradients.likelihood import IGNORED, not_binary
+from rwalk.gradients.mapping import UNMAPPED, in_agreement, mapped, reaches
 from rwalk.gradients.objectives import Scores
+from rwalk.gradients.outputs import given_inputs
+from rwalk.gradients.texts import readable
 from rwalk.rules.base import Objective
 
 MEMORY = 2**28
@@ -27,6 +31,14 @@ CHUNK = 256
 FIRST = 8
 """Examples in the first chunk, which shows how much memory an example takes."""
 
+FASTER = (
+    'Use `Kronecker(measure="data")`, which takes whole batches, measure fewer examples with `samples=`, or change what the '
+    "model or `logits` does there."
+)
+"""What to do if examples are measured one at a time."""
+
+HELD_ELSEWHERE = "the scores depend on parameters that something else than the model's modules holds, such as a list or a loss"
+
 
 def per_example_over(
     model: nn.Module,
@@ -34,7 +46,7 @@ def per_example_over(
     data: Iterable[Any],
     *,
     loss: Callable[[Any, Any], Tensor] | None = None,
-    logits: Callable[[Any], Tensor] | None = None,
+    logits: Callable[..., Tensor] | None = None,
 ) -> Callable[..., list[Tensor]]:
     """Prepare passes over data that average a function of per-example gradients.
 
@@ -43,12 +55,13 @@ def per_example_over(
         theta: the parameters of the model to differentiate, by name; everything else is constant.
         data: batches: a mapping for `model(**batch)` with its target under "labels", a pair `(inputs, target)`, or inputs
             alone. Inputs are a tensor, a tuple or list for `model(*inputs)`, or a mapping for `model(**inputs)`. The first
-            dimension of the tensors is that of the examples.
+            dimension of the tensors is that of the examples. Inputs may be texts if the model has `preprocess` or `tokenize`.
         loss: for the objective "true", called as `loss(output, target)` on batches of one example; returns a scalar that
             replaces -log p(y|x). For "sample" and "exact", what the outputs mean: `cross_entropy` is a softmax over the second
             dimension, `binary_cross_entropy_with_logits` a probability for each output, `mse_loss` a mean for each output, with
             variance 1; these functions of `torch.nn.functional`, or their modules without weights or smoothing.
-        logits: reads the logits from the model's output, which is otherwise a tensor or holds them as `logits`.
+        logits: reads the logits from the model's output, which is otherwise a tensor or holds them as `logits` or
+            `sentence_embedding`. With two arguments it gets the output and the batch as the model was given it.
 
     Without `loss`, p(y|x) follows from logits and targets of the first batch. One logit a row is a probability if all targets
     are 0 or 1, else the mean of a normal distribution of variance 1. Several are a softmax, with one row for each example or
@@ -71,9 +84,10 @@ def per_example_over(
         each passes its own share of the data, and the mean is over the examples of all. The objectives: "true", log p(y|x) of
         the data's labels; "sample", log p(y|x) of labels drawn from the model, one for each row that counts; "exact", log
         p(c|x) for every class c, with `of` averaged under p(c|x), for one row an example, and for single outputs, one pass for
-        each, with `torch.square`; "norm", the sum of squares of the outputs. The function raises a ValueError if there are no
-        examples, if examples depend on each other, or if objective, data, outputs and `loss` do not fit, and a TypeError for
-        batches and outputs of other kinds.
+        each, with `torch.square`; "norm", the sum of squares of the outputs; "output", the output along a random direction,
+        whose squared gradient has the mean diag(J^T J), without labels. The function raises a ValueError if there are no
+        examples, if examples depend on each other, if all outputs have the same norm under "norm", or if objective, data,
+        outputs and `loss` do not fit, and a TypeError for batches and outputs of other kinds.
     """
     return partial(_gradients, model, theta, data, loss, logits)
 
@@ -83,7 +97,7 @@ def _gradients(
     theta: Mapping[str, nn.Parameter],
     data: Iterable[Any],
     loss: Callable[[Any, Any], Tensor] | None,
-    logits: Callable[[Any], Tensor] | None,
+    logits: Callable[..., Tensor] | None,
     objective: Objective,
     of: Callable[[Tensor], Tensor],
     samples: int | None = None,
@@ -96,8 +110,11 @@ def _gradients(
     with full_parameters(model), isolated(model, loss, logits) as snapshot:
         full = named_parameters(model)
         engine = _Engine(root, {name: full[name] for name in chosen}, scores, of, snapshot)
-        for batch in examples(data, ranks.share(samples), engine.device, scores.is_likelihood):
-            engine.add(scores.prepare(root, batch, snapshot))
+        watch, read = ManyClasses(root, data, ranks.share(samples)), (readable(root, raw) for raw in data)
+        for batch in examples(read, ranks.share(samples), engine.device, scores.is_likelihood):
+            counted = scores.prepare(root, batch, snapshot)
+            for part in watch.parts(counted, scores.passes):
+                engine.add(part)
     totals = engine.totals()
     count = check_totals(totals, engine.count, data, ranks, engine.device, scores)
     return [ranks.sum_local_part(total, p).div_(count) for total, p in zip(totals, chosen.values(), strict=True)]
@@ -135,7 +152,7 @@ class _Scored(nn.Module):
         self.root, self.scores = root, scores
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> tuple[Tensor, Tensor]:
-        score, weight = self.scores(self.root(*args, **kwargs), target)
+        score, weight = self.scores(self.root(*args, **kwargs), given_inputs(args, kwargs), target)
         return score[0], weight[0]
 
 
@@ -162,7 +179,7 @@ class _Engine:
         self._objective, self._snapshot = scores, snapshot
         self._fixed = {f"root.{name}": p.detach() for name, p in root.named_parameters()}
         self._layers = LayerwiseSums(root, self.theta, of)
-        self._mapped = True
+        self._mapped, self._why = True, HELD_ELSEWHERE
 
     def add(self, batch: ExampleBatch) -> None:
         """Add the examples of a batch."""
@@ -172,10 +189,8 @@ class _Engine:
             while start < batch.size:
                 chunk = batch.cut(start, start + self._size())
                 start += chunk.size
-                if self._layers.names:
-                    self._snapshot.restore()
-                    self._layers.add(self._scores, self.theta, *chunk.tree(), chunk.size)
-                self._add_rest(chunk, {name: p for name, p in self.theta.items() if name not in self._layers.names})
+                for group in in_agreement(chunk, self._add_layers):
+                    self._add_rest(group, {name: p for name, p in self.theta.items() if name not in self._layers.names})
         self.count += batch.size
 
     def _size(self) -> int:
@@ -189,19 +204,30 @@ class _Engine:
         size = _fitting(sum(p.numel() * state_dtype(p).itemsize for p in theta.values()))
         for start in range(0, chunk.size if theta else 0, size):
             part = chunk.cut(start, start + size)
-            if not self._mapped or not self._add_mapped(part, theta):
-                for i in range(part.size):
-                    self._add_one(part.cut(i, i + 1), theta)
+            for added, group in in_agreement(part, lambda group: (self._add_mapped(group, theta), group)):
+                for i in range(0 if added else group.size):
+                    self._add_one(group.cut(i, i + 1), theta)
+                    warn_one_by_one(self._model.root, self._why, FASTER)
+
+    def _add_layers(self, chunk: ExampleBatch) -> ExampleBatch:
+        """Add a chunk for the parameters that can be summed layer by layer; return it."""
+        if self._layers.names:
+            self._snapshot.restore()
+            self._layers.add(self._scores, self.theta, *chunk.tree(), chunk.size)
+        return chunk
 
     def _add_mapped(self, chunk: ExampleBatch, theta: dict[str, nn.Parameter]) -> bool:
         """Add a chunk by `vmap`; if the model cannot be mapped, return False and do not try again."""
+        if not self._mapped:
+            return False
         examples, dims = chunk.tree()
         self._snapshot.restore()
         try:
-            score, terms = mapped(self._terms, (None, dims), {name: p.detach() for name, p in theta.items()}, examples)
+            fixed = {name: p.detach() for name, p in theta.items()}
+            score, terms = mapped(self._terms, chunk.size, (None, dims), fixed, examples)
             self._mapped = not reaches(score, self.theta.values())
-        except UNMAPPED:  # `_add_one` raises errors of the user's own again
-            self._mapped = False
+        except UNMAPPED as error:  # `_add_one` raises errors of the user's own again
+            self._mapped, self._why = False, str(error)
         for name, term in terms.items() if self._mapped else ():
             self._totals[name].add_(term.detach().sum(0))
         return self._mapped
@@ -210,7 +236,7 @@ class _Engine:
         """Return the scores of one example, and the weights of their gradients, with some parameters replaced."""
         return functional_call(self._model, self._fixed | {f"root.{name}": t for name, t in theta.items()}, example)
 
-    def _terms(self, theta: dict[str, Tensor], example: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _terms(self, _: Tensor, theta: dict[str, Tensor], example: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scores of one example, and its contribution for each parameter."""
         score, pull, weight = cast(tuple[Any, ...], vjp(partial(self._scores, example=example), theta, has_aux=True))
         unit = torch.eye(score.shape[0], dtype=score.dtype, device=score.device)

@@ -42,7 +42,7 @@ class ConsolidationCallback(HostCallback, Callback):
         strength: float | None = None,
         *,
         loss: Callable[[Any, Any], Tensor] | None = None,
-        logits: Callable[[Any], Tensor] | None = None,
+        logits: Callable[..., Tensor] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(rule, strength, **options)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from inspect import signature
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class ConsolidationCallback(HostCallback, TrainerCallback):
         warm_head: bool | str | nn.Module = False,
         distill: Distillation | None = None,
         loss: Callable[[Any, Any], Tensor] | None = None,
-        logits: Callable[[Any], Tensor] | None = None,
+        logits: Callable[..., Tensor] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(rule, strength, **options)
@@ -165,7 +166,7 @@ def protect(
     data_collator: Callable[[Any], Any] = default_data_collator,
     batch_size: int = 8,
     loss: Callable[[Any, Any], Tensor] | None = None,
-    logits: Callable[[Any], Tensor] | None = None,
+    logits: Callable[..., Tensor] | None = None,
     **options: Any,
 ) -> Consolidator:
     """Protect what a pretrained model can do, before any fine-tuning: pass the result to `ConsolidationCallback`.
@@ -175,7 +176,8 @@ def protect(
     Args:
         model: the pretrained model, with its adapters, if any.
         dataset: examples of what it does well, as Trainer takes them, or a loader; None for rules that measure nothing.
-        rule: one that measures on data, such as `EWC()`; for a language model `EWC(labels="sample")`.
+        rule: one that measures on data, such as `EWC()`; for a language model `EWC(labels="sample")`, for embeddings
+            `EWC(labels="output")`.
         strength: as in `Consolidator`.
         data_collator: as in Trainer.
         batch_size: how many examples are read at a time; the result does not depend on it.
@@ -210,6 +212,10 @@ class _LabelledBatches:
             self._data.set_epoch(0)  # the same order, even if training was resumed in the middle of an epoch
         for batch in self._data:
             yield (batch, batch) if isinstance(batch, Mapping) and "labels" not in batch else batch
+
+    def __length_hint__(self) -> int:
+        """Return how many batches there are, 0 if that is unknown."""
+        return length_hint(self._data, 0)
 
 
 def _loader(model: nn.Module, dataset: Any, collator: Callable[[Any], Any], batch_size: int) -> Iterable[Any]:

@@ -96,7 +96,7 @@ class Buffer:
         *,
         task: int | None = None,
         features: Callable[[Tensor], Tensor] | None = None,
-        logits: Callable[[Any], Tensor] | None = None,
+        logits: Callable[..., Tensor] | None = None,
     ) -> None:
         """Keep examples of a task that has been learned; a reservoir also accepts parts of one. On an error nothing changes.
 

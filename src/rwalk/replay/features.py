@@ -24,7 +24,7 @@ def evaluate(
     model: nn.Module | None,
     inputs: Sequence[Tensor],
     features: Callable[[Tensor], Tensor] | None,
-    logits: Callable[[Any], Tensor] | None,
+    logits: Callable[..., Tensor] | None,
 ) -> Evaluated:
     """Evaluate a model on batches of inputs; its mode, buffers and gradients stay as they are.
 
@@ -42,7 +42,7 @@ def evaluate(
     with gradients.isolated(model, features, logits) as kept, torch.no_grad(), _last_linear(root) as last:
 
         def output(x: Tensor) -> Tensor:
-            return gradients.read_output(kept.call(gradients.forward, root, (x,)), logits)
+            return gradients.read_output(kept.call(gradients.forward, root, (x,)), logits, x.to(device))
 
         for x in inputs:
             out.append(output(x))

@@ -18,9 +18,9 @@ from rwalk.anchors.factors import Moments
 from rwalk.distributed.shards import ALONE, ShardGroup
 
 State = TypeVar("State", bound=tuple[Any, ...])
-Objective = Literal["true", "sample", "exact", "norm"]
+Objective = Literal["true", "sample", "exact", "norm", "output"]
 """What a per-example gradient is of: the log-likelihood of the data's label, of one drawn from the model, of every label
-weighted by its probability, or the squared norm of the output."""
+weighted by its probability, the squared norm of the output, or the output along a random direction."""
 
 Fisher = Literal["batch", "example"]
 """What the running Fisher information averages: the square of the batch's gradient, or the squares of its examples'."""

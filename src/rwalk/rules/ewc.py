@@ -14,7 +14,7 @@ from rwalk.anchors.base import Anchor
 from rwalk.rules._stateless import Nothing, Stateless, check_samples
 from rwalk.rules.base import TaskEnd, check
 
-Labels = Literal["exact", "sample", "true"]
+Labels = Literal["exact", "sample", "true", "output"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class EWC(Stateless):
     Args:
         labels: "exact" weights every class by its probability, "sample" draws labels from the model, one for each row of logits
             (the only choice for tokens), "true" takes the data's labels (the empirical Fisher information); "exact" costs one
-            backward pass per class.
+            backward pass per class. "output" measures how much the output itself moves, whatever it means, and needs no labels:
+            gradients of random directions of it, one for each example. Their mean square is the diagonal of J^T J.
         samples: how many examples of the data to use, from the first on; all of them when None.
     """
 

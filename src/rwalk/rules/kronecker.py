@@ -70,7 +70,7 @@ class Kronecker(Rule[TaskLengths]):
         rank: but no more than this; of a larger matrix only a few more are followed while it is measured. None for no limit.
         labels: for "data": "sample" draws a label for each row of logits for one backward pass, "exact" weights every class by
             its probability with one pass for each, "true" takes the data's labels, which makes G small where the model is sure
-            of them.
+            of them, "output" takes a random direction of the output, whatever it means, and needs no labels.
         samples: for "data": how many examples to use, from the first on; all of them when None.
     """
 

@@ -17,6 +17,9 @@ from rwalk.rules.base import TaskEnd, check_share
 class MAS(Stateless):
     """Mean over examples of the absolute gradient of the output's squared norm (equation 3), summed over tasks.
 
+    Outputs of constant norm, such as normalised embeddings, have no such gradient and are refused: for them, use
+    `EWC(labels="output")`.
+
     Args:
         decay: what is kept of earlier tasks' importance, in [0, 1]; 1 is the paper's sum.
         samples: how many examples of the data to use, from the first on; all of them when None.
