@@ -17,8 +17,8 @@ from torch import Tensor
 
 from rwalk._parameters import copies
 from rwalk.anchors.base import Anchor
-from rwalk.anchors.factors import Cut, KroneckerFactor, Moments
-from rwalk.anchors.kronecker import KroneckerAnchor
+from rwalk.anchors.factors import Cut, Moments
+from rwalk.anchors.kronecker import KroneckerAnchor, joined_layer
 from rwalk.distributed.shards import ALONE, ShardGroup
 from rwalk.rules._scale import mean_element
 from rwalk.rules._stateless import check_samples
@@ -152,7 +152,7 @@ class Kronecker(Rule[TaskLengths]):
         unit, other = _unit(fresh) * root, mean_element(list(alone.values()), end.shard_group) * root
         cut = Cut(self.share, self.rank)
         layers = {w: f.faded(fade) for w, f in anchor.layers.items() if w not in fresh}
-        layers |= {w: KroneckerFactor.of(m, cut, unit, anchor.layers.get(w), fade) for w, m in fresh.items()}
+        layers |= {w: joined_layer(m, cut, unit, anchor.layers.get(w), fade) for w, m in fresh.items()}
         omega = {n: _joined(anchor.omega.get(n), fade, alone.get(n), other, end.point[n]) for n in end.point if n not in inside}
         check_finite(omega, "Look at the size of the gradients.")
         point = dict(zip(end.point, copies(list(end.point.values())), strict=True))
