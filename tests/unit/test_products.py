@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cases import assert_same_state, batches, tensors, train
+from cases import Lora, assert_same_state, batches, tensors, train
 from rwalk import Anchor, Consolidator, Kronecker
 from rwalk.anchors.held import Product
 from rwalk.anchors.kronecker import KroneckerAnchor
@@ -20,26 +20,6 @@ from rwalk.gradients import adapters
 
 EXACT = {"rank": None, "share": 1.0}
 UP, DOWN = "first.lora_B.one.weight", "first.lora_A.one.weight"
-
-
-class Lora(nn.Module):
-    """A linear layer with adapters, as PEFT's."""
-
-    def __init__(self, inputs, outputs, rank=2, keys=("one",), scale=1.5, dropout=0.0):
-        super().__init__()
-        self.base_layer = nn.Linear(inputs, outputs).requires_grad_(False)
-        self.lora_A = nn.ModuleDict({k: nn.Linear(inputs, rank, bias=False) for k in keys})
-        self.lora_B = nn.ModuleDict({k: nn.Linear(rank, outputs, bias=False) for k in keys})
-        self.lora_dropout = nn.ModuleDict({k: nn.Dropout(dropout) for k in keys})
-        self.scaling = dict.fromkeys(keys, scale)
-        self.active_adapters = list(keys)
-        self.merged = False
-
-    def forward(self, x):
-        out = self.base_layer(x)
-        for key in self.active_adapters:
-            out = out + self.lora_B[key](self.lora_A[key](self.lora_dropout[key](x))) * self.scaling[key]
-        return out
 
 
 class Net(nn.Module):
@@ -436,7 +416,8 @@ def test_one_factor_without_the_other_is_held_element_by_element():
     renamed = anchor.renamed({UP: "other"})
     assert torch.equal(renamed.omega["other"], diagonal[UP])
     assert not renamed.layers
-    alone = anchor.without_products()
+    with pytest.warns(UserWarning, match="held element by element"):
+        alone = anchor.without_products()
     assert not alone.layers
     assert all(torch.equal(o, diagonal[n]) for n, o in alone.omega.items())
 

@@ -1,13 +1,16 @@
 """The anchor that holds layers by two matrices each, and everything else by importance."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any, ClassVar, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor
 
+from rwalk._parameters import listed
 from rwalk.anchors.base import Anchor
 from rwalk.anchors.elementwise import ElementwiseAnchor
 from rwalk.anchors.factors import Cut, KroneckerFactor, Moments
@@ -107,11 +110,19 @@ class KroneckerAnchor(Anchor):
         return replace(self, point=point, omega=omega, layers=layers)
 
     def without_products(self) -> "KroneckerAnchor":
-        """Return the anchor with adapters held element by element: by the quadratic's diagonal."""
+        """Return the anchor with adapters held element by element, after a warning: where parameters are sharded."""
         products = {weight: layer for weight, layer in self.layers.items() if isinstance(layer, ProductFactor)}
-        omega = [item for weight, layer in products.items() for item in self._spread(weight, layer).items()]
+        if not products:
+            return self
+        warnings.warn(
+            f"The adapters of {listed(list(products))} were held by their products. As parameters are sharded here, they are "
+            "held element by element from now on.",
+            stacklevel=5,
+        )
+        whole: Any = {name: shards.full_tensor(self.point[name]) for w, layer in products.items() for name in layer.names(w)}
+        spread = [zip(layer.names(w), layer.importance(w, whole), strict=True) for w, layer in products.items()]
         layers = {weight: layer for weight, layer in self.layers.items() if weight not in products}
-        return replace(self, omega={**self.omega, **dict(omega)}, layers=layers)
+        return replace(self, omega={**self.omega, **dict(chain(*spread))}, layers=layers)
 
     def _spread(self, weight: str, layer: HeldLayer) -> dict[str, Tensor]:
         """Return the importance of each element of a layer's parameters, by name."""

@@ -265,16 +265,19 @@ class Memory:
             )
         self.widen([*match.names.values(), *trainable(self.model)])
         self.anchor = self.offload.keep_anchor(
-            self._local(self.of_my_kind(anchor).renamed(match.names)).align(self.protected.theta)
+            self._local(self.of_my_kind(anchor, self.protected).renamed(match.names)).align(self.protected.theta)
         )
         if self.moments is not None:
             self.moments = self.moments.followed(self.protected.parameters, [], held_names(self.anchor))
             self.watch_next()
         return match
 
-    def of_my_kind(self, anchor: Anchor) -> Anchor:
-        """Return an anchor that the rule can hold to, with the same quadratic."""
-        return anchor if self.by_element else KroneckerAnchor.of(anchor)
+    def of_my_kind(self, anchor: Anchor, now: ProtectedParameters) -> Anchor:
+        """Return an anchor that the rule can hold to for some parameters, with the same quadratic."""
+        if self.by_element:
+            return anchor
+        anchor = KroneckerAnchor.of(anchor)
+        return anchor.without_products() if any(map(shards.sharded, now.parameters.values())) else anchor
 
     def _local(self, anchor: Anchor) -> Anchor:
         """Return this rank's parts of an anchor of whole tensors."""
