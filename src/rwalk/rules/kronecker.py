@@ -171,8 +171,8 @@ class Kronecker(Rule[TaskLengths]):
 
 
 def _unit(fresh: Mapping[str, Moments]) -> float:
-    """Return the mean element of the diagonals of all layers, infinity where all are zero."""
-    mean = sum(m.total for m in fresh.values()) / max(sum(m.elements for m in fresh.values()), 1)
+    """Return the mean element of the diagonals of all layers in any order, infinity where all are zero."""
+    mean = math.fsum(m.total for m in fresh.values()) / max(sum(m.elements for m in fresh.values()), 1)
     return mean if mean > 0 else math.inf
 
 
