@@ -231,3 +231,49 @@ def test_with_gradient_checkpointing_and_inputs_that_require_gradients():
         other = memories[1].anchor.layers[name]
         assert torch.allclose(other.inputs.matrix(), layer.inputs.matrix(), rtol=1e-8, atol=1e-10)
         assert torch.allclose(other.outputs.matrix(), layer.outputs.matrix(), rtol=1e-8, atol=1e-10)
+
+
+def whole_weights(model):
+    return {n: (m.base_layer.weight + m.get_delta_weight("default")).detach().clone() for n, m in lora_layers(model).items()}
+
+
+def moved_penalty(anchor, before, model):
+    """What it costs that whole weights have moved, written out."""
+    total = 0.0
+    for name, now in whole_weights(model).items():
+        layer, d = anchor.layers[f"{name}.lora_B.default.weight"], now - before[name]
+        total += float(torch.trace(d.T @ layer.outputs.matrix()[0] @ d @ layer.inputs.matrix()[0]))
+    return total
+
+
+def test_adapters_that_are_merged_and_begin_anew_still_hold_the_whole_weights():
+    model = adapted()
+    optimizer, memory = attached(model)
+    train(model, optimizer, 0)
+    memory.consolidate()
+    before = whole_weights(model)
+    model.merge_adapter()
+    assert float(memory.penalty()) == 0
+    for module in lora_layers(model).values():
+        module.reset_lora_parameters("default", True)
+        module.merged_adapters.clear()
+    assert float(memory.penalty()) == pytest.approx(0, abs=1e-20)
+    train(model, optimizer, 1, 10)
+    assert float(memory.penalty()) == pytest.approx(0.1 * moved_penalty(memory.anchor, before, model), rel=1e-6)
+    memory.consolidate()
+    assert {layer.tasks for layer in memory.anchor.layers.values()} == {2}
+
+
+def test_an_anchor_is_adopted_by_new_adapters_of_the_merged_model():
+    model = adapted()
+    optimizer, memory = attached(model)
+    train(model, optimizer, 0)
+    memory.consolidate()
+    before = whole_weights(model)
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    again = peft.get_peft_model(model.merge_and_unload(), settings).double()
+    optimizer, other = attached(again)
+    other.adopt(memory.anchor)
+    assert float(other.penalty()) == pytest.approx(0, abs=1e-20)
+    train(again, optimizer, 1, 10)
+    assert float(other.penalty()) == pytest.approx(0.1 * moved_penalty(other.anchor, before, again), rel=1e-6)

@@ -471,6 +471,103 @@ def test_what_is_held_beside_adapters_is_as_without_them():
     assert not memory.anchor.omega
 
 
+# merged adapters
+
+
+def merged(layer, key="one", sign=1):
+    """Add an adapter's product to the layer's own weight, as PEFT's `merge` does."""
+    with torch.no_grad():
+        product = layer.lora_B[key].weight @ layer.lora_A[key].weight * layer.scaling[key]
+        layer.base_layer.weight.add_(sign * product)
+
+
+def reset(layer, key="one"):
+    torch.manual_seed(8)
+    nn.init.zeros_(layer.lora_B[key].weight)
+    nn.init.normal_(layer.lora_A[key].weight)
+
+
+def whole_weights(model):
+    """The weights of both layers with what adapters add."""
+    found = {}
+    for name, layer in (("first", model.first), ("second", model.second)):
+        gains = [layer.lora_B[k].weight @ layer.lora_A[k].weight * layer.scaling[k] for k in layer.active_adapters]
+        found[name] = (layer.base_layer.weight + sum(gains)).detach().clone()
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("between", ["nothing", "attach", "save"])
+def test_where_the_base_has_taken_an_adapter_up_the_whole_weight_stays_held(dtype, between, tmp_path):
+    model = net()
+    for layer in (model.first, model.second):
+        layer.base_layer.to(dtype)
+        layer.register_forward_pre_hook(lambda layer, args: layer.base_layer.double() and None)
+        layer.register_forward_hook(lambda layer, args, out: layer.base_layer.to(dtype) and None)
+    model, optimizer, memory = trained(model)
+    before, layers = whole_weights(model), dict(memory.anchor.layers)
+    for layer in (model.first, model.second):
+        merged(layer)
+        reset(layer)
+    if between == "attach":
+        memory.detach()
+        memory.attach(torch.optim.SGD(learning(model), lr=0.1))
+    if between == "save":
+        memory.save(tmp_path / "state")
+        memory.load(tmp_path / "state")
+    assert float(memory.penalty()) == 0
+    train(model, optimizer if between != "attach" else memory._memory.optimizer, batches(1, 10))
+    assert all((memory.anchor.point[n] == 0).all() for n in layers)
+    assert all(memory.anchor.layers[n].tasks == 1 for n in layers)
+    truth = 0.0
+    for (name, then), now in zip(before.items(), whole_weights(model).values(), strict=True):
+        d, layer = now - then, layers[f"{name}.lora_B.one.weight"]
+        truth += float(torch.trace(d.T @ layer.outputs.matrix()[0] @ d @ layer.inputs.matrix()[0]))
+    close = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.2}[dtype]
+    assert float(memory.penalty()) == pytest.approx(0.1 * truth, rel=close)
+    assert truth > 0
+
+
+def test_merging_for_a_while_changes_nothing():
+    model, optimizer, memory = trained()
+    anchor = memory.anchor
+    for layer in (model.first, model.second):
+        merged(layer)
+        layer.merged = True
+    assert float(memory.penalty()) == 0
+    for layer in (model.first, model.second):
+        merged(layer, sign=-1)
+        layer.merged = False
+    train(model, optimizer, batches(1, 10))
+    assert float(memory.penalty()) > 0
+    assert memory.anchor is anchor
+
+
+def test_of_two_adapters_only_the_merged_one_starts_anew():
+    model = net(keys=("one", "two"))
+    model, optimizer, memory = trained(model)
+    merged(model.first, "two")
+    reset(model.first, "two")
+    assert float(memory.penalty()) == 0
+    assert (memory.anchor.point["first.lora_B.two.weight"] == 0).all()
+    assert (memory.anchor.point[UP] != 0).any()
+    train(model, optimizer, batches(1, 11))
+    memory.consolidate()
+    assert {layer.tasks for layer in memory.anchor.layers.values()} == {2}
+
+
+def test_a_base_that_has_changed_otherwise_is_no_longer_held_with_a_warning():
+    model, optimizer, memory = trained()
+    with torch.no_grad():
+        model.first.base_layer.weight.mul_(1.1)
+    with pytest.warns(UserWarning, match="not by the products of their adapters"):
+        train(model, optimizer, batches(1, 10))
+    assert set(memory.anchor.point) == {"second.lora_A.one.weight", "second.lora_B.one.weight"}
+    assert set(memory.anchor.importance()) == set(memory.anchor.point)
+    memory.consolidate()
+    assert {n: layer.tasks for n, layer in memory.anchor.layers.items()} == {UP: 1, "second.lora_B.one.weight": 2}
+
+
 # what is not measured so
 
 

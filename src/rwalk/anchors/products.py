@@ -41,9 +41,23 @@ class ProductFactor(HeldLayer):
     """The quadratic tr(D^T G D A) of D = scale * (up @ down - the same at the point), the `HeldLayer` of an adapter.
 
     D is never made: its rank is at most twice that of the adapter, and all that is computed is as thin as its factors.
+
+    Args:
+        arrangement: how its factors make up D.
+        inputs: A.
+        outputs: G.
+        tasks: how many tasks have reached it.
+        base: the layer's own weight at the point times a fixed vector, by which a merged adapter is known; None where it is not
+            known, or learns itself.
     """
 
     arrangement: Product
+    base: Tensor | None = None
+
+    def gain(self, weight: str, point: Mapping[str, Tensor], vector: Tensor) -> Tensor:
+        """Return what the product at the point makes of a vector of inputs."""
+        up, down = (point[name].to(vector) for name in self.names(weight))
+        return up @ (down @ vector) * self.arrangement.scale
 
     def leading(self, weight: str) -> list[str]:
         """Name both factors."""
@@ -123,15 +137,24 @@ class ProductFactor(HeldLayer):
         if not all(name in new for name in self.names(weight)):
             return None
         up = new[weight]
+        base = None if self.base is None or len(self.base) != len(up) else self.base.to(up.device)
         outputs = _placed(self.outputs, up.shape[0]).beside(up, state_dtype(up))
         inputs = _placed(self.inputs, new[self.arrangement.down].shape[1]).beside(up, state_dtype(up))
-        return replace(self, inputs=inputs, outputs=outputs)
+        return replace(self, inputs=inputs, outputs=outputs, base=base)
 
     def renamed(self, weight: str, names: Mapping[str, str]) -> "ProductFactor | None":
         """Return the adapter under other names: see `HeldLayer.renamed`."""
         if not all(name in names for name in self.names(weight)):
             return None
         return replace(self, arrangement=self.arrangement._replace(down=names[self.arrangement.down]))
+
+    def content(self) -> dict[str, Any]:
+        """Return the adapter as plain values and tensors: see `HeldLayer.content`."""
+        return super().content() | {"base": self.base}
+
+    def tensors(self) -> list[Tensor]:
+        """List the tensors that are held."""
+        return super().tensors() + ([] if self.base is None else [self.base])
 
     @classmethod
     def read(cls, content: Mapping[str, Any], weight: str, point: Mapping[str, Tensor]) -> "ProductFactor":
@@ -144,7 +167,10 @@ class ProductFactor(HeldLayer):
         (outputs, rank), (other, inputs) = (point[name].shape for name in arrangement.names(weight))
         if type(arrangement.scale) is not float or rank != other:
             raise ValueError("scale or rank")
-        return cls(arrangement, *read_sides(content, (1, outputs, inputs)))
+        base = content["base"]
+        if base is not None and not (base.is_floating_point() and base.shape == (outputs,)):
+            raise ValueError("base")
+        return cls(arrangement, *read_sides(content, (1, outputs, inputs)), base)
 
 
 def _placed(side: Spectrum, size: int) -> Spectrum:

@@ -17,6 +17,7 @@ from rwalk.anchors.kronecker import KroneckerAnchor, held_names
 from rwalk.anchors.match import Match
 from rwalk.consolidation.averaging import Tail
 from rwalk.consolidation.measuring import content_of, moments_from
+from rwalk.consolidation.merged import follow_merged
 from rwalk.consolidation.moves import Moves
 from rwalk.consolidation.offload import Offload
 from rwalk.consolidation.old_states import NOTHING_MEASURED
@@ -55,6 +56,7 @@ class Memory:
         squares: the collector of per-example gradients, None where the rule needs none.
         moments: the collector of second moments in training, None where the rule needs none.
         turns: how far the weights have gone since they were last pulled, where that is not done at each step.
+        turned: whether they were pulled in this task, and since the protected parameters were last looked for.
     """
 
     def __init__(self, model: nn.Module, settings: Settings, offload: Offload, strict: bool) -> None:
@@ -66,7 +68,7 @@ class Memory:
         self.state: Any = self.rule.init([])
         self.anchor: Anchor = self.rule.anchor_kind()
         self.tail, self.moves, self.turns = Tail(), Moves(), Turns()
-        self.shown = False
+        self.shown = self.turned = False
         self.tasks, self.steps = 0, 0
         self.last_end: LastEnd | None = None
         self.squares: gradients.Squares | None = None
@@ -117,7 +119,7 @@ class Memory:
         self.anchor, self.state, self.last_end, self.moves, self.moments = anchor, state, last_end, moves, moments
         self.tasks, self.steps, self.renewed, self.turns = self.tasks + bool(counts), 0, False, Turns()
         self.tail.restart()
-        self.shown = False
+        self.shown = self.turned = False
         self.watch_next()
         self.renew()
         if self.squares is not None:
@@ -132,6 +134,7 @@ class Memory:
     def penalty(self) -> float | Tensor:
         """Return the quadratic at the parameters as they are, without the strength, over all ranks."""
         theta = self.theta()  # may carry the anchor over to tensors that grew
+        follow_merged(self)
         group, anchor = self.protected.shard_group, self.anchor
         if not group.groups:
             return anchor.penalty(theta)
@@ -172,7 +175,7 @@ class Memory:
         self.collect_moments(now, lost)
         self.anchor, self.state, self.tail, self.moves, self.protected = anchor, state, tail, moves, now
         self.turns.lengths = {name: length for name, length in self.turns.lengths.items() if name in now.theta}
-        self._followed = bare(self.model)
+        self._followed, self.turned = bare(self.model), False
         self.watch_next()
 
     def _followed_state(self, now: ProtectedParameters, lost: list[str]) -> tuple[Any, Moves]:

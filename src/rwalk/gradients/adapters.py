@@ -6,16 +6,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 
-from rwalk._parameters import listed
+from rwalk._parameters import listed, state_dtype
 from rwalk.anchors.held import Product
 from rwalk.anchors.kronecker import HeldNames
+from rwalk.anchors.spectrum import probe
+from rwalk.distributed.shards import sharded
 from rwalk.distributed.wrappers import module_class
 from rwalk.gradients.layer_moments import LayerRows, MeasuredLayer, flat_rows
 
 WARNED: WeakSet[nn.Module] = WeakSet()
 """Layers with adapters of another kind, which were named in a warning."""
+PIECE = 2**20
+"""Elements of a weight that are looked at in state precision at a time."""
 
 
 class AdapterPair(NamedTuple):
@@ -49,8 +54,13 @@ def _pairs(root: nn.Module) -> Iterator[AdapterPair]:
 
 
 def _linear(base: Any) -> bool:
+    return isinstance(base, nn.Linear) or _transposed(base)
+
+
+def _transposed(base: Any) -> bool:
+    """Return whether a module is the linear layer of Hugging Face's Transformers with a weight of (inputs, outputs)."""
     kind = module_class(base) if isinstance(base, nn.Module) else type(None)
-    return isinstance(base, nn.Linear) or (kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."))
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
 
 def _usual(module: Any, key: str) -> bool:
@@ -149,3 +159,42 @@ def _drops(module: Any, key: str) -> bool:
     """Return whether an adapter's inputs go through dropout."""
     dropout = dict(getattr(module, "lora_dropout", {})).get(key)
     return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+
+
+class ProbedBase(NamedTuple):
+    """The weight of a layer with adapters, times a fixed vector.
+
+    Args:
+        ups: the names of the factors `up` of its adapters.
+        value: the product.
+        vector: the vector.
+        eps: the precision of the weight.
+    """
+
+    ups: list[str]
+    value: Tensor
+    vector: Tensor
+    eps: float
+
+
+def probed_bases(root: nn.Module, names: Mapping[int, str]) -> Iterator[ProbedBase]:
+    """Yield what the frozen weights of layers with adapters make of a fixed vector, except where an adapter is merged now.
+
+    Args:
+        root: the model.
+        names: the names of the parameters of adapters, by their ids.
+    """
+    ups: dict[nn.Module, list[str]] = {}
+    for pair in _pairs(root):
+        if pair.usual and id(pair.up) in names and not getattr(pair.module, "merged", False):
+            ups.setdefault(pair.module, []).append(names[id(pair.up)])
+    for module, found in ups.items():
+        base: Any = module.base_layer
+        weight = base._parameters.get("weight")
+        if weight is None or weight.requires_grad or not weight.is_floating_point() or weight.is_meta or sharded(weight):
+            continue
+        matrix = weight.detach().T if _transposed(base) else weight.detach()
+        vector = probe(matrix.shape[1], 1, state_dtype(weight), weight.device)[:, 0]
+        pieces = matrix.split(max(1, PIECE // matrix.shape[1]))
+        value = torch.cat([piece.to(vector.dtype) @ vector for piece in pieces])
+        yield ProbedBase(found, value, vector, torch.finfo(weight.dtype).eps)
