@@ -57,7 +57,7 @@ class ProductFactor(HeldLayer):
     def gain(self, weight: str, point: Mapping[str, Tensor], vector: Tensor) -> Tensor:
         """Return what the product at the point makes of a vector of inputs."""
         up, down = (point[name].to(vector) for name in self.names(weight))
-        return up @ (down @ vector) * self.arrangement.scale
+        return (up * (down * vector).sum(1)).sum(1) * self.arrangement.scale
 
     def leading(self, weight: str) -> list[str]:
         """Name both factors."""

@@ -66,7 +66,7 @@ def _transposed(base: Any) -> bool:
 def _usual(module: Any, key: str) -> bool:
     """Return whether an adapter adds its product and does nothing else."""
     variants, dora = getattr(module, "lora_variant", {}), getattr(module, "use_dora", {})
-    return key in module.scaling and key not in variants and not dora.get(key, False)
+    return key in getattr(module, "scaling", {}) and key not in variants and not dora.get(key, False)
 
 
 def find_adapters(root: nn.Module, names: Mapping[int, str], held: HeldNames) -> dict[nn.Module, dict[str, MeasuredLayer]]:
@@ -196,5 +196,6 @@ def probed_bases(root: nn.Module, names: Mapping[int, str]) -> Iterator[ProbedBa
         matrix = weight.detach().T if _transposed(base) else weight.detach()
         vector = probe(matrix.shape[1], 1, state_dtype(weight), weight.device)[:, 0]
         pieces = matrix.split(max(1, PIECE // matrix.shape[1]))
-        value = torch.cat([piece.to(vector.dtype) @ vector for piece in pieces])
+        with torch.autocast(weight.device.type, enabled=False):
+            value = torch.cat([piece.to(vector.dtype) @ vector for piece in pieces])
         yield ProbedBase(found, value, vector, torch.finfo(weight.dtype).eps)
