@@ -609,6 +609,24 @@ def test_factors_that_are_held_each_by_itself_stay_so():
     assert not isinstance(memory.anchor.layers[UP], ProductFactor)
 
 
+def test_an_anchor_of_single_factors_from_an_earlier_version_is_continued(tmp_path):
+    model = net()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rwalk.gradients.layer_uses.find_adapters", lambda *_: {})
+        _, _, memory = trained(model)
+        memory.save(tmp_path / "state")
+        before = {n: layer.inputs.size for n, layer in memory.anchor.layers.items()}
+    again = Consolidator(model, Kronecker(), 0.1, average="none")
+    again.load(tmp_path / "state")
+    optimizer = torch.optim.SGD(learning(model), lr=0.1)
+    again.attach(optimizer)
+    train(model, optimizer, batches(1, 11))
+    again.consolidate()
+    assert {n: layer.inputs.size for n, layer in again.anchor.layers.items()} == before
+    assert {layer.tasks for layer in again.anchor.layers.values()} == {2}
+    assert not products(again.anchor)
+
+
 def test_sums_of_single_factors_that_an_earlier_version_has_saved_are_left_out():
     model = net()
     with pytest.MonkeyPatch.context() as patch:
