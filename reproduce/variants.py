@@ -10,7 +10,7 @@ from torch import Tensor
 from rwalk import Kronecker
 from rwalk._parameters import zeros
 from rwalk.anchors import Anchor, KroneckerAnchor
-from rwalk.anchors.factors import KroneckerFactor
+from rwalk.anchors.held import HeldLayer
 from rwalk.anchors.spectrum import Spectrum
 from rwalk.rules import Rule, RWalk, Step, TaskEnd
 from rwalk.rules._scale import largest_element, mean_element
@@ -182,13 +182,13 @@ class OneSide(Kronecker):
             layers[weight] = earlier.layers[weight] if idle else self._one_side(self._rescaled(layer, 1 / times, times))
         return replace(anchor, layers=layers), after
 
-    def _rescaled(self, layer: KroneckerFactor, outputs: float, inputs: float) -> KroneckerFactor:
+    def _rescaled(self, layer: HeldLayer, outputs: float, inputs: float) -> HeldLayer:
         """Multiply G, where it is averaged, and A, where it is summed."""
         g = layer.outputs.scaled(outputs) if self.mean_outputs else layer.outputs
         a = layer.inputs.scaled(inputs) if self.sum_inputs else layer.inputs
         return replace(layer, outputs=g, inputs=a)
 
-    def _one_side(self, layer: KroneckerFactor) -> KroneckerFactor:
+    def _one_side(self, layer: HeldLayer) -> HeldLayer:
         if self.kept == "both":
             return layer
         side = {"inputs": "outputs", "outputs": "inputs"}[self.kept]

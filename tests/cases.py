@@ -72,6 +72,26 @@ class Heads(torch.nn.Module):
         return self.heads[self.on](torch.tanh(self.trunk(x)))
 
 
+class Lora(torch.nn.Module):
+    """A linear layer with adapters, as PEFT's."""
+
+    def __init__(self, inputs, outputs, rank=2, keys=("one",), scale=1.5, dropout=0.0):
+        super().__init__()
+        self.base_layer = torch.nn.Linear(inputs, outputs).requires_grad_(False)
+        self.lora_A = torch.nn.ModuleDict({k: torch.nn.Linear(inputs, rank, bias=False) for k in keys})
+        self.lora_B = torch.nn.ModuleDict({k: torch.nn.Linear(rank, outputs, bias=False) for k in keys})
+        self.lora_dropout = torch.nn.ModuleDict({k: torch.nn.Dropout(dropout) for k in keys})
+        self.scaling = dict.fromkeys(keys, scale)
+        self.active_adapters = list(keys)
+        self.merged = False
+
+    def forward(self, x):
+        out = self.base_layer(x)
+        for key in self.active_adapters:
+            out = out + self.lora_B[key](self.lora_A[key](self.lora_dropout[key](x))) * self.scaling[key]
+        return out
+
+
 def tensors(memory):
     """The state of a consolidator as one flat dictionary of tensors and numbers."""
     flat = {}

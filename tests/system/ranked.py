@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cases import batches, mlp
+from cases import Lora, batches, mlp
 from rwalk import EWC, L2, MAS, SI, Consolidator, EWCpp, Kronecker, OnlineEWC, RWalk, TaskFisher
 from rwalk._parameters import bare
 from rwalk.distributed.shards import full_tensors
@@ -336,6 +336,27 @@ def after_evaluation(name, how):
     memory.load_state_dict(state)
     loop(model, moved, load(1))
     return measures(memory, model) | {"outputs": there.sum(0) if how == "alone" else summed(there.sum(0))}
+
+
+def adapted(how, file, load_it=False):
+    """Two tasks of a model with adapters; one process alone saves its state, and others may begin with that."""
+    torch.manual_seed(1)
+    model = engine(torch.nn.Sequential(Lora(5, 7), torch.nn.Tanh(), Lora(7, 3)).double(), how)
+    moved = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    memory = Consolidator(model, Kronecker(m=2, every=2), 0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if load_it:
+            memory.load(file)
+    memory.attach(moved)
+    for task in range(2):
+        loop(model, moved, load(task))
+        memory.consolidate()
+    loop(model, moved, load(2))
+    if how == "alone":
+        memory.save(file)
+    kinds = sorted({type(layer).__name__ for layer in memory.anchor.layers.values()})
+    return measures(memory, model) | {"kinds": kinds, "said": [str(w.message) for w in caught]}
 
 
 def summed(value):

@@ -228,3 +228,16 @@ def test_what_cannot_be_done_says_so(on):
         assert rank["grown"].startswith("The parameters `2.weight`, `2.bias` were sharded anew, or grew in shards")
         assert rank["mixed"].startswith("The protected parameters are spread over ranks in different ways")
         assert rank["plain"].startswith("A plain model is measured on data in one of 2 processes of torch.distributed")
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_adapters_are_held_by_their_product_unless_they_are_sharded(on, how, tmp_path):
+    alone = ranked.adapted("alone", str(tmp_path / "state"))
+    assert alone["kinds"] == ["ProductFactor"]
+    for rank in on(2, "adapted", how=how, file=str(tmp_path / "state")):
+        if how == "ddp":
+            alike(rank, alone)
+        assert rank["kinds"] == (alone["kinds"] if how == "ddp" else ["KroneckerFactor"])
+    for rank in on(2, "adapted", how=how, file=str(tmp_path / "state"), load_it=True):
+        assert rank["kinds"] == (alone["kinds"] if how == "ddp" else [])
+        assert ["element by element" in said for said in rank["said"]] == ([] if how == "ddp" else [True])

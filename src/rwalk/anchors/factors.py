@@ -1,14 +1,15 @@
 """Kronecker factors of a layer: the quadratic tr(D^T G D A) of its displacement D, and what it is measured by."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from rwalk._parameters import state_dtype
-from rwalk.anchors.spectrum import SecondMoment, Spectrum
+from rwalk.anchors.held import HeldLayer, Product, read_sides
+from rwalk.anchors.spectrum import SecondMoment
 
 
 class Arrangement(NamedTuple):
@@ -55,12 +56,12 @@ class Moments(NamedTuple):
     """What was measured of a layer over a task.
 
     Args:
-        arrangement: how its parameters lie in D.
+        arrangement: how its parameters lie in D, or make it up.
         inputs: A, the mean over all rows that reached it of x x^T for inputs x, with a 1 in front for the bias.
         outputs: G, the mean over examples of the sum over their rows of d d^T for gradients d at its outputs.
     """
 
-    arrangement: Arrangement
+    arrangement: Arrangement | Product
     inputs: SecondMoment
     outputs: SecondMoment
 
@@ -88,65 +89,26 @@ class Cut(NamedTuple):
     rank: int | None = None
 
 
+@final
 @dataclass(frozen=True, eq=False)
-class KroneckerFactor:
-    """The quadratic tr(D^T G D A) of one layer, where A and G are known by their leading directions.
-
-    Args:
-        arrangement: how its parameters lie in D.
-        inputs: A.
-        outputs: G.
-        tasks: how many tasks have reached it.
-    """
+class KroneckerFactor(HeldLayer):
+    """The quadratic of a layer whose parameters are D itself: the `HeldLayer` of an `Arrangement`."""
 
     arrangement: Arrangement
-    inputs: Spectrum
-    outputs: Spectrum
-    tasks: int = 1
 
-    @classmethod
-    def of(
-        cls, moments: Moments, cut: Cut, unit: float, earlier: "KroneckerFactor | None" = None, fade: float = 1.0
-    ) -> "KroneckerFactor":
-        """Join what was measured with what earlier tasks left: A is the mean over tasks, G the sum.
+    def leading(self, weight: str) -> list[str]:
+        """Name the weight alone."""
+        return [weight]
 
-        So the quadratic grows as a sum over tasks does, and not with their number squared.
-
-        Args:
-            moments: what was measured.
-            cut: how much of it to keep.
-            unit: what to divide G by.
-            earlier: the layer as earlier tasks left it.
-            fade: what to multiply its G by.
-        """
-        tasks = 1 if earlier is None else earlier.tasks + 1
-        before = (None, None) if earlier is None else (earlier.inputs, earlier.outputs)
-        inputs = moments.inputs.scaled(1 / tasks).spectrum(*cut, before[0], 1 - 1 / tasks)
-        outputs = moments.outputs.scaled(1 / unit).spectrum(*cut, before[1], fade)
-        return cls(moments.arrangement, inputs, outputs, tasks)
-
-    def changed(self, change: Callable[[Tensor], Tensor]) -> "KroneckerFactor":
-        """Put other tensors in the place of all that are held."""
-        inputs, outputs = (Spectrum(*map(change, side)) for side in (self.inputs, self.outputs))
-        return replace(self, inputs=inputs, outputs=outputs)
-
-    def faded(self, factor: float) -> "KroneckerFactor":
-        """Multiply G by a number."""
-        return replace(self, outputs=self.outputs.scaled(factor))
-
-    def names(self, weight: str) -> list[str]:
-        """Name the layer's parameters, in the order of the columns of D."""
-        return self.arrangement.names(weight)
-
-    def totals(self) -> list[float]:
-        """Return the sum of the quadratic's diagonal over each parameter, in the order of `names`."""
+    def totals(self, weight: str, point: Mapping[str, Tensor]) -> list[float]:  # noqa: ARG002
+        """Return the sum of the quadratic's diagonal over each parameter: see `HeldLayer.totals`."""
         each = (self.outputs.diagonal().double().sum(1, keepdim=True) * self.inputs.diagonal().double()).sum(0)
         return [float(each.sum())] if self.arrangement.bias is None else [float(each[0]), float(each[1:].sum())]
 
-    def importance(self, shape: torch.Size) -> list[Tensor]:
-        """Return the quadratic's diagonal, in the order of `names`, the weight's in its own shape."""
+    def importance(self, weight: str, point: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the quadratic's diagonal: see `HeldLayer.importance`."""
         diagonal = self.outputs.diagonal().unsqueeze(2) * self.inputs.diagonal().unsqueeze(1)
-        return [part.contiguous() for part in self.arrangement.split(diagonal, shape)]
+        return [part.contiguous() for part in self.arrangement.split(diagonal, point[weight].shape)]
 
     def displacement(self, weight: str, theta: Mapping[str, Tensor], point: Mapping[str, Tensor]) -> Tensor:
         """Return D; a parameter that `theta` lacks counts as unmoved."""
@@ -166,10 +128,21 @@ class KroneckerFactor:
         torch.sub(now.view(d.shape[:2]), then.view(d.shape[:2]), out=d[:, :, 0])
         return d
 
+    def penalty_at(self, weight: str, theta: Mapping[str, Tensor], point: Mapping[str, Tensor]) -> Tensor:
+        """Return the penalty at some parameters: see `HeldLayer.penalty_at`."""
+        return self.penalty(self.displacement(weight, theta, point))
+
     def penalty(self, d: Tensor) -> Tensor:
         """Return tr(D^T G D A)."""
         outputs, inputs = (side.beside(d, d.dtype) for side in (self.outputs, self.inputs))
         return (outputs.times(d) * inputs.times(d.mT).mT).sum()
+
+    def moves(
+        self, weight: str, theta: Mapping[str, Tensor], point: Mapping[str, Tensor], steps: Mapping[str, float]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield what to take off bias and weight: see `HeldLayer.moves`."""
+        move = self.proximal_move(self.displacement(weight, theta, point), steps[weight])
+        yield from zip(self.names(weight), self.arrangement.split(move, point[weight].shape), strict=True)
 
     def proximal_move(self, d: Tensor, step: float) -> Tensor:
         """Return what to take off D for the minimum of step / 2 * tr(D'^T G D' A) + |D' - D|^2 / 2 over D'.
@@ -192,6 +165,16 @@ class KroneckerFactor:
             left = left + (known * (turned @ a.basis.mT)) @ a.basis
             move.baddbmm_(right, a.basis)
         return move.baddbmm_(g.basis.mT, left)
+
+    def followed(self, weight: str, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> "KroneckerFactor | None":
+        """Follow parameters that changed: see `HeldLayer.followed`."""
+        return self.aligned(new[weight], old[weight].shape, self.arrangement.bias in new) if weight in new else None
+
+    def renamed(self, weight: str, names: Mapping[str, str]) -> "KroneckerFactor | None":
+        """Return the layer under other names: see `HeldLayer.renamed`."""
+        kept = self if self.arrangement.bias in (None, *names) else self._without_bias()
+        bias = names.get(kept.arrangement.bias or "")
+        return replace(kept, arrangement=kept.arrangement._replace(bias=bias)) if weight in names else None
 
     def aligned(self, weight: Tensor, old: torch.Size, bias: bool) -> "KroneckerFactor | None":
         """Follow a weight that moved or grew from shape `old`, and drop the bias unless it is still there.
@@ -226,11 +209,6 @@ class KroneckerFactor:
         arrangement = self.arrangement._replace(bias=None)
         return replace(self, arrangement=arrangement, inputs=moment.spectrum(1.0, None))
 
-    def content(self) -> dict[str, Any]:
-        """Return the layer as plain values and tensors, for state files."""
-        sides = {"inputs": list(self.inputs), "outputs": list(self.outputs)}
-        return {**self.arrangement._asdict(), **sides, "tasks": self.tasks}
-
     @classmethod
     def read(cls, content: Mapping[str, Any], weight: str, point: Mapping[str, Tensor]) -> "KroneckerFactor":
         """Return the layer that `content` was made from.
@@ -239,26 +217,9 @@ class KroneckerFactor:
             ValueError: if it does not fit the parameters of `point`.
         """
         arrangement = Arrangement(content["bias"], content["groups"], content["transposed"])
-        if [type(v) for v in arrangement[1:]] != [int, bool] or type(content["tasks"]) is not int or content["tasks"] < 1:
-            raise ValueError("groups, transposed or tasks")
-        inputs, outputs = (Spectrum(*content[key]) for key in ("inputs", "outputs"))
-        groups, rows, columns = arrangement.sizes(point[weight].shape)
-        if arrangement.bias is not None and point[arrangement.bias].shape != (groups * rows,):
+        if [type(v) for v in arrangement[1:]] != [int, bool]:
+            raise ValueError("groups or transposed")
+        sizes = arrangement.sizes(point[weight].shape)
+        if arrangement.bias is not None and point[arrangement.bias].shape != (sizes[0] * sizes[1],):
             raise ValueError("bias")
-        for key, side, size in (("inputs", inputs, columns), ("outputs", outputs, rows)):
-            if not _fits(side, groups, size):
-                raise ValueError(key)
-        return cls(arrangement, inputs, outputs, content["tasks"])
-
-    def tensors(self) -> list[Tensor]:
-        """List the tensors that are held."""
-        return [*self.inputs, *self.outputs]
-
-
-def _fits(side: Spectrum, groups: int, size: int) -> bool:
-    """Return whether what a file holds is a spectrum of matrices of some size."""
-    rank = side.values.shape[-1]
-    shapes = [(groups, rank, size), (groups, rank), (groups, 1)]
-    if [t.shape for t in side[:3]] != shapes or side.rest.shape not in ((groups, 1), (groups, size)):
-        return False
-    return all(t.is_floating_point() for t in side) and all(bool((t >= 0).all()) for t in side[1:])
+        return cls(arrangement, *read_sides(content, sizes))

@@ -1,18 +1,22 @@
 """The anchor that holds layers by two matrices each, and everything else by importance."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any, ClassVar, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor
 
-from rwalk._parameters import copy, exact_copy, state_dtype
+from rwalk._parameters import copy, exact_copy, listed, state_dtype
 from rwalk.anchors.base import Anchor
 from rwalk.anchors.elementwise import ElementwiseAnchor
-from rwalk.anchors.factors import KroneckerFactor
+from rwalk.anchors.factors import Cut, KroneckerFactor, Moments
+from rwalk.anchors.held import HeldLayer, Product
 from rwalk.anchors.old_factors import current_anchor
+from rwalk.anchors.products import ProductFactor
 from rwalk.distributed import shards
 from rwalk.distributed.shards import ShardGroup
 
@@ -33,10 +37,12 @@ class HeldNames(NamedTuple):
     Args:
         biases: of each layer that is held as a whole, by its weight's name: its bias, None where that is no part of it.
         alone: the parameters that are held element by element.
+        products: of each adapter that is held by its product, by the name of its factor `up`: that of `down`.
     """
 
     biases: Mapping[str, str | None]
     alone: frozenset[str]
+    products: Mapping[str, str]
 
 
 @final
@@ -47,12 +53,12 @@ class KroneckerAnchor(Anchor):
     Args:
         point: the parameters after earlier tasks, by name.
         omega: the importance of those parameters that are outside of layers, by name.
-        layers: the layers, by the names of their weights.
+        layers: the layers, by the names of their weights, and adapters, by the names of their factors `up`.
     """
 
     parts: ClassVar[tuple[str, ...]] = ("layers",)
     by_element: ClassVar[bool] = False
-    layers: dict[str, KroneckerFactor] = field(default_factory=dict)
+    layers: dict[str, HeldLayer] = field(default_factory=dict)
 
     @classmethod
     def of(cls, anchor: Anchor) -> "KroneckerAnchor":
@@ -74,7 +80,7 @@ class KroneckerAnchor(Anchor):
         """Return the quadratic's diagonal, by name."""
         found = dict(self.omega)
         for weight, layer in self.layers.items():
-            found |= zip(layer.names(weight), layer.importance(self.point[weight].shape), strict=True)
+            found |= zip(layer.names(weight), layer.importance(weight, self.point), strict=True)
         return {name: found[name] for name in self.point}
 
     def align(self, theta: Mapping[str, Tensor]) -> "KroneckerAnchor":
@@ -85,13 +91,12 @@ class KroneckerAnchor(Anchor):
         omega = self.elementwise.align(theta).omega
         layers = {}
         for weight, layer in self.layers.items():
-            if weight in point:
-                followed = layer.aligned(point[weight], self.point[weight].shape, layer.arrangement.bias in point)
-                if followed is None:
-                    parts = dict(zip(layer.names(weight), layer.importance(self.point[weight].shape), strict=True))
-                    omega |= ElementwiseAnchor({n: self.point[n] for n in parts}, parts).align(theta).omega
-                else:
-                    layers[weight] = followed
+            followed = layer.followed(weight, self.point, point)
+            if followed is None:
+                spread = self._spread(weight, layer)
+                omega |= ElementwiseAnchor({n: self.point[n] for n in spread}, spread).align(theta).omega
+            else:
+                layers[weight] = followed
         return replace(self, point=point, omega=omega, layers=layers)
 
     def begun(self, theta: Mapping[str, Tensor], sharded: bool = False) -> "KroneckerAnchor":
@@ -104,29 +109,50 @@ class KroneckerAnchor(Anchor):
         """Return the entries of some names under others."""
         point = {names[n]: p for n, p in self.point.items() if n in names}
         omega = {names[n]: o for n, o in self.omega.items() if n in names}
-        return replace(self, point=point, omega=omega, layers={names[w]: f for w, f in self._renamed(names) if w in names})
+        layers = {}
+        for weight, layer in self.layers.items():
+            renamed = layer.renamed(weight, names)
+            if renamed is None:
+                omega |= {names[n]: o for n, o in self._spread(weight, layer).items() if n in names}
+            else:
+                layers[names[weight]] = renamed
+        return replace(self, point=point, omega=omega, layers=layers)
 
     def scaled(self, factor: float) -> "KroneckerAnchor":
         """Multiply the importance by a number."""
         layers = {weight: layer.faded(factor) for weight, layer in self.layers.items()}
         return replace(self, omega={name: omega * factor for name, omega in self.omega.items()}, layers=layers)
 
-    def _renamed(self, names: Mapping[str, str]) -> Iterator[tuple[str, KroneckerFactor]]:
-        for weight, layer in self.layers.items():
-            bias = layer.arrangement.bias
-            kept = layer.aligned(self.point[weight], self.point[weight].shape, bias in names) or layer
-            arrangement = kept.arrangement
-            yield weight, replace(kept, arrangement=arrangement._replace(bias=names.get(arrangement.bias or "")))
+    def without_products(self) -> "KroneckerAnchor":
+        """Return the anchor with adapters held element by element, after a warning: where parameters are sharded."""
+        products = {weight: layer for weight, layer in self.layers.items() if isinstance(layer, ProductFactor)}
+        if not products:
+            return self
+        warnings.warn(
+            f"The adapters of {listed(list(products))} were held by their products. As parameters are sharded here, they are "
+            "held element by element from now on.",
+            stacklevel=5,
+        )
+        whole: Any = {name: shards.full_tensor(self.point[name]) for w, layer in products.items() for name in layer.names(w)}
+        spread = [zip(layer.names(w), layer.importance(w, whole), strict=True) for w, layer in products.items()]
+        layers = {weight: layer for weight, layer in self.layers.items() if weight not in products}
+        return replace(self, omega={**self.omega, **dict(chain(*spread))}, layers=layers)
+
+    def _spread(self, weight: str, layer: HeldLayer) -> dict[str, Tensor]:
+        """Return the importance of each element of a layer's parameters, by name."""
+        return dict(zip(layer.names(weight), layer.importance(weight, self.point), strict=True))
 
     def held_names(self) -> HeldNames:
         """Tell which parameters are held in layers, and which alone."""
-        return HeldNames({w: layer.arrangement.bias for w, layer in self.layers.items()}, _important(self.omega))
+        whole = {w: layer for w, layer in self.layers.items() if not isinstance(layer, ProductFactor)}
+        products = {w: layer.arrangement.down for w, layer in self.layers.items() if w not in whole}
+        return HeldNames({w: layer.arrangement.bias for w, layer in whole.items()}, _important(self.omega), products)
 
     def totals(self, shard_group: ShardGroup) -> dict[str, float]:
         """Return the sum of the importance of each parameter: see `Anchor.totals`."""
         found = self.elementwise.totals(shard_group)
         for weight, layer in self.layers.items():
-            found |= zip(layer.names(weight), layer.totals(), strict=True)
+            found |= zip(layer.names(weight), layer.totals(weight, self.point), strict=True)
         return {name: found[name] for name in self.point}
 
     def draw(self, theta: Mapping[str, Tensor], steps: PullSteps, parameters: Mapping[str, Tensor]) -> None:
@@ -138,34 +164,30 @@ class KroneckerAnchor(Anchor):
             parameters: the parameters themselves, which may be sharded: then layers are pulled as a whole on each rank.
         """
         for weight, layer in self.layers.items():
-            if weight in theta:
-                self._draw_layer(weight, layer, theta, steps.mean(weight), parameters)
+            lengths = {name: steps.mean(name) for name in layer.leading(weight) if name in theta}
+            if lengths:
+                for name, move in layer.moves(weight, *self._whole(weight, layer, theta, parameters), lengths):
+                    if name in theta:
+                        theta[name].sub_(shards.local_part(move, parameters[name]).to(theta[name].dtype))
         for name, omega in self.omega.items():
             if name in theta:
                 p = theta[name]
                 w = omega.to(p.device, torch.promote_types(omega.dtype, p.dtype)) * steps.each(name)
                 p.sub_(((w / (1 + w)) * (p - self.point[name].to(w.device, w.dtype))).to(p.dtype))
 
-    def _draw_layer(
-        self, weight: str, layer: KroneckerFactor, theta: Mapping[str, Tensor], step: float, parameters: Mapping[str, Tensor]
-    ) -> None:
-        move = layer.proximal_move(self._displacement(weight, layer, theta, parameters), step)
-        for name, part in zip(layer.names(weight), layer.arrangement.split(move, parameters[weight].shape), strict=True):
-            if name in theta:
-                theta[name].sub_(shards.local_part(part, parameters[name]).to(theta[name].dtype))
-
-    def _displacement(
-        self, weight: str, layer: KroneckerFactor, theta: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
-    ) -> Tensor:
-        """Return D of a layer, gathered from all ranks where it is sharded."""
+    def _whole(
+        self, weight: str, layer: HeldLayer, theta: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """Return a layer's parameters and their point; gathered from all ranks where they are sharded, with a point of zero."""
         if not shards.sharded(parameters.get(weight)):
-            return layer.displacement(weight, theta, self.point)
+            still = {name: parameters[name] for name in layer.leading(weight) if name in parameters}
+            return still | {name: theta[name] for name in layer.names(weight) if name in theta}, self.point
         moved: dict[str, Tensor] = {}
         for name in layer.names(weight):
             part = theta[name] - self.point[name] if name in theta else torch.zeros_like(self.point[name])
             whole: Any = shards.full_tensor(shards.as_dtensor(part, parameters[name]))
             moved[name] = whole
-        return layer.displacement(weight, moved, {name: torch.zeros_like(d) for name, d in moved.items()})
+        return moved, {name: torch.zeros_like(d) for name, d in moved.items()}
 
     @torch.no_grad()
     def penalty(self, theta: Mapping[str, Tensor]) -> float | Tensor:
@@ -174,9 +196,8 @@ class KroneckerAnchor(Anchor):
 
     def whole_penalty(self, theta: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> float | Tensor:
         """Return the sum of tr(D^T G D A) over layers, also where they are sharded."""
-        held = [(weight, layer) for weight, layer in self.layers.items() if weight in theta]
-        terms = [layer.penalty(self._displacement(weight, layer, theta, parameters)) for weight, layer in held]
-        return sum(terms, 0.0)
+        held = [(w, layer) for w, layer in self.layers.items() if not theta.keys().isdisjoint(layer.leading(w))]
+        return sum((layer.penalty_at(w, *self._whole(w, layer, theta, parameters)) for w, layer in held), 0.0)
 
     def kept(self, away: Callable[[Tensor], Tensor], narrow: Callable[[Tensor], Tensor]) -> "KroneckerAnchor":
         """Return the anchor as it is kept: see `Anchor.kept`."""
@@ -198,7 +219,7 @@ class KroneckerAnchor(Anchor):
         """Return the anchor that `content` was made from."""
         content = current_anchor(content)
         point = content["point"]
-        layers = {weight: KroneckerFactor.read(entry, weight, point) for weight, entry in content["layers"].items()}
+        layers = {weight: _read(entry, weight, point) for weight, entry in content["layers"].items()}
         anchor = cls(point, {}, layers)
         return replace(anchor, omega={n: o for n, o in content["omega"].items() if n not in anchor.inside})
 
@@ -211,10 +232,21 @@ class KroneckerAnchor(Anchor):
         wrong, inside = [], set()
         for weight, entry in content["layers"].items():
             try:
-                inside |= {*KroneckerFactor.read(entry, weight, content["point"]).names(weight)}
+                inside |= {*_read(entry, weight, content["point"]).names(weight)}
             except (ValueError, LookupError, TypeError, AttributeError, RuntimeError):
                 wrong.append(str(weight))
         return wrong or [n for n in content["point"] if n not in inside and n not in content["omega"]]
+
+
+def _read(entry: Mapping[str, Any], weight: str, point: Mapping[str, Tensor]) -> HeldLayer:
+    kind = ProductFactor if "down" in entry else KroneckerFactor
+    return kind.read(entry, weight, point)
+
+
+def joined_layer(moments: Moments, cut: Cut, unit: float, earlier: HeldLayer | None, fade: float) -> HeldLayer:
+    """Join what was measured of a layer, or of an adapter, with what earlier tasks left: see `HeldLayer.of`."""
+    kind = ProductFactor if isinstance(moments.arrangement, Product) else KroneckerFactor
+    return kind.of(moments, cut, unit, earlier, fade)
 
 
 def _important(omega: Mapping[str, Tensor]) -> frozenset[str]:
@@ -223,4 +255,4 @@ def _important(omega: Mapping[str, Tensor]) -> frozenset[str]:
 
 def held_names(anchor: Anchor) -> HeldNames:
     """Tell how an anchor of either kind holds parameters."""
-    return anchor.held_names() if isinstance(anchor, KroneckerAnchor) else HeldNames({}, _important(anchor.omega))
+    return anchor.held_names() if isinstance(anchor, KroneckerAnchor) else HeldNames({}, _important(anchor.omega), {})

@@ -37,7 +37,7 @@ def adopt(memory: Memory, anchor: Anchor, rename: Mapping[str, str] | Callable[[
             stacklevel=4,
         )
     memory.widen([*match.names.values(), *memory.scope.trainable(memory.model)])
-    mine, note = _in_unit_of(rule, memory.of_my_kind(anchor).renamed(match.names))
+    mine, note = _in_unit_of(rule, memory.of_my_kind(anchor, memory.protected).renamed(match.names))
     memory.anchor = memory.offload.keep_anchor(_local(memory, mine).align(memory.protected.theta))
     if memory.moments is not None:
         memory.moments = memory.moments.followed(memory.protected.parameters, [], held_names(memory.anchor))

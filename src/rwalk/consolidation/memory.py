@@ -16,6 +16,7 @@ from rwalk.anchors.base import Anchor
 from rwalk.anchors.kronecker import KroneckerAnchor, held_names
 from rwalk.consolidation.averaging import Tail
 from rwalk.consolidation.measuring import content_of, moments_from
+from rwalk.consolidation.merged import follow_merged
 from rwalk.consolidation.misuse import note_learned
 from rwalk.consolidation.moves import Moves, Writes
 from rwalk.consolidation.offload import Offload
@@ -57,6 +58,7 @@ class Memory:
         moments: the collector of second moments in training, None where the rule needs none.
         begun: what the parameters were like when the task began, as far as that is known.
         turns: how far the weights have gone since they were last pulled, where that is not done at each step.
+        turned: whether they were pulled in this task, and since the protected parameters were last looked for.
     """
 
     def __init__(self, model: nn.Module, settings: Settings, scope: Scope, offload: Offload, strict: bool) -> None:
@@ -68,7 +70,7 @@ class Memory:
         self.state: Any = self.rule.init([])
         self.anchor: Anchor = self.rule.anchor_kind()
         self.tail, self.moves, self.turns, self.begun = Tail(), Moves(), Turns(), Writes({})
-        self.shown = False
+        self.shown = self.turned = False
         self.tasks, self.steps = 0, 0
         self.last_end: LastEnd | None = None
         self.squares: gradients.Squares | None = None
@@ -119,7 +121,7 @@ class Memory:
         self.anchor, self.state, self.last_end, self.moves, self.moments = anchor, state, last_end, moves, moments
         self.tasks, self.steps, self.renewed, self.turns = self.tasks + bool(counts), 0, False, Turns()
         self.tail.restart()
-        self.shown = False
+        self.shown = self.turned = False
         self.begun = Writes(self.protected.theta)
         note_learned(self)
         self.watch_next()
@@ -136,6 +138,7 @@ class Memory:
     def penalty(self) -> float | Tensor:
         """Return the quadratic at the parameters as they are, without the strength, over all ranks."""
         theta = self.theta()  # may carry the anchor over to tensors that grew
+        follow_merged(self)
         group, anchor = self.protected.shard_group, self.anchor
         if not group.groups:
             return anchor.penalty(theta)
@@ -178,7 +181,7 @@ class Memory:
             self.begun = Writes({})
         self.anchor, self.state, self.tail, self.moves, self.protected = anchor, state, tail, moves, now
         self.turns.lengths = {name: length for name, length in self.turns.lengths.items() if name in now.theta}
-        self._followed = bare(self.model)
+        self._followed, self.turned = bare(self.model), False
         self.watch_next()
 
     def _followed_state(self, now: ProtectedParameters, lost: list[str]) -> tuple[Any, Moves]:
@@ -254,9 +257,12 @@ class Memory:
         self.widen(() if self.protected.theta else self.scope.trainable(self.model))
         self.anchor = self.offload.keep_anchor(self.anchor.begun(self.theta(), bool(self.protected.shard_group.groups)))
 
-    def of_my_kind(self, anchor: Anchor) -> Anchor:
-        """Return an anchor that the rule can hold to, with the same quadratic."""
-        return anchor if self.by_element else KroneckerAnchor.of(anchor)
+    def of_my_kind(self, anchor: Anchor, now: ProtectedParameters) -> Anchor:
+        """Return an anchor that the rule can hold to for some parameters, with the same quadratic."""
+        if self.by_element:
+            return anchor
+        anchor = KroneckerAnchor.of(anchor)
+        return anchor.without_products() if any(map(shards.sharded, now.parameters.values())) else anchor
 
     def whole_anchor(self) -> Anchor:
         """Return the anchor; under `fully_shard` its tensors are DTensors in the memory of each rank's parts."""

@@ -55,7 +55,7 @@ def restore(memory: Memory, saved: Mapping[str, Any]) -> None:
     state = state._replace(**{key: now.shard_group.mine(getattr(state, key)) for key in memory.rule.counters})
     state = grow_state(state, list(now.shapes), now.shapes, now.theta, memory.rule.init)
     kind = anchor_kind(saved["anchor"]) or ElementwiseAnchor
-    anchor = memory.of_my_kind(kind.read(copied(saved["anchor"])))
+    anchor = memory.of_my_kind(kind.read(copied(saved["anchor"])), now)
     point, omega, origin = mine(anchor.point), mine(anchor.omega), type(memory.rule).__name__
     anchor = replace(anchor, point=point, omega=omega, origin=origin).align(now.theta)
     moments = moments_from(saved["moments"], memory.model, memory.rule, now, anchor)

@@ -15,6 +15,7 @@ from rwalk.anchors.base import Anchor
 from rwalk.anchors.kronecker import held_names
 from rwalk.consolidation.batchnorm import renew_statistics, statistics_kept
 from rwalk.consolidation.memory import Memory
+from rwalk.consolidation.merged import follow_merged, note_bases
 from rwalk.consolidation.misuse import accept_changes
 from rwalk.consolidation.moves import Moves
 from rwalk.consolidation.repeats import LastEnd, SummedData
@@ -40,6 +41,7 @@ def end_task(memory: Memory, data: Iterable[Any] | None, loss: Any, logits: Any,
     if last and last.observed:
         return _warn_of_repeat()
     accept_changes(memory)
+    follow_merged(memory)
     undo: Callable[[], Any] = int  # nothing to undo yet
     try:
         undo = take_last_turn(memory)
@@ -123,7 +125,7 @@ def _concluded(memory: Memory, end: TaskEnd) -> tuple[Anchor, Any]:
     """Return the anchor and the state after a task, offloaded."""
     state = memory.offload.fetch(memory.rule, memory.state, list(end.point.values()))
     anchor, state = memory.rule.conclude(state, end)
-    anchor = replace(anchor, origin=type(memory.rule).__name__)
+    anchor = replace(note_bases(anchor, memory.model), origin=type(memory.rule).__name__)
     return memory.offload.keep_anchor(anchor), memory.offload.keep(memory.rule, state)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rwalk.anchors.kronecker import KroneckerAnchor, PullSteps
 from rwalk.consolidation import proximal
+from rwalk.consolidation.merged import follow_merged
 from rwalk.consolidation.protected import ProtectedParameters
 
 if TYPE_CHECKING:
@@ -61,6 +62,9 @@ def take_turn(memory: "Memory", theta: Mapping[str, Tensor], metrics: proximal.M
         theta: the parameters that may be written to, by name.
         metrics: reads the optimiser's metric; None for no pull.
     """
+    if not memory.turned:
+        follow_merged(memory)
+        memory.turned = True
     lengths, anchor = memory.turns.lengths, memory.anchor
     moved = {name: theta[name] for name in lengths if name in theta}
     if metrics is not None and isinstance(anchor, KroneckerAnchor) and any(lengths.values()):

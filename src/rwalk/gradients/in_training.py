@@ -60,7 +60,8 @@ class TrainingMoments:
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], rank: int | None, held: HeldNames = NOTHING_HELD
     ) -> None:
         self._model, self._root, self._parameters, self._rank = model, bare(model), parameters, rank
-        self._uses = LayerUses(self._root, {id(p): name for name, p in parameters.items()}, held)
+        whole = not any(map(sharded, parameters.values()))
+        self._uses = LayerUses(self._root, {id(p): name for name, p in parameters.items()}, held, whole)
         self.layers: dict[str, LayerSums] = {}
         self.squares: dict[str, Tensor] = {}
         self.seen: dict[str, int] = {}
@@ -149,7 +150,7 @@ class TrainingMoments:
                 sums = self._step.setdefault(weight, LayerSums(part.layer, self._rank))
                 sums.add_inputs(part.inputs)
                 sums.add_deltas(part.deltas)
-                if not self._checked and weight not in self._odd:
+                if not self._checked and weight not in self._odd and not part.dropped:
                     self._made.setdefault(weight, WeightGradient(part.layer)).add(part)
 
     def take(self, grad: Mapping[str, Tensor | None], loss_scale: float, grad_scale: float) -> StepMoments | None:
@@ -282,7 +283,7 @@ class TrainingMoments:
         size = 1 if whole else self._ranks().size
         sums, examples = self._whole() if whole else (self.layers, self.examples * size)
         layers = {
-            weight: {"rows": s.rows * size, "sums": s.scaled(size).tensors()}
+            weight: {"rows": s.rows * size, "sums": s.scaled(size).tensors(), **s.layer.key()}
             for weight in self._uses.layers
             if (s := sums.get(weight)) and s.rows
         }
@@ -298,12 +299,17 @@ class TrainingMoments:
         """
         size = 1 if whole else self._ranks().size
         for weight, entry in content["layers"].items():
-            if weight in self._uses.layers and first:
+            if first and self._measures(weight, entry):
                 self.layers[weight] = LayerSums(self._uses.layers[weight], self._rank)
                 self.layers[weight].read(entry["rows"] / size, entry["sums"])
                 self.layers[weight] = self.layers[weight].scaled(1 / size)
         self.squares, self.seen = dict(content["squares"]), dict(content["seen"])
         self.examples = content["examples"] / size if first else 0.0
+
+    def _measures(self, weight: str, entry: Mapping[str, Any]) -> bool:
+        """Return whether a layer of a content is one that is measured: earlier versions measured each factor of an adapter."""
+        layer = self._uses.layers.get(weight)
+        return layer is not None and entry.get("down") == layer.key().get("down")
 
 
 def _compiled(model: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from rwalk._parameters import listed, state_dtype
 from rwalk.anchors.factors import Arrangement, Moments
+from rwalk.anchors.held import Product
 from rwalk.anchors.spectrum import SecondMoment
 from rwalk.distributed.ranks import Ranks
 from rwalk.gradients.comparison import CANCELLED, GradientFit
@@ -21,26 +22,38 @@ class MeasuredLayer(NamedTuple):
     """A layer whose second moments are measured.
 
     Args:
-        weight: the name of its weight.
-        parameter: the weight.
-        arrangement: how its parameters lie in a matrix.
+        weight: the name of its weight; of an adapter, that of its factor `up`.
+        parameter: that weight.
+        arrangement: how its parameters lie in a matrix, or make it up.
         one_hot: whether inputs are tokens: row numbers of the weight.
+        down: the other factor of an adapter, None for all other layers.
     """
 
     weight: str
     parameter: nn.Parameter
-    arrangement: Arrangement
+    arrangement: Arrangement | Product
     one_hot: bool = False
+    down: nn.Parameter | None = None
 
     @property
     def height(self) -> int:
         """How many outputs a group has."""
-        return self.arrangement.sizes(self.parameter.shape)[1]
+        return self._sizes[1]
 
     @property
     def width(self) -> int:
         """How many inputs a row has, the 1 for the bias included."""
-        return self.arrangement.sizes(self.parameter.shape)[2]
+        return self._sizes[2]
+
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
+        if isinstance(self.arrangement, Arrangement):
+            return self.arrangement.sizes(self.parameter.shape)
+        return 1, self.parameter.shape[0], 0 if self.down is None else self.down.shape[1]
+
+    def key(self) -> dict[str, str]:
+        """Return what a state file needs to tell an adapter from a layer."""
+        return {"down": self.arrangement.down} if isinstance(self.arrangement, Product) else {}
 
     def extended(self, rows: Tensor) -> Tensor:
         """Put the 1 for the bias in front of rows of inputs."""
@@ -54,11 +67,21 @@ class LayerRows(NamedTuple):
         layer: the layer.
         inputs: (groups, n, inputs) without the 1 for the bias, or tokens.
         deltas: gradients of the outputs, (groups, n, outputs).
+        dropped: whether inputs have gone through dropout, so that the weight's gradient does not follow from them.
     """
 
     layer: MeasuredLayer
     inputs: Tensor
     deltas: Tensor
+    dropped: bool = False
+
+    def of_weight(self) -> "LayerRows":
+        """Return the rows of inputs that the weight itself is given: an adapter's factor `up` those of the other one."""
+        layer = self.layer
+        if layer.down is None or not isinstance(layer.arrangement, Product):
+            return self
+        down = layer.down.detach().to(state_dtype(layer.down))
+        return self._replace(inputs=self.inputs.to(down.dtype) @ down.T * layer.arrangement.scale)
 
     def gradient(self) -> Tensor:
         """Return the gradient of the weight as a matrix D."""
@@ -186,7 +209,8 @@ def _without_padding(module: Any, rows: LayerRows) -> Iterator[LayerRows]:
     yield rows
 
 
-def _flat(_: nn.Module, x: Tensor) -> Tensor:
+def flat_rows(_: nn.Module, x: Tensor) -> Tensor:
+    """Return the rows of a linear layer's input, or of the gradient of its output."""
     return x.reshape(1, -1, x.shape[-1])
 
 
@@ -205,15 +229,15 @@ def _tokens(_: nn.Module, x: Tensor) -> Tensor:
 
 
 LAYER_KINDS: dict[type[nn.Module], LayerKind] = {
-    nn.Linear: LayerKind(_flat, _flat),
+    nn.Linear: LayerKind(flat_rows, flat_rows),
     nn.Conv1d: LayerKind(_patches, _channels),
     nn.Conv2d: LayerKind(_patches, _channels),
     nn.Conv3d: LayerKind(_patches, _channels),
-    nn.Embedding: LayerKind(_tokens, _flat, transposed=True, one_hot=True),
+    nn.Embedding: LayerKind(_tokens, flat_rows, transposed=True, one_hot=True),
 }
 """The classes of layers with one weight that can be measured."""
 
-TRANSPOSED_LINEAR = LayerKind(_flat, _flat, transposed=True)
+TRANSPOSED_LINEAR = LayerKind(flat_rows, flat_rows, transposed=True)
 """`Conv1D` of Hugging Face's Transformers: a linear layer whose weight is (inputs, outputs)."""
 
 
@@ -236,6 +260,7 @@ class WeightGradient:
 
     def add(self, part: LayerRows) -> None:
         """Add what one use contributes."""
+        part = part.of_weight()
         self._total = self._total + part.gradient()
         norm = part.inputs.numel() if part.layer.one_hot else _squares(part.inputs)
         self._bound = self._bound + _squares(part.deltas) * norm
@@ -243,9 +268,7 @@ class WeightGradient:
     def fits(self, gradient: Tensor | None) -> bool:
         """Return whether the weight has this gradient."""
         total = self._total
-        given = (
-            torch.zeros_like(total) if gradient is None else self._layer.arrangement._replace(bias=None).matrix(gradient, None)
-        )
+        given = torch.zeros_like(total) if gradient is None else self._layer.arrangement.weight_matrix(gradient)
         return GradientFit.of(total, given, torch.as_tensor(self._bound)).fits(1.0, CANCELLED)
 
 

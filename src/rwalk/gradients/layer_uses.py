@@ -13,6 +13,7 @@ from rwalk.anchors.factors import Arrangement
 from rwalk.anchors.kronecker import HeldNames
 from rwalk.distributed.shards import sharded
 from rwalk.distributed.wrappers import module_class
+from rwalk.gradients.adapters import adapter_rows, find_adapters
 from rwalk.gradients.layer_moments import LAYER_KINDS, TRANSPOSED_LINEAR, LayerKind, LayerRows, MeasuredLayer
 from rwalk.gradients.recurrent import Gates, measurable
 
@@ -22,7 +23,7 @@ Rows = Callable[[Sequence[Tensor | None]], Iterator[LayerRows]]
 Noted = Callable[[list[Tensor], Rows], list[Tensor]]
 """Takes the outputs of a use and what their gradients will tell; returns what takes the place of the outputs."""
 
-NOTHING_HELD = HeldNames({}, frozenset())
+NOTHING_HELD = HeldNames({}, frozenset(), {})
 
 
 class Claim(NamedTuple):
@@ -100,20 +101,25 @@ class LayerUses:
         root: the model.
         names: the names of the parameters to measure, by their ids.
         held: how an anchor holds parameters: layers stay as they are, and what is held alone stays alone.
+        whole: whether no parameter is sharded; only then are adapters measured as one layer each.
 
     Attributes:
-        layers: the layers, by the names of their weights.
+        layers: the layers, by the names of their weights, and adapters, by the names of their factors `up`.
     """
 
-    def __init__(self, root: nn.Module, names: Mapping[int, str], held: HeldNames = NOTHING_HELD) -> None:
+    def __init__(self, root: nn.Module, names: Mapping[int, str], held: HeldNames = NOTHING_HELD, whole: bool = True) -> None:
+        self._adapters = find_adapters(root, names, held) if whole else {}
+        adapters = [layer for found in self._adapters.values() for layer in found.values()]
+        taken = {*held.alone, *held.products, *held.products.values()}
+        taken |= {name for layer in adapters for name in layer.arrangement.names(layer.weight)}
         claims: dict[int, list[Claim]] = {}
         for module in root.modules():
             for claim in _claims(module):
                 weight = _weight(claim)
-                if weight is not None and id(weight) in names and names[id(weight)] not in held.alone:
+                if weight is not None and id(weight) in names and names[id(weight)] not in taken:
                     claims.setdefault(id(weight), []).append(claim)
         biases = [id(b) for uses in claims.values() for b in {id(c.bias): c.bias for c in uses}.values() if b is not None]
-        self.layers: dict[str, MeasuredLayer] = {}
+        self.layers: dict[str, MeasuredLayer] = {layer.weight: layer for layer in adapters}
         self._used: dict[nn.Module, dict[str, tuple[MeasuredLayer, LayerKind]]] = {}
         for uses in claims.values():
             layer = _layer(uses, names, biases, held)
@@ -125,6 +131,9 @@ class LayerUses:
 
     def open(self, noted: Noted) -> None:
         """Note uses from now on."""
+        for module, adapters in self._adapters.items():
+            adapted: Any = ModelHook(_adapted, adapters, noted)
+            self._handles.append(module.register_forward_hook(adapted, with_kwargs=True, prepend=True))
         for module, used in self._used.items():
             if isinstance(module, nn.MultiheadAttention):
                 watch = _Attention({key: layer for key, (layer, _) in used.items()}, noted)
@@ -176,6 +185,16 @@ def _plain(layer: MeasuredLayer, kind: LayerKind, noted: Noted, module: nn.Modul
                 yield from kind.rows(layer, module, x.detach(), g.detach())
 
     return noted([output], rows)[0]
+
+
+def _adapted(
+    adapters: Mapping[str, MeasuredLayer], noted: Noted, module: nn.Module, args: Any, kwargs: Any, output: Any
+) -> Any:
+    """Note the use of a layer with adapters."""
+    if not _takes_gradients(output):
+        return output
+    rows = adapter_rows(adapters, module, args, kwargs)
+    return output if rows is None else noted([output], rows)[0]
 
 
 def _recurrent(

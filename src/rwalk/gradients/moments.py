@@ -11,6 +11,7 @@ from rwalk._parameters import bare, named_parameters, refuse_odd
 from rwalk.anchors.factors import Moments
 from rwalk.anchors.kronecker import HeldNames
 from rwalk.distributed.ranks import Ranks
+from rwalk.distributed.shards import sharded
 from rwalk.distributed.wrappers import full_parameters
 from rwalk.gradients.batches import ExampleBatch, examples
 from rwalk.gradients.costs import ManyClasses, warn_one_by_one
@@ -73,9 +74,10 @@ def _factors(
     """Go through the data once: see `moments`."""
     scores, ranks, root = Scores(objective, loss, logits), Ranks.of(model), bare(model)
     refuse_odd(theta)
+    whole = not any(map(sharded, theta.values()))
     with full_parameters(model), isolated(model, loss, logits) as snapshot:
         names = {id(p): name for name, p in named_parameters(model).items() if name in theta}
-        passes = _Passes(root, LayerUses(root, names, held), rank, scores, snapshot)
+        passes = _Passes(root, LayerUses(root, names, held, whole), rank, scores, snapshot)
         device = next((p.device for p in theta.values()), torch.device("cpu"))
         count, watch, read = 0, ManyClasses(root, data, ranks.share(samples)), (readable(root, raw) for raw in data)
         for raw in examples(read, ranks.share(samples), device, scores.is_likelihood):
@@ -156,7 +158,7 @@ class _Passes:
                 if with_inputs:
                     self.sums[weight].add_inputs(part.inputs)
                 self.sums[weight].add_deltas(part.deltas)
-                if weight in fresh:
+                if weight in fresh and not part.dropped:
                     totals.setdefault(weight, WeightGradient(part.layer)).add(part)
         return totals
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from rwalk._parameters import copy, exact_copy
 from rwalk.anchors.base import Anchor
-from rwalk.anchors.factors import Cut, KroneckerFactor, Moments
-from rwalk.anchors.kronecker import KroneckerAnchor
+from rwalk.anchors.factors import Cut, Moments
+from rwalk.anchors.kronecker import KroneckerAnchor, joined_layer
 from rwalk.distributed.shards import ALONE, ShardGroup
 from rwalk.rules._scale import mean_element
 from rwalk.rules._stateless import check_samples
@@ -58,7 +58,7 @@ class Kronecker(Rule[TaskLengths]):
     A is the mean of x x^T over a layer's inputs x, with a 1 for the bias, and G the mean over examples of the sum of d d^T for
     the gradients d at its outputs; over tasks A is averaged and G summed. All other parameters are held by their mean squared
     gradients. Each task counts in its own unit: the mean element of the diagonal is 1 / sqrt(mean steps per task). A layer
-    that an adopted anchor holds weight by weight stays so.
+    that an adopted anchor holds weight by weight stays so. Of a LoRA adapter the product of the two factors is held.
 
     Args:
         measure: "training" measures at every `m`-th step of the user's own training, "data" at a task's end on the data that
@@ -153,7 +153,7 @@ class Kronecker(Rule[TaskLengths]):
         unit, other = _unit(fresh) * root, mean_element(list(alone.values()), end.shard_group) * root
         cut = Cut(self.share, self.rank)
         layers = {w: f.faded(fade) for w, f in anchor.layers.items() if w not in fresh}
-        layers |= {w: KroneckerFactor.of(m, cut, unit, anchor.layers.get(w), fade) for w, m in fresh.items()}
+        layers |= {w: joined_layer(m, cut, unit, anchor.layers.get(w), fade) for w, m in fresh.items()}
         omega = {n: _joined(anchor.omega.get(n), fade, alone.get(n), other, end.point[n]) for n in end.point if n not in inside}
         check_finite(omega, "Look at the size of the gradients.")
         copied = copy if end.shard_group.groups else exact_copy  # parts on several ranks have one precision
@@ -173,8 +173,8 @@ class Kronecker(Rule[TaskLengths]):
 
 
 def _unit(fresh: Mapping[str, Moments]) -> float:
-    """Return the mean element of the diagonals of all layers, infinity where all are zero."""
-    mean = sum(m.total for m in fresh.values()) / max(sum(m.elements for m in fresh.values()), 1)
+    """Return the mean element of the diagonals of all layers in any order, infinity where all are zero."""
+    mean = math.fsum(m.total for m in fresh.values()) / max(sum(m.elements for m in fresh.values()), 1)
     return mean if mean > 0 else math.inf
 
 
