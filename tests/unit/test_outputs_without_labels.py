@@ -270,3 +270,43 @@ def test_mas_takes_ordinary_outputs(name):
     memory = Consolidator(make(), MAS())
     memory.estimate([inputs(6)])
     assert memory.anchor.point
+
+
+# Labels that the model is sure of
+
+
+def sure(scale):
+    """A classifier whose own labels have a loss that falls with the scale, and examples with these labels."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3).double()
+    with torch.no_grad():
+        model.weight.mul_(scale)
+    x = torch.randn(64, 4, dtype=torch.float64)
+    margins = model(x).detach().topk(2, 1).values
+    x = x[(margins[:, 0] - margins[:, 1]).argsort(descending=True)[:12]]
+    return model, x, model(x).argmax(1)
+
+
+@pytest.mark.parametrize("rule", [EWC(labels="true"), Kronecker(measure="data", labels="true")], ids=lambda r: type(r).__name__)
+def test_labels_that_the_model_is_sure_of_are_no_measure_and_a_warning_says_so(rule):
+    model, x, y = sure(30)
+    with pytest.warns(
+        UserWarning, match=r'sure of the data\'s labels: the first \d examples have a mean loss of .* labels="sample"'
+    ):
+        Consolidator(model, rule).estimate([(x, y)])
+    model, x, y = sure(1)
+    Consolidator(model, rule).estimate([(x, y)])
+
+
+def test_the_empirical_fisher_of_a_sure_model_is_nearly_nothing_and_drawn_labels_keep_it():
+    """In the mean over many draws the true Fisher information stays what it is by its formula, p (1 - p) x^2."""
+    model, x, y = sure(30)
+    p = model(x).softmax(1).detach()
+    truth = torch.einsum("nc,ni->ci", p * (1 - p), x.square()) / len(x)
+    empirical = Consolidator(model, EWC(labels="true"))
+    with pytest.warns(UserWarning, match="empirical Fisher"):
+        empirical.estimate([(x, y)])
+    exact = Consolidator(model, EWC(labels="exact"))
+    exact.estimate([(x, y)])
+    torch.testing.assert_close(exact.anchor.omega["weight"], truth)
+    assert float(empirical.anchor.omega["weight"].sum()) < 0.1 * float(truth.sum())

@@ -154,6 +154,12 @@ class Likelihood:
         counts: Tensor = (target.long().reshape(size, -1)[:, int(self.shifted) :] != self.ignored).any(1)
         return counts
 
+    def rows_that_count(self, target: Tensor, size: int) -> float:
+        """Return how many rows of an example, or outputs of it, have a target that counts, on average; at least 1 in all."""
+        y = target.reshape(size, -1)[:, int(self.shifted) :]
+        counts = y.long() != self.ignored if self._ignores(target) else torch.ones_like(y, dtype=torch.bool)
+        return max(float(counts.sum()), 1.0) / size
+
     def _ignores(self, target: Any) -> bool:
         """Return whether some targets may be ignored: integers do, except those of a regression."""
         return is_whole(target) and self.family != "gaussian"

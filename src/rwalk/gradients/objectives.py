@@ -1,5 +1,6 @@
 """What is differentiated at each example: scores of a model's output, which the first examples show how to read."""
 
+import warnings
 from collections.abc import Callable
 from itertools import chain, combinations
 from typing import Any, NamedTuple, get_args
@@ -14,6 +15,9 @@ from rwalk.gradients.isolation import ModelSnapshot, differentiable
 from rwalk.gradients.likelihood import IGNORED, Likelihood, named_distribution
 from rwalk.gradients.outputs import find_likelihood, given_inputs, own_loss, read_output, refuse_probabilities
 from rwalk.rules.base import Objective
+
+SURE = 0.02
+"""Mean loss in nats below which a model counts as sure of its labels: a probability of 98 % for each."""
 
 
 class Scores:
@@ -159,6 +163,23 @@ class Scores:
         self._checked, self._compared = True, batch.size > 1
         if self.is_likelihood and self.likelihood is None:
             self._find_likelihood(few, ran, batch.target)
+        if self.objective == "true":
+            self._warn_if_sure(few, ran)
+
+    def _warn_if_sure(self, few: ExampleBatch, ran: "_Run") -> None:
+        """Warn where labels of which the model is sure leave hardly any gradient."""
+        loss = own_loss(ran.output) if self.loss is not None and self.given is None else None
+        if self.likelihood is not None and self.likelihood.family != "gaussian":
+            score, _ = self.likelihood.scores("true", self._values(*ran), few.target, few.size)
+            loss = -score.mean() / self.likelihood.rows_that_count(few.target, few.size)
+        nats = None if loss is None else float(loss.detach())
+        if nats is not None and nats < SURE:
+            warnings.warn(
+                f"The model is sure of the data's labels: the first {few.size} examples have a mean loss of {nats:.2g} nats. "
+                ' Importance by labels="true", the empirical Fisher information, is nearly zero then, and rests on a few '
+                'examples. Use labels="sample", which draws labels from the model.',
+                stacklevel=2,
+            )
 
     def _find_likelihood(self, few: ExampleBatch, ran: "_Run", targets: Any) -> None:
         """Find out which distribution the outputs describe, from a few examples and the targets of these and more."""
