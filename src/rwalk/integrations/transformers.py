@@ -93,6 +93,8 @@ class ConsolidationCallback(HostCallback, TrainerCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.memory.load(_saved(state.best_model_checkpoint))  # the weights are those of this checkpoint, too
         self.end(**_arguments(kwargs["train_dataloader"], self.memory.rule, **self._reading))
+        if self.snapshot is not None:
+            _running_trainer()[0].log(self.snapshot.kept(kwargs["model"]).scalars())
 
 
 class _Figures(TrainerCallback):
@@ -103,7 +105,7 @@ class _Figures(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
         figures = self.owner.memory.summary(logs["loss"]).scalars() if "loss" in logs else {}
-        if self.owner.snapshot is not None and ("train_runtime" in logs or any(name.startswith("eval_") for name in logs)):
+        if self.owner.snapshot is not None and any(name.startswith("eval_") for name in logs):
             figures |= self.owner.snapshot.kept(kwargs["model"]).scalars()
         logs |= figures
         state.log_history[-1] |= figures
