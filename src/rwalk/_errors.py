@@ -1,6 +1,19 @@
-"""Text from outside in messages: names, paths and contents of files must not control a terminal."""
+"""Messages: text from outside must not control a terminal, and a warning names the line of the user's that led to it."""
 
+import sys
 import unicodedata
+import warnings
+
+OURS = ("rwalk", "torch", "contextlib")
+"""Packages whose frames are between a user's line and a warning."""
+
+
+def warn(message: str) -> None:
+    """Warn, and name the first line outside of this package and torch."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in OURS:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def printable(text: str, keep: str = "\n") -> str:

@@ -4,13 +4,14 @@ import copy
 import io
 import math
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from cases import Heads, assert_same_state, batches, mlp, train
-from rwalk import EWC, MAS, SI, Consolidator, EWCpp, Kronecker, OnlineEWC, RWalk, kernels
+from rwalk import EWC, L2, MAS, SI, Consolidator, EWCpp, Kronecker, OnlineEWC, RWalk, kernels
 from rwalk.anchors import ElementwiseAnchor
 
 
@@ -524,3 +525,25 @@ def test_a_copy_made_in_inference_mode_is_refused_as_it_could_not_be_trained():
         copy.deepcopy((model, optimizer, memory))
     train(model, optimizer, batches(1, 5))
     memory.consolidate()
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_warning_names_the_line_of_the_user(closure):
+    model = torch.nn.Linear(3, 2).double()
+    memory = Consolidator(model, L2(), strength=1e6, pull="gradient")
+    memory.estimate()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    memory.attach(optimizer)
+    model(torch.ones(1, 3, dtype=torch.float64)).sum().backward()
+    with pytest.warns(UserWarning, match="overshoots the anchor") as caught:
+        optimizer.step(lambda: torch.zeros(())) if closure else optimizer.step()
+    assert caught[0].filename == __file__
+    assert "optimizer.step" in Path(__file__).read_text().splitlines()[caught[0].lineno - 1]
+
+
+def test_what_an_anchor_matches_is_a_summary():
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(8)))
+    memory = Consolidator(model, L2())
+    memory.estimate()
+    said = str(Consolidator(model, L2()).adopt(memory.anchor))
+    assert said == "16 the same shape (0.weight, 0.bias, 1.weight, 1.bias, 2.weight and 11 more)"

@@ -232,7 +232,7 @@ def test_a_record_under_the_name_of_another_run_is_left_out(tmp_path):
     """A copy would stand in for another method, seed or stream; under a name of the user's own it is the run that it is."""
     mine = made("finetune")
     for other in (made("rwalk"), made("finetune", seed=1), made("finetune", stream="split-x")):
-        folder = tmp_path / other.name
+        folder = tmp_path / other.name.removesuffix(".json")
         place = mine.save(folder).rename(folder / other.name)
         with pytest.raises(ValueError, match=rf"named like another one; .*`{mine.name}`.*Move the file away and run again"):
             Record.load(place)
@@ -241,6 +241,12 @@ def test_a_record_under_the_name_of_another_run_is_left_out(tmp_path):
         assert [record.method for record in records] == ["joint"]
         assert len(problems) == 1
         assert Record.load(place.rename(folder / "kept.json")) == mine
+
+
+def test_a_record_may_be_saved_under_any_name(tmp_path):
+    place = made("rwalk").save(tmp_path / "new" / "r.json")
+    assert place == tmp_path / "new" / "r.json"
+    assert Record.load(place) == made("rwalk")
 
 
 def test_a_run_is_not_taken_for_done_by_a_record_of_other_settings(tmp_path):

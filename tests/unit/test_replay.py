@@ -417,3 +417,8 @@ def test_a_gem_by_hand_and_without_a_reference():
     assert grad[0].tolist() == [1.0, 0.0]
     project_(grad, [torch.zeros(2)])
     assert grad[0].tolist() == [1.0, 0.0]
+
+
+def test_an_empty_buffer_is_a_buffer():
+    assert bool(Buffer(3))
+    assert len(Buffer(3)) == 0

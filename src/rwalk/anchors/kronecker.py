@@ -1,6 +1,5 @@
 """The anchor that holds layers by two matrices each, and everything else by importance."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, final
 import torch
 from torch import Tensor
 
+from rwalk._errors import warn
 from rwalk._parameters import copy, exact_copy, listed, state_dtype
 from rwalk.anchors.base import Anchor
 from rwalk.anchors.elementwise import ElementwiseAnchor
@@ -128,10 +128,9 @@ class KroneckerAnchor(Anchor):
         products = {weight: layer for weight, layer in self.layers.items() if isinstance(layer, ProductFactor)}
         if not products:
             return self
-        warnings.warn(
+        warn(
             f"The adapters of {listed(list(products))} were held by their products. As parameters are sharded here, they are "
-            "held element by element from now on.",
-            stacklevel=5,
+            "held element by element from now on."
         )
         whole: Any = {name: shards.full_tensor(self.point[name]) for w, layer in products.items() for name in layer.names(w)}
         spread = [zip(layer.names(w), layer.importance(w, whole), strict=True) for w, layer in products.items()]

@@ -1,6 +1,6 @@
 """How an anchor fits a model, by names and shapes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -38,8 +38,13 @@ class Match(NamedTuple):
             "only in the anchor": self.unknown,
             "only in the model": self.missing,
         }
-        found = [f"{len(names)} {word} ({', '.join(names)})" for word, names in words.items() if names]
+        found = [f"{len(names)} {word} ({_first(names)})" for word, names in words.items() if names]
         return "; ".join([*found, self.note] if self.note else found)
+
+
+def _first(names: Sequence[str]) -> str:
+    """Write the first names of a list, five at most."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def match_names(

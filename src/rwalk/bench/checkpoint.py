@@ -1,6 +1,5 @@
 """A checkpoint is the state of a run after a finished task, as a file from which the same run continues."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rwalk._errors import printable
+from rwalk._errors import printable, warn
 from rwalk._io import files, states
 from rwalk.bench import devices
 from rwalk.bench.record import Record, is_matrix
@@ -71,7 +70,7 @@ class Checkpoint:
         try:
             states.save(self.path, "checkpoint", content)
         except OSError as error:
-            warnings.warn(f"{error} The run continues without this checkpoint.", stacklevel=5)
+            warn(f"{error} The run continues without this checkpoint.")
 
     @property
     def exists(self) -> bool:
@@ -99,7 +98,7 @@ class Checkpoint:
             devices.set_rng_state(self.device, content["random"])
         except Exception as error:  # whatever a stale state does to a learner, the run can start anew
             text = f"Checkpoint `{self.path}` cannot be used ({error}). The run starts from its beginning and replaces it."
-            warnings.warn(printable(text), stacklevel=4)
+            warn(printable(text))
             return None
         return measured
 

@@ -46,9 +46,14 @@ class Sealed:
             raise ValueError(problem)
         return found
 
-    def save(self, folder: str | Path) -> Path:
-        """Write a file into a folder, whole or not at all, and return its path."""
-        path = Path(folder) / self.name
+    def save(self, place: str | Path) -> Path:
+        """Write a file, whole or not at all, and return its path.
+
+        Args:
+            place: a folder, in which the file has the name `name`; or a file, with the suffix of that name.
+        """
+        given = Path(place)
+        path = given if given.suffix == Path(self.name).suffix and not given.is_dir() else given / self.name
         files.folder(path.parent)
         files.seal(path, asdict(self))
         return path

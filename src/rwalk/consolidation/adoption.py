@@ -1,12 +1,12 @@
 """Holding to an anchor that was made elsewhere."""
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from rwalk import rules
+from rwalk._errors import warn
 from rwalk._parameters import named_parameters
 from rwalk.anchors.base import Anchor
 from rwalk.anchors.kronecker import held_names
@@ -31,10 +31,9 @@ def adopt(memory: Memory, anchor: Anchor, rename: Mapping[str, str] | Callable[[
             f"The anchor fits nothing of the model: {match}. Pass `rename`, which leads from the anchor's names to the model's."
         )
     if not rule.accumulates:
-        warnings.warn(
+        warn(
             f"{type(rule).__name__} replaces an adopted anchor at the next `consolidate`, by what it measured itself. Use EWC, "
-            "OnlineEWC, SI, MAS or L2 to keep it longer.",
-            stacklevel=4,
+            "OnlineEWC, SI, MAS or L2 to keep it longer."
         )
     memory.widen([*match.names.values(), *memory.scope.trainable(memory.model)])
     mine, note = _in_unit_of(rule, memory.of_my_kind(anchor, memory.protected).renamed(match.names))
@@ -57,10 +56,9 @@ def _in_unit_of(rule: Rule[Any], anchor: Anchor) -> tuple[Anchor, str]:
         factor = elements / total / math.sqrt(ESTIMATE)
         return anchor.scaled(factor), f"importance of {anchor.origin} times {factor:.3g}, which is one task of {name}"
     if theirs == "task" and ours == "own":
-        warnings.warn(
+        warn(
             f"The anchor was made by {anchor.origin}, in the unit of one task, and {name} has a unit of its own, so that the "
-            f"strength of neither fits. Tune it; with {anchor.origin}'s default the anchor is held as it was there.",
-            stacklevel=5,
+            f"strength of neither fits. Tune it; with {anchor.origin}'s default the anchor is held as it was there."
         )
     return anchor, ""
 

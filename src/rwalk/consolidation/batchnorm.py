@@ -1,6 +1,5 @@
 """Running statistics of BatchNorm, recomputed for averaged weights."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from rwalk._errors import warn
 from rwalk._parameters import bare
 from rwalk.distributed.ranks import Ranks
 from rwalk.distributed.wrappers import full_parameters
@@ -40,10 +40,9 @@ def renew_statistics(model: nn.Module, data: Iterable[Any] | None, forward: Call
     if data is not None:
         refresh_batch_norms(model, data, forward)
         return
-    warnings.warn(
+    warn(
         "The model has BatchNorm, whose running statistics do not fit the averaged weights. Call `consolidate(loader)` to "
-        'recompute them (`data=loader` in `blend` and `path`), or build the consolidator with `average="none"`.',
-        stacklevel=4,
+        'recompute them (`data=loader` in `blend` and `path`), or build the consolidator with `average="none"`.'
     )
 
 

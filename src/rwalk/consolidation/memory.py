@@ -1,6 +1,5 @@
 """What a consolidator remembers: the rule's state, the anchor and the average, and how they follow a model that changes."""
 
-import warnings
 import weakref
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rwalk import gradients
+from rwalk._errors import warn
 from rwalk._parameters import bare, copies, listed, named_parameters, refuse_odd
 from rwalk.anchors.base import Anchor
 from rwalk.anchors.kronecker import KroneckerAnchor, held_names
@@ -202,10 +202,9 @@ class Memory:
         replaced = self.protected.replaced(now) if same_model else []  # another model keeps the names alone
         for names, what in ((lost, "went away or became smaller"), (replaced, "were replaced by others with other values")):
             if names:
-                warnings.warn(
+                warn(
                     f"The parameters {listed(names)} {what}. Nothing of the old ones is held any more; new ones join with "
-                    "their first task.",
-                    stacklevel=6,
+                    "their first task."
                 )
         return [*lost, *replaced]
 

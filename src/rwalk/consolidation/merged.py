@@ -1,6 +1,5 @@
 """Adapters that were merged into the weights of their layers: what is held is a layer's weight and its product together."""
 
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain, combinations
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from rwalk._errors import warn
 from rwalk._parameters import bare, listed, named_parameters
 from rwalk.anchors.base import Anchor
 from rwalk.anchors.kronecker import KroneckerAnchor
@@ -79,8 +79,7 @@ def _merged(base: ProbedBase, held: Mapping[str, ProductFactor], point: Mapping[
 
 def _warn_of_lost(lost: list[str]) -> None:
     if lost:
-        warnings.warn(
+        warn(
             f"The weights of the layers of {listed(lost)} have changed since the last task, and not by the products of their "
-            "adapters. What was held of these adapters no longer fits and is dropped; they join again with the next task.",
-            stacklevel=6,
+            "adapters. What was held of these adapters no longer fits and is dropped; they join again with the next task."
         )

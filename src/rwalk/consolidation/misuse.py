@@ -1,12 +1,12 @@
 """What is easily forgotten when training consists of several parts: to pass the memory on, and to attach it."""
 
-import warnings
 import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
+from rwalk._errors import warn
 from rwalk._parameters import bare, listed
 from rwalk.consolidation.moves import Writes
 
@@ -40,10 +40,9 @@ def warn_of_second_memory(memory: "Memory", theta: Mapping[str, Tensor]) -> None
     if found is None or found.memory() is memory or memory.tasks or memory.anchor.point:
         return
     if not found.writes.found(theta):
-        warnings.warn(
+        warn(
             "Another memory has learned tasks of this model, and the new one knows nothing of them, so they are not protected. "
-            "Use one consolidator, or one callback, for all tasks; or give the new one what the other has saved.",
-            stacklevel=4,
+            "Use one consolidator, or one callback, for all tasks; or give the new one what the other has saved."
         )
 
 
@@ -69,9 +68,8 @@ def accept_changes(memory: "Memory") -> None:
     memory.turns.reset()
     if memory.averages and any(memory.tail.count.get(name) or name in waiting for name in changed):
         memory.tail.restart()
-        warnings.warn(
+        warn(
             f"The weights {listed(changed)} were changed after the last step of the task. They are kept as they are, and the "
             "average is dropped. To have the average, call `consolidate()` right after the last step, before anything restores "
-            'or averages weights; to have no average, pass `average="none"`.',
-            stacklevel=5,
+            'or averages weights; to have no average, pass `average="none"`.'
         )

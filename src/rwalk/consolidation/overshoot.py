@@ -1,7 +1,6 @@
 """A warning where a gradient pull overshoots the anchor."""
 
-import warnings
-
+from rwalk._errors import warn
 from rwalk.anchors.base import Anchor
 from rwalk.consolidation.memory import Memory
 
@@ -21,9 +20,8 @@ class OvershootCheck:
         largest, strength = self._largest, memory.strength
         if lr * 2 * strength * largest > 1:
             self._largest = 0.0
-            warnings.warn(
+            warn(
                 "The gradient pull overshoots the anchor: lr * 2 * strength * max omega is more than 1, at strength "
                 f"{strength:g}, learning rate {lr:g} and largest importance {largest:.3g}. Build the consolidator with "
-                f'`pull="proximal"`, or with a strength below {0.5 / (lr * largest):.3g}.',
-                stacklevel=7,
+                f'`pull="proximal"`, or with a strength below {0.5 / (lr * largest):.3g}.'
             )

@@ -1,6 +1,5 @@
 """The proximal pull: after the optimiser's step, move towards the anchor by a weighted mean that no strength can overshoot."""
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import repeat
 from numbers import Real
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
 
 from rwalk import kernels
+from rwalk._errors import warn
 from rwalk.distributed.shards import local, sharded
 
 BLOCKS = [2**n for n in range(4, 14)]
@@ -270,11 +270,10 @@ def _recognised(optimizer: Optimizer) -> list[bool]:
 def warn_unknown(optimizer: Optimizer) -> None:
     """Warn that the proximal pull does not know an optimiser's steps."""
     kind = type(optimizer).__name__
-    warnings.warn(
+    warn(
         f"The proximal pull does not know how `{kind}` scales each weight's step. Where it does not know, it takes the "
         "learning rate alone for the step, 0 if there is none, so the strength means something else than under Adam: tune "
-        'it, or pass `pull="gradient"`.',
-        stacklevel=6,
+        'it, or pass `pull="gradient"`.'
     )
 
 

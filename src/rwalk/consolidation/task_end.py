@@ -1,6 +1,5 @@
 """The end of a task: what was observed, or is measured on data, becomes the anchor of the next tasks."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rwalk import gradients
+from rwalk._errors import warn
 from rwalk.anchors.base import Anchor
 from rwalk.anchors.kronecker import held_names
 from rwalk.consolidation.batchnorm import renew_statistics, statistics_kept
@@ -97,10 +97,9 @@ def _last_end(memory: Memory, theta: Mapping[str, Tensor], sums: list[float]) ->
 
 
 def _warn_of_repeat() -> None:
-    warnings.warn(
+    warn(
         "`consolidate()` was called again without any training since the last time. Nothing was changed, so that no task "
-        "counts twice. To protect what other data needs too, call `estimate(loader)`.",
-        stacklevel=5,
+        "counts twice. To protect what other data needs too, call `estimate(loader)`."
     )
 
 

@@ -1,11 +1,11 @@
 """What is done every few steps and not at each: the pull of whole layers, and the average of weights that were just pulled."""
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from rwalk._errors import warn
 from rwalk.anchors.kronecker import KroneckerAnchor, PullSteps
 from rwalk.consolidation import proximal
 from rwalk.consolidation.merged import follow_merged
@@ -85,10 +85,9 @@ def take_last_turn(memory: "Memory") -> Callable[[], None]:
     if optimizer is not None:
         metrics = proximal.Metrics(optimizer, memory.protected.parameters.values())
     elif any(turns.lengths.values()):
-        warnings.warn(
+        warn(
             f"No optimiser is attached, so the pull of the last {turns.since} steps is left out, as its length is not known. "
-            "Call `attach(optimizer)` before `consolidate()`.",
-            stacklevel=5,
+            "Call `attach(optimizer)` before `consolidate()`."
         )
         turns.reset()
         return lambda: None

@@ -1,13 +1,13 @@
 """The ranks that train one model, each on its own data."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed, nn
 
+from rwalk._errors import warn
 from rwalk.distributed.shards import Group, all_reduce_, local, sharded
 from rwalk.distributed.wrappers import reshard_fsdp, wrapped_module
 
@@ -79,9 +79,8 @@ class Ranks:
 def _warn_of_plain_model() -> None:
     """Warn if what is measured on a rank's own data would not be averaged over the ranks."""
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        warnings.warn(
+        warn(
             f"A plain model is measured on data in one of {distributed.get_world_size()} processes of torch.distributed, and "
             "nothing is averaged over them. Pass the model as DistributedDataParallel or `fully_shard` returns it to the "
-            "consolidator; if each process trains a model of its own, filter this warning.",
-            stacklevel=5,
+            "consolidator; if each process trains a model of its own, filter this warning."
         )

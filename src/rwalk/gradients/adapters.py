@@ -1,6 +1,5 @@
 """Adapters: layers to whose weight a product of two small factors is added, as LoRA of PEFT does, which is not imported."""
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from rwalk._errors import warn
 from rwalk._parameters import listed, state_dtype
 from rwalk.anchors.held import Product
 from rwalk.anchors.kronecker import HeldNames
@@ -113,10 +113,9 @@ def _warn_of_odd_adapters(odd: Mapping[nn.Module, str]) -> None:
     fresh = [name for module, name in odd.items() if module not in WARNED]
     WARNED.update(odd)
     if fresh:
-        warnings.warn(
+        warn(
             f"The adapters of {listed(fresh)} do more than add the product of two factors (as DoRA does), so their factors are "
-            "held each by itself. Plain LoRA is held by its product.",
-            stacklevel=9,
+            "held each by itself. Plain LoRA is held by its product."
         )
 
 

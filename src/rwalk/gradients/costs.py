@@ -1,8 +1,6 @@
 """Warnings before a long wait: examples that are taken one at a time, and a backward pass for each of many classes."""
 
-import sys
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from operator import length_hint
 from typing import Any
@@ -11,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from rwalk._errors import printable
+from rwalk._errors import printable, warn
 from rwalk.gradients.batches import ExampleBatch
 
 MANY_PASSES = 100
@@ -34,15 +32,7 @@ def warn_once(root: nn.Module, kind: str, message: str) -> None:
     kinds = _warned.setdefault(root, set())
     if kind not in kinds:
         kinds.add(kind)
-        warnings.warn(message, stacklevel=_callers_level())
-
-
-def _callers_level() -> int:
-    """Return the `stacklevel` at which `warn_once` shows the user's line: the first outside of this package and torch."""
-    level, frame = 2, sys._getframe(2)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("rwalk", "torch"):
-        level, frame = level + 1, frame.f_back
-    return level
+        warn(message)
 
 
 def warn_one_by_one(root: nn.Module, reason: str, remedy: str) -> None:

@@ -1,12 +1,12 @@
 """Squared per-example gradients, collected during the user's own backward pass."""
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Set
 
 import torch
 from torch import Tensor, nn
 
+from rwalk._errors import warn
 from rwalk._parameters import bare
 from rwalk.distributed.ranks import Ranks
 from rwalk.distributed.shards import full_tensor
@@ -163,7 +163,7 @@ class Squares:
             raise RuntimeError(text)
         if text not in self._reported:
             self._reported.add(text)
-            warnings.warn(text, stacklevel=4)
+            warn(text)
 
     def _report(self) -> None:
         """Name the modules that were found to be unsupported since the last report."""
@@ -178,4 +178,4 @@ class Squares:
         )
         if self.strict:
             raise RuntimeError(f"{text} Use such layers, freeze these parameters, or pass `strict=False`.")
-        warnings.warn(f"{text} The square of their batch gradient is used instead; nothing need be done.", stacklevel=3)
+        warn(f"{text} The square of their batch gradient is used instead; nothing need be done.")

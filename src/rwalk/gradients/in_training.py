@@ -1,6 +1,5 @@
 """Second moments of layers, measured in the user's own training at every m-th step."""
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 
+from rwalk._errors import warn
 from rwalk._parameters import bare, grow_tensor, listed, state_dtype, zero
 from rwalk.anchors.factors import Moments
 from rwalk.anchors.kronecker import HeldNames
@@ -199,11 +199,10 @@ class TrainingMoments:
         unseen = [name for name in outside if name in self._uses.layers and name not in self._odd | self._unseen]
         self._unseen |= {*unseen}
         if unseen:
-            warnings.warn(
+            warn(
                 f"The layers of {listed(unseen)} were not seen at work, though these weights have gradients: their modules are "
                 "not called, or are compiled. They are held one by one. If the model is compiled, give the compiled one to the "
-                "consolidator.",
-                stacklevel=6,
+                "consolidator."
             )
 
     def commit(self, step: StepMoments) -> None:

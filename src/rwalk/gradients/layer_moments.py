@@ -1,7 +1,6 @@
 """Second moments of layers: the sums, and the rows that inputs and gradients of outputs become."""
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rwalk._errors import warn
 from rwalk._parameters import listed, state_dtype
 from rwalk.anchors.factors import Arrangement, Moments
 from rwalk.anchors.held import Product
@@ -275,9 +275,8 @@ class WeightGradient:
 def warn_of_odd_layers(odd: list[str]) -> None:
     """Name the layers that are left out."""
     if odd:
-        warnings.warn(
+        warn(
             f"The weights of some layers have other gradients than inputs and outputs give ({listed(odd)}): they are "
             "used elsewhere too, or a hook on all modules changes outputs. Such weights are held one by one, as under `EWC`; "
-            "what earlier tasks have measured of them stays as it is.",
-            stacklevel=9,
+            "what earlier tasks have measured of them stays as it is."
         )

@@ -1,6 +1,5 @@
 """What is differentiated at each example: scores of a model's output, which the first examples show how to read."""
 
-import warnings
 from collections.abc import Callable
 from itertools import chain, combinations
 from typing import Any, NamedTuple, get_args
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from rwalk._errors import warn
 from rwalk.gradients.batches import ExampleBatch, tensors
 from rwalk.gradients.directions import output_rows, random_scores, refuse_constant_norm
 from rwalk.gradients.independence import compare_examples, precision, refuse_without_gradient
@@ -174,11 +174,10 @@ class Scores:
             loss = -score.mean() / self.likelihood.rows_that_count(few.target, few.size)
         nats = None if loss is None else float(loss.detach())
         if nats is not None and nats < SURE:
-            warnings.warn(
+            warn(
                 f"The model is sure of the data's labels: the first {few.size} examples have a mean loss of {nats:.2g} nats. "
                 ' Importance by labels="true", the empirical Fisher information, is nearly zero then, and rests on a few '
-                'examples. Use labels="sample", which draws labels from the model.',
-                stacklevel=2,
+                'examples. Use labels="sample", which draws labels from the model.'
             )
 
     def _find_likelihood(self, few: ExampleBatch, ran: "_Run", targets: Any) -> None:

@@ -1,7 +1,6 @@
 """A callback with which a Lightning `Trainer` trains one task after another without forgetting: each `fit` is a task."""
 # ruff: noqa: ARG002 -- hooks have Lightning's signatures
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rwalk import Consolidator
+from rwalk._errors import warn
 from rwalk.integrations._callback import HostCallback
 from rwalk.rules.base import Rule
 
@@ -99,10 +99,9 @@ class ConsolidationCallback(HostCallback, Callback):
             self.on_train_end(trainer, pl_module)
             pl_module.cpu()
         elif self._open:
-            warnings.warn(
+            warn(
                 "There was a `fit` without a training step, so no task was learned. Make a new `Trainer` for each task, or "
-                "raise `trainer.fit_loop.max_epochs`.",
-                stacklevel=2,
+                "raise `trainer.fit_loop.max_epochs`."
             )
         else:
             self.refuse_later_changes()

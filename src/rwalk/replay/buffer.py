@@ -66,6 +66,10 @@ class Buffer:
         """Return the number of examples."""
         return len(self._keys)
 
+    def __bool__(self) -> bool:
+        """Return True: an empty buffer is one; its length is 0."""
+        return True
+
     def __repr__(self) -> str:
         """Return the settings and the number of examples."""
         return f"Buffer({self.size}, per={self.per!r}, select={self.select!r}): {len(self)} examples of {self.tasks} tasks"

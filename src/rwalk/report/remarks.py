@@ -154,7 +154,10 @@ def _strength(comparison: MethodComparison) -> Iterator[str]:
         reach = listed([f"{_percent(learned)} with {name}" for name, learned in hard])
         yield f"New tasks reach only {reach}, with fine-tuning {_percent(plain.learned)}: try smaller strengths."
     if idle:
-        yield f"With {listed(idle)} as much is forgotten as with fine-tuning: try larger strengths."
+        yield (
+            f"With {listed(idle)} as much is forgotten as with fine-tuning: no different from it at this strength. Try larger "
+            "ones, or `rwalk tune`."
+        )
 
 
 def _picked(comparison: MethodComparison) -> Iterator[str]:

@@ -7,7 +7,6 @@ directions, in a unit of each task's own.
 """
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, get_args
@@ -15,6 +14,7 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from rwalk._errors import warn
 from rwalk._parameters import copy, exact_copy
 from rwalk.anchors.base import Anchor
 from rwalk.anchors.factors import Cut, Moments
@@ -141,10 +141,9 @@ class Kronecker(Rule[TaskLengths]):
         inside = {*anchor.inside, *(n for w, m in fresh.items() for n in m.arrangement.names(w))}
         alone = end.alone(self.labels, self.samples, [name for name in end.point if name not in inside])
         if state.now and end.squares is not None and not fresh and not alone:
-            warnings.warn(
+            warn(
                 "No step of this task was measured, so nothing of it is held. Attach before the task's first forward pass, or "
-                "choose a smaller `m`.",
-                stacklevel=7,
+                "choose a smaller `m`."
             )
         steps = state.now or (ESTIMATE if fresh or alone else 0)
         after = TaskLengths(0, state.tasks + bool(steps), state.steps + steps)
