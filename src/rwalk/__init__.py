@@ -38,10 +38,19 @@ _PACKAGES = {
 }
 
 
+_SHOWN = ("anchors", "bench", "finetuning", "kernels", "replay", "report", "rules")
+"""Packages that users import from."""
+
+
+def __dir__() -> list[str]:
+    """List the public names, for completion and help."""
+    return [*__all__, *_SHOWN, "__version__"]
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that `rwalk report --help` does not wait for torch."""
     if name in __all__:
         return getattr(import_module(f"rwalk.{_PACKAGES.get(name, 'rules')}"), name)
-    if name in ("bench", "kernels", "replay", "report"):
+    if name in _SHOWN:
         return import_module(f"rwalk.{name}")
     raise AttributeError(f"module 'rwalk' has no attribute {name!r}")

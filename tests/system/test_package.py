@@ -1,6 +1,9 @@
 """The package as a whole: public names, what importing costs, and the documentation's promises."""
 
+import importlib
+import inspect
 import os
+import pydoc
 import re
 import shutil
 import subprocess
@@ -150,3 +153,14 @@ sys.exit(status or main({words}))
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
     assert '"method": "plain"' in next((tmp_path / "out").glob("*.json")).read_text()
+
+
+@pytest.mark.parametrize("name", ["rwalk", *(f"rwalk.{part}" for part in rwalk._SHOWN)])
+def test_completion_shows_the_public_names_and_help_lists_them(name):
+    module = importlib.import_module(name)
+    assert {*module.__all__} <= {*dir(module)}
+    assert not [shown for shown in dir(module) if shown not in (*module.__all__, *rwalk._SHOWN, "__version__")]
+    assert all(getattr(module, shown) is not None for shown in dir(module))
+    text = pydoc.plain(pydoc.render_doc(module))
+    classes = [shown for shown in module.__all__ if inspect.isclass(getattr(module, shown))]
+    assert all(f"class {shown}(" in text for shown in classes)

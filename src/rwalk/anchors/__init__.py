@@ -6,3 +6,8 @@ from rwalk.anchors.kronecker import KroneckerAnchor
 from rwalk.anchors.match import Match
 
 __all__ = ["Anchor", "ElementwiseAnchor", "KroneckerAnchor", "Match"]
+
+
+def __dir__() -> list[str]:
+    """List the public names, for completion and help."""
+    return __all__

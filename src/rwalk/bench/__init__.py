@@ -21,3 +21,8 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'rwalk.bench' has no attribute {name!r}")
     return getattr(import_module(f"rwalk.bench.{_MODULES.get(name, 'streams')}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names, for completion and help."""
+    return __all__

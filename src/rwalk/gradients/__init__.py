@@ -21,3 +21,8 @@ __all__ = [
     "read_output",
     "refuse_dependence",
 ]
+
+
+def __dir__() -> list[str]:
+    """List the public names, for completion and help."""
+    return __all__

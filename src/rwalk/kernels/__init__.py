@@ -131,3 +131,8 @@ def penalty(theta: Tensors, point: Tensors, omega: Tensors) -> float | Tensor:
     triples = zip(theta, point, omega, strict=True)
     terms: list[Tensor] = [blocked.penalty(now, p.to(now.device), o.to(now.device)) for now, p, o in triples]
     return sum(term.to(terms[0].device) for term in terms)
+
+
+def __dir__() -> list[str]:
+    """List the public names, for completion and help."""
+    return __all__

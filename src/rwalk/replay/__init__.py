@@ -5,3 +5,8 @@ from rwalk.replay.buffer import Buffer, Sample
 from rwalk.replay.selections import Candidates
 
 __all__ = ["Buffer", "Candidates", "Sample", "project_"]
+
+
+def __dir__() -> list[str]:
+    """List the public names, for completion and help."""
+    return __all__

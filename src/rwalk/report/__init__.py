@@ -6,3 +6,8 @@ from rwalk.report.summary import Line, MethodComparison, read, summarise
 from rwalk.report.terminal import show
 
 __all__ = ["Contrast", "Line", "MethodComparison", "compare", "read", "show", "summarise", "write"]
+
+
+def __dir__() -> list[str]:
+    """List the public names, for completion and help."""
+    return __all__

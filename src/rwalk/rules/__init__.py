@@ -43,3 +43,8 @@ def rules() -> dict[str, type[Rule[Any]]]:
         if inspect.isclass(kind) and issubclass(kind, Rule) and kind.__module__ == module.__name__
         if not inspect.isabstract(kind)
     }
+
+
+def __dir__() -> list[str]:
+    """List the public names, for completion and help."""
+    return __all__
