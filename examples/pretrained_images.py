@@ -82,7 +82,7 @@ def accuracy(model, task):
 def learn(protected):
     torch.manual_seed(0)
     model = Net()
-    knew = Snapshot(model, others, read=lambda output, x: model.features(x))
+    knew = Snapshot(model, others, read="features")  # what comes into the head
     memory = Consolidator(model, exclude="heads")
     if protected:
         memory.mark()  # where the pretrained network is, to go back to

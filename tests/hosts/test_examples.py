@@ -14,6 +14,7 @@ import hosts
 import rwalk
 
 ROOT = Path(__file__).parents[2]
+DATA = Path(os.environ.get("RWALK_DATA") or ROOT.parent / "shared" / "data")
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
@@ -35,8 +36,16 @@ def run(script, folder):
     missing = [name for name in packages if name != "avalanche" and find_spec(name) is None]
     if missing:
         pytest.skip(f"needs {', '.join(missing)}: make test-integrations")
+    if "RWALK_DATA" in script.read_text() and not DATA.is_dir():
+        pytest.skip("needs real data: set RWALK_DATA")
     paths = [Path(rwalk.__file__).parents[1], ROOT, Path(__file__).parent]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    found = {
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "RWALK_DATA": str(DATA),
+    }
+    environment = os.environ | found
     done = subprocess.run([sys.executable, *start], cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

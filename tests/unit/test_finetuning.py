@@ -9,7 +9,7 @@ from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 
-from rwalk import Consolidator, Distillation, RWalk, Snapshot, warm_head
+from rwalk import Consolidator, Distillation, RWalk, Snapshot, bench, report, warm_head
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 Y = torch.arange(40) % 3
@@ -314,3 +314,60 @@ def test_a_weight_or_temperature_out_of_range_is_refused():
     for wrong in ({"weight": -1}, {"temperature": 0}, {"weight": float("nan")}):
         with pytest.raises(ValueError, match="`weight` must be 0 or more"):
             Distillation(net(), **wrong)
+
+
+# What comes into the last linear layer
+
+
+def test_features_are_what_comes_into_the_last_linear_layer():
+    model = net()
+    snapshot = Snapshot(model, [X], read="features")
+    with torch.no_grad():
+        expected = copy.deepcopy(model[:4]).eval()(X)
+    assert torch.equal(snapshot._before, expected)
+    with torch.no_grad():
+        model[4].weight.add_(3)  # the head may change
+    assert snapshot.kept().neighbours == 1
+    with torch.no_grad():
+        model[0].weight.mul_(-torch.arange(8, dtype=torch.float64).unsqueeze(1))
+    assert snapshot.kept().neighbours < 1
+    with pytest.raises(ValueError, match="calls no linear layer"):
+        Snapshot(nn.Tanh(), [X], read="features")
+
+
+def pretrained(task):
+    """A factory, as `--model` takes it."""
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, task.outputs))
+
+
+def test_records_and_reports_of_models_from_elsewhere_have_what_is_left_of_their_features(tmp_path):
+    stream = bench.split("digits", tasks=2)
+    training = bench.Training(model=f"{__name__}:pretrained", lr=0.1)
+    record = bench.run(stream, "finetune", training=training)
+    model, inputs = pretrained(stream[0]), [part for e in stream for part in e.test.read()[0][:250].split(50)]
+    before = Snapshot(model, inputs, read="features")
+    assert before.kept().neighbours == 1
+    assert [set(task) for task in record.preserved] == [{"similarity", "neighbours"}] * 2
+    assert 0 < record.neighbours < 1
+    path = record.save(tmp_path)
+    assert bench.Record.load(path) == record
+    assert "Neighbours kept" in report.write(tmp_path).with_suffix(".md").read_text()
+    assert bench.run(stream, "finetune").preserved == []
+
+
+def test_a_run_that_continues_has_the_same_figures(tmp_path):
+    stream = bench.split("digits", tasks=3)
+    training = bench.Training(model=f"{__name__}:pretrained", lr=0.1)
+    whole = bench.run(stream, "finetune", training=training)
+
+    def stop(_, tasks):
+        if tasks == 2:
+            raise KeyboardInterrupt
+
+    place = tmp_path / "run.checkpoint"
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(stream, "finetune", training=training, checkpoint=place, track=stop)
+    again = bench.run(stream, "finetune", training=training, checkpoint=place)
+    assert again.preserved == whole.preserved
+    assert again.accuracy == whole.accuracy

@@ -26,12 +26,14 @@ class Measured:
         untrained: accuracy on each task before training.
         accuracy: one row for each finished task.
         bits: the same for bits per character, where there are any.
+        preserved: after each finished task, how much of a pretrained model's features is left.
         seconds: time spent on training.
     """
 
     untrained: list[float | None] = field(default_factory=list)
     accuracy: list[list[float | None]] = field(default_factory=list)
     bits: list[list[float]] = field(default_factory=list)
+    preserved: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
 
 

@@ -21,6 +21,8 @@ class Record(Sealed):
         seed: seed of initial weights, batch order and, for permuted and rotated streams, of the stream itself.
         accuracy: a[k][j], accuracy on task j after training task k, fractions, None where not evaluated.
         untrained: accuracy of the model on each task before training, None where not evaluated.
+        preserved: after each task, for models that come from elsewhere and may be pretrained: the figures of `rwalk.Snapshot`
+            about what comes into the last linear layer, on the test inputs of all tasks, by name.
         bits: bits[k][j], for streams of characters: the mean over task j's characters, after training task k, of -log2 of the
             probability that the model gave to each.
         labels: for each task, how many different labels "occur" among its test examples, and how many "compete" for them.
@@ -40,6 +42,7 @@ class Record(Sealed):
     seed: int
     accuracy: list[list[float | None]]
     untrained: list[float | None] = field(default_factory=list)
+    preserved: list[dict[str, float]] = field(default_factory=list)
     bits: list[list[float]] = field(default_factory=list)
     labels: list[dict[str, int]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
@@ -90,6 +93,11 @@ class Record(Sealed):
     def final_bits(self) -> float | None:
         """Bits per character after the last task, mean over all tasks; None for streams of other things."""
         return metrics.mean(self.bits[-1]) if self.bits else None
+
+    @property
+    def neighbours(self) -> float | None:
+        """Share of nearest neighbours among a pretrained model's features that is left after the last task."""
+        return self.preserved[-1].get("neighbours") if self.preserved else None
 
     def intransigence(self, joint: "Record") -> float | None:
         """Accuracy on the last task that joint training reaches and this run does not."""

@@ -21,12 +21,14 @@ from rwalk.bench.checkpoint import Checkpoint, Measured
 from rwalk.bench.data import load
 from rwalk.bench.dataset import DataSet
 from rwalk.bench.holdout import early, later
+from rwalk.bench.preserved import features_now
 from rwalk.bench.record import Record
 from rwalk.bench.sealed import file_name
 from rwalk.bench.streams import Experience, Scenario, label_counts
 from rwalk.bench.trackers import Track, figures, quiet
 from rwalk.bench.training import CustomLearner, Learner, Training, accuracies, check_batches
 from rwalk.consolidation.settings import Average, Pull, Settings, check_strength, resolve
+from rwalk.finetuning import Snapshot
 from rwalk.rules import rules
 from rwalk.rules.base import Rule
 
@@ -233,11 +235,13 @@ class RunSpec:
         place.check()
         with devices.isolated_device(device):
             learner = self.build(tick)
+            foreign = ":" in self.configuration.get("training", {}).get("model", "")
+            snapshot = features_now(learner, stream) if foreign else None
             measured = place.restore(learner, stream) if place.exists else None
             if measured is None:
                 learner = self.build(tick) if place.exists else learner
                 measured = Measured(accuracies(learner, stream, -1) if isinstance(learner, Learner) else [])
-            _learn(learner, measured, stream, place, track)
+            _learn(learner, measured, stream, place, track, snapshot)
         return self._record(learner, measured, facts)
 
     def _record(self, learner: CustomLearner, measured: Measured, facts: dict[str, Any]) -> Record:
@@ -248,6 +252,7 @@ class RunSpec:
             seed=self.seed,
             accuracy=measured.accuracy,
             untrained=measured.untrained,
+            preserved=measured.preserved,
             bits=measured.bits,
             labels=label_counts(self.tasks),
             config=self.configuration,
@@ -266,7 +271,14 @@ def _facts(device: torch.device) -> dict[str, Any]:
     return {"versions": versions, "threads": torch.get_num_threads(), "ranks": 1, "device": device.type}
 
 
-def _learn(learner: CustomLearner, measured: Measured, stream: Sequence[Experience], place: Checkpoint, track: Track) -> None:
+def _learn(
+    learner: CustomLearner,
+    measured: Measured,
+    stream: Sequence[Experience],
+    place: Checkpoint,
+    track: Track,
+    snapshot: Snapshot | None = None,
+) -> None:
     """Train on the tasks that are left, and measure after each of them."""
     for k in range(len(measured.accuracy), len(stream)):
         start = time.perf_counter()
@@ -275,6 +287,8 @@ def _learn(learner: CustomLearner, measured: Measured, stream: Sequence[Experien
         measured.accuracy.append(accuracies(learner, stream, k))
         if stream[0].kind == "characters" and isinstance(learner, Learner):
             measured.bits.append([learner.bits(*e.test.read()) for e in stream])
+        if snapshot is not None and isinstance(learner, Learner):
+            measured.preserved.append(snapshot.kept(learner.model).scalars(""))
         track(figures(measured.accuracy) | getattr(learner, "scalars", dict)(), k + 1)
         if k + 1 < len(stream):
             place.save(learner, measured)

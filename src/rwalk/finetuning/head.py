@@ -3,8 +3,7 @@
 Kumar et al. 2022, "Fine-tuning can distort pretrained features and underperform out-of-distribution" (LP-FT), arXiv 2202.10054.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +83,7 @@ def _features(model: nn.Module, data: Iterable[Any], head: nn.Module | None) -> 
     root = bare(model)
     device = next((p.device for p in root.parameters()), torch.device("cpu"))
     inputs, labels = [], []
-    with gradients.isolated(model) as kept, torch.no_grad(), _calls(root, head) as calls:
+    with gradients.isolated(model) as kept, torch.no_grad(), gradients.noted_calls(root, head) as calls:
         for batch in examples((readable(root, raw) for raw in data), None, device):
             calls.clear()
             kept.call(lambda m, b: m(*b.args, **b.kwargs), root, batch)
@@ -97,23 +96,6 @@ def _features(model: nn.Module, data: Iterable[Any], head: nn.Module | None) -> 
     if head is None or not inputs:
         raise ValueError("The data have no batch. Pass a loader of the task's examples with their labels.")
     return head, Features(torch.cat(inputs), torch.cat(labels))
-
-
-@contextmanager
-def _calls(root: nn.Module, head: nn.Module | None) -> Iterator[list[tuple[nn.Module, Tensor]]]:
-    """Yield a list that receives each call of the head, or of any linear layer if there is none: module and input."""
-    calls: list[tuple[nn.Module, Tensor]] = []
-
-    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        calls.append((module, args[0]))
-
-    heads = [m for m in root.modules() if isinstance(m, nn.Linear)] if head is None else [head]
-    handles = [module.register_forward_pre_hook(note) for module in heads]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _rows(inputs: Tensor, target: Any) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,14 @@
 """What a model knew before it was trained further, by its outputs on any inputs, and how much of that is left."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rwalk._parameters import state_dtype
-from rwalk.finetuning.rows import Read, read_rows, untouched, without_labels
+from rwalk import gradients
+from rwalk._parameters import bare, state_dtype
+from rwalk.finetuning.rows import Read, Rows, read_rows, untouched, without_labels
 
 NEIGHBOURS = 10
 """How many nearest rows are compared."""
@@ -44,9 +45,10 @@ class Snapshot:
     Args:
         model: the network.
         inputs: batches as the model takes them, as a loader yields them; labels in them are ignored. They are kept.
-        read: what to take of an output: a function of the output, or of output and batch, that returns a tensor of shape
-            (examples, size) or (examples, tokens, size). Without it logits, sentence embeddings and the last hidden states of
-            encoders are found by their names, and a tensor is taken as it is.
+        read: "features" for what comes into the last linear layer, so that a head may change; or a function of the output, or
+            of output and batch, that returns a tensor of shape (examples, size) or (examples, tokens, size). Without it
+            logits, sentence embeddings and the last hidden states of encoders are found by their names, and a tensor is taken
+            as it is.
         logits: whether that is logits, so that distributions can be compared; what is called so is.
         rows: how many rows are looked at, at most, evenly spread over the examples, or tokens that count.
 
@@ -56,9 +58,15 @@ class Snapshot:
     """
 
     def __init__(
-        self, model: nn.Module, inputs: Iterable[Any], read: Read | None = None, *, logits: bool | None = None, rows: int = 500
+        self,
+        model: nn.Module,
+        inputs: Iterable[Any],
+        read: Read | Literal["features"] | None = None,
+        *,
+        logits: bool | None = None,
+        rows: int = 500,
     ) -> None:
-        self._model, self._read, self._logits, self._rows = model, read, logits, rows
+        self._model, self._read, self._logits, self._most = model, read, logits, rows
         self._inputs = [without_labels(batch) for batch in inputs]
         self._before, self.logits = self._look(model)
         if len(self._before) < 3:
@@ -95,15 +103,24 @@ class Snapshot:
     def _look(self, model: nn.Module) -> tuple[Tensor, bool]:
         """Return the rows of a model, evenly spread, and whether they are logits."""
         found = []
-        with untouched(model) as call:
+        with untouched(model) as call, gradients.noted_calls(bare(model)) as calls:
             for batch in self._inputs:
-                rows, logits = read_rows(call(batch), batch, self._read, self._logits)
+                rows, logits = self._rows_of(call(batch), batch, calls)
+                calls.clear()
                 found.append(rows.to(state_dtype(rows)).cpu())
         if not found:
             raise ValueError("There are no inputs. Pass batches of examples that the model is to stay good at.")
         every = torch.cat(found)
-        places = torch.linspace(0, len(every) - 1, min(self._rows, len(every))).round().long()
+        places = torch.linspace(0, len(every) - 1, min(self._most, len(every))).round().long()
         return every[places], logits
+
+    def _rows_of(self, output: Any, batch: Any, calls: list[tuple[Any, Tensor]]) -> Rows:
+        """Return the rows of an output, or of what came into the linear layer that was called last."""
+        if self._read != "features":
+            return read_rows(output, batch, self._read, self._logits)
+        if not calls:
+            raise ValueError('The model calls no linear layer, so that there are no "features". Pass a function as `read=`.')
+        return read_rows(calls[-1][1], batch, None, self._logits)
 
 
 def _similarities(rows: Tensor) -> Tensor:

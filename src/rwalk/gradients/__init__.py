@@ -1,5 +1,6 @@
 """Per-example gradients: over a data loader after training, or collected during the user's own backward pass."""
 
+from rwalk.gradients.calls import noted_calls
 from rwalk.gradients.in_backward import Squares
 from rwalk.gradients.in_training import StepMoments, TrainingMoments
 from rwalk.gradients.independence import refuse_dependence
@@ -17,6 +18,7 @@ __all__ = [
     "forward",
     "isolated",
     "moments",
+    "noted_calls",
     "per_example_over",
     "read_output",
     "refuse_dependence",

@@ -1,8 +1,7 @@
 """Outputs of a model on examples: the features before its last linear layer, that layer's weights, and the logits."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,17 +38,19 @@ def evaluate(
     root = bare(model)
     phi, out = [], []
     device = next((p.device for p in root.parameters()), torch.device("cpu"))
-    with gradients.isolated(model, features, logits) as kept, torch.no_grad(), _last_linear(root) as last:
+    with gradients.isolated(model, features, logits) as kept, torch.no_grad(), gradients.noted_calls(root) as calls:
 
         def output(x: Tensor) -> Tensor:
             return gradients.read_output(kept.call(gradients.forward, root, (x,)), logits, x.to(device))
 
         for x in inputs:
+            calls.clear()
             out.append(output(x))
-            if features or last:
-                phi.append(features(x.to(device)) if features else last[1])
+            if features or calls:
+                phi.append(features(x.to(device)) if features else calls[-1][1])
+        last = calls[-1][0] if calls else None
         columns = _whole(phi, inputs, "features" if features else ""), _whole(out, inputs, "logits" if logits else "")
-        found = Evaluated(*columns, last[0].weight.cpu().double() if last else None)
+        found = Evaluated(*columns, None if last is None else last.weight.cpu().double())
         _compare(output, inputs, root.parameters())
         if features:
             _compare(lambda x: features(x.to(device)), inputs, root.parameters())
@@ -61,22 +62,6 @@ def _compare(run: Callable[[Tensor], Tensor], inputs: Sequence[Tensor], paramete
     x = next((x for x in inputs if len(x) > 1), None)
     if x is not None:
         gradients.refuse_dependence(run, x, [*parameters, x])
-
-
-@contextmanager
-def _last_linear(root: nn.Module) -> Iterator[list[Any]]:
-    """Yield a list that holds the linear layer that was called last, and its input."""
-    last: list[Any] = []
-
-    def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
-        last[:] = layer, args[0]
-
-    handles = [layer.register_forward_hook(hook) for layer in root.modules() if isinstance(layer, nn.Linear)]
-    try:
-        yield last
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _whole(parts: list[Tensor], inputs: Sequence[Tensor], asked: str) -> Tensor | None:
