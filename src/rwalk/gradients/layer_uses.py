@@ -101,7 +101,8 @@ class LayerUses:
         root: the model.
         names: the names of the parameters to measure, by their ids.
         held: how an anchor holds parameters: layers stay as they are, and what is held alone stays alone.
-        whole: whether no parameter is sharded; only then are adapters measured as one layer each.
+        whole: whether no parameter is sharded; only then are adapters, and weights that an embedding and linear layers share,
+            measured as one layer each.
 
     Attributes:
         layers: the layers, by the names of their weights, and adapters, by the names of their factors `up`.
@@ -122,11 +123,12 @@ class LayerUses:
         self.layers: dict[str, MeasuredLayer] = {layer.weight: layer for layer in adapters}
         self._used: dict[nn.Module, dict[str, tuple[MeasuredLayer, LayerKind]]] = {}
         for uses in claims.values():
-            layer = _layer(uses, names, biases, held)
+            layer = _layer(uses, names, biases, held, whole)
             if layer is not None:
                 self.layers[layer.weight] = layer
                 for claim in uses:
-                    self._used.setdefault(claim.module, {})[claim.key] = layer, claim.kind
+                    part = layer if layer.head is None or claim.kind.one_hot else layer.head
+                    self._used.setdefault(claim.module, {})[claim.key] = part, claim.kind
         self._handles: list[Any] = []
 
     def open(self, noted: Noted) -> None:
@@ -150,23 +152,44 @@ class LayerUses:
         self._handles.clear()
 
 
-def _layer(uses: list[Claim], names: Mapping[int, str], biases: list[int], held: HeldNames) -> MeasuredLayer | None:
-    """Return the layer of a weight; None where its uses are of different kinds."""
-    first = uses[0]
-    parameter = _weight(first)
-    if parameter is None or parameter.is_complex() or any((u.kind, u.groups) != (first.kind, first.groups) for u in uses):
+def _layer(
+    uses: list[Claim], names: Mapping[int, str], biases: list[int], held: HeldNames, whole: bool
+) -> MeasuredLayer | None:
+    """Return the layer of a weight; None where its uses cannot be measured as one."""
+    first, parameter = uses[0], _weight(uses[0])
+    if parameter is None or parameter.is_complex():
         return None
     weight = names[id(parameter)]
+    if any((u.kind, u.groups) != (first.kind, first.groups) for u in uses):
+        return _shared_layer(weight, parameter, held) if whole and _tied_head(uses) else None
     bias = first.bias if len({id(u.bias) for u in uses}) == 1 else None
     name = None if bias is None or biases.count(id(bias)) > 1 else names.get(id(bias))
     if weight in held.biases:
         name = held.biases[weight] if held.biases[weight] == name else None
-        if name != held.biases[weight]:
-            return None
     elif name in held.alone:
         name = None
     arrangement = Arrangement(name, first.groups, first.kind.transposed)
-    return MeasuredLayer(weight, parameter, arrangement, first.kind.one_hot)
+    return MeasuredLayer(weight, parameter, arrangement, first.kind.one_hot) if _continues(weight, arrangement, held) else None
+
+
+def _tied_head(uses: list[Claim]) -> bool:
+    """Return whether uses are those of embeddings and of linear layers, as of a language model's head."""
+    return all(u.kind.one_hot or module_class(u.module) is nn.Linear for u in uses) and any(u.kind.one_hot for u in uses)
+
+
+def _shared_layer(weight: str, parameter: nn.Parameter, held: HeldNames) -> MeasuredLayer | None:
+    """Return the layer of a weight that embeddings and linear layers share, arranged as that of an embedding."""
+    arrangement = Arrangement(transposed=True)
+    head = MeasuredLayer(weight, parameter, Arrangement())
+    layer = MeasuredLayer(weight, parameter, arrangement, one_hot=True, head=head)
+    return layer if _continues(weight, arrangement, held) else None
+
+
+def _continues(weight: str, arrangement: Arrangement, held: HeldNames) -> bool:
+    """Return whether a layer is arranged as an anchor holds it, or the anchor leaves that open."""
+    if weight not in held.biases:
+        return True
+    return (held.biases[weight], weight in held.transposed) == (arrangement.bias, arrangement.transposed)
 
 
 def _takes_gradients(output: Any) -> bool:
