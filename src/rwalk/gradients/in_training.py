@@ -268,6 +268,7 @@ class TrainingMoments:
         now.squares = {name: grow_tensor(self.squares[name], parameters[name], zero) for name in kept}
         now.seen = {name: self.seen[name] for name in kept}
         now.examples, now._group = self.examples, self._group
+        now._leave_alone()
         return now
 
     def tensors(self) -> Iterator[Tensor]:
@@ -299,9 +300,9 @@ class TrainingMoments:
             if first and self._measures(weight, entry):
                 self.layers[weight] = sums_of(self._uses.layers[weight], self._rank)
                 self.layers[weight].read(entry, size)
-        self._odd |= {weight for weight in content["squares"] if self._held_alone(weight, content["layers"])}
         self.squares, self.seen = dict(content["squares"]), dict(content["seen"])
         self.examples = content["examples"] / size if first else 0.0
+        self._leave_alone()
 
     def _measures(self, weight: str, entry: Mapping[str, Any]) -> bool:
         """Return whether a layer of a content is one that is measured: earlier versions measured each factor of an adapter."""
@@ -310,10 +311,10 @@ class TrainingMoments:
             return False
         return entry.get("down") == layer.key().get("down")
 
-    def _held_alone(self, weight: str, layers: Mapping[str, Any]) -> bool:
-        """Return whether a weight of several kinds of layers was held alone, as earlier versions did, and stays so."""
-        layer = self._uses.layers.get(weight)
-        return layer is not None and layer.head is not None and weight not in layers
+    def _leave_alone(self) -> None:
+        """For the rest of the task measure those shared weights alone that were so far, as earlier versions did."""
+        shared = [weight for weight, layer in self._uses.layers.items() if layer.head is not None]
+        self._odd |= {weight for weight in shared if weight in self.squares and weight not in self.layers}
 
 
 def _compiled(model: nn.Module) -> bool:
