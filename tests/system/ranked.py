@@ -359,6 +359,46 @@ def adapted(how, file, load_it=False):
     return measures(memory, model) | {"kinds": kinds, "said": [str(w.message) for w in caught]}
 
 
+class Language(torch.nn.Module):
+    """A language model whose input and output embeddings are one weight."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.embedding, self.hidden = torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4)
+        self.head = torch.nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embedding.weight
+        self.double()
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.hidden(self.embedding(x)))).mT
+
+
+def shared(how, file, load_it=False):
+    """Two tasks of a model with a shared weight; one process alone saves its state, and others may begin with that."""
+    model = Language()
+    if how == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model)
+    else:
+        model = engine(model, how)
+    moved = torch.optim.SGD(model.parameters(), lr=0.05)
+    memory = Consolidator(model, Kronecker(m=2, every=2), 0.1)
+    if load_it:
+        memory.load(file)
+    memory.attach(moved)
+    for task in range(2):
+        generator = torch.Generator().manual_seed(task)
+        words = torch.randint(9, (5, 2, BATCH, 3), generator=generator)
+        loop(model, moved, [(mine(x), mine(y)) for x, y in words])
+        memory.consolidate()
+    loop(model, moved, [(mine(x), mine(y)) for x, y in words[:2]])
+    if how == "alone":
+        memory.save(file)
+    return measures(memory, model) | {"held": sorted(memory.anchor.layers)}
+
+
 def summed(value):
     distributed.all_reduce(value)
     return value

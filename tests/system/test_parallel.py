@@ -231,6 +231,20 @@ def test_what_cannot_be_done_says_so(on):
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_shared_weight_is_held_as_one_layer_unless_it_is_sharded(on, how, tmp_path):
+    file = str(tmp_path / "state")
+    alone = ranked.shared("alone", file)
+    assert alone["held"] == ["embedding.weight", "hidden.weight"]
+    for rank in on(2, "shared", how=how, file=file):
+        if how == "ddp":
+            alike(rank, alone)
+        assert rank["held"] == (alone["held"] if how == "ddp" else ["hidden.weight"])
+    first, second = on(2, "shared", how=how, file=file, load_it=True)
+    alike(first, second)
+    assert first["held"] == alone["held"]
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_adapters_are_held_by_their_product_unless_they_are_sharded(on, how, tmp_path):
     alone = ranked.adapted("alone", str(tmp_path / "state"))
     assert alone["kinds"] == ["ProductFactor"]

@@ -261,6 +261,10 @@ def _tokens(_: nn.Module, x: Tensor) -> Tensor:
     return x.flatten()
 
 
+def _before_scale(module: Any, g: Tensor) -> Tensor:
+    return flat_rows(module, g) * module.embed_scale
+
+
 LAYER_KINDS: dict[type[nn.Module], LayerKind] = {
     nn.Linear: LayerKind(flat_rows, flat_rows),
     nn.Conv1d: LayerKind(_patches, _channels),
@@ -272,6 +276,9 @@ LAYER_KINDS: dict[type[nn.Module], LayerKind] = {
 
 TRANSPOSED_LINEAR = LayerKind(flat_rows, flat_rows, transposed=True)
 """`Conv1D` of Hugging Face's Transformers: a linear layer whose weight is (inputs, outputs)."""
+
+SCALED_EMBEDDING = LayerKind(_tokens, _before_scale, transposed=True, one_hot=True)
+"""Embeddings of Hugging Face's Transformers that multiply their outputs by a number, as those of Gemma and BART."""
 
 
 def _squares(rows: Tensor) -> Tensor:
