@@ -374,8 +374,8 @@ class Language(torch.nn.Module):
         return self.head(torch.tanh(self.hidden(self.embedding(x)))).mT
 
 
-def shared(how, file, load_it=False):
-    """Two tasks of a model with a shared weight; one process alone saves its state, and others may begin with that."""
+def shared(how, file, begin=None, measure="training"):
+    """Two tasks and two steps of a model with a shared weight; one process alone saves its state, for others to begin with."""
     model = Language()
     if how == "fsdp":
         from torch.distributed.fsdp import fully_shard
@@ -384,16 +384,16 @@ def shared(how, file, load_it=False):
     else:
         model = engine(model, how)
     moved = torch.optim.SGD(model.parameters(), lr=0.05)
-    memory = Consolidator(model, Kronecker(m=2, every=2), 0.1)
-    if load_it:
-        memory.load(file)
+    memory = Consolidator(model, Kronecker(measure, m=2, every=2, labels="true"), 0.1)
+    if begin:
+        memory.load(begin)
     memory.attach(moved)
     for task in range(2):
-        generator = torch.Generator().manual_seed(task)
-        words = torch.randint(9, (5, 2, BATCH, 3), generator=generator)
-        loop(model, moved, [(mine(x), mine(y)) for x, y in words])
-        memory.consolidate()
-    loop(model, moved, [(mine(x), mine(y)) for x, y in words[:2]])
+        words = torch.randint(9, (5, 2, BATCH, 3), generator=torch.Generator().manual_seed(task))
+        stream = [(mine(x), mine(y)) for x, y in words]
+        loop(model, moved, stream)
+        memory.consolidate(stream if measure == "data" else None)
+    loop(model, moved, stream[:2])
     if how == "alone":
         memory.save(file)
     return measures(memory, model) | {"held": sorted(memory.anchor.layers)}

@@ -1,7 +1,7 @@
 """Second moments of layers, measured in the user's own training at every m-th step."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -268,7 +268,7 @@ class TrainingMoments:
         now.squares = {name: grow_tensor(self.squares[name], parameters[name], zero) for name in kept}
         now.seen = {name: self.seen[name] for name in kept}
         now.examples, now._group = self.examples, self._group
-        now._leave_alone()
+        now._leave_alone(now.layers)
         return now
 
     def tensors(self) -> Iterator[Tensor]:
@@ -302,7 +302,7 @@ class TrainingMoments:
                 self.layers[weight].read(entry, size)
         self.squares, self.seen = dict(content["squares"]), dict(content["seen"])
         self.examples = content["examples"] / size if first else 0.0
-        self._leave_alone()
+        self._leave_alone(content["layers"])
 
     def _measures(self, weight: str, entry: Mapping[str, Any]) -> bool:
         """Return whether a layer of a content is one that is measured: earlier versions measured each factor of an adapter."""
@@ -311,10 +311,10 @@ class TrainingMoments:
             return False
         return entry.get("down") == layer.key().get("down")
 
-    def _leave_alone(self) -> None:
-        """For the rest of the task measure those shared weights alone that were so far, as earlier versions did."""
+    def _leave_alone(self, layers: Collection[str]) -> None:
+        """For the rest of the task measure those shared weights alone that so far were no layers, as in earlier versions."""
         shared = [weight for weight, layer in self._uses.layers.items() if layer.head is not None]
-        self._odd |= {weight for weight in shared if weight in self.squares and weight not in self.layers}
+        self._odd |= {weight for weight in shared if weight in self.squares and weight not in layers}
 
 
 def _compiled(model: nn.Module) -> bool:

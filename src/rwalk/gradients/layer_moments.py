@@ -262,7 +262,8 @@ def _tokens(_: nn.Module, x: Tensor) -> Tensor:
 
 
 def _before_scale(module: Any, g: Tensor) -> Tensor:
-    return flat_rows(module, g) * module.embed_scale
+    rows: Tensor = flat_rows(module, g) * module.embed_scale
+    return rows
 
 
 LAYER_KINDS: dict[type[nn.Module], LayerKind] = {
@@ -290,7 +291,7 @@ class WeightGradient:
 
     def __init__(self, layer: MeasuredLayer) -> None:
         self._layer = layer
-        self._total: Any = 0
+        self._total: Tensor | None = None
         self._bound: Any = 0
 
     def add(self, part: LayerRows) -> None:
@@ -299,13 +300,15 @@ class WeightGradient:
         gradient = part.gradient()
         if part.layer.arrangement.transposed != self._layer.arrangement.transposed:
             gradient = gradient.mT
-        self._total = self._total + gradient
+        self._total = gradient if self._total is None else self._total.add_(gradient)
         norm = part.inputs.numel() if part.layer.one_hot else _squares(part.inputs)
         self._bound = self._bound + _squares(part.deltas) * norm
 
     def fits(self, gradient: Tensor | None) -> bool:
         """Return whether the weight has this gradient."""
         total = self._total
+        if total is None:
+            return True
         given = torch.zeros_like(total) if gradient is None else self._layer.arrangement.weight_matrix(gradient)
         return GradientFit.of(total, given, torch.as_tensor(self._bound)).fits(1.0, CANCELLED)
 

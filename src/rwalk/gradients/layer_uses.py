@@ -104,8 +104,7 @@ class LayerUses:
         root: the model.
         names: the names of the parameters to measure, by their ids.
         held: how an anchor holds parameters: layers stay as they are, and what is held alone stays alone.
-        whole: whether no parameter is sharded; only then are adapters, and weights that an embedding and linear layers share,
-            measured as one layer each.
+        whole: whether no parameter is sharded; only then are adapters measured as one layer each.
 
     Attributes:
         layers: the layers, by the names of their weights, and adapters, by the names of their factors `up`.
@@ -126,7 +125,7 @@ class LayerUses:
         self.layers: dict[str, MeasuredLayer] = {layer.weight: layer for layer in adapters}
         self._used: dict[nn.Module, dict[str, tuple[MeasuredLayer, LayerKind]]] = {}
         for uses in claims.values():
-            layer = _layer(uses, names, biases, held, whole)
+            layer = _layer(uses, names, biases, held)
             if layer is not None:
                 self.layers[layer.weight] = layer
                 for claim in uses:
@@ -155,16 +154,14 @@ class LayerUses:
         self._handles.clear()
 
 
-def _layer(
-    uses: list[Claim], names: Mapping[int, str], biases: list[int], held: HeldNames, whole: bool
-) -> MeasuredLayer | None:
+def _layer(uses: list[Claim], names: Mapping[int, str], biases: list[int], held: HeldNames) -> MeasuredLayer | None:
     """Return the layer of a weight; None where its uses cannot be measured as one."""
     first, parameter = uses[0], _weight(uses[0])
     if parameter is None or parameter.is_complex():
         return None
     weight = names[id(parameter)]
     if any((u.kind, u.groups) != (first.kind, first.groups) for u in uses):
-        return _shared_layer(weight, parameter, held) if whole and _tied_head(uses) else None
+        return _shared_layer(weight, parameter, held) if _read_and_written(uses) else None
     bias = first.bias if len({id(u.bias) for u in uses}) == 1 else None
     name = None if bias is None or biases.count(id(bias)) > 1 else names.get(id(bias))
     if weight in held.biases:
@@ -175,8 +172,8 @@ def _layer(
     return MeasuredLayer(weight, parameter, arrangement, first.kind.one_hot) if _continues(weight, arrangement, held) else None
 
 
-def _tied_head(uses: list[Claim]) -> bool:
-    """Return whether uses are those of embeddings and of linear layers, as of a language model's head."""
+def _read_and_written(uses: list[Claim]) -> bool:
+    """Return whether uses are those of embeddings and of linear layers, as a language model's head is one."""
     return all(u.kind.one_hot or module_class(u.module) is nn.Linear for u in uses) and any(u.kind.one_hot for u in uses)
 
 
