@@ -433,6 +433,7 @@ def test_labels_of_other_names_and_outputs_of_other_names(tmp_path):
     trainer(tmp_path, model, data, [first]).train()
     torch.testing.assert_close(first.memory.anchor.importance(), dense(model, data, span), rtol=1e-9, atol=1e-14)
     second = ConsolidationCallback(EWC(samples=3), logits=lambda output: output.start_logits)
+    warnings.filterwarnings("ignore", "Another memory has learned")  # what this one is for
     trainer(tmp_path, model, data, [second], num_train_epochs=1, train_sampling_strategy="sequential").train()
 
     truth = dict.fromkeys(second.memory.anchor.importance(), 0)

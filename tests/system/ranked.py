@@ -359,6 +359,46 @@ def adapted(how, file, load_it=False):
     return measures(memory, model) | {"kinds": kinds, "said": [str(w.message) for w in caught]}
 
 
+class Language(torch.nn.Module):
+    """A language model whose input and output embeddings are one weight."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.embedding, self.hidden = torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4)
+        self.head = torch.nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embedding.weight
+        self.double()
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.hidden(self.embedding(x)))).mT
+
+
+def shared(how, file, begin=None, measure="training"):
+    """Two tasks and two steps of a model with a shared weight; one process alone saves its state, for others to begin with."""
+    model = Language()
+    if how == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model)
+    else:
+        model = engine(model, how)
+    moved = torch.optim.SGD(model.parameters(), lr=0.05)
+    memory = Consolidator(model, Kronecker(measure, m=2, every=2, labels="true"), 0.1)
+    if begin:
+        memory.load(begin)
+    memory.attach(moved)
+    for task in range(2):
+        words = torch.randint(9, (5, 2, BATCH, 3), generator=torch.Generator().manual_seed(task))
+        stream = [(mine(x), mine(y)) for x, y in words]
+        loop(model, moved, stream)
+        memory.consolidate(stream if measure == "data" else None)
+    loop(model, moved, stream[:2])
+    if how == "alone":
+        memory.save(file)
+    return measures(memory, model) | {"held": sorted(memory.anchor.layers)}
+
+
 def summed(value):
     distributed.all_reduce(value)
     return value

@@ -231,6 +231,21 @@ def test_what_cannot_be_done_says_so(on):
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_shared_weight_is_held_as_one_layer(on, how, tmp_path):
+    file = str(tmp_path / "state")
+    alone = ranked.shared("alone", file)
+    assert alone["held"] == ["embedding.weight", "hidden.weight"]
+    for rank in on(2, "shared", how=how, file=file):
+        alike(rank, alone)
+    again = ranked.shared("alone", str(tmp_path / "again"), file)
+    for rank in on(2, "shared", how=how, file=file, begin=file):
+        alike(rank, again)
+    measured = ranked.shared("alone", str(tmp_path / "measured"), measure="data")
+    for rank in on(2, "shared", how=how, file=file, measure="data"):
+        alike(rank, measured)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_adapters_are_held_by_their_product_unless_they_are_sharded(on, how, tmp_path):
     alone = ranked.adapted("alone", str(tmp_path / "state"))
     assert alone["kinds"] == ["ProductFactor"]

@@ -35,6 +35,11 @@ class Product(NamedTuple):
         """How many matrices D has."""
         return 1
 
+    @property
+    def transposed(self) -> bool:
+        """Whether the first dimension of `up` is that of the inputs: it is that of the outputs."""
+        return False
+
     def names(self, weight: str) -> list[str]:
         """Name the two factors, `up` first."""
         return [weight, self.down]

@@ -38,11 +38,13 @@ class HeldNames(NamedTuple):
         biases: of each layer that is held as a whole, by its weight's name: its bias, None where that is no part of it.
         alone: the parameters that are held element by element.
         products: of each adapter that is held by its product, by the name of its factor `up`: that of `down`.
+        transposed: the weights of layers whose first dimension is that of the inputs.
     """
 
     biases: Mapping[str, str | None]
     alone: frozenset[str]
     products: Mapping[str, str]
+    transposed: frozenset[str] = frozenset()
 
 
 @final
@@ -145,7 +147,9 @@ class KroneckerAnchor(Anchor):
         """Tell which parameters are held in layers, and which alone."""
         whole = {w: layer for w, layer in self.layers.items() if not isinstance(layer, ProductFactor)}
         products = {w: layer.arrangement.down for w, layer in self.layers.items() if w not in whole}
-        return HeldNames({w: layer.arrangement.bias for w, layer in whole.items()}, _important(self.omega), products)
+        biases = {w: layer.arrangement.bias for w, layer in whole.items()}
+        transposed = frozenset(w for w, layer in whole.items() if layer.arrangement.transposed)
+        return HeldNames(biases, _important(self.omega), products, transposed)
 
     def totals(self, shard_group: ShardGroup) -> dict[str, float]:
         """Return the sum of the importance of each parameter: see `Anchor.totals`."""

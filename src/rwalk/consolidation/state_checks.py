@@ -148,8 +148,13 @@ def _damaged_moments(moments: Mapping[str, Any], shapes: Mapping[str, torch.Size
     """List what is wrong with second moments, as far as can be seen without their layers."""
     layers, squares, seen = moments["layers"], moments["squares"], moments["seen"]
     wrong = [n for n in {*squares, *seen} if not (_tensor(squares.get(n), shapes.get(n)) and _whole(seen.get(n)))]
-    wrong += [w for w, entry in layers.items() if w not in shapes or not _count(entry["rows"]) or len(entry["sums"]) != 4]
+    wrong += [w for w, entry in layers.items() if w not in shapes or not all(map(_sums, (entry, entry.get("head", entry))))]
     return wrong + ([] if _count(moments["examples"]) else ["examples"])
+
+
+def _sums(entry: Mapping[str, Any]) -> bool:
+    """Return whether an entry has the sums of a layer: two matrices and their traces, and a number of rows."""
+    return _count(entry["rows"]) and len(entry["sums"]) == 4
 
 
 def _fits(column: Any, shapes: Mapping[str, torch.Size], fresh: Any, empty: bool) -> bool:

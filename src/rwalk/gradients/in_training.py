@@ -1,6 +1,6 @@
 """Second moments of layers, measured in the user's own training at every m-th step."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from rwalk.gradients.backward_hooks import no_training, with_gradient
 from rwalk.gradients.batches import first_size
 from rwalk.gradients.layer_moments import LayerSums, WeightGradient, warn_of_odd_layers
 from rwalk.gradients.layer_uses import NOTHING_HELD, LayerUses, ModelHook, Rows
+from rwalk.gradients.shared_weights import sums_of
 
 
 class StepMoments(NamedTuple):
@@ -147,9 +148,9 @@ class TrainingMoments:
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             for part in rows(gradients):
                 weight = part.layer.weight
-                sums = self._step.setdefault(weight, LayerSums(part.layer, self._rank))
-                sums.add_inputs(part.inputs)
-                sums.add_deltas(part.deltas)
+                if weight not in self._step:
+                    self._step[weight] = sums_of(self._uses.layers[weight], self._rank)
+                self._step[weight].add(part)
                 if not self._checked and weight not in self._odd and not part.dropped:
                     self._made.setdefault(weight, WeightGradient(part.layer)).add(part)
 
@@ -170,7 +171,7 @@ class TrainingMoments:
             self._missed = True
             return None
         if layers:
-            traces = torch.cat([t for s in layers.values() for t in (s.inputs.trace, s.outputs.trace)])
+            traces = torch.cat([trace for s in layers.values() for trace in s.tensors()[1::2]])
             if not bool(torch.isfinite(traces).all()):
                 self._start_step()
                 return None
@@ -209,7 +210,7 @@ class TrainingMoments:
         """Add a step that counts."""
         for weight, sums in step.layers.items():
             if weight not in self.layers:
-                self.layers[weight] = LayerSums(sums.layer, self._rank)
+                self.layers[weight] = sums_of(sums.layer, self._rank)
             self.layers[weight].add_sums(sums, step.factor)
         for name, square in step.squares.items():
             known = self.squares.get(name)
@@ -220,7 +221,7 @@ class TrainingMoments:
     def moments(self) -> dict[str, Moments]:
         """Return the second moments of the layers over the task, of all ranks."""
         layers, examples = self._whole()
-        return {weight: sums.moments(examples) for weight, sums in layers.items() if sums.rows}
+        return {weight: sums.moments(examples) for weight, sums in layers.items() if sums.used}
 
     def _ranks(self) -> Ranks:
         ranks = Ranks.of(self._model, warn=False)
@@ -235,12 +236,12 @@ class TrainingMoments:
         odd = ranks.sums([float(weight in self._odd) for weight in self._uses.layers], device)
         whole = {}
         for (weight, layer), left_out in zip(self._uses.layers.items(), odd, strict=True):
-            whole[weight] = LayerSums(layer, self._rank)
+            sums = sums_of(layer, self._rank)
             if weight in self.layers:
-                whole[weight].add_sums(self.layers[weight], 1.0)
-            whole[weight].reduce(ranks)
-            if left_out:
-                whole[weight].rows = 0
+                sums.add_sums(self.layers[weight], 1.0)
+            sums.reduce(ranks)
+            if not left_out:
+                whole[weight] = sums
         return whole, ranks.sums([self.examples], device)[0]
 
     def means(self) -> dict[str, Tensor]:
@@ -260,12 +261,13 @@ class TrainingMoments:
         now = TrainingMoments(self._model, parameters, self._rank, held)
         for weight, sums in self.layers.items():
             layer = now._uses.layers.get(weight)
-            if layer is not None and weight not in lost and layer.arrangement == sums.layer.arrangement:
+            if layer is not None and weight not in lost and layer.measured_as(sums.layer):
                 now.layers[weight] = sums.grown(layer, self._rank)
         kept = [name for name in self.squares if name in parameters and name not in lost]
         now.squares = {name: grow_tensor(self.squares[name], parameters[name], zero) for name in kept}
         now.seen = {name: self.seen[name] for name in kept}
         now.examples, now._group = self.examples, self._group
+        now._leave_alone(now.layers)
         return now
 
     def tensors(self) -> Iterator[Tensor]:
@@ -281,11 +283,7 @@ class TrainingMoments:
         """
         size = 1 if whole else self._ranks().size
         sums, examples = self._whole() if whole else (self.layers, self.examples * size)
-        layers = {
-            weight: {"rows": s.rows * size, "sums": s.scaled(size).tensors(), **s.layer.key()}
-            for weight in self._uses.layers
-            if (s := sums.get(weight)) and s.rows
-        }
+        layers = {weight: s.content(size) for weight in self._uses.layers if (s := sums.get(weight)) and s.used}
         return {"layers": layers, "squares": dict(self.squares), "seen": dict(self.seen), "examples": examples}
 
     def read(self, content: Mapping[str, Any], first: bool = True, whole: bool = False) -> None:
@@ -299,16 +297,23 @@ class TrainingMoments:
         size = 1 if whole else self._ranks().size
         for weight, entry in content["layers"].items():
             if first and self._measures(weight, entry):
-                self.layers[weight] = LayerSums(self._uses.layers[weight], self._rank)
-                self.layers[weight].read(entry["rows"] / size, entry["sums"])
-                self.layers[weight] = self.layers[weight].scaled(1 / size)
+                self.layers[weight] = sums_of(self._uses.layers[weight], self._rank)
+                self.layers[weight].read(entry, size)
         self.squares, self.seen = dict(content["squares"]), dict(content["seen"])
         self.examples = content["examples"] / size if first else 0.0
+        self._leave_alone(content["layers"])
 
     def _measures(self, weight: str, entry: Mapping[str, Any]) -> bool:
         """Return whether a layer of a content is one that is measured: earlier versions measured each factor of an adapter."""
         layer = self._uses.layers.get(weight)
-        return layer is not None and entry.get("down") == layer.key().get("down")
+        if layer is None or (layer.head is None) == ("head" in entry):
+            return False
+        return entry.get("down") == layer.key().get("down")
+
+    def _leave_alone(self, layers: Collection[str]) -> None:
+        """For the rest of the task measure those shared weights alone that so far were no layers, as in earlier versions."""
+        shared = [weight for weight, layer in self._uses.layers.items() if layer.head is not None]
+        self._odd |= {weight for weight in shared if weight in self.squares and weight not in layers}
 
 
 def _compiled(model: nn.Module) -> bool:

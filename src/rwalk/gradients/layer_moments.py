@@ -1,8 +1,8 @@
 """Second moments of layers: the sums, and the rows that inputs and gradients of outputs become."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class MeasuredLayer(NamedTuple):
         arrangement: how its parameters lie in a matrix, or make it up.
         one_hot: whether inputs are tokens: row numbers of the weight.
         down: the other factor of an adapter, None for all other layers.
+        head: the linear layers that share the weight of an embedding, as one layer; None for none.
     """
 
     weight: str
@@ -34,6 +35,7 @@ class MeasuredLayer(NamedTuple):
     arrangement: Arrangement | Product
     one_hot: bool = False
     down: nn.Parameter | None = None
+    head: "MeasuredLayer | None" = None
 
     @property
     def height(self) -> int:
@@ -54,6 +56,10 @@ class MeasuredLayer(NamedTuple):
     def key(self) -> dict[str, str]:
         """Return what a state file needs to tell an adapter from a layer."""
         return {"down": self.arrangement.down} if isinstance(self.arrangement, Product) else {}
+
+    def measured_as(self, other: "MeasuredLayer") -> bool:
+        """Return whether sums of this layer are of the same kind as those of another."""
+        return self.arrangement == other.arrangement and (self.head is None) == (other.head is None)
 
     def extended(self, rows: Tensor) -> Tensor:
         """Put the 1 for the bias in front of rows of inputs."""
@@ -106,13 +112,26 @@ class LayerSums:
     def __init__(self, layer: MeasuredLayer, rank: int | None) -> None:
         self.layer, self._rank = layer, rank
         like = torch.empty(0, dtype=state_dtype(layer.parameter), device=layer.parameter.device)
-        groups = layer.arrangement.groups
         if layer.one_hot:
             self.inputs = SecondMoment.diagonal(layer.width, like)
         else:
-            self.inputs = SecondMoment.zeros(groups, layer.width, rank, like)
-        self.outputs = SecondMoment.zeros(groups, layer.height, rank, like)
+            self.inputs = SecondMoment.zeros(layer.arrangement.groups, layer.width, rank, like)
+        self.outputs = self._empty_outputs(like)
         self.rows = 0.0
+
+    def _empty_outputs(self, like: Tensor) -> SecondMoment:
+        return SecondMoment.zeros(self.layer.arrangement.groups, self.layer.height, self._rank, like)
+
+    @property
+    def used(self) -> bool:
+        """Whether any row reached the layer."""
+        return self.rows > 0
+
+    def add(self, part: LayerRows, with_inputs: bool = True) -> None:
+        """Add what a use contributes."""
+        if with_inputs:
+            self.add_inputs(part.inputs)
+        self.add_deltas(part.deltas)
 
     def add_inputs(self, inputs: Tensor) -> None:
         """Add rows of inputs, or tokens."""
@@ -127,7 +146,7 @@ class LayerSums:
         """Add rows of gradients of outputs."""
         self.outputs.add(deltas.to(self.outputs.total.dtype))
 
-    def add_sums(self, other: "LayerSums", factor: float) -> None:
+    def add_sums(self, other: Self, factor: float) -> None:
         """Add other sums, their gradients' squares multiplied by a factor."""
         self.inputs.add_sum(other.inputs, 1.0)
         self.outputs.add_sum(other.outputs, factor)
@@ -139,29 +158,43 @@ class LayerSums:
         self.outputs.reduce(ranks)
         self.rows = ranks.sums([self.rows], self.inputs.total.device)[0]
 
-    def scaled(self, factor: float) -> "LayerSums":
+    def scaled(self, factor: float) -> Self:
         """Return the sums multiplied by a number, which are not those of so many rows."""
         if factor == 1:
             return self
-        other = LayerSums(self.layer, self._rank)
+        other = type(self)(self.layer, self._rank)
         other.inputs, other.outputs, other.rows = self.inputs.scaled(factor), self.outputs.scaled(factor), self.rows
         return other
 
     def tensors(self) -> list[Tensor]:
-        """List the tensors that are held."""
+        """List the tensors that are held: sums, each with its trace."""
+        return self._sides()
+
+    def _sides(self) -> list[Tensor]:
         return [self.inputs.total, self.inputs.trace, self.outputs.total, self.outputs.trace]
 
-    def read(self, rows: float, tensors: Sequence[Tensor]) -> None:
-        """Continue from what `tensors` listed."""
-        for mine, total, trace in zip((self.inputs, self.outputs), tensors[::2], tensors[1::2], strict=True):
+    def content(self, size: int = 1) -> dict[str, Any]:
+        """Return the sums, multiplied by a number of ranks, as tensors and plain values."""
+        return {"rows": self.rows * size, "sums": self.scaled(size)._sides(), **self.layer.key()}
+
+    def read(self, content: Mapping[str, Any], size: int = 1) -> None:
+        """Continue from this rank's share of a `content`.
+
+        Raises:
+            ValueError: if it does not fit the layer.
+        """
+        tensors = content["sums"]
+        for side, total, trace in zip(("inputs", "outputs"), tensors[::2], tensors[1::2], strict=True):
+            mine = getattr(self, side)
             if total.dim() != mine.total.dim() or trace.shape != mine.trace.shape or total.shape[-1] != mine.total.shape[-1]:
                 raise ValueError(f"the sums of `{self.layer.weight}`")
             mine.total, mine.trace = (t.to(mine.trace.device, mine.trace.dtype) for t in (total, trace))
-        self.rows = rows
+            setattr(self, side, mine if size == 1 else mine.scaled(1 / size))
+        self.rows = content["rows"] / size
 
-    def grown(self, layer: MeasuredLayer, rank: int | None) -> "LayerSums":
+    def grown(self, layer: MeasuredLayer, rank: int | None) -> Self:
         """Return the sums of the same layer as it is now: the old ones are their leading block."""
-        now = LayerSums(layer, rank)
+        now = type(self)(layer, rank)
         now.rows = self.rows
         for mine, theirs in zip((now.inputs, now.outputs), (self.inputs, self.outputs), strict=True):
             theirs.put_into(mine)
@@ -228,6 +261,11 @@ def _tokens(_: nn.Module, x: Tensor) -> Tensor:
     return x.flatten()
 
 
+def _before_scale(module: Any, g: Tensor) -> Tensor:
+    rows: Tensor = flat_rows(module, g) * module.embed_scale
+    return rows
+
+
 LAYER_KINDS: dict[type[nn.Module], LayerKind] = {
     nn.Linear: LayerKind(flat_rows, flat_rows),
     nn.Conv1d: LayerKind(_patches, _channels),
@@ -240,10 +278,8 @@ LAYER_KINDS: dict[type[nn.Module], LayerKind] = {
 TRANSPOSED_LINEAR = LayerKind(flat_rows, flat_rows, transposed=True)
 """`Conv1D` of Hugging Face's Transformers: a linear layer whose weight is (inputs, outputs)."""
 
-
-def empty_sums(layers: Mapping[str, MeasuredLayer], rank: int | None) -> dict[str, LayerSums]:
-    """Start the sums of layers."""
-    return {weight: LayerSums(layer, rank) for weight, layer in layers.items()}
+SCALED_EMBEDDING = LayerKind(_tokens, _before_scale, transposed=True, one_hot=True)
+"""Embeddings of Hugging Face's Transformers that multiply their outputs by a number, as those of Gemma and BART."""
 
 
 def _squares(rows: Tensor) -> Tensor:
@@ -251,23 +287,28 @@ def _squares(rows: Tensor) -> Tensor:
 
 
 class WeightGradient:
-    """The gradient of a layer's weight as it follows from inputs and gradients of outputs."""
+    """The gradient of a layer's weight as it follows from inputs and gradients of outputs, over all kinds of its uses."""
 
     def __init__(self, layer: MeasuredLayer) -> None:
         self._layer = layer
-        self._total: Any = 0
+        self._total: Tensor | None = None
         self._bound: Any = 0
 
     def add(self, part: LayerRows) -> None:
         """Add what one use contributes."""
         part = part.of_weight()
-        self._total = self._total + part.gradient()
+        gradient = part.gradient()
+        if part.layer.arrangement.transposed != self._layer.arrangement.transposed:
+            gradient = gradient.mT
+        self._total = gradient if self._total is None else self._total.add_(gradient)
         norm = part.inputs.numel() if part.layer.one_hot else _squares(part.inputs)
         self._bound = self._bound + _squares(part.deltas) * norm
 
     def fits(self, gradient: Tensor | None) -> bool:
         """Return whether the weight has this gradient."""
         total = self._total
+        if total is None:
+            return True
         given = torch.zeros_like(total) if gradient is None else self._layer.arrangement.weight_matrix(gradient)
         return GradientFit.of(total, given, torch.as_tensor(self._bound)).fits(1.0, CANCELLED)
 

@@ -14,7 +14,7 @@ from rwalk.anchors.kronecker import HeldNames
 from rwalk.distributed.shards import sharded
 from rwalk.distributed.wrappers import module_class
 from rwalk.gradients.adapters import adapter_rows, find_adapters
-from rwalk.gradients.layer_moments import LAYER_KINDS, TRANSPOSED_LINEAR, LayerKind, LayerRows, MeasuredLayer
+from rwalk.gradients.layer_moments import LAYER_KINDS, SCALED_EMBEDDING, TRANSPOSED_LINEAR, LayerKind, LayerRows, MeasuredLayer
 from rwalk.gradients.recurrent import Gates, measurable
 
 Rows = Callable[[Sequence[Tensor | None]], Iterator[LayerRows]]
@@ -50,8 +50,11 @@ def _claims(module: nn.Module) -> Iterator[Claim]:
     own = module._parameters
     if kind in LAYER_KINDS and not _odd_embedding(module):
         yield Claim(module, "weight", LAYER_KINDS[kind], own.get("bias"), getattr(module, "groups", 1))
-    elif kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
+    elif kind.__module__.startswith("transformers.") and kind.__name__ == "Conv1D":
         yield Claim(module, "weight", TRANSPOSED_LINEAR, own.get("bias"))
+    elif kind.__module__.startswith("transformers.") and kind.__name__.endswith("ScaledWordEmbedding"):
+        if not _odd_embedding(module):
+            yield Claim(module, "weight", SCALED_EMBEDDING)
     elif kind is nn.MultiheadAttention:
         linear = LAYER_KINDS[nn.Linear]
         yield Claim(module, "in_proj_weight", linear, own.get("in_proj_bias"))
@@ -126,7 +129,8 @@ class LayerUses:
             if layer is not None:
                 self.layers[layer.weight] = layer
                 for claim in uses:
-                    self._used.setdefault(claim.module, {})[claim.key] = layer, claim.kind
+                    part = layer if layer.head is None or claim.kind.one_hot else layer.head
+                    self._used.setdefault(claim.module, {})[claim.key] = part, claim.kind
         self._handles: list[Any] = []
 
     def open(self, noted: Noted) -> None:
@@ -151,22 +155,41 @@ class LayerUses:
 
 
 def _layer(uses: list[Claim], names: Mapping[int, str], biases: list[int], held: HeldNames) -> MeasuredLayer | None:
-    """Return the layer of a weight; None where its uses are of different kinds."""
-    first = uses[0]
-    parameter = _weight(first)
-    if parameter is None or parameter.is_complex() or any((u.kind, u.groups) != (first.kind, first.groups) for u in uses):
+    """Return the layer of a weight; None where its uses cannot be measured as one."""
+    first, parameter = uses[0], _weight(uses[0])
+    if parameter is None or parameter.is_complex():
         return None
     weight = names[id(parameter)]
+    if any((u.kind, u.groups) != (first.kind, first.groups) for u in uses):
+        return _shared_layer(weight, parameter, held) if _read_and_written(uses) else None
     bias = first.bias if len({id(u.bias) for u in uses}) == 1 else None
     name = None if bias is None or biases.count(id(bias)) > 1 else names.get(id(bias))
     if weight in held.biases:
         name = held.biases[weight] if held.biases[weight] == name else None
-        if name != held.biases[weight]:
-            return None
     elif name in held.alone:
         name = None
     arrangement = Arrangement(name, first.groups, first.kind.transposed)
-    return MeasuredLayer(weight, parameter, arrangement, first.kind.one_hot)
+    return MeasuredLayer(weight, parameter, arrangement, first.kind.one_hot) if _continues(weight, arrangement, held) else None
+
+
+def _read_and_written(uses: list[Claim]) -> bool:
+    """Return whether uses are those of embeddings and of linear layers, as a language model's head is one."""
+    return all(u.kind.one_hot or module_class(u.module) is nn.Linear for u in uses) and any(u.kind.one_hot for u in uses)
+
+
+def _shared_layer(weight: str, parameter: nn.Parameter, held: HeldNames) -> MeasuredLayer | None:
+    """Return the layer of a weight that embeddings and linear layers share, arranged as that of an embedding."""
+    arrangement = Arrangement(transposed=True)
+    head = MeasuredLayer(weight, parameter, Arrangement())
+    layer = MeasuredLayer(weight, parameter, arrangement, one_hot=True, head=head)
+    return layer if _continues(weight, arrangement, held) else None
+
+
+def _continues(weight: str, arrangement: Arrangement, held: HeldNames) -> bool:
+    """Return whether a layer is arranged as an anchor holds it, or the anchor leaves that open."""
+    if weight not in held.biases:
+        return True
+    return (held.biases[weight], weight in held.transposed) == (arrangement.bias, arrangement.transposed)
 
 
 def _takes_gradients(output: Any) -> bool:

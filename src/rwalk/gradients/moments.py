@@ -16,11 +16,12 @@ from rwalk.distributed.wrappers import full_parameters
 from rwalk.gradients.batches import ExampleBatch, examples
 from rwalk.gradients.costs import ManyClasses, warn_one_by_one
 from rwalk.gradients.isolation import ModelSnapshot, isolated
-from rwalk.gradients.layer_moments import WeightGradient, empty_sums, warn_of_odd_layers
+from rwalk.gradients.layer_moments import WeightGradient, warn_of_odd_layers
 from rwalk.gradients.layer_uses import NOTHING_HELD, LayerUses, Rows
 from rwalk.gradients.objectives import Scores
 from rwalk.gradients.outputs import given_inputs
 from rwalk.gradients.over_data import check_totals
+from rwalk.gradients.shared_weights import sums_of
 from rwalk.gradients.texts import readable
 from rwalk.rules.base import Objective
 
@@ -92,7 +93,7 @@ def _factors(
     odd = ranks.sums([float(weight in passes.odd) for weight in passes.sums], device)
     left_out = {weight for weight, n in zip(passes.sums, odd, strict=True) if n}
     warn_of_odd_layers(sorted(left_out))
-    return {w: layer.moments(count) for w, layer in passes.sums.items() if layer.rows and w not in left_out}
+    return {w: layer.moments(count) for w, layer in passes.sums.items() if layer.used and w not in left_out}
 
 
 class _Passes:
@@ -105,7 +106,7 @@ class _Passes:
 
     def __init__(self, root: nn.Module, uses: LayerUses, rank: int | None, scores: Scores, snapshot: ModelSnapshot) -> None:
         self._root, self._uses, self._scores, self._snapshot = root, uses, scores, snapshot
-        self.sums = empty_sums(uses.layers, rank)
+        self.sums = {weight: sums_of(layer, rank) for weight, layer in uses.layers.items()}
         self.odd: set[str] = set()
         self._compared: set[str] = set()
         self._noted: list[tuple[list[Tensor], Rows]] = []
@@ -155,9 +156,7 @@ class _Passes:
         for outputs, rows in self._noted:
             for part in rows([next(gradients) for _ in outputs]):
                 weight = part.layer.weight
-                if with_inputs:
-                    self.sums[weight].add_inputs(part.inputs)
-                self.sums[weight].add_deltas(part.deltas)
+                self.sums[weight].add(part, with_inputs)
                 if weight in fresh and not part.dropped:
                     totals.setdefault(weight, WeightGradient(part.layer)).add(part)
         return totals

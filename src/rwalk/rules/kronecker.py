@@ -58,7 +58,8 @@ class Kronecker(Rule[TaskLengths]):
     A is the mean of x x^T over a layer's inputs x, with a 1 for the bias, and G the mean over examples of the sum of d d^T for
     the gradients d at its outputs; over tasks A is averaged and G summed. All other parameters are held by their mean squared
     gradients. Each task counts in its own unit: the mean element of the diagonal is 1 / sqrt(mean steps per task). A layer
-    that an adopted anchor holds weight by weight stays so. Of a LoRA adapter the product of the two factors is held.
+    that an adopted anchor holds weight by weight stays so. Of a LoRA adapter the product of the two factors is held. A weight
+    that embeddings and linear layers share is one layer, whose product of two matrices has the trace of the sum over both.
 
     Args:
         measure: "training" measures at every `m`-th step of the user's own training, "data" at a task's end on the data that
