@@ -117,7 +117,7 @@ class Memory:
 
     def end_task(self, anchor: Anchor, state: Any, last_end: LastEnd | None, moves: Moves, moments: Any) -> None:
         """Take over what a task's end has brought."""
-        self.begun = Writes(self.protected.theta)
+        self.begun = moves.noted
         counts = self.steps or not self.tasks or self.rule.measures == "data"
         self.anchor, self.state, self.last_end, self.moves, self.moments = anchor, state, last_end, moves, moments
         self.tasks, self.steps, self.renewed, self.turns = self.tasks + bool(counts), 0, False, Turns()

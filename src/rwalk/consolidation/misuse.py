@@ -31,7 +31,7 @@ _LEARNED: weakref.WeakKeyDictionary[nn.Module, Learned] = weakref.WeakKeyDiction
 
 def note_learned(memory: "Memory") -> None:
     """Note that a memory has learned a task of its model."""
-    _LEARNED[bare(memory.model)] = Learned(weakref.ref(memory), Writes(memory.protected.theta))
+    _LEARNED[bare(memory.model)] = Learned(weakref.ref(memory), memory.begun)
 
 
 def warn_of_second_memory(memory: "Memory", theta: Mapping[str, Tensor]) -> None:

@@ -39,6 +39,11 @@ class Moves:
         moves.note_all(theta)
         return moves
 
+    @property
+    def noted(self) -> "Writes":
+        """What the parameters were like when they were noted."""
+        return self._writes
+
     def drop_foreign(self, rule: Rule[Any], state: Any, protected: ProtectedParameters, steps: int) -> Any:
         """Return a rule's state without foreign moves since the last observed step of the task.
 
