@@ -173,10 +173,10 @@ class Scores:
             score, _ = self.likelihood.scores("true", self._values(*ran), few.target, few.size)
             loss = -score.mean() / self.likelihood.rows_that_count(few.target, few.size)
         nats = None if loss is None else float(loss.detach())
-        if nats is not None and nats < SURE:
+        if nats is not None and 0 < nats < SURE:  # with a single class there is nothing to be sure of
             warn(
                 f"The model is sure of the data's labels: the first {few.size} examples have a mean loss of {nats:.2g} nats. "
-                ' Importance by labels="true", the empirical Fisher information, is nearly zero then, and rests on a few '
+                'Importance by labels="true", the empirical Fisher information, is nearly zero then, and rests on a few '
                 'examples. Use labels="sample", which draws labels from the model.'
             )
 
