@@ -148,6 +148,18 @@ def test_a_second_memory_of_a_model_that_has_learned_warns():
     reset.attach(torch.optim.SGD(model.parameters(), lr=0.1))  # another start of the same module: nothing to warn of
 
 
+def test_a_copy_of_weights_that_were_changed_in_place_is_no_training():
+    """How often a tensor was written to does not go into its copy."""
+    model = net()
+    memory = Consolidator(model, EWCpp())
+    train(model, memory)
+    memory.consolidate()
+    memory.detach()
+    other, copied = copy.deepcopy((model, memory))
+    copied.consolidate()
+    assert {name: p.detach() for name, p in other.named_parameters()}.keys() == copied.anchor.point.keys()
+
+
 @pytest.mark.parametrize("rule", [RWalk(), Kronecker(m=1, every=1)], ids=["RWalk", "Kronecker"])
 @pytest.mark.parametrize("tasks", [0, 1])
 def test_training_that_nobody_watched_is_no_task(rule, tasks):

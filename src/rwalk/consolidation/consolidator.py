@@ -102,9 +102,9 @@ class Consolidator(GoingBack, SavedState):
         memory = self._memory
         refuse_odd(memory.protected.theta)
         memory.moves.note_all(memory.protected.theta)
+        memory.begun = Writes({})  # which counts writes to the original's tensors
         if memory.optimizer is not None:
             self._watch(memory.optimizer)
-            memory.begun = Writes({})
             once_built(memory.model, memory.collect_again)
 
     def __copy__(self) -> "Consolidator":
