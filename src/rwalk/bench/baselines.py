@@ -1,6 +1,5 @@
 """What published baselines add to the training loop: stored examples, earlier answers, or the data of all tasks so far."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from rwalk.bench.streams import Experience
 from rwalk.bench.training import Addition, Batch, Learner, batches, competing
+from rwalk.finetuning.distillation import frozen_copy
 from rwalk.replay import Buffer, project_
 from rwalk.replay.buffer import Per
 from rwalk.rules import Kronecker, TaskFisher
@@ -235,8 +235,7 @@ class LwF(Addition):
         self._remember(learner)
 
     def _remember(self, learner: Learner) -> None:
-        self.teacher = copy.deepcopy(learner.model).eval()
-        self.teacher.zero_grad()
+        self.teacher = frozen_copy(learner.model)
 
 
 BASELINES = {

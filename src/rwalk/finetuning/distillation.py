@@ -37,7 +37,7 @@ class Distillation:
         self.weight, self.temperature, self._read = weight, temperature, read
         root: Any = bare(model)
         self._adapted = root if hasattr(root, "disable_adapter") else None
-        self._old = None if self._adapted is not None else _frozen(root)
+        self._old = None if self._adapted is not None else frozen_copy(root)
 
     def __call__(self, batch: Any, output: Any) -> Tensor:
         """Return the term for a batch and what the model in training made of it.
@@ -94,13 +94,14 @@ class Distillation:
         tokens = kwargs.get("num_items_in_batch")
         batch = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"} or (args, None)
         term = self(batch, output)
-        if tokens is not None:  # Trainer sums losses over the micro-batches of a step, of so many tokens together
+        if tokens is not None:  # Trainer sums the losses of a step's micro-batches, each over the number of all its tokens
             term = term * (len(read_rows(output, batch, self._read).values) / float(tokens))
         output["loss"] = output.loss + term
         return output
 
 
-def _frozen(model: nn.Module) -> nn.Module:
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model as it is now, in eval mode, that nothing trains."""
     old = copy.deepcopy(model).eval().requires_grad_(False)
     old.zero_grad()
     return old

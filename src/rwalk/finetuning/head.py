@@ -14,10 +14,8 @@ from rwalk import gradients
 from rwalk._errors import printable
 from rwalk._parameters import bare
 from rwalk.gradients.batches import examples
+from rwalk.gradients.likelihood import IGNORED
 from rwalk.gradients.texts import readable
-
-IGNORED = -100
-"""The label that does not count, as in `torch.nn.functional.cross_entropy`."""
 
 
 class Features(NamedTuple):

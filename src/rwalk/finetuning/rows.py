@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from rwalk import gradients
 from rwalk._parameters import bare
+from rwalk.gradients.outputs import entry
 
 Read = Callable[..., Tensor]
 """Reads what matters from a model's output: `read(output)`, or `read(output, inputs)`."""
 
 
-class Rows(NamedTuple):
+class OutputRows(NamedTuple):
     """What a model says about a batch.
 
     Args:
@@ -26,7 +27,7 @@ class Rows(NamedTuple):
     logits: bool
 
 
-def read_rows(output: Any, batch: Any, read: Read | None, logits: bool | None = None) -> Rows:
+def read_rows(output: Any, batch: Any, read: Read | None, logits: bool | None = None) -> OutputRows:
     """Return the rows of an output.
 
     Without `read` these are the output's `logits`; its `sentence_embedding`; of an encoder the mean of its last hidden states
@@ -44,27 +45,23 @@ def read_rows(output: Any, batch: Any, read: Read | None, logits: bool | None = 
     inputs = batch[0] if isinstance(batch, tuple | list) and len(batch) == 2 else batch
     hidden = None if read is not None else _mean_of_tokens(output, inputs)
     found = gradients.read_output(output, read, inputs) if hidden is None else hidden
-    named = read is None and not isinstance(output, Tensor) and _entry(output, "logits") is found
+    named = read is None and not isinstance(output, Tensor) and entry(output, "logits") is found
     mask = _mask(inputs)
     flat = found.reshape(-1, found.shape[-1]) if found.dim() > 1 else found.reshape(-1, 1)
     if found.dim() == 3 and mask is not None and mask.shape == found.shape[:2]:
         flat = flat[mask.flatten().bool().to(flat.device)]
-    return Rows(flat, named if logits is None else logits)
+    return OutputRows(flat, named if logits is None else logits)
 
 
 def _mean_of_tokens(output: Any, inputs: Any) -> Tensor | None:
     """Return the mean of an encoder's last hidden states over the tokens that count; None for other outputs."""
-    hidden, mask = _entry(output, "last_hidden_state"), _mask(inputs)
+    hidden, mask = entry(output, "last_hidden_state"), _mask(inputs)
     if isinstance(output, Tensor) or not isinstance(hidden, Tensor):
         return None
     if mask is None:
         return hidden.mean(1)
     weight = mask.to(hidden).unsqueeze(-1)
     return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
-
-
-def _entry(output: Any, name: str) -> Any:
-    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
 def _mask(inputs: Any) -> Tensor | None:
@@ -81,5 +78,5 @@ def untouched(model: nn.Module) -> Iterator[Callable[[Any], Any]]:
 
 
 def without_labels(batch: Any) -> Any:
-    """Return a batch without the labels of which a model would compute a loss."""
+    """Return a batch without labels, so that a model computes no loss."""
     return {name: value for name, value in batch.items() if name != "labels"} if isinstance(batch, Mapping) else batch

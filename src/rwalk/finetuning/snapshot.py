@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rwalk import gradients
 from rwalk._parameters import bare, state_dtype
-from rwalk.finetuning.rows import Read, Rows, read_rows, untouched, without_labels
+from rwalk.finetuning.rows import OutputRows, Read, read_rows, untouched, without_labels
 
 NEIGHBOURS = 10
 """How many nearest rows are compared."""
@@ -114,7 +114,7 @@ class Snapshot:
         places = torch.linspace(0, len(every) - 1, min(self._most, len(every))).round().long()
         return every[places], logits
 
-    def _rows_of(self, output: Any, batch: Any, calls: list[tuple[Any, Tensor]]) -> Rows:
+    def _rows_of(self, output: Any, batch: Any, calls: list[tuple[Any, Tensor]]) -> OutputRows:
         """Return the rows of an output, or of what came into the linear layer that was called last."""
         if self._read != "features":
             return read_rows(output, batch, self._read, self._logits)

@@ -14,8 +14,7 @@ from rwalk.anchors.held import Product
 from rwalk.anchors.kronecker import HeldNames
 from rwalk.anchors.spectrum import probe
 from rwalk.distributed.shards import sharded
-from rwalk.distributed.wrappers import module_class
-from rwalk.gradients.layer_moments import LayerRows, MeasuredLayer, flat_rows
+from rwalk.gradients.layer_moments import LayerRows, MeasuredLayer, flat_rows, is_transposed_linear
 
 WARNED: WeakSet[nn.Module] = WeakSet()
 """Layers with adapters of another kind, which were named in a warning."""
@@ -54,13 +53,7 @@ def _pairs(root: nn.Module) -> Iterator[AdapterPair]:
 
 
 def _linear(base: Any) -> bool:
-    return isinstance(base, nn.Linear) or _transposed(base)
-
-
-def _transposed(base: Any) -> bool:
-    """Return whether a module is the linear layer of Hugging Face's Transformers with a weight of (inputs, outputs)."""
-    kind = module_class(base) if isinstance(base, nn.Module) else type(None)
-    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+    return isinstance(base, nn.Linear) or (isinstance(base, nn.Module) and is_transposed_linear(base))
 
 
 def _usual(module: Any, key: str) -> bool:
@@ -192,7 +185,7 @@ def probed_bases(root: nn.Module, names: Mapping[int, str]) -> Iterator[ProbedBa
         weight = base._parameters.get("weight")
         if weight is None or weight.requires_grad or not weight.is_floating_point() or weight.is_meta or sharded(weight):
             continue
-        matrix = weight.detach().T if _transposed(base) else weight.detach()
+        matrix = weight.detach().T if is_transposed_linear(base) else weight.detach()
         vector = probe(matrix.shape[1], 1, state_dtype(weight), weight.device)[:, 0]
         pieces = matrix.split(max(1, PIECE // matrix.shape[1]))
         with torch.autocast(weight.device.type, enabled=False):

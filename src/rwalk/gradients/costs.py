@@ -56,7 +56,7 @@ class ManyClasses:
         self._timed = False
 
     def parts(self, batch: ExampleBatch, passes: int) -> Iterator[ExampleBatch]:
-        """Yield the examples of a batch, of which each takes as many backward passes; a few first if they are to be timed."""
+        """Yield the examples of a batch, where each takes `passes` backward passes; a few first if they are to be timed."""
         if self._timed or passes <= MANY_PASSES or not batch.size:
             yield batch
             return

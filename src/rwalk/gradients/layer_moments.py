@@ -14,6 +14,7 @@ from rwalk.anchors.factors import Arrangement, Moments
 from rwalk.anchors.held import Product
 from rwalk.anchors.spectrum import SecondMoment
 from rwalk.distributed.ranks import Ranks
+from rwalk.distributed.wrappers import module_class
 from rwalk.gradients.comparison import CANCELLED, GradientFit
 from rwalk.gradients.layer_rules import at_once, patches
 
@@ -159,7 +160,7 @@ class LayerSums:
         self.rows = ranks.sums([self.rows], self.inputs.total.device)[0]
 
     def scaled(self, factor: float) -> Self:
-        """Return the sums multiplied by a number, which are not those of so many rows."""
+        """Return the sums multiplied by a number, while the count of rows stays."""
         if factor == 1:
             return self
         other = type(self)(self.layer, self._rank)
@@ -277,6 +278,13 @@ LAYER_KINDS: dict[type[nn.Module], LayerKind] = {
 
 TRANSPOSED_LINEAR = LayerKind(flat_rows, flat_rows, transposed=True)
 """`Conv1D` of Hugging Face's Transformers: a linear layer whose weight is (inputs, outputs)."""
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Return whether a module is that one."""
+    kind = module_class(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
 
 SCALED_EMBEDDING = LayerKind(_tokens, _before_scale, transposed=True, one_hot=True)
 """Embeddings of Hugging Face's Transformers that multiply their outputs by a number, as those of Gemma and BART."""

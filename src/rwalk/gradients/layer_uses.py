@@ -14,7 +14,15 @@ from rwalk.anchors.kronecker import HeldNames
 from rwalk.distributed.shards import sharded
 from rwalk.distributed.wrappers import module_class
 from rwalk.gradients.adapters import adapter_rows, find_adapters
-from rwalk.gradients.layer_moments import LAYER_KINDS, SCALED_EMBEDDING, TRANSPOSED_LINEAR, LayerKind, LayerRows, MeasuredLayer
+from rwalk.gradients.layer_moments import (
+    LAYER_KINDS,
+    SCALED_EMBEDDING,
+    TRANSPOSED_LINEAR,
+    LayerKind,
+    LayerRows,
+    MeasuredLayer,
+    is_transposed_linear,
+)
 from rwalk.gradients.recurrent import Gates, measurable
 
 Rows = Callable[[Sequence[Tensor | None]], Iterator[LayerRows]]
@@ -50,7 +58,7 @@ def _claims(module: nn.Module) -> Iterator[Claim]:
     own = module._parameters
     if kind in LAYER_KINDS and not _odd_embedding(module):
         yield Claim(module, "weight", LAYER_KINDS[kind], own.get("bias"), getattr(module, "groups", 1))
-    elif kind.__module__.startswith("transformers.") and kind.__name__ == "Conv1D":
+    elif is_transposed_linear(module):
         yield Claim(module, "weight", TRANSPOSED_LINEAR, own.get("bias"))
     elif kind.__module__.startswith("transformers.") and kind.__name__.endswith("ScaledWordEmbedding"):
         if not _odd_embedding(module):

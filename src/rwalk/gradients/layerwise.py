@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from rwalk.distributed.wrappers import module_class
 from rwalk.gradients.layer_rules import LAYER_RULES, Elementwise, Gather, Sum, find_owners
-from rwalk.gradients.mapping import UNMAPPED, mapped, reaches
+from rwalk.gradients.mapping import UNMAPPED, OnlyMapped, mapped, reaches
 
 ROOTS: dict[Any, Callable[[Tensor], Tensor]] = {torch.square: torch.sqrt, torch.abs: torch.clone}
 """The functions that can be summed layer by layer, and what to apply to a gradient's weight before the function."""
@@ -95,8 +95,11 @@ class _MappedLayer:
         return lambda g, weight, bias: gather(g.squeeze(1), weight, bias)
 
 
-class _Note(torch.autograd.Function):
-    """Notes a layer's call under `vmap`, where the tensors of all examples are known, and adds zeros whose gradient is kept."""
+class _Note(OnlyMapped):
+    """Notes a layer's call under `vmap`, where the tensors of all examples are known, and adds zeros whose gradient is kept.
+
+    Gradients that the model itself takes are refused, as the parameters are detached in them.
+    """
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, mark: Tensor, x: Tensor, y: Tensor, layer: _MappedLayer) -> tuple[Tensor, int]:  # noqa: ARG004
@@ -110,20 +113,6 @@ class _Note(torch.autograd.Function):
         zeros = torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True).expand_as(y)
         layer.calls.append(_LayerCall(x.detach(), x._version, zeros))
         return y + zeros, 0
-
-    @staticmethod
-    def forward(*_: Any) -> NoReturn:
-        """Never called, as there is always a `vmap`."""
-        raise NotImplementedError
-
-    @staticmethod
-    def setup_context(*_: Any) -> None:
-        """Keep nothing."""
-
-    @staticmethod
-    def backward(*_: Any) -> NoReturn:
-        """Refuse gradients that the model itself takes, as the parameters are detached in them."""
-        raise NotImplementedError
 
 
 class _RefuseGraphQueries(TorchFunctionMode):

@@ -96,17 +96,8 @@ class _Condition:
         return first
 
 
-class _Values(torch.autograd.Function):
-    """Notes the values of a tensor under `vmap`, where those of all examples are known."""
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, mark: Tensor, x: Tensor, condition: _Condition) -> tuple[Tensor, int]:  # noqa: ARG004
-        """Note the values."""
-        if in_dims[0] is None:
-            raise RuntimeError("the model asks for a condition under a `vmap` of its own")
-        x = x.expand(info.batch_size, *x.shape) if in_dims[1] is None else x.movedim(in_dims[1], 0)
-        condition.values = x
-        return x, 0
+class OnlyMapped(torch.autograd.Function):
+    """A function that is called under `vmap` alone, and that no gradient goes through."""
 
     @staticmethod
     def forward(*_: Any) -> NoReturn:
@@ -119,5 +110,18 @@ class _Values(torch.autograd.Function):
 
     @staticmethod
     def backward(*_: Any) -> NoReturn:
-        """Never called, as no gradients pass."""
+        """Refuse gradients that the model itself takes."""
         raise NotImplementedError
+
+
+class _Values(OnlyMapped):
+    """Notes the values of a tensor under `vmap`, where those of all examples are known."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, mark: Tensor, x: Tensor, condition: _Condition) -> tuple[Tensor, int]:  # noqa: ARG004
+        """Note the values."""
+        if in_dims[0] is None:
+            raise RuntimeError("the model asks for a condition under a `vmap` of its own")
+        x = x.expand(info.batch_size, *x.shape) if in_dims[1] is None else x.movedim(in_dims[1], 0)
+        condition.values = x
+        return x, 0

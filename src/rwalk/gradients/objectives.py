@@ -167,7 +167,7 @@ class Scores:
             self._warn_if_sure(few, ran)
 
     def _warn_if_sure(self, few: ExampleBatch, ran: "_Run") -> None:
-        """Warn where labels of which the model is sure leave hardly any gradient."""
+        """Warn where the model is so sure of the labels that they leave hardly any gradient."""
         loss = own_loss(ran.output) if self.loss is not None and self.given is None else None
         if self.likelihood is not None and self.likelihood.family != "gaussian":
             score, _ = self.likelihood.scores("true", self._values(*ran), few.target, few.size)

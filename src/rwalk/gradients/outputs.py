@@ -40,7 +40,7 @@ def read_output(output: Any, logits: Callable[..., Tensor] | None, inputs: Any =
     if logits is not None:
         output = logits(output, inputs) if _takes_inputs(logits) else logits(output)
     elif not isinstance(output, Tensor):
-        output = next((found for name in READ if (found := _entry(output, name)) is not None), output)
+        output = next((found for name in READ if (found := entry(output, name)) is not None), output)
     if not isinstance(output, Tensor):
         raise TypeError(
             f"The model's output is a `{type(output).__name__}`, and not a tensor or an object or mapping with `logits`. "
@@ -49,7 +49,8 @@ def read_output(output: Any, logits: Callable[..., Tensor] | None, inputs: Any =
     return output
 
 
-def _entry(output: Any, name: str) -> Any:
+def entry(output: Any, name: str) -> Any:
+    """Return the part of a model's output that has a name, in a mapping or an object; None if there is none."""
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
@@ -72,7 +73,7 @@ def own_loss(output: Any) -> Tensor | None:
     """Return the loss that a model has computed itself, if its output has one."""
     if isinstance(output, Tensor):
         return None
-    found = _entry(output, "loss")
+    found = entry(output, "loss")
     if found is None and isinstance(output, tuple) and output:
         found = output[0]
     return found if isinstance(found, Tensor) and found.dim() == 0 else None

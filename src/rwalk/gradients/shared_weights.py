@@ -81,7 +81,7 @@ class SharedSums(LayerSums):
         self.head.reduce(ranks)
 
     def scaled(self, factor: float) -> Self:
-        """Return the sums multiplied by a number, which are not those of so many rows."""
+        """Return the sums multiplied by a number, while the count of rows stays."""
         other = super().scaled(factor)
         other.head = self.head.scaled(factor)
         return other
