@@ -56,8 +56,8 @@ def _sweeps(records: list[Record]) -> Iterator[tuple[str, list[Record], Record]]
 
 
 def _judged(setting: str, sweep: list[Record], plain: Record) -> Iterator[Case]:
-    best = max(r.average_accuracy or 0 for r in sweep)
-    good = [i for i, r in enumerate(sweep) if (r.average_accuracy or 0) >= best - NEAR]
+    best = max(r.average or 0 for r in sweep)
+    good = [i for i, r in enumerate(sweep) if (r.average or 0) >= best - NEAR]
     for i, r in enumerate(sweep):
         verdict = "too small" if i < good[0] else "too large" if i > good[-1] else "fine"
         yield Case(setting, _figures(r, plain), verdict)
@@ -78,7 +78,7 @@ def _figures(r: Record, plain: Record) -> dict[str, float]:
 
 
 def _learned(r: Record) -> float:
-    return sum(r.accuracy[k][k] or 0 for k in range(1, len(r.accuracy))) / (len(r.accuracy) - 1)
+    return sum(r.scores[k][k] or 0 for k in range(1, len(r.scores))) / (len(r.scores) - 1)
 
 
 def _median(values: Any) -> float:

@@ -41,8 +41,8 @@ def main() -> None:
             for strength in STRENGTHS:
                 for pull in ("gradient", "proximal"):
                     record = one(stream, strength, seed, training, pull, options.out)
-                    results[optimizer, strength, pull].append(record.average_accuracy)
-                    print(optimizer, strength, pull, seed, f"{record.average_accuracy:.3f}", file=sys.stderr, flush=True)
+                    results[optimizer, strength, pull].append(record.average)
+                    print(optimizer, strength, pull, seed, f"{record.average:.3f}", file=sys.stderr, flush=True)
     for optimizer in OPTIMIZERS:
         print(f"{optimizer:8}" + "".join(f"{s:>8g}" for s in STRENGTHS))
         for pull in ("gradient", "proximal"):

@@ -168,7 +168,7 @@ def one(
 
     record = kept(place, name, make, seed, training, added, place.with_suffix(".checkpoint"), device)
     if not there:
-        accuracy, seconds = 100 * (record.average_accuracy or 0), record.timings["train_seconds"]
+        accuracy, seconds = 100 * (record.average or 0), record.timings["train_seconds"]
         print(f"{name}, {method.about}, seed {seed}: {accuracy:.2f} in {seconds:.0f} s", flush=True)
     return record
 

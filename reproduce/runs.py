@@ -48,7 +48,7 @@ def kept(
 
 def percent(records: list[Record]) -> list[list[float]]:
     """Return the average accuracies of runs, and what they forget, in percent."""
-    return [[100 * (r.average_accuracy or 0) for r in records], [100 * (r.forgetting or 0) for r in records]]
+    return [[100 * (r.average or 0) for r in records], [100 * (r.forgetting or 0) for r in records]]
 
 
 def spread(values: list[float], usual: int = 5) -> str:

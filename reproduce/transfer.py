@@ -194,7 +194,7 @@ def accuracies(
 def accuracy(setting: Setting, method: Method, strength: float | None, seed: int, out: Path) -> float:
     """Return the average accuracy of a run in percent; 0 if it diverges, as a gradient pull does that overshoots."""
     try:
-        return 100 * (one(setting, method, strength, seed, out).average_accuracy or 0)
+        return 100 * (one(setting, method, strength, seed, out).average or 0)
     except FloatingPointError:
         return 0.0
 

@@ -34,9 +34,9 @@ def test_each_run_has_the_figures_of_its_record(tmp_path):
     for path in tmp_path.glob("*.json"):
         record, found = Record.load(path), events(path.with_suffix(""))
         for j in range(3):
-            assert found[f"accuracy/task_{j + 1}"] == {k + 1: record.accuracy[k][j] for k in range(3)}
-        assert found["average_accuracy"][3] == record.average_accuracy
-        assert found["forgetting"] == {2: Record("m", "s", 0, record.accuracy[:2]).forgetting, 3: record.forgetting}
+            assert found[f"accuracy/task_{j + 1}"] == {k + 1: record.scores[k][j] for k in range(3)}
+        assert found["average_accuracy"][3] == record.average
+        assert found["forgetting"] == {2: Record("m", "s", 0, record.scores[:2]).forgetting, 3: record.forgetting}
         assert set(found["train/loss"]) == {1, 2, 3}
         assert ("memory/penalty" in found) == (record.method == "rwalk")
         for k, diagnostics in enumerate(record.diagnostics):
@@ -61,9 +61,9 @@ def test_a_run_that_is_cut_off_and_goes_on_writes_nothing_twice(tmp_path, monkey
     save = Checkpoint.save
 
     def cut(self, learner, measured):
-        if len(measured.accuracy) < 2 or written:
+        if len(measured.scores) < 2 or written:
             save(self, learner, measured)
-        if len(measured.accuracy) == 2:
+        if len(measured.scores) == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -74,7 +74,7 @@ def test_a_run_that_is_cut_off_and_goes_on_writes_nothing_twice(tmp_path, monkey
     calm, resumed = (events(next((tmp_path / name).glob("*.json")).with_suffix("")) for name in ("calm", "cut"))
     assert {tag: sorted(values) for tag, values in resumed.items()} == {tag: sorted(values) for tag, values in calm.items()}
     (path,) = (tmp_path / "cut").glob("*.json")
-    accuracy = json.loads(path.read_text())["accuracy"]
+    accuracy = json.loads(path.read_text())["scores"]
     assert resumed["accuracy/task_1"] == {k + 1: accuracy[k][0] for k in range(3)}
 
 

@@ -56,7 +56,7 @@ def test_a_last_one_joins_the_batch_before(count, sizes):
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_every_method_trains_with_batch_norm_on_any_number_of_examples(factories, method):
     record = bench.run(stream(), method, training=SMALL)
-    assert all(0 <= a <= 1 for row in record.accuracy for a in row)
+    assert all(0 <= a <= 1 for row in record.scores for a in row)
 
 
 @pytest.mark.filterwarnings("ignore:The gradient pull overshoots")
@@ -83,7 +83,7 @@ def test_a_run_equals_the_plain_loop_with_joined_batches(factories):
         model.eval()
         for j, other in enumerate(tasks):
             x, y = other.test.read()
-            assert record.accuracy[k][j] == (model(x).argmax(1) == y).double().mean().item()
+            assert record.scores[k][j] == (model(x).argmax(1) == y).double().mean().item()
         model.train()
 
 
@@ -109,7 +109,7 @@ def test_statistics_are_renewed_from_all_examples_of_a_task():
 
 def test_evaluation_without_running_statistics(factories):
     record = bench.run(stream((12,), test=513), training=Training(model="batch_models:bare", batch_size=5))
-    assert 0 <= record.accuracy[0][0] <= 1
+    assert 0 <= record.scores[0][0] <= 1
 
 
 @pytest.mark.filterwarnings("ignore:The gradient pull overshoots")

@@ -57,7 +57,7 @@ def test_runs_write_records_and_print_a_table(tmp_path, capsys):
     assert printed.count("on disk") == 0
     records = [json.loads(p.read_text()) for p in (tmp_path / "runs").glob("*.json")]
     assert sorted((r["method"], r["seed"]) for r in records) == [(m, s) for m in ("finetune", "joint", "rwalk") for s in (0, 1)]
-    assert all(len(r["accuracy"]) == 2 and r["stream"] == "split-digits" for r in records)
+    assert all(len(r["scores"]) == 2 and r["stream"] == "split-digits" for r in records)
     assert {r["config"]["rule"]["alpha"] for r in records if r["method"] == "rwalk"} == {0.5}
     assert (
         run("split-digits", "--methods", "finetune,rwalk,joint", *QUICK, "--seeds", "2", "--out", out, "--rwalk.alpha", "0.5")
@@ -101,7 +101,7 @@ def test_the_kernels_are_chosen_and_recorded(tmp_path, capsys):
         assert run("split-digits", "--methods", "rwalk", *QUICK, "--kernels", backend, "--out", str(tmp_path / backend)) == 0
     one, two = (Record.load(next((tmp_path / backend).glob("*.json"))) for backend in ("reference", "blocked"))
     assert (one.versions["kernels"], two.versions["kernels"]) == ("reference", "blocked")
-    assert one.accuracy == two.accuracy
+    assert one.scores == two.scores
 
 
 def test_kernels_that_are_not_installed_are_named_and_the_status_is_two(tmp_path, capsys, monkeypatch):
@@ -135,7 +135,7 @@ def test_domains_and_stretches_of_time(tmp_path, monkeypatch):
         for path in (tmp_path / out).glob("*.json"):
             record = json.loads(path.read_text())
             about = record["config"]["stream"]
-            assert (record["stream"], about["scenario"], len(record["accuracy"])) == expected
+            assert (record["stream"], about["scenario"], len(record["scores"])) == expected
             assert record["config"]["training"]["model"] == "mlp"
 
 
@@ -297,7 +297,7 @@ def test_a_record_without_accuracies_is_on_disk_and_shown(tmp_path, capsys):
     run("split-digits", *QUICK, "--methods", "finetune", "--out", str(tmp_path))
     (path,) = tmp_path.glob("*.json")
     record = Record.load(path)
-    dataclasses.replace(record, accuracy=[[None] * 2] * 2, timings={"train_seconds": None}, bits=[[None]]).save(tmp_path)
+    dataclasses.replace(record, scores=[[None] * 2] * 2, timings={"train_seconds": None}, bits=[[None]]).save(tmp_path)
     capsys.readouterr()
     assert run("split-digits", *QUICK, "--methods", "finetune", "--out", str(tmp_path)) == 0
     assert "finetune seed 0: average accuracy unknown (on disk)" in capsys.readouterr().out
@@ -326,7 +326,7 @@ def test_ctrl_c_and_the_same_command_again_give_what_an_undisturbed_run_gives(tm
     assert len(names) == 4
     for name in names:
         a, b = (json.loads((folder / name).read_text()) for folder in (calm, disturbed))
-        assert a["accuracy"] == b["accuracy"]
+        assert a["scores"] == b["scores"]
 
 
 def test_a_log_without_its_package_is_refused_before_anything_is_written(tmp_path, capsys, monkeypatch):

@@ -17,7 +17,7 @@ from cases import same
 from rwalk import SI, Anchor, Consolidator, Kronecker, RWalk, bench, report
 from rwalk._io import files, states
 from rwalk.bench import Record, Training
-from rwalk.bench.checkpoint import accuracy_so_far
+from rwalk.bench.checkpoint import scores_so_far
 from rwalk.bench.tuned import Tuned
 from rwalk.replay import Buffer
 from rwalk.report import page, svg, terminal
@@ -157,7 +157,7 @@ def stopped(tmp_path_factory):
 def test_a_sealed_checkpoint_of_a_wrong_kind_starts_anew_or_works(tmp_path, stopped, method, data):
     stream, training, content = stopped(method)
     states.save(tmp_path / "c", "checkpoint", data.draw(spoilt(content, tensors=True)))
-    assert accuracy_so_far(tmp_path / "c") is not None
+    assert scores_so_far(tmp_path / "c") is not None
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         record = bench.run(stream, method, training=training, checkpoint=tmp_path / "c")
@@ -174,7 +174,7 @@ def recorded(**changes):
               "replay": {"size": 4, "per": "total", "select": "uniform", "batch": None}}  # fmt: skip
     figures = {"penalty": 0.1, "penalty / loss": 0.5, "windows beyond eps": 0.2, "penalty from score": 0.6}
     diagnostics = [{"figures": figures, "layers": [{"name": "0", "share": 1.0, "drift": 0.1}]}] * 2
-    parts = {"method": "rwalk+replay", "stream": "split-x", "seed": 0, "accuracy": [[0.5, None], [0.4, 0.6]],
+    parts = {"method": "rwalk+replay", "stream": "split-x", "seed": 0, "scores": [[0.5, None], [0.4, 0.6]],
              "untrained": [0.1, None], "bits": [[2.0, 2.0], [1.5, 1.0]], "config": config, "diagnostics": diagnostics,
              "timings": {"train_seconds": 1.0, "step_ms": 2.0}, "memory": {"model_bytes": 8, "state_bytes": 8},
              "versions": {"torch": "2", "kernels": "numba+blocked"}}  # fmt: skip

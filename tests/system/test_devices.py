@@ -62,7 +62,7 @@ def test_a_gpu_gives_what_the_cpu_gives(method):
     here, there = a_run(method, "cpu"), a_run(method, "cuda")
     assert (here.device, there.device) == ("cpu", "cuda")
     assert there.versions["gpu"]
-    for ours, theirs in zip(here.accuracy, there.accuracy, strict=True):
+    for ours, theirs in zip(here.scores, there.scores, strict=True):
         assert [a is None for a in ours] == [a is None for a in theirs]
         assert all(abs(a - b) < 0.05 for a, b in zip(ours, theirs, strict=True) if a is not None)
 
@@ -84,7 +84,7 @@ def test_a_run_on_a_gpu_goes_on_where_it_was_stopped(method, tmp_path):
         place = tmp_path / "checkpoint"
         with pytest.raises(KeyboardInterrupt):
             bench.run(stream, method, checkpoint=place, track=stop, **options)
-        assert bench.run(stream, method, checkpoint=place, **options).accuracy == whole.accuracy
+        assert bench.run(stream, method, checkpoint=place, **options).scores == whole.scores
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -226,7 +226,7 @@ def test_every_learner_goes_on_after_its_last_task(tmp_path, method, optimizer):
         steps = [-(-sum(len(e.train) for e in stream[: k + 1]) // 50) for k in range(5)]
     for tasks in (1, 3):
         interrupted(stream, method, place, sum(steps[:tasks]) + 2, training, **options)
-        assert len(states.load(place, "checkpoint")["measured"]["accuracy"]) == tasks
+        assert len(states.load(place, "checkpoint")["measured"]["scores"]) == tasks
     ticks = []
     record = bench.run(stream, method, training=training, checkpoint=place, tick=lambda: ticks.append(1), **options)
     assert len(ticks) == sum(steps)
@@ -301,7 +301,7 @@ def test_learners_of_ones_own_go_on_if_they_can_tell_where_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    lambda raw: raw.replace(b'"seed": 0', b'"seed": 1'), lambda raw: raw.replace(b'"accuracy": [', b'"accuracy": [[1.0],'),
+    lambda raw: raw.replace(b'"seed": 0', b'"seed": 1'), lambda raw: raw.replace(b'"scores": [', b'"scores": [[1.0],'),
     lambda raw: raw[:-5], lambda raw: raw + b"x", lambda raw: raw.replace(b'"threads": 1', b'"threads": NaN'),
 ])  # fmt: skip
 def test_a_record_that_was_changed_is_refused(tmp_path, change):
@@ -317,7 +317,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_costs_nothing_else(tmp_
     stream, place, save = bench.split("digits", tasks=4), tmp_path / "c", states.save
 
     def full(path, kind, content):
-        if len(content["measured"]["accuracy"]) > 1:
+        if len(content["measured"]["scores"]) > 1:
             raise OSError(errno.ENOSPC, f"`{path}` cannot be written. Make room.")
         save(path, kind, content)
 
@@ -327,7 +327,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_costs_nothing_else(tmp_
     assert len(said) == 2  # after the second and the third task, and not after the last one
     assert {Path(one.filename).name for one in said} == {Path(__file__).name}
     assert measurement(record) == measurement(bench.run(stream, "finetune", training=SMALL))
-    assert len(states.load(place, "checkpoint")["measured"]["accuracy"]) == 1
+    assert len(states.load(place, "checkpoint")["measured"]["scores"]) == 1
 
 
 def test_a_run_of_one_task_has_no_checkpoint(tmp_path):

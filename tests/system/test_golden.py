@@ -35,6 +35,8 @@ def network():
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("records-*/*.json")), ids=lambda path: path.name)
 def test_records_of_every_format_load_with_all_that_they_hold(path):
     record, raw = Record.load(path), json.loads(path.read_text())
+    if path.parent.name == "records-1":
+        raw |= {"scores": raw.pop("accuracy"), "format": 2}
     fields = {field.name for field in dataclasses.fields(Record)}
     assert fields & raw.keys()
     for name in fields & raw.keys():

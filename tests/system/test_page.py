@@ -100,8 +100,8 @@ def test_the_sentence_says_what_was_kept_and_what_it_cost():
     ([made("si", last=0.5, tasks=1, memory={})], "SI ended at an average accuracy of 50.0 %."),
     ([made("finetune", last=0.8), made("mas", last=0.2)], "Fine-tuning kept 88.9 % of what was learned on earlier tasks and "
      "ended at the highest average accuracy, 80.0 %."),
-    ([made(accuracy=[[None, None], [None, None]])], "These runs hold no average accuracy."),
-    ([made(accuracy=[])], "These runs hold no average accuracy."),
+    ([made(scores=[[None, None], [None, None]])], "These runs hold no average accuracy."),
+    ([made(scores=[])], "These runs hold no average accuracy."),
 ])  # fmt: skip
 def test_the_sentence_is_true_of_few_runs_too(records, expected):
     assert said(records)[0] == expected
@@ -116,10 +116,10 @@ def classes(record):
     ([made("finetune"), *(made(seed=s) for s in range(3))], "Not all methods were run with the same seeds"),
     ([classes(made())], "expect RWalk near fine-tuning"),
     ([made("finetune", last=0.8), made("mas", last=0.2)], "MAS ended below fine-tuning (50.0 % against 80.0 %)"),
-    ([made(accuracy=[[0.9, 0.1], [0.1, 0.1]])], "RWalk seems to have diverged (it ended no better than the untrained network)"),
+    ([made(scores=[[0.9, 0.1], [0.1, 0.1]])], "RWalk seems to have diverged (it ended no better than the untrained network)"),
     ([made(diagnostics=[{"figures": {"penalty": None}}])], "(its penalty overflowed); the gradient pull overshoots"),
     ([made(), made(config=made().config | {"strength": 10.0})], "RWalk was run with 2 strengths"),
-    ([made("finetune"), made(accuracy=[[0.9, 0.1], [0.9, 0.5]])],
+    ([made("finetune"), made(scores=[[0.9, 0.1], [0.9, 0.5]])],
      "New tasks reach only 70.0 % with RWalk, with fine-tuning 85.0 %: try smaller"),
     ([made("finetune", last=0.2), made(last=0.2)], "With RWalk as much is forgotten as with fine-tuning"),
     ([made(diagnostics=[{"figures": {"steps left out": 3.0}}])], "left out 3 steps whose gradients were not finite"),
@@ -139,8 +139,8 @@ def test_remarks_keep_quiet_where_nothing_is_wrong():
 
 
 def test_charts_show_means_and_deviations():
-    first = made(accuracy=[[0.9, 0.1, 0.1], [0.5, 0.8, 0.1], [0.4, 0.6, 0.7]], untrained=[])
-    second = made(accuracy=[[0.9, 0.1, 0.1], [0.7, 0.8, 0.1], [0.6, 0.8, 0.7]], untrained=[], seed=1)
+    first = made(scores=[[0.9, 0.1, 0.1], [0.5, 0.8, 0.1], [0.4, 0.6, 0.7]], untrained=[])
+    second = made(scores=[[0.9, 0.1, 0.1], [0.7, 0.8, 0.1], [0.6, 0.8, 0.7]], untrained=[], seed=1)
     (comparison,) = report.summarise([first, second])
     accuracy, forgetting = charts.charts(comparison)
     (line,) = accuracy.series
@@ -151,7 +151,7 @@ def test_charts_show_means_and_deviations():
 
 
 def test_a_sweep_is_a_curve_of_stability_against_plasticity():
-    strong = made(config=made().config | {"strength": 10.0}, accuracy=[[0.9, 0.1], [0.81, 0.5]])
+    strong = made(config=made().config | {"strength": 10.0}, scores=[[0.9, 0.1], [0.81, 0.5]])
     (comparison,) = report.summarise([made(), strong])
     (sweep,) = [chart for chart in charts.charts(comparison) if chart.labelled]
     assert [(p.label, p.x, p.value.mean) for p in sweep.series[0].points] == [
@@ -290,7 +290,7 @@ def hostile():
         whole,
         replace(whole, seed=-1),
         made(HOSTILE, config=numbers),
-        made("rwalk", stream=HOSTILE, accuracy=[], untrained=[]),
+        made("rwalk", stream=HOSTILE, scores=[], untrained=[]),
     ]
 
 
@@ -321,10 +321,10 @@ def old(record):
 
 
 @pytest.mark.parametrize("runs", [
-    [made()], [made("joint", tasks=1)], [made(accuracy=[])], [old(made()), old(made("finetune"))],
+    [made()], [made("joint", tasks=1)], [made(scores=[])], [old(made()), old(made("finetune"))],
     [Record("m", "s", 0, [[1.0]])],
-    [made(bits=[[2.0, 2.0], [1.5, 1.25]])], [made(accuracy=[[None, None], [None, 0.5]])],
-    [made(accuracy=[[0.5, None, None], [0.4, 0.6, None]], untrained=[])], [made(seed=1), made(seed=1, threads=2)],
+    [made(bits=[[2.0, 2.0], [1.5, 1.25]])], [made(scores=[[None, None], [None, 0.5]])],
+    [made(scores=[[0.5, None, None], [0.4, 0.6, None]], untrained=[])], [made(seed=1), made(seed=1, threads=2)],
     [made(diagnostics=[{"figures": {"penalty": None, "penalty / loss": None}, "layers": [{"name": "a", "share": None}]}])],
 ])  # fmt: skip
 def test_records_of_all_ages_make_a_page(runs, tmp_path):
@@ -343,15 +343,15 @@ def sealed(path, text):
 
 
 @pytest.mark.parametrize("content", [
-    "{", "[]", '{"method": 1}', '{"method": "m", "stream": "s", "seed": 0, "accuracy": [[0.1], [0.2]]}',
-    '{"method": "m", "stream": "s", "seed": 0, "accuracy": [[1]], "config": {"stream": 3}}',
-    '{"method": "m", "stream": "s", "seed": 0, "accuracy": [[1]], "config": {"strength": "x"}}',
-    '{"method": "m", "stream": "s", "seed": 0, "accuracy": [[1]], "untrained": [1, 1]}',
-    '{"method": "m", "stream": "s", "seed": 0, "accuracy": [[1]], "bits": [3]}',
-    '{"method": "m", "stream": "s", "seed": 0, "accuracy": [[1]], "timings": {"step_ms": "x"}}',
-    '{"method": "m", "stream": "s", "seed": 0, "accuracy": [[1]], "memory": {"model_bytes": 1%s}}' % ("0" * 400),
-    '{"method": "m", "stream": "s", "seed": 0, "accuracy": [[1]], "diagnostics": [{"layers": [{}]}]}',
-    '{"method": "m", "stream": "s", "seed": 0, "accuracy": [[1]], "diagnostics": [3]}',
+    "{", "[]", '{"method": 1}', '{"method": "m", "stream": "s", "seed": 0, "scores": [[0.1], [0.2]]}',
+    '{"method": "m", "stream": "s", "seed": 0, "scores": [[1]], "config": {"stream": 3}}',
+    '{"method": "m", "stream": "s", "seed": 0, "scores": [[1]], "config": {"strength": "x"}}',
+    '{"method": "m", "stream": "s", "seed": 0, "scores": [[1]], "untrained": [1, 1]}',
+    '{"method": "m", "stream": "s", "seed": 0, "scores": [[1]], "bits": [3]}',
+    '{"method": "m", "stream": "s", "seed": 0, "scores": [[1]], "timings": {"step_ms": "x"}}',
+    '{"method": "m", "stream": "s", "seed": 0, "scores": [[1]], "memory": {"model_bytes": 1%s}}' % ("0" * 400),
+    '{"method": "m", "stream": "s", "seed": 0, "scores": [[1]], "diagnostics": [{"layers": [{}]}]}',
+    '{"method": "m", "stream": "s", "seed": 0, "scores": [[1]], "diagnostics": [3]}',
 ])  # fmt: skip
 def test_files_that_are_no_records_are_named_and_left_out(content, tmp_path):
     sealed(tmp_path / "<b>.json", content)
@@ -369,7 +369,7 @@ def test_many_runs_make_a_small_page():
         figures = {"penalty": 0.1, "penalty / loss": 0.5 + seed, "windows beyond eps": 0.2, "penalty from score": 0.6}
         diagnostics = [{"figures": figures, "layers": layers} for _ in range(20)]
         config = made().config | {"strength": strength}
-        return made(method, seed, accuracy=matrix, untrained=[0.1] * 20, config=config, diagnostics=diagnostics)
+        return made(method, seed, scores=matrix, untrained=[0.1] * 20, config=config, diagnostics=diagnostics)
 
     fifty = [twenty(m, seed, s) for m in ("rwalk", "ewc") for s in (0.1, 1.0, 10.0, 100.0, 1000.0) for seed in range(5)]
     assert len(page.render(report.summarise(fifty)).encode()) < 1_000_000

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from rwalk import bench
 from rwalk._io import files, states
-from rwalk.bench.checkpoint import accuracy_so_far
+from rwalk.bench.checkpoint import scores_so_far
 from rwalk.bench.spec import RunSpec
 from rwalk.cli.main import main
 from rwalk.cli.progress import Display
@@ -170,11 +170,11 @@ def test_runs_of_workers_are_followed_by_their_locks_and_checkpoints(tmp_path):
     with files.file_lock(place.with_suffix(".lock")):
         display.look()
         assert re.search(r"run 0 .* 0%", frame())
-        states.save(place.with_suffix(".checkpoint"), "checkpoint", {"measured": {"accuracy": [[0.25, None, None, None]]}})
+        states.save(place.with_suffix(".checkpoint"), "checkpoint", {"measured": {"scores": [[0.25, None, None, None]]}})
         display.look()
         assert "25.0% after 1 of 4 tasks" in frame()
         rows = [[None] * 4] * 4 + [[0.5] * 5]
-        states.save(place.with_suffix(".checkpoint"), "checkpoint", {"measured": {"accuracy": rows}})
+        states.save(place.with_suffix(".checkpoint"), "checkpoint", {"measured": {"scores": rows}})
         display.look()
         assert "25.0% after 1 of 4 tasks" in frame(), "a checkpoint of another run is left out"
     assert len(looked) == 4
@@ -182,8 +182,8 @@ def test_runs_of_workers_are_followed_by_their_locks_and_checkpoints(tmp_path):
 
 @pytest.mark.parametrize("content", [
     b"", b"\0" * 4, b"\xff" * 100, b"\2" + b"\0" * 7 + b"{}", b"\x30" + b"\0" * 7 + b'{"__metadata__": {"content": "[]"}}',
-    b"\x50" + b"\0" * 7 + b'{"__metadata__": {"content": "{\\"measured\\": {\\"accuracy\\": [[2]]}}"}}',
+    b"\x50" + b"\0" * 7 + b'{"__metadata__": {"content": "{\\"measured\\": {\\"scores\\": [[2]]}}"}}',
 ])  # fmt: skip
 def test_checkpoints_that_are_none_have_no_rows(tmp_path, content):
     (tmp_path / "x.checkpoint").write_bytes(content)
-    assert accuracy_so_far(tmp_path / "x.checkpoint") == []
+    assert scores_so_far(tmp_path / "x.checkpoint") == []

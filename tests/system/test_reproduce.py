@@ -138,7 +138,7 @@ def test_every_method_runs_and_its_record_is_found_again(name, tmp_path, small, 
     method, tasks = permuted_mnist.METHODS[name], partial(permuted_mnist.stream, small, 0)
     first = permuted_mnist.one(tasks, name, method, 0, tmp_path)
     assert "seed 0" in capsys.readouterr().out
-    assert permuted_mnist.one(tasks, name, method, 0, tmp_path).accuracy == first.accuracy
+    assert permuted_mnist.one(tasks, name, method, 0, tmp_path).scores == first.scores
     assert not capsys.readouterr().out
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
     assert method.about in permuted_mnist.table({name: [first]})
@@ -189,8 +189,8 @@ def test_every_method_runs_on_split_streams(name, tmp_path, monkeypatch):
     monkeypatch.setattr(split, "KEPT", Rehearsal(20))
     first = split.one(name, target, 0, tmp_path)
     monkeypatch.setattr(bench, "run", None)
-    assert split.one(name, target, 0, tmp_path).accuracy == first.accuracy
-    assert f"{100 * first.average_accuracy:.2f}" in split.row(name, target, [first])
+    assert split.one(name, target, 0, tmp_path).scores == first.scores
+    assert f"{100 * first.average:.2f}" in split.row(name, target, [first])
 
 
 def test_the_network_without_dropout_trains_as_the_cnn_evaluates():
@@ -235,13 +235,13 @@ def test_avalanches_plugin_learns_the_same_stream():
     tasks = bench.split("digits", tasks=2)
     theirs = AvalancheRWalk(1.0, partial(build, "mlp", tasks[0], (64,)), Training(3, 16), 0)
     record = bench.run(tasks, theirs, training=Training(3, 16))
-    assert record.accuracy[0][0] > 0.9
-    assert record.accuracy[1][1] > 0.9
+    assert record.scores[0][0] > 0.9
+    assert record.scores[1][1] > 0.9
 
 
 def test_the_table_of_transfer_shows_the_best_strength_beside_the_default(tmp_path):
     setting = transfer.Setting(lambda seed: bench.permuted("digits", tasks=2, seed=seed), Training(batch_size=128))
-    assert transfer.one(setting, transfer.METHODS["joint"], None, 0, tmp_path).average_accuracy > 0.3
+    assert transfer.one(setting, transfer.METHODS["joint"], None, 0, tmp_path).average > 0.3
     found = {"fine-tuning": {None: [40.0, 50.0]}, "averaging alone": {0.0: [50.0]}, "RWalk": {1: [60.0], 10: [70.0]},
              "EWC, averaged": {1: [61.0]}, "recipe": {0.1: [71.0], 0.15: [69.0]},
              "default": {transfer.DEFAULT: [80.0, 82.0], 0.2: [85.0, 83.0]}, "joint": {None: [90.0]}}  # fmt: skip

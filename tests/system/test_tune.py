@@ -63,7 +63,7 @@ def test_later_tasks_are_the_others_counted_anew():
     assert [e.task for e in left] == [0, 1]
     assert [e.classes for e in left] == [e.classes for e in whole[3:]]
     assert left[0].stream["tasks"] == 2
-    assert bench.run(left, "finetune", training=SMALL).accuracy[0][1] is None
+    assert bench.run(left, "finetune", training=SMALL).scores[0][1] is None
     assert later(whole, 0) == whole
 
 
@@ -76,7 +76,7 @@ def test_the_choice_is_the_best_of_plain_runs():
     for strength in strengths:
         for lr in rates:
             runs = [bench.run(first, RWalk(), strength, seed, replace(SMALL, lr=lr)) for seed in seeds]
-            means[strength, lr] = sum(r.average_accuracy for r in runs) / 2
+            means[strength, lr] = sum(r.average for r in runs) / 2
     assert {(t["strength"], t["lr"]): t["accuracy"] for t in tuned.trials} == pytest.approx(means)
     assert (tuned.strength, tuned.lr) == max(means, key=means.get)
     assert tuned.accuracy == pytest.approx(max(means.values()))
@@ -215,7 +215,7 @@ def test_from_the_command_line_to_the_runs_that_count(tmp_path, capsys):
     assert record.config["strength"] == tuned.strength
     assert record.config["training"]["lr"] == tuned.lr
     assert record.config["rule"]["alpha"] == 0.5
-    assert len(record.accuracy) == 2
+    assert len(record.scores) == 2
     capsys.readouterr()
     by_name = ["run", *words, "--methods", "finetune,rwalk", "--strength", "tuned", "--skip", "2", "--seeds", "1"]
     assert main.main([*by_name, "--lr", repr(tuned.lr)]) == 0

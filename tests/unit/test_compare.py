@@ -189,11 +189,11 @@ def test_seeds_of_one_side_alone_are_left_out():
 def test_runs_without_figures_are_left_out():
     """As of a run that diverged: nulls in the matrix and in timings."""
     broken = records(A, step_ms=1.0)
-    broken[0] = dataclasses.replace(broken[0], accuracy=[[None, None], [None, None]], timings={"step_ms": None})
+    broken[0] = dataclasses.replace(broken[0], scores=[[None, None], [None, None]], timings={"step_ms": None})
     pair, effect = only(broken, records(B, step_ms=2.0))
     assert effect.seeds == (1, 2, 3)
     assert pair.effects[2].a == (1.0, 1.0, 1.0)
-    nothing = [dataclasses.replace(r, accuracy=[[None, None], [None, None]], timings={}) for r in records(A)]
+    nothing = [dataclasses.replace(r, scores=[[None, None], [None, None]], timings={}) for r in records(A)]
     pair, effect = only(nothing, records(B))
     assert effect is None
     assert "No figure that both have for a common seed." in shown(compare(nothing, records(B)))
@@ -214,7 +214,7 @@ HOSTILE = {
 
 
 def test_hostile_records_are_shown_as_text():
-    a = [Record(seed=i, accuracy=[[v]], **HOSTILE) for i, v in enumerate(A)]
+    a = [Record(seed=i, scores=[[v]], **HOSTILE) for i, v in enumerate(A)]
     b = [dataclasses.replace(r, config={**r.config, "rule": 8, "[/b]": []}) for r in a]
     for width in (20, 40, 80, 200):
         printed = shown(compare(a, b), width)

@@ -13,7 +13,7 @@ from records import made
 from rwalk import L2, Anchor, Consolidator, report
 from rwalk._io import files, states
 from rwalk.bench import Record
-from rwalk.bench.checkpoint import accuracy_so_far
+from rwalk.bench.checkpoint import scores_so_far
 from rwalk.bench.tuned import Tuned
 from rwalk.replay import Buffer
 
@@ -162,7 +162,7 @@ def test_a_file_beyond_all_size_is_refused_before_it_is_read(tmp_path, start, mo
     assert (len(records), len(problems)) == (1, 2)
     assert all(problem.startswith(f"`{tmp_path}") for problem in problems)
     assert "Left out" in report.write(tmp_path).read_text()
-    assert accuracy_so_far(tmp_path / "c.checkpoint") == []
+    assert scores_so_far(tmp_path / "c.checkpoint") == []
     for load in (Consolidator(torch.nn.Linear(1, 1)).load, Anchor.load, Buffer(2).load):
         with pytest.raises(ValueError, match=r"^`.*another file that `.*` wrote"):
             load(tmp_path / "state")

@@ -41,7 +41,7 @@ def test_a_run_equals_the_plain_loop():
         memory.consolidate()
         for j, other in enumerate(stream):
             x, y = other.test.read()
-            assert record.accuracy[k][j] == (model(x).argmax(1) == y).double().mean().item()
+            assert record.scores[k][j] == (model(x).argmax(1) == y).double().mean().item()
 
 
 class Calls(TorchDispatchMode):
@@ -86,8 +86,8 @@ def test_a_step_of_the_bench_is_a_plain_one_with_a_view_and_data_is_read_once_a_
 @pytest.mark.parametrize("method", ["finetune", "joint", RWalk()], ids=str)
 def test_equal_seeds_give_equal_results_and_others_do_not(method):
     runs = [bench.run(bench.split("digits", tasks=2), method, seed=s, training=SMALL) for s in (1, 1, 2)]
-    assert runs[0].accuracy == runs[1].accuracy
-    assert runs[0].accuracy != runs[2].accuracy
+    assert runs[0].scores == runs[1].scores
+    assert runs[0].scores != runs[2].scores
 
 
 def test_a_run_leaves_the_global_random_state_alone():
@@ -101,12 +101,12 @@ def test_scenarios_evaluate_and_mask_as_they_should(scenario, mask):
     record = bench.run(bench.split("digits", tasks=5, scenario=scenario), training=Training(epochs=3))
     assert record.config["training"]["mask"] == mask
     assert record.config["stream"]["scenario"] == scenario
-    future = [a for k, row in enumerate(record.accuracy) for a in row[k + 1 :]]
+    future = [a for k, row in enumerate(record.scores) for a in row[k + 1 :]]
     assert all(a is None for a in future) if scenario == "class" else all(a is not None for a in future)
-    assert record.accuracy[0][0] > 0.9
+    assert record.scores[0][0] > 0.9
     if scenario == "class":
-        assert record.accuracy[-1][0] < 0.5
-        assert record.average_accuracy < 0.5
+        assert record.scores[-1][0] < 0.5
+        assert record.average < 0.5
 
 
 def test_masks_shut_the_outputs_they_name():
@@ -149,8 +149,8 @@ def test_a_learner_of_ones_own():
 
     record = bench.run(bench.split("digits", tasks=5), Constant())
     assert record.method == "constant"
-    assert record.accuracy[0][0] == pytest.approx(0.5, abs=0.05)
-    assert record.accuracy[1][0] == 0
+    assert record.scores[0][0] == pytest.approx(0.5, abs=0.05)
+    assert record.scores[1][0] == 0
 
 
 def test_records_round_trip_and_name_their_configuration(tmp_path):
@@ -172,12 +172,12 @@ def test_records_round_trip_and_name_their_configuration(tmp_path):
 
 
 @pytest.mark.parametrize("text", [
-    "", "{", "[]", '{"method": "a"}', '{"method": "a", "stream": "s", "seed": 0, "accuracy": [[2.0]]}',
-    '{"method": "a", "stream": "s", "seed": "0", "accuracy": []}',
-    '{"method": "a", "stream": "s", "seed": 0, "accuracy": [[0.1], []]}',
-    '{"method": "a", "stream": "s", "seed": 0, "accuracy": [], "format": 7}', "\xff\xfe",
-    '{"method": "a", "stream": "s", "seed": 0, "accuracy": [], "labels": [{"occur": "1", "compete": 1}]}',
-    '{"method": "a", "stream": "s", "seed": 0, "accuracy": [], "labels": [{"occur": 1}]}',
+    "", "{", "[]", '{"method": "a"}', '{"method": "a", "stream": "s", "seed": 0, "scores": [[2.0]]}',
+    '{"method": "a", "stream": "s", "seed": "0", "scores": []}',
+    '{"method": "a", "stream": "s", "seed": 0, "scores": [[0.1], []]}',
+    '{"method": "a", "stream": "s", "seed": 0, "scores": [], "format": 7}', "\xff\xfe",
+    '{"method": "a", "stream": "s", "seed": 0, "scores": [], "labels": [{"occur": "1", "compete": 1}]}',
+    '{"method": "a", "stream": "s", "seed": 0, "scores": [], "labels": [{"occur": 1}]}',
 ])  # fmt: skip
 def test_files_that_are_no_records(tmp_path, text):
     path = tmp_path / "r.json"
@@ -208,7 +208,7 @@ def test_every_rule_runs_class_incrementally_under_its_mask(name):
     method = name if name in RECIPES else rules()[name]()
     record = bench.run(stream, method, training=Training(hidden=(16,), batch_size=50))
     assert record.method == name
-    assert all(a is None or 0 <= a <= 1 for row in record.accuracy for a in row)
+    assert all(a is None or 0 <= a <= 1 for row in record.scores for a in row)
     kind = RECIPES.get(name) or rules()[name]
     assert record.config["rule"].keys() == {f.name for f in dataclasses.fields(kind)}
     assert record.config["pull"] == kind.defaults.pull
@@ -230,8 +230,8 @@ def test_a_tracker_gets_the_figures_of_each_task():
     record = bench.run(stream, RWalk(), training=SMALL, track=lambda scalars, step: calls.append((step, scalars)))
     assert [step for step, _ in calls] == [1, 2]
     for k, (_, scalars) in enumerate(calls):
-        assert [scalars["accuracy/task_1"], scalars["accuracy/task_2"]] == record.accuracy[k]
+        assert [scalars["accuracy/task_1"], scalars["accuracy/task_2"]] == record.scores[k]
         assert scalars["memory/penalty"] == record.diagnostics[k]["figures"]["penalty"]
         assert scalars["train/loss"] > 0
     assert "forgetting" not in calls[0][1]
-    assert (calls[1][1]["average_accuracy"], calls[1][1]["forgetting"]) == (record.average_accuracy, record.forgetting)
+    assert (calls[1][1]["average_accuracy"], calls[1][1]["forgetting"]) == (record.average, record.forgetting)

@@ -23,15 +23,15 @@ class Measured:
     """What a run has measured so far.
 
     Args:
-        untrained: accuracy on each task before training.
-        accuracy: one row for each finished task.
+        untrained: score on each task before training.
+        scores: one row for each finished task.
         bits: the same for bits per character, where there are any.
         preserved: after each finished task, how much of a pretrained model's features is left.
         seconds: time spent on training.
     """
 
     untrained: list[float | None] = field(default_factory=list)
-    accuracy: list[list[float | None]] = field(default_factory=list)
+    scores: list[list[float | None]] = field(default_factory=list)
     bits: list[list[float]] = field(default_factory=list)
     preserved: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
@@ -94,7 +94,7 @@ class Checkpoint:
             _check_measured(measured, len(stream))
             if isinstance(learner, Learner):
                 _check_learner(learner, state, stream[0].outputs)
-            learner.resume(state, stream[: len(measured.accuracy)])
+            learner.resume(state, stream[: len(measured.scores)])
             if isinstance(learner, Learner):
                 _check_optimizer(learner.optimizer)
             devices.set_rng_state(self.device, content["random"])
@@ -107,7 +107,7 @@ class Checkpoint:
 
 def _check_measured(measured: Measured, tasks: int) -> None:
     """Raise a ValueError if what was measured does not fit a record of this many tasks."""
-    rows: list[Any] = [*measured.accuracy, *measured.bits]
+    rows: list[Any] = [*measured.scores, *measured.bits]
     figures = asdict(measured) | {"timings": {"train_seconds": measured.seconds}}
     if not _recordable(figures) or measured.seconds is None or {len(row) for row in rows} != {tasks}:
         raise ValueError("what it has measured is of another kind")
@@ -116,7 +116,7 @@ def _check_measured(measured: Measured, tasks: int) -> None:
 def _recordable(parts: dict[str, Any]) -> bool:
     """Return whether a record may hold some parts."""
     with suppress(ValueError):
-        return bool(Record.from_json({"method": "", "stream": "", "seed": 0, "accuracy": []} | files.as_json(parts)))
+        return bool(Record.from_json({"method": "", "stream": "", "seed": 0, "scores": []} | files.as_json(parts)))
     return False
 
 
@@ -149,8 +149,8 @@ def _check_optimizer(optimizer: Optimizer) -> None:
         raise ValueError("its optimiser has other entries than this one")
 
 
-def accuracy_so_far(path: str | Path) -> list[list[float | None]]:
-    """Return the accuracy matrix in a checkpoint; empty if the file is absent or unreadable.
+def scores_so_far(path: str | Path) -> list[list[float | None]]:
+    """Return the matrix of scores in a checkpoint; empty if the file is absent or unreadable.
 
     The checksum is not verified: resuming from the file does that.
     """
@@ -158,7 +158,7 @@ def accuracy_so_far(path: str | Path) -> list[list[float | None]]:
         with files.opened(path) as file:
             header = files.parse(files.header(file))
         content = files.parse(header["__metadata__"]["content"])
-        rows = content["measured"]["accuracy"]
+        rows = content["measured"]["scores"]
     except (OSError, ValueError, LookupError, TypeError):
         return []
     return rows if is_matrix(rows) else []

@@ -8,7 +8,9 @@ from typing import Any
 from rwalk.bench import metrics
 from rwalk.bench.sealed import Sealed, file_name, fits, is_number
 
-FORMAT = 1
+ACCURACY = "accuracy"
+FORMAT = 2
+"""In format 1 `scores` was called `accuracy`, as nothing else was measured."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,12 @@ class Record(Sealed):
         method: what learned: "finetune", "joint" or the name of a rule.
         stream: name of the stream, for example "permuted-digits".
         seed: seed of initial weights, batch order and, for permuted and rotated streams, of the stream itself.
-        accuracy: a[k][j], accuracy on task j after training task k, fractions, None where not evaluated.
-        untrained: accuracy of the model on each task before training, None where not evaluated.
+        scores: a[k][j], the score on task j after training task k, None where not evaluated; columns beyond the number of rows
+            are of tasks that were evaluated and not yet trained.
+        untrained: score of the model on each task before training, None where not evaluated.
+        metric: what a score is; an "accuracy" is a fraction.
+        higher: whether a higher score is better, as for accuracy; False for errors.
+        tasks: names of the tasks, one for each column; empty where they have none.
         preserved: after each task, for models that come from elsewhere and may be pretrained: the figures of `rwalk.Snapshot`
             about what comes into the last linear layer, on the test inputs of all tasks, by name.
         bits: bits[k][j], for streams of characters: the mean over task j's characters, after training task k, of -log2 of the
@@ -40,8 +46,11 @@ class Record(Sealed):
     method: str
     stream: str
     seed: int
-    accuracy: list[list[float | None]]
+    scores: list[list[float | None]]
     untrained: list[float | None] = field(default_factory=list)
+    metric: str = ACCURACY
+    higher: bool = True
+    tasks: list[str] = field(default_factory=list)
     preserved: list[dict[str, float]] = field(default_factory=list)
     bits: list[list[float]] = field(default_factory=list)
     labels: list[dict[str, int]] = field(default_factory=list)
@@ -60,34 +69,40 @@ class Record(Sealed):
     NAMED = re.compile(r".*-seed-?[0-9]+-[0-9a-f]{10}\.json", re.DOTALL)
 
     @property
-    def average_accuracy(self) -> float | None:
-        """Mean accuracy over all tasks after the last one."""
-        return metrics.average_accuracy(self.accuracy)
+    def average(self) -> float | None:
+        """Mean score over all tasks after the last one: for accuracies the average accuracy."""
+        return metrics.average(self.scores)
 
     @property
     def forgetting(self) -> float | None:
-        """Mean loss of accuracy on earlier tasks since their best."""
-        return metrics.forgetting(self.accuracy)
+        """Mean loss on earlier tasks since their best score; positive where they became worse."""
+        return metrics.forgetting(self._oriented)
+
+    @property
+    def forgotten(self) -> list[float | None]:
+        """What `forgetting` averages: the loss on each earlier task."""
+        return metrics.forgotten(self._oriented)
 
     @property
     def backward_transfer(self) -> float | None:
-        """Mean change of accuracy on earlier tasks since they were learned."""
-        return metrics.backward_transfer(self.accuracy)
+        """Mean change on earlier tasks since they were learned; positive where they became better."""
+        return metrics.backward_transfer(self._oriented)
 
     @property
     def forward_transfer(self) -> float | None:
-        """Mean gain of accuracy on later tasks before they are learned."""
-        return metrics.forward_transfer(self.accuracy, self.untrained) if self.untrained else None
+        """Mean gain on later tasks before they are learned; positive where they became better."""
+        untrained = metrics.oriented([self.untrained], self.higher)[0]
+        return metrics.forward_transfer(self._oriented, untrained) if self.untrained else None
 
     @property
     def kept(self) -> float | None:
-        """Share of the best accuracies on earlier tasks that is left after the last one."""
-        return metrics.kept(self.accuracy)
+        """Share of the best accuracies on earlier tasks that is left after the last one; None for other metrics."""
+        return metrics.kept(self.scores) if self.metric == ACCURACY else None
 
     @property
     def learned(self) -> float | None:
-        """Mean accuracy on each task right after learning it."""
-        return metrics.learned(self.accuracy)
+        """Mean score on each task right after learning it."""
+        return metrics.learned(self.scores)
 
     @property
     def final_bits(self) -> float | None:
@@ -100,17 +115,24 @@ class Record(Sealed):
         return self.preserved[-1].get("neighbours") if self.preserved else None
 
     def intransigence(self, joint: "Record") -> float | None:
-        """Accuracy on the last task that joint training reaches and this run does not."""
-        return metrics.intransigence(self.accuracy, joint.accuracy)
+        """By how much joint training is better on the last task than this run."""
+        return metrics.intransigence(self._oriented, joint._oriented)
+
+    @property
+    def _oriented(self) -> metrics.Matrix:
+        return metrics.oriented(self.scores, self.higher)
 
     @property
     def name(self) -> str:
         """File name: readable, and the same for the same method, stream, seed and configuration."""
-        return file_name(self.stream, self.method, self.seed, self.config)
+        other = {} if self.metric == ACCURACY else {"metric": self.metric}
+        return file_name(self.stream, self.method, self.seed, self.config | other)
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Record":
         """Return the record that JSON content is, or raise a ValueError."""
+        if "accuracy" in content and content.get("format", 1) == 1:
+            content = content | {"scores": content["accuracy"], "format": FORMAT}
         if content.get("format", FORMAT) != FORMAT:
             raise ValueError(f"its format is {content['format']}, not {FORMAT}")
         return super().from_json(content)
@@ -121,12 +143,17 @@ class Record(Sealed):
 
 
 def is_matrix(rows: Any) -> bool:
-    """Return whether JSON content is an accuracy matrix: a row of fractions and nulls for each task learned."""
-    return fits(rows, list[list[float]]) and all(len(row) == len(rows[0]) >= len(rows) and _fractions(row) for row in rows)
+    """Return whether JSON content is a matrix of scores: a row of numbers and nulls for each task learned."""
+    return fits(rows, list[list[float]]) and all(len(row) == len(rows[0]) >= len(rows) for row in rows)
 
 
-def _fractions(values: list[float | None]) -> bool:
-    return all(value is None or 0 <= value <= 1 for value in values)
+def _are_scores(record: Record, *rows: list[float | None]) -> bool:
+    """Return whether numbers can be scores of a record: accuracies are fractions."""
+    return record.metric != ACCURACY or all(value is None or 0 <= value <= 1 for row in rows for value in row)
+
+
+def _differ(names: list[str]) -> bool:
+    return len(set(names)) == len(names)
 
 
 def _is_config(config: dict[str, Any]) -> bool:
@@ -143,11 +170,15 @@ def _is_diagnostic(task: dict[str, Any]) -> bool:
 
 
 PARTS: dict[str, tuple[str, Callable[[Record], bool]]] = {
-    "accuracy": ("a matrix of fractions and nulls, with a column for each task", lambda r: is_matrix(r.accuracy)),
-    "untrained": (
-        "a fraction or null for each task",
-        lambda r: _fractions(r.untrained) and len(r.untrained) in (0, *map(len, r.accuracy)),
+    "scores": (
+        "a matrix of numbers and nulls (accuracies are fractions), with a column for each task",
+        lambda r: is_matrix(r.scores) and _are_scores(r, *r.scores),
     ),
+    "untrained": (
+        "a score or null for each task",
+        lambda r: _are_scores(r, r.untrained) and len(r.untrained) in (0, *map(len, r.scores)),
+    ),
+    "tasks": ("a name for each task, all different", lambda r: len(r.tasks) in (0, *map(len, r.scores)) and _differ(r.tasks)),
     "labels": (
         "whole numbers `occur` and `compete` for each task",
         lambda r: all(task.get(key, -1) >= 0 for task in r.labels for key in ("occur", "compete")),

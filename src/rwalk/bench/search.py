@@ -185,7 +185,7 @@ def _told(study: Any, trial: Any, results: dict[int, Record | Failure]) -> dict[
     """Hand the mean accuracy over seeds to Optuna, and return it with its parts; of a worker that died nothing is kept."""
     from optuna.trial import TrialState
 
-    accuracies = {str(seed): r.average_accuracy for seed, r in results.items() if isinstance(r, Record)}
+    accuracies = {str(seed): r.average for seed, r in results.items() if isinstance(r, Record)}
     failures = [r for r in results.values() if isinstance(r, Failure)]
     value = None if failures else fmean(a or 0.0 for a in accuracies.values())
     result = {**trial.params, "accuracy": value, "seeds": accuracies, "failures": [f.cause for f in failures]}

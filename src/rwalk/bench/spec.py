@@ -250,7 +250,7 @@ class RunSpec:
             method=self.method_name,
             stream=self.tasks[0].stream["name"],
             seed=self.seed,
-            accuracy=measured.accuracy,
+            scores=measured.scores,
             untrained=measured.untrained,
             preserved=measured.preserved,
             bits=measured.bits,
@@ -280,16 +280,16 @@ def _learn(
     snapshot: Snapshot | None = None,
 ) -> None:
     """Train on the tasks that are left, and measure after each of them."""
-    for k in range(len(measured.accuracy), len(stream)):
+    for k in range(len(measured.scores), len(stream)):
         start = time.perf_counter()
         learner.fit(stream[k])
         measured.seconds += time.perf_counter() - start
-        measured.accuracy.append(accuracies(learner, stream, k))
+        measured.scores.append(accuracies(learner, stream, k))
         if stream[0].kind == "characters" and isinstance(learner, Learner):
             measured.bits.append([learner.bits(*e.test.read()) for e in stream])
         if snapshot is not None and isinstance(learner, Learner):
             measured.preserved.append(snapshot.kept(learner.model).scalars(""))
-        track(figures(measured.accuracy) | getattr(learner, "scalars", dict)(), k + 1)
+        track(figures(measured.scores) | getattr(learner, "scalars", dict)(), k + 1)
         if k + 1 < len(stream):
             place.save(learner, measured)
 

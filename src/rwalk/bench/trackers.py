@@ -13,7 +13,7 @@ Track = Callable[[dict[str, float], int], None]
 def figures(accuracy: metrics.Matrix) -> dict[str, float]:
     """Return the figures of the last row of an accuracy matrix: accuracy on each task, on average, and forgetting."""
     row = {f"accuracy/task_{j + 1}": a for j, a in enumerate(accuracy[-1])}
-    row |= {"average_accuracy": metrics.average_accuracy(accuracy), "forgetting": metrics.forgetting(accuracy)}
+    row |= {"average_accuracy": metrics.average(accuracy), "forgetting": metrics.forgetting(accuracy)}
     return {name: value for name, value in row.items() if value is not None}
 
 

@@ -17,7 +17,7 @@ class Tuned(Sealed):
         method: name of the method.
         stream: name of the stream.
         strength, lr: the values whose accuracy on held-out examples is highest.
-        accuracy: that accuracy, averaged over tasks and seeds, a fraction.
+        accuracy: that accuracy, averaged over tasks and seeds, a fraction; of regression streams R².
         tasks: how many of the stream's tasks were tried on; `later(stream, tasks)` are the others.
         trials: for each pair of values its accuracy (None if a run failed), the accuracies by seed, and causes of failures.
         config: every setting of the trials except the two values.
@@ -44,7 +44,7 @@ class Tuned(Sealed):
 
     def problem(self) -> str:
         """Return which part is not what readers rely on; empty if there is none."""
-        known = {"strength": _is_known(self.strength), "lr": _is_known(self.lr), "accuracy": _is_known(self.accuracy)}
+        known = {"strength": _is_known(self.strength), "lr": _is_known(self.lr), "accuracy": self.accuracy is not None}
         known["trials"] = all(map(_is_trial, self.trials))
         known["config"] = all(isinstance(self.config.get(key), dict) for key in ("stream", "training"))
         return next((f"its `{key}` is of another kind" for key, right in known.items() if not right), "")

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, Task, TaskProgressColumn, TextCol
 from rich.table import Column
 
 from rwalk._io import files
-from rwalk.bench.checkpoint import accuracy_so_far
+from rwalk.bench.checkpoint import scores_so_far
 from rwalk.bench.pool import Watcher
 from rwalk.bench.spec import RunSpec
 from rwalk.bench.trackers import Track
@@ -65,7 +65,7 @@ class Display(Watcher):
         for spec in () if self.progress.disable else self.labels:
             place = self.folder / spec.name
             if files.is_locked(place.with_suffix(".lock")):
-                bar, rows = self.bars.get(spec) or self._begin(spec), accuracy_so_far(place.with_suffix(".checkpoint"))
+                bar, rows = self.bars.get(spec) or self._begin(spec), scores_so_far(place.with_suffix(".checkpoint"))
                 if rows and len(rows) <= len(bar.fields["ends"]):
                     self._learned(bar, rows[-1][: len(rows)])
 

@@ -274,7 +274,7 @@ def done(command: Run, runs: Sequence[RunSpec], console: Console, page: LivePage
 def _in_words(result: Record | Failure, existed: bool) -> str:
     if isinstance(result, Failure):
         return "failed; the cause comes at the end"
-    accuracy = "unknown" if result.average_accuracy is None else f"{result.average_accuracy:.2%}"
+    accuracy = "unknown" if result.average is None else f"{result.average:.2%}"
     bits = "" if result.final_bits is None else f", {result.final_bits:.3f} bits per character"
     when = "(on disk)" if existed else f"in {result.timings['train_seconds']:.1f} s"
     return f"average accuracy {accuracy}{bits} {when}"

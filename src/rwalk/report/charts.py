@@ -4,12 +4,12 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rwalk.bench import metrics
 from rwalk.bench.record import Record
 from rwalk.report.figures import best_of_each_method, contenders, with_deviation
-from rwalk.report.names import bracketed, method_name, names
+from rwalk.report.names import bracketed, clean, method_name, names
 from rwalk.report.summary import REFERENCES, Line, MethodComparison, Spread, spread
 
 MANY = 8
@@ -73,6 +73,8 @@ class Chart:
         labelled: whether each point's label stands beside it.
         whole: whether x is a whole number, such as a task's.
         most: the highest possible value.
+        digits: decimals of the values.
+        names: of the tasks on the axis below, where they have any.
     """
 
     title: str
@@ -84,6 +86,8 @@ class Chart:
     labelled: bool = False
     whole: bool = True
     most: float = math.inf
+    digits: int = 1
+    names: tuple[str, ...] = ()
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Return the headings and rows of the table behind the chart."""
@@ -91,8 +95,12 @@ class Chart:
             rows = [[s.name, p.label, f"{p.x:.1f}", with_deviation(p.value)] for s in self.series for p in s.points]
             return ["method", "strength", self.x, self.y], rows
         xs = sorted({p.x for s in self.series for p in s.points})
-        at = [{p.x: with_deviation(p.value, digits=3 if self.log else 1) for p in s.points} for s in self.series]
-        return [self.x, *(s.name for s in self.series)], [[f"{x:g}", *(values.get(x, "–") for values in at)] for x in xs]
+        at = [{p.x: with_deviation(p.value, digits=self.digits) for p in s.points} for s in self.series]
+        return [self.x, *(s.name for s in self.series)], [[self.label(x), *(values.get(x, "–") for values in at)] for x in xs]
+
+    def label(self, x: float) -> str:
+        """Return what stands for a place on the axis below: the name of a task, or a number."""
+        return self.names[int(x) - 1] if 0 < x <= len(self.names) else f"{x:g}"
 
 
 def styles(comparison: MethodComparison) -> list[Style]:
@@ -119,20 +127,38 @@ def drawn(comparison: MethodComparison) -> list[int]:
 
 def charts(comparison: MethodComparison) -> list[Chart]:
     """Return the charts of a comparison, except those without two points in a line or with zeros alone."""
+    metric = comparison.metric
+    most = 100 if metric.percent else math.inf
+    scale: dict[str, Any] = {"digits": metric.digits, "names": _task_names(comparison), "most": most}
+    course, forgotten = (
+        _over_tasks(comparison, lines, values, metric.factor)
+        for lines, values in (
+            (comparison.lines, lambda r: metrics.course(r.scores)),
+            (contenders(comparison), lambda r: r.forgotten),
+        )
+    )
     made = [
-        Chart("Average accuracy", "Over the tasks so far, after each one; the band is the standard deviation over seeds.",
-              "tasks learned", "average accuracy, %",
-              _over_tasks(comparison, comparison.lines, lambda r: metrics.course(r.accuracy)), most=100),
-        Chart("Forgetting of each task", "Accuracy lost at the end since its best; lower is better.", "task",
-              "forgetting, points", _over_tasks(comparison, contenders(comparison), lambda r: metrics.forgotten(r.accuracy))),
+        Chart(f"Average {metric.name}", "Over the tasks so far, after each one; the band is the standard deviation over seeds.",
+              "tasks learned", f"average {metric.name}{metric.unit}", course, **scale),
+        Chart("Forgetting of each task", "By how much it is worse at the end than at its best; lower is better.", "task",
+              f"forgetting{metric.points}", forgotten, **scale),
         *_sweep(comparison),
         *_figures(comparison),
     ]  # fmt: skip
     return [
         chart
         for chart in made
-        if any(len(s.points) > 1 and any(round(p.value.mean, 1) for p in s.points) for s in chart.series)
+        if any(
+            len(s.points) > 1 and any(round(p.value.mean, 1 if chart.log else chart.digits) for p in s.points)
+            for s in chart.series
+        )
     ]
+
+
+def _task_names(comparison: MethodComparison) -> tuple[str, ...]:
+    """Return the names of the tasks, if they have any beside their numbers."""
+    named = any(record.tasks for line in comparison.lines for record in line.records)
+    return tuple(map(clean, comparison.tasks)) if named else ()
 
 
 def known(rows: Iterable[Sequence[float | None]], factor: float = 100) -> list[list[float]]:
@@ -205,4 +231,5 @@ def _figure(comparison: MethodComparison, figure: str, title: str, about: str, f
 
     log = factor == 1
     series = _over_tasks(comparison, comparison.lines, values, factor, positive=log)
-    return Chart(title, about, "task", figure if log else "%", series, log, most=math.inf if log else 100)
+    form: dict[str, Any] = {"digits": 3, "log": True} if log else {"most": 100}
+    return Chart(title, about, "task", figure if log else "%", series, names=_task_names(comparison), **form)

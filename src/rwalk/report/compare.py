@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev, variance
 from typing import Any
 
-from rwalk.bench.record import Record
+from rwalk.bench.record import ACCURACY, Record
 from rwalk.bench.sealed import is_number
 from rwalk.report.plain import plain
 from rwalk.report.summary import canonical
@@ -14,11 +14,11 @@ from rwalk.report.summary import canonical
 FEWEST = 3
 """Common seeds below which there is no verdict: with two, the 95 % quantile of Student's t is 12.7, with three 4.3."""
 FIGURES: dict[str, Callable[[Record], Any]] = {
-    "average accuracy": lambda record: record.average_accuracy,
+    "average": lambda record: record.average,
     "forgetting": lambda record: None if record.method == "joint" else record.forgetting,
     "ms a step": lambda record: record.timings.get("step_ms"),
 }
-"""What is compared: fractions, and milliseconds of CPU time."""
+"""What is compared: the average score, what is lost of it, and milliseconds of CPU time."""
 ROUNDING = ("versions", "threads", "device")
 """Settings that change results by rounding alone: runs that differ in them are runs of one method."""
 
@@ -28,7 +28,7 @@ Differences = dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]]
 
 @dataclass(frozen=True)
 class Effect:
-    """How much higher one of `FIGURES` is in B than in A, over the seeds that both have.
+    """How much higher one of `FIGURES` is in B than in A, over the seeds that both have; "average" has the name of the metric.
 
     `interval` is the difference's at 95 %, by Student's t over the paired differences, None for one seed. `g` is the difference
     over the root mean square of both deviations, corrected for few seeds: Hedges' g_av (Cumming 2012), None below three seeds.
@@ -41,6 +41,7 @@ class Effect:
     difference: float
     interval: tuple[float, float] | None
     g: float | None
+    percent: bool = False
 
     @property
     def verdict(self) -> str:
@@ -115,8 +116,8 @@ def compare(records_a: Iterable[Record], records_b: Iterable[Record]) -> Contras
 
 
 def comparable(differences: Differences) -> bool:
-    """Return whether both are of one stream: no setting of it that both have recorded differs."""
-    return not any(a and b for key, (a, b) in differences.items() if key.split(".")[0] == "stream")
+    """Return whether both are of one stream and metric: no setting of them that both have recorded differs."""
+    return not any(a and b for key, (a, b) in differences.items() if key.split(".")[0] in ("stream", "metric"))
 
 
 def _grouped(records: Iterable[Record]) -> list[_Runs]:
@@ -133,7 +134,7 @@ def _grouped(records: Iterable[Record]) -> list[_Runs]:
 
 def _settings(record: Record) -> dict[str, Any]:
     """Return each setting under its place, such as `training.lr`, except for the seed."""
-    found: dict[str, Any] = {"method": record.method, "stream": record.stream}
+    found: dict[str, Any] = {"method": record.method, "stream": record.stream, "metric": record.metric}
     for part, value in (record.config | {"versions": record.versions}).items():
         found |= {f"{part}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {part: value}
     found.pop("stream.seed", None)
@@ -143,11 +144,13 @@ def _settings(record: Record) -> dict[str, Any]:
 def _effects(a: _Runs, b: _Runs) -> Iterator[Effect]:
     """Yield the effect on each figure that both have for a common seed, if they are of one stream."""
     common = sorted(a.by_seed.keys() & b.by_seed.keys()) if comparable(a.differences(b)) else []
-    for figure, read in FIGURES.items():
+    for name, read in FIGURES.items():
+        figure = f"average {a.by_seed[common[0]].metric}" if common and name == "average" else name
         values = [(seed, read(a.by_seed[seed]), read(b.by_seed[seed])) for seed in common]
         known = [(seed, float(x), float(y)) for seed, x, y in values if _is_known(x) and _is_known(y)]
         if known:
-            yield _effect(figure, *zip(*known, strict=True))
+            percent = name != "ms a step" and a.by_seed[common[0]].metric == ACCURACY
+            yield replace(_effect(figure, *zip(*known, strict=True)), percent=percent)
 
 
 def _is_known(value: Any) -> bool:

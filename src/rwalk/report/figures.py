@@ -1,12 +1,14 @@
 """The figures that every table of methods shows, in terminals, pages and Markdown alike.
 
-A new column is one entry of `COLUMNS`: its heading, what it means, and a function of a `Line`, such as
-`lambda line: line.over_seeds(lambda record: record.timings.get("train_seconds"))`. Nothing else has to be changed.
+A new column is one entry of `COLUMNS`, or of `columns` if it has the unit of the scores: its heading, what it means, and a
+function of a `Line`, such as `lambda line: line.over_seeds(lambda record: record.timings.get("train_seconds"))`. Nothing else
+has to be changed.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rwalk.report.summary import REFERENCES, Line, MethodComparison, Spread, ratio
 
@@ -53,21 +55,33 @@ class Column:
         return near if len(near) < len(values) else set()
 
 
+def columns(comparison: MethodComparison) -> tuple[Column, ...]:
+    """Return all columns for a comparison; those of scores have the unit of its metric."""
+    metric = comparison.metric
+    name, points = metric.name, metric.points
+    score: dict[str, Any] = {"factor": metric.factor, "digits": metric.digits}
+    direction = "" if metric.higher else "; lower is better"
+    return (
+        Column(f"Average {name}", f"over all tasks after the last one{metric.unit}{direction}", lambda line: line.average, name,
+               better=metric.better, **score),
+        Column("Kept", "share of the best accuracies on earlier tasks that is left in the end, %", lambda line: line.kept, "",
+               100, better="higher"),
+        Column("Forgetting", f"by how much earlier tasks are worse than at their best{points}",
+               lambda line: line.forgetting, "forgetting", better="lower", **score),
+        Column("Intransigence", f"by how much joint training is better on the last task{points}",
+               lambda line: line.beside("joint", lambda mine, joint: mine.intransigence(joint)), "intrans.", better="lower",
+               **score),
+        Column("BWT", f"backward transfer: gain on earlier tasks since they were learned{points}",
+               lambda line: line.over_seeds(lambda r: None if r.method == "joint" else r.backward_transfer), "BWT",
+               better="higher", wide=True, **score),
+        Column("FWT", f"forward transfer: gain on later tasks before they are learned{points}",
+               lambda line: line.over_seeds(lambda r: None if r.method == "joint" else r.forward_transfer), "FWT",
+               better="higher", wide=True, **score),
+        *COLUMNS,
+    )  # fmt: skip
+
+
 COLUMNS = (
-    Column("Average accuracy", "over all tasks after the last one, %", lambda line: line.average_accuracy, "accuracy", 100,
-           better="higher"),
-    Column("Kept", "share of the best accuracies on earlier tasks that is left in the end, %", lambda line: line.kept, "", 100,
-           better="higher"),
-    Column("Forgetting", "accuracy lost on earlier tasks since their best, points", lambda line: line.forgetting, "forgetting",
-           100, better="lower"),
-    Column("Intransigence", "what joint training reaches on the last task and this does not, points",
-           lambda line: line.beside("joint", lambda mine, joint: mine.intransigence(joint)), "intrans.", 100, better="lower"),
-    Column("BWT", "backward transfer: change on earlier tasks since they were learned, points",
-           lambda line: line.over_seeds(lambda r: None if r.method == "joint" else r.backward_transfer), "BWT", 100,
-           better="higher", wide=True),
-    Column("FWT", "forward transfer: gain on later tasks before they are learned, points",
-           lambda line: line.over_seeds(lambda r: None if r.method == "joint" else r.forward_transfer), "FWT", 100,
-           better="higher", wide=True),
     Column("Bits", "per character, over all tasks after the last one",
            lambda line: line.over_seeds(lambda r: r.final_bits), "", digits=3, better="lower"),
     Column("Neighbours kept", "of a pretrained model's features, share of nearest neighbours that is left in the end, %",
@@ -93,14 +107,14 @@ def best_of_each_method(comparison: MethodComparison) -> set[int]:
     """Return the place of each method's best line."""
     top: dict[str, tuple[float, int]] = {}
     for i, line in enumerate(comparison.lines):
-        accuracy = line.average_accuracy.mean if line.average_accuracy else -1.0
-        top[line.method] = max(top.get(line.method, (-1.0, i)), (accuracy, i))
+        score = comparison.metric.gain(line.average.mean, 0.0) if line.average else -math.inf
+        top[line.method] = max(top.get(line.method, (-math.inf, i)), (score, i))
     return {i for _, i in top.values()}
 
 
-def filled(lines: Sequence[Line]) -> list[Column]:
+def filled(comparison: MethodComparison) -> list[Column]:
     """Return the columns that have a figure in some line."""
-    return [column for column in COLUMNS if any(column.value(line) for line in lines)]
+    return [column for column in columns(comparison) if any(column.value(line) for line in comparison.lines)]
 
 
 def with_deviation(value: Spread | None, factor: float = 1, digits: int = 1, deviation: bool = True) -> str:

@@ -1,10 +1,11 @@
-"""Tables whose cells are shaded by their value: accuracy by task, and importance and drift of each layer."""
+"""Tables whose cells are shaded by their value: scores by task, and importance and drift of each layer."""
 
 from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
 from rwalk.report.charts import drawn, known
+from rwalk.report.metric import Metric
 from rwalk.report.names import clean, names
 from rwalk.report.summary import Line, MethodComparison
 
@@ -42,16 +43,24 @@ class Heatmap:
     note: str = ""
 
 
-def accuracies(comparison: MethodComparison) -> list[Heatmap]:
-    """Return the accuracy matrix of each line, as means over its seeds."""
-    return [_accuracy(key, line, name) for key, line, name in _lines(comparison) if any(r.accuracy for r in line.records)]
+def scores(comparison: MethodComparison) -> list[Heatmap]:
+    """Return the matrix of scores of each line, as means over its seeds."""
+    lines = [(key, line, name) for key, line, name in _lines(comparison) if any(r.scores for r in line.records)]
+    return [_scores(key, line, name, comparison) for key, line, name in lines]
 
 
-def _accuracy(key: int, line: Line, name: str) -> Heatmap:
-    matrices = [record.accuracy for record in line.records]
-    found = [known(rows) for rows in zip(*matrices, strict=False)]
-    rows = [(str(k), [_cell(values, ".0f", 100) for values in row]) for k, row in enumerate(found, start=1)]
-    return Heatmap(key, name, "after ↓ on →", [str(j) for j in range(1, max(map(len, found), default=0) + 1)], rows)
+def _scores(key: int, line: Line, name: str, comparison: MethodComparison) -> Heatmap:
+    metric, tasks = comparison.metric, [clean(task) for task in comparison.tasks]
+    found = [known(rows, 1) for rows in zip(*(record.scores for record in line.records), strict=False)]
+    rows = [(task, [_score(values, metric) for values in row]) for task, row in zip(tasks, found, strict=False)]
+    return Heatmap(key, name, "after ↓ on →", tasks[: max(map(len, found), default=0)], rows)
+
+
+def _score(values: list[float], metric: Metric) -> Cell:
+    if not values:
+        return Cell()
+    mean, digits = fmean(values), 0 if metric.percent else metric.digits
+    return Cell(f"{metric.factor * mean:.{digits}f}", round(SHADES * metric.shade(mean)))
 
 
 def layers(comparison: MethodComparison) -> list[Heatmap]:

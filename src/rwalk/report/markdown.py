@@ -18,8 +18,8 @@ def markdown(comparisons: Sequence[MethodComparison]) -> str:
 
 
 def _section(comparison: MethodComparison) -> str:
-    columns = filled(comparison.lines)
-    head = ["method", "seeds", *(column.name for column in columns)]
+    columns = filled(comparison)
+    head = ["method", "seeds", *(_plain(column.name) for column in columns)]
     best = [column.best(comparison) for column in columns]
     rows = [
         [
@@ -41,7 +41,7 @@ def _cell(column: Column, line: Line, best: bool) -> str:
 
 
 def _legend(columns: Sequence[Column]) -> str:
-    words = "; ".join(f"{column.name}: {column.about}" for column in columns)
+    words = _plain("; ".join(f"{column.name}: {column.about}" for column in columns))
     return f"Mean ± standard deviation over seeds; bold: the best and those within its deviation, without references. {words}."
 
 

@@ -108,7 +108,7 @@ def _templates() -> tuple[Any, Any]:
 
 def _section(number: int, comparison: MethodComparison, tunings: Sequence[Tuned]) -> dict[str, Any]:
     """Return the variables of the template for one comparison."""
-    columns = filled(comparison.lines)
+    columns = filled(comparison)
     how = [_how_chosen(line, comparison, tunings) for line in comparison.lines]
     return {
         "id": f"part{number}",
@@ -123,7 +123,8 @@ def _section(number: int, comparison: MethodComparison, tunings: Sequence[Tuned]
         "drawn": charts.drawn(comparison),
         "top": remarks.best(comparison),
         "charts": charts.charts(comparison),
-        "accuracies": heatmaps.accuracies(comparison),
+        "scores": heatmaps.scores(comparison),
+        "metric": comparison.metric,
         "layers": heatmaps.layers(comparison),
         "commands": reproduce.commands(comparison),
         "versions": reproduce.versions(comparison),

@@ -6,13 +6,13 @@ from statistics import fmean
 from typing import NamedTuple
 
 from rwalk.report.figures import best_of_each_method, contenders, with_deviation
-from rwalk.report.names import listed, method_name, names
+from rwalk.report.names import clean, listed, method_name, names
 from rwalk.report.summary import REFERENCES, Line, MethodComparison, Spread
 
 ENOUGH = 3
 """Seeds from which a spread is meaningful."""
-CLEAR = 0.02
-"""Difference of accuracy, a fraction, from which it counts for remarks."""
+RARE = 0.02
+"""Share of windows below which the squared Riemannian distance hardly counts."""
 
 
 class Remark(NamedTuple):
@@ -23,23 +23,24 @@ class Remark(NamedTuple):
 
 
 def best(comparison: MethodComparison) -> Line | None:
-    """Return the line with the highest average accuracy; a reference only if there is nothing else."""
-    lines = contenders(comparison) or comparison.lines
-    known = [(line.average_accuracy.mean, -i, line) for i, line in enumerate(lines) if line.average_accuracy]
+    """Return the line with the best average score; a reference only if there is nothing else."""
+    lines, gain = contenders(comparison) or comparison.lines, comparison.metric.gain
+    known = [(gain(line.average.mean, 0.0), -i, line) for i, line in enumerate(lines) if line.average]
     return max(known)[-1] if known else None
 
 
 def sentence(comparison: MethodComparison) -> str:
     """Return one sentence: which method kept how much, and at what cost."""
-    line = best(comparison)
-    if line is None or line.average_accuracy is None:
-        return "These runs hold no average accuracy."
+    line, metric = best(comparison), comparison.metric
+    what = f"average {clean(metric.name)}"
+    if line is None or line.average is None:
+        return f"These runs hold no {what}."
     name = dict(zip(map(id, comparison.lines), names(comparison), strict=True))[id(line)]
-    first = "ended at the highest average accuracy" if len(contenders(comparison)) > 1 else "ended at an average accuracy of"
-    reached = f"{first}{', ' if first.endswith('accuracy') else ' '}{_percent(line.average_accuracy)}"
-    kept = (
-        f"kept {_percent(line.kept)} of what was learned on earlier tasks{_others(comparison, line)} and " if line.kept else ""
-    )
+    several = f"ended at the {'highest' if metric.higher else 'lowest'} {what}, "
+    reached = (several if len(contenders(comparison)) > 1 else f"ended at an {what} of ") + _score(comparison, line.average)
+    kept = ""
+    if line.kept:
+        kept = f"kept {_percent(line.kept)} of what was learned on earlier tasks{_others(comparison, line)} and "
     return _capital(f"{name} {kept}{reached}{_cost(line)}.")
 
 
@@ -122,11 +123,12 @@ def _hopeless(line: Line, comparison: MethodComparison) -> bool:
 
 
 def _diverged(comparison: MethodComparison) -> Iterator[str]:
+    metric = comparison.metric
     for name, line in _named(comparison):
-        chance = fmean([a for r in line.records for a in r.untrained if a is not None] or [0.0])
+        before = [score for r in line.records for score in r.untrained if score is not None]
         lost = [r for r in line.records if any(d.get("figures", {}).get("penalty", 0) is None for d in r.diagnostics)]
-        end = line.average_accuracy
-        if line.strength and (lost or (end and end.mean <= chance + CLEAR)):
+        chance, end = fmean(before) if before else 0.0 if metric.percent else None, line.average
+        if line.strength and (lost or (end and chance is not None and metric.gain(end.mean, chance) <= metric.clear)):
             why = "its penalty overflowed" if lost else "it ended no better than the untrained network"
             pull = "the gradient pull overshoots at this strength: take `--pull proximal` or a smaller strength"
             remedy = pull if line.fields.get("pull") == "gradient" else "take a smaller strength or learning rate"
@@ -134,25 +136,26 @@ def _diverged(comparison: MethodComparison) -> Iterator[str]:
 
 
 def _below_finetune(comparison: MethodComparison) -> Iterator[str]:
-    plain = _one(comparison, "finetune")
+    plain, metric = _one(comparison, "finetune"), comparison.metric
     for name, line in _tops(comparison):
-        mine, theirs = line.average_accuracy, plain.average_accuracy if plain else None
-        if _gap(theirs, mine) > max(_noise(theirs, mine), CLEAR / 4):
-            figures = f"{_percent(mine)} against {_percent(theirs)}"
-            yield f"{_capital(name)} ended below fine-tuning ({figures}): with these settings it does not help."
+        mine, theirs = line.average, plain.average if plain else None
+        if _lead(comparison, theirs, mine) > max(_noise(theirs, mine), metric.clear / 4):
+            figures = f"{_score(comparison, mine)} against {_score(comparison, theirs)}"
+            side = "below" if metric.higher else "above"
+            yield f"{_capital(name)} ended {side} fine-tuning ({figures}): with these settings it does not help."
 
 
 def _strength(comparison: MethodComparison) -> Iterator[str]:
-    plain = _one(comparison, "finetune")
+    plain, clear = _one(comparison, "finetune"), comparison.metric.clear
     if plain is None:
         return
     held = [(name, line) for name, line in _tops(comparison) if line.strength and not _hopeless(line, comparison)]
-    hard = [(name, line.learned) for name, line in held if _gap(plain.learned, line.learned) > 2.5 * CLEAR]
-    forgets = plain.forgetting and plain.forgetting.mean > 5 * CLEAR
-    idle = [name for name, line in held if forgets and _gap(plain.forgetting, line.forgetting) < CLEAR]
+    hard = [(name, line.learned) for name, line in held if _lead(comparison, plain.learned, line.learned) > 2.5 * clear]
+    forgets = plain.forgetting and plain.forgetting.mean > 5 * clear
+    idle = [name for name, line in held if forgets and _gap(plain.forgetting, line.forgetting) < clear]
     if hard:
-        reach = listed([f"{_percent(learned)} with {name}" for name, learned in hard])
-        yield f"New tasks reach only {reach}, with fine-tuning {_percent(plain.learned)}: try smaller strengths."
+        reach = listed([f"{_score(comparison, learned)} with {name}" for name, learned in hard])
+        yield f"New tasks reach only {reach}, with fine-tuning {_score(comparison, plain.learned)}: try smaller strengths."
     if idle:
         yield (
             f"With {listed(idle)} as much is forgotten as with fine-tuning: no different from it at this strength. Try larger "
@@ -179,27 +182,30 @@ def _left_out(comparison: MethodComparison) -> Iterator[str]:
 
 def _close(comparison: MethodComparison) -> Iterator[str]:
     first, tops = best(comparison), _tops(comparison)
-    mine = first.average_accuracy if first else None
+    mine = first.average if first else None
     name = next((name for name, line in tops if line is first), "")
-    others = [(other, line.average_accuracy) for other, line in tops if line is not first]
-    if near := [other for other, accuracy in others if _gap(mine, accuracy) <= _noise(mine, accuracy)]:
+    others = [(other, line.average) for other, line in tops if line is not first]
+    if near := [other for other, score in others if _lead(comparison, mine, score) <= _noise(mine, score)]:
         yield f"These seeds do not distinguish {name} from {listed(near)}: the means differ by less than the spread."
 
 
 def _missing(comparison: MethodComparison) -> Iterator[str]:
     plain, joint, first = _one(comparison, "finetune"), _one(comparison, "joint"), best(comparison)
+    metric = comparison.metric
     if comparison.setting.get("stream", {}).get("tasks") == 1 or all(
-        len(r.accuracy) < 2 for line in comparison.lines for r in line.records
+        len(r.scores) < 2 for line in comparison.lines for r in line.records
     ):
         yield "One task: there is nothing to forget."
     if plain is None:
         yield "No fine-tuning among the runs, so gains and the cost of a step are unknown. Add `finetune` to `--methods`."
-    elif plain.forgetting and plain.forgetting.mean < CLEAR and len(comparison.lines) > 1:
-        yield f"Fine-tuning forgets {with_deviation(plain.forgetting, 100)} points here: there is little to gain."
+    elif plain.forgetting and plain.forgetting.mean < metric.clear and len(comparison.lines) > 1:
+        forgets = with_deviation(plain.forgetting, metric.factor, metric.digits) + metric.points.replace(",", "")
+        yield f"Fine-tuning forgets {forgets} here: there is little to gain."
     if joint is None:
         yield "No joint training among the runs, so intransigence is unknown. Add `joint` to `--methods`."
-    elif first and _gap(first.average_accuracy, joint.average_accuracy) > 0:
-        yield "Joint training ends below the best method: it may need more epochs, and intransigence means little here."
+    elif first and _lead(comparison, first.average, joint.average) > 0:
+        side = "below" if metric.higher else "above"
+        yield f"Joint training ends {side} the best method: it may need more epochs, and intransigence means little here."
 
 
 def _path(comparison: MethodComparison) -> Iterator[str]:
@@ -207,7 +213,7 @@ def _path(comparison: MethodComparison) -> Iterator[str]:
     for name, line in _tops(comparison):
         shares = [d.get("figures", {}).get("windows beyond eps") for r in line.records for d in r.diagnostics[-1:]]
         known = [share for share in shares if share is not None]
-        if known and fmean(known) < CLEAR:
+        if known and fmean(known) < RARE:
             mine.setdefault(_share(fmean(known)), []).append(name)
     for share, found in mine.items():
         yield (
@@ -252,9 +258,20 @@ def _gap(a: Spread | None, b: Spread | None) -> float:
     return a.mean - b.mean if a and b else math.nan
 
 
+def _lead(comparison: MethodComparison, a: Spread | None, b: Spread | None) -> float:
+    """Return by how much the score a is better than b; NaN if one is not known."""
+    return comparison.metric.gain(a.mean, b.mean) if a and b else math.nan
+
+
 def _noise(*values: Spread | None) -> float:
     """Return the largest deviation over seeds."""
     return max(value.deviation or 0.0 if value else 0.0 for value in values)
+
+
+def _score(comparison: MethodComparison, value: Spread | None) -> str:
+    """Return a mean score as text."""
+    metric = comparison.metric
+    return _percent(value) if metric.percent or value is None else f"{value.mean:.{metric.digits}f}"
 
 
 def _percent(value: Spread | None) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from rwalk._errors import printable
 from rwalk.bench.record import Record
 from rwalk.bench.tuned import SUFFIX, Tuned
+from rwalk.report.metric import Metric
 
 REFERENCES = ("cumulative", "joint")
 """Methods that train on the data of all tasks at once: they show what can be reached, and are not compared."""
@@ -57,13 +58,13 @@ class Line:
         return spread(figure(record, others[record.seed]) for record in self.records if record.seed in others)
 
     @cached_property
-    def average_accuracy(self) -> Spread | None:
-        """Accuracy over all tasks after the last one, a fraction."""
-        return self.over_seeds(lambda record: record.average_accuracy)
+    def average(self) -> Spread | None:
+        """Score over all tasks after the last one; for accuracies the average accuracy, a fraction."""
+        return self.over_seeds(lambda record: record.average)
 
     @cached_property
     def forgetting(self) -> Spread | None:
-        """Accuracy lost on earlier tasks since their best, a fraction; None for joint training."""
+        """Score lost on earlier tasks since their best; None for joint training."""
         return self.over_seeds(lambda record: None if record.method == "joint" else record.forgetting)
 
     @cached_property
@@ -73,7 +74,7 @@ class Line:
 
     @cached_property
     def learned(self) -> Spread | None:
-        """Accuracy on tasks right after learning them, a fraction."""
+        """Score on tasks right after learning them."""
         return self.over_seeds(lambda record: record.learned)
 
     @cached_property
@@ -94,6 +95,18 @@ class MethodComparison:
     stream: str
     setting: dict[str, Any]
     lines: list[Line]
+
+    @cached_property
+    def metric(self) -> Metric:
+        """What the scores are."""
+        return Metric.of(record for line in self.lines for record in line.records)
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """Names of the tasks: as in the records, else their numbers from 1."""
+        records = [record for line in self.lines for record in line.records]
+        named = max((record.tasks for record in records), key=len)
+        return named or [str(k + 1) for k in range(max((len(row) for r in records for row in r.scores), default=0))]
 
     def varying(self, line: Line) -> dict[str, Any]:
         """Return the fields that distinguish a line from others of the same method."""
@@ -155,12 +168,12 @@ def read(folder: str | Path) -> tuple[list[Record], list[str]]:
 
 
 def summarise(records: Iterable[Record]) -> list[MethodComparison]:
-    """Group records by stream and training, then by method, strength and fields of the rule, and average over seeds."""
+    """Group records by stream, metric and training, then by method, strength and fields of the rule, and average over seeds."""
     comparisons: dict[str, list[Record]] = {}
     for record in records:
         about = {k: v for k, v in record.config.get("stream", {}).items() if k != "seed"}
         setting = {"stream": about, "training": record.config.get("training", {})}
-        comparisons.setdefault(canonical([record.stream, setting]), []).append(record)
+        comparisons.setdefault(canonical([record.stream, record.metric, record.higher, setting]), []).append(record)
     return [_compare(group) for group in comparisons.values()]
 
 

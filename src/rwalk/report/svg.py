@@ -1,5 +1,6 @@
 """Charts as SVG: Vega-Lite draws them, in the colours of the page."""
 
+import json
 import math
 import os
 from typing import Any
@@ -81,8 +82,8 @@ def _layers(series: Series, chart: Chart) -> list[dict[str, Any]]:
 def _row(series: Series, chart: Chart, point: Point) -> dict[str, Any]:
     mean, deviation = point.value.mean, point.value.deviation or 0.0
     low = max(mean - deviation, mean / 10) if chart.log else mean - deviation
-    where = f"strength {point.label}: learned {point.x:.1f}, kept" if chart.labelled else f"{chart.x} {point.x:g}:"
-    tip = f"{series.name}, {where} {with_deviation(point.value, digits=3 if chart.log else 1)}"
+    where = f"strength {point.label}: learned {point.x:.1f}, kept" if chart.labelled else f"{chart.x} {chart.label(point.x)}:"
+    tip = f"{series.name}, {where} {with_deviation(point.value, digits=chart.digits)}"
     order = series.points.index(point)
     label = point.label if order in (0, len(series.points) - 1) else ""
     high = min(mean + deviation, max(mean, chart.most))
@@ -91,7 +92,9 @@ def _row(series: Series, chart: Chart, point: Point) -> dict[str, Any]:
 
 def _axes(chart: Chart) -> tuple[dict[str, Any], dict[str, Any]]:
     last = max(point.x for series in chart.series for point in series.points)
-    whole = {"tickMinStep": 1, "format": "d", "tickCount": min(last, 10), "grid": False}
+    whole: dict[str, Any] = {"tickMinStep": 1, "format": "d", "tickCount": min(last, 10), "grid": False}
+    if chart.names:
+        whole |= {"labelExpr": f"{json.dumps(chart.names)}[datum.value - 1]", "labelLimit": 80}
     scale = {"zero": False, "nice": False, "padding": 10} if chart.whole else {"zero": False, "padding": 24}
     x = {"field": "x", "type": "quantitative", "title": chart.x, "scale": scale, "axis": whole if chart.whole else {}}
     scale_y = {"type": "log"} if chart.log else {"zero": False}

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from rwalk.bench.tuned import Tuned
 from rwalk.report.compare import Contrast, Effect, Pair, comparable
-from rwalk.report.figures import COLUMNS
+from rwalk.report.figures import columns
+from rwalk.report.metric import decimals
 from rwalk.report.plain import plain, print_plain, shown
 from rwalk.report.remarks import single_labels
 from rwalk.report.summary import Line, MethodComparison
@@ -22,7 +23,7 @@ WIDE_EFFECTS = 76
 NAME = 200
 """Characters of a name that are shown at most."""
 NOTE = (
-    "Mean ± standard deviation over seeds; accuracies in %. Lower is better for forgetting, intransigence and time. "
+    "Mean ± standard deviation over seeds; accuracies in %. Lower is better for errors, forgetting, intransigence and time. "
     "step: CPU time of a step over that of finetune. state: bytes held over those of the model."
 )
 NOTE_EFFECTS = (
@@ -37,7 +38,7 @@ def show(comparisons: list[MethodComparison], console: Console) -> None:
     for comparison in comparisons:
         _show_heading(comparison.stream, plain(f": {comparison.describe()}", 10 * NAME), console)
         lines = comparison.lines
-        rows = [_cells(line, comparison.varying(line), console.width >= WIDE) for line in lines]
+        rows = [_cells(line, comparison, console.width >= WIDE) for line in lines]
         bold = [line.strength is not None for line in lines]
         _show_table(rows[0], [row.values() for row in rows], console, bold=bold, space=0)
         for remark in single_labels(comparison):
@@ -45,14 +46,16 @@ def show(comparisons: list[MethodComparison], console: Console) -> None:
     console.print(shown(console, NOTE, "dim"))
 
 
-def _cells(line: Line, fields: dict[str, Any], wide: bool) -> dict[str, str]:
+def _cells(line: Line, comparison: MethodComparison, wide: bool) -> dict[str, str]:
     """Return the cells of a line under their headings."""
+    fields = comparison.varying(line)
     about = {
         "method": "\n  ".join([plain(line.method, NAME), *(plain(f"{key}={value}", NAME) for key, value in fields.items())]),
         "strength": "" if line.strength is None else f"{line.strength:g}",
         "seeds": str(len(line.seeds)),
     }
-    return about | {column.short: column.text(line) for column in COLUMNS if column.short and (wide or not column.wide)}
+    shown = [column for column in columns(comparison) if column.short and (wide or not column.wide)]
+    return about | {plain(column.short): column.text(line) for column in shown}
 
 
 def show_contrast(contrast: Contrast, a: str, b: str, console: Console) -> None:
@@ -104,11 +107,11 @@ def _show_effects(effects: Sequence[Effect], console: Console) -> None:
 
 
 def _effect(one: Effect) -> dict[str, str]:
-    factor, digits = (1, 2) if one.figure == "ms a step" else (100, 1)
+    factor, digits = (100, 1) if one.percent else (1, decimals((*one.a, *one.b)))
     a, b = (_mean([factor * value for value in side], digits) for side in (one.a, one.b))
-    interval = "-" if one.interval is None else " to ".join(f"{factor * end:+.2f}" for end in one.interval)
+    interval = "-" if one.interval is None else " to ".join(f"{factor * end:+.{digits + 1}f}" for end in one.interval)
     g = "-" if one.g is None else f"{one.g:+.1f}"
-    return {"A": a, "B": b, "B - A": f"{factor * one.difference:+.2f}", "interval": interval, "g": g}
+    return {"A": a, "B": b, "B - A": f"{factor * one.difference:+.{digits + 1}f}", "interval": interval, "g": g}
 
 
 def _mean(values: Sequence[float], digits: int) -> str:
