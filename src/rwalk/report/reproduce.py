@@ -66,6 +66,8 @@ def _inexpressible(record: Record) -> str:
     """Return why the command line cannot do a run, or nothing."""
     about, method = record.config.get("stream", {}), record.method.removesuffix(REPLAY)
     counts = about.get("tasks"), about.get("skipped", 0)
+    if about.get("journal"):
+        return "a training loop with a journal wrote its record"
     if "training" not in record.config or not all(isinstance(count, int) for count in counts):
         return "its record does not hold all settings"
     if record.stream.endswith(VALIDATION):
@@ -122,8 +124,9 @@ def _flag(name: str, value: Any) -> list[str]:
 
 
 def _about_data(comparison: MethodComparison) -> list[str]:
-    name, rows = comparison.stream.partition("-")[2], comparison.setting.get("stream", {}).get("rows")
-    if name == "digits":
+    name, about = comparison.stream.partition("-")[2], comparison.setting.get("stream", {})
+    rows = about.get("rows")
+    if name == "digits" or about.get("journal"):
         return []
     size = f", of {rows[0]} training and {rows[1]} test examples," if isinstance(rows, list) and len(rows) == 2 else ""
     where = "has to lie in --data or RWALK_DATA, or be named by its path; --label as it was, if it was given."

@@ -18,6 +18,10 @@ REFERENCES = ("cumulative", "joint")
 """Methods that train on the data of all tasks at once: they show what can be reached, and are not compared."""
 
 
+SHOWN = {"mask", "epochs", "batch_size", "optimizer", "lr", "model", "hidden"}
+"""Settings of the training that have a place of their own among the facts; others follow under their names."""
+
+
 class Spread(NamedTuple):
     """Mean and sample standard deviation over seeds; the deviation is None for one seed."""
 
@@ -118,7 +122,7 @@ class MethodComparison:
         about, training = self.setting.get("stream", {}), self.setting.get("training", {})
         hidden = training.get("hidden") if training.get("model", "mlp") == "mlp" else None
         facts = {
-            "tasks": about.get("tasks"),
+            "tasks": about.get("tasks", len(self.tasks)),
             "skipped": about.get("skipped"),
             "scenario": f"{about['scenario']}-incremental" if "scenario" in about else None,
             "softmax mask": training.get("mask"),
@@ -129,6 +133,7 @@ class MethodComparison:
             "model": training.get("model"),
             "hidden": " + ".join(map(str, hidden)) if isinstance(hidden, list) else None,
         }
+        facts |= {name.replace("_", " "): value for name, value in training.items() if name not in SHOWN}
         return {name: str(value) for name, value in facts.items() if value is not None}
 
     def describe(self) -> str:
