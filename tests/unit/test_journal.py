@@ -68,6 +68,16 @@ def test_the_last_task_again_replaces_its_row(tmp_path):
     assert journal.record.scores == [[0.75, 0.1], [0.5, 0.5]]
 
 
+def test_a_number_is_a_name_where_names_are_numbers_and_else_a_place(tmp_path):
+    journal = Journal(tmp_path, "mine")
+    journal.log(2, {1: 0.5, 2: 0.75})  # the task called 2
+    assert journal.done == ["2"]
+    journal = Journal(tmp_path, "other")
+    for place in range(2):
+        journal.log(place, {"1": 0.5, "2": 0.75})
+    assert journal.done == ["1", "2"]
+
+
 def test_functions_are_called_in_order_and_their_time_is_no_training(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])

@@ -7,8 +7,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rwalk import Consolidator
+from rwalk._errors import printable, warn
 from rwalk._parameters import bare, listed
 from rwalk.consolidation.going_back import check_share
+from rwalk.consolidation.summary import Summary
 from rwalk.finetuning import Snapshot
 from rwalk.rules.base import Rule
 
@@ -24,6 +26,7 @@ class HostCallback:
         snapshot: what the model knew before; how much of it is left is logged with each evaluation.
         once: whether what the memory holds already, after `estimate` or `adopt`, is all that is ever held: no task is
             consolidated.
+        journal: an `rwalk.report.Journal`, which gets the scores on the evaluation sets of all tasks when a task has ended.
         options: further arguments of `Consolidator`.
     """
 
@@ -35,9 +38,11 @@ class HostCallback:
         blend: float = 0.0,
         snapshot: Snapshot | None = None,
         once: bool = False,
+        journal: Any = None,
         **options: Any,
     ) -> None:
-        self.blend, self.snapshot, self.once = check_share(blend), snapshot, once
+        self.blend, self.snapshot, self.once, self.journal = check_share(blend), snapshot, once, journal
+        self._journalled: tuple[int, Summary] | None = None
         self._memory: Consolidator | None = None
         self._saved: Mapping[str, Any] | None = None
         if isinstance(rule, Consolidator):
@@ -106,16 +111,35 @@ class HostCallback:
         memory.detach()
         memory.model = model  # a host may wrap it anew for each task
         memory.attach(optimizer)
+        if self.journal is not None and self.journal.memory is None:
+            self.journal.memory = memory
         if self.blend and not memory.tasks and not memory.steps:
             memory.mark()
         return memory
 
     def end(self, data: Iterable[Any] | None = None, **options: Any) -> None:
         """End the task: `Consolidator.consolidate`, unless all is held already, then detach."""
+        if self.journal is not None:
+            self._journalled = len(self.journal.done), self.memory.summary()
         if not self.once:
             self.memory.consolidate(data, blend=self.blend, **options)
         self.memory.detach()
         self.memory.model = bare(self.memory.model)
+
+    def note(self, scores: Mapping[str, float | None]) -> None:
+        """Hand the scores after the last task to the journal, with what the memory held before it was consolidated.
+
+        A task without a score of the journal's metric is left out, with a warning: training that has ended is not lost for it.
+        """
+        if self._journalled is None:
+            return
+        if missing := [name for name, score in scores.items() if score is None]:
+            warn(
+                f"The evaluation of {listed(missing)} has no `{printable(self.journal.metric)}`, so the journal noted nothing."
+            )
+            return
+        number, summary = self._journalled
+        self.journal.log(number, scores, summary=summary)
 
     def refuse_later_changes(self) -> None:
         """Raise a RuntimeError if the weights are no longer those that `end` consolidated."""

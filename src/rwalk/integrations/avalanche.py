@@ -29,7 +29,7 @@ class ConsolidationPlugin(HostCallback, SupervisedPlugin, supports_distributed=T
     Args:
         rule: how importance is measured, such as `SI()`; None for the recommended one; or a `Consolidator`.
         strength: factor of the penalty.
-        options: `blend`, `snapshot` and `once`, as `HostCallback` has them, and further arguments of `Consolidator`.
+        options: `blend`, `snapshot`, `once` and `journal`, as `HostCallback` has them, and further arguments of `Consolidator`.
     """
 
     _parts = 0
@@ -59,6 +59,25 @@ class ConsolidationPlugin(HostCallback, SupervisedPlugin, supports_distributed=T
             if not (experience.is_last_subexp or self._parts == experience.sub_stream_length):  # the flag may be missing
                 return
         self.end(_ExperienceBatches(strategy, options))
+
+    def before_eval(self, strategy: Any, **_: Any) -> None:  # noqa: ARG002
+        """Begin to note which experiences are evaluated."""
+        self._evaluated: dict[str, tuple[str, str]] = {}
+
+    def after_eval_exp(self, strategy: Any, **_: Any) -> None:
+        """Note an experience by its number from 1, with what Avalanche calls it in its figures."""
+        number, stream = strategy.experience.current_experience, strategy.experience.origin_stream.name
+        self._evaluated[str(number + 1)] = f"/eval_phase/{stream}_stream/", f"/Exp{number:03d}"
+
+    def after_eval(self, strategy: Any, **_: Any) -> None:
+        """Hand the scores of the evaluated experiences to a journal, once a task has ended."""
+        if self.journal is not None and self._memory is not None and not self._memory.steps:
+            figures, metric = strategy.evaluator.get_last_metrics(), self.journal.metric
+            start = "Top1_Acc_Exp" if metric == "accuracy" else f"{metric}_Exp"
+            self.note({
+                number: next((v for k, v in figures.items() if k.startswith(start + middle) and k.endswith(end)), None)
+                for number, (middle, end) in self._evaluated.items()
+            })  # fmt: skip
 
 
 class RWalkPlugin(ConsolidationPlugin, supports_distributed=True):  # type: ignore[call-arg]

@@ -33,7 +33,7 @@ class ConsolidationCallback(HostCallback, Callback):
         rule: how importance is measured; None for the recommended one; or a `Consolidator` of the model.
         strength: factor of the penalty; see `Consolidator`.
         loss, logits: for rules that measure on data, here on the training loader's; see `Consolidator.consolidate`.
-        options: `blend`, `snapshot` and `once`, as `HostCallback` has them, and further arguments of `Consolidator`.
+        options: `blend`, `snapshot`, `once` and `journal`, as `HostCallback` has them, and further arguments of `Consolidator`.
     """
 
     def __init__(
@@ -74,6 +74,14 @@ class ConsolidationCallback(HostCallback, Callback):
         trainer.callbacks = [*others[:last], self, *others[last:]]
         self._open = True
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse validation that cannot give a journal what it needs."""
+        if self.journal is not None and not isinstance(trainer.val_dataloaders, Mapping):
+            raise ValueError(
+                "A journal needs the validation sets of all tasks by name, in the order of the tasks. Pass "
+                '`fit(model, loader, val_dataloaders={"first": ..., "second": ...})`.'
+            )
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Log the penalty every `log_every_n_steps`."""
         every = trainer.log_every_n_steps
@@ -91,6 +99,9 @@ class ConsolidationCallback(HostCallback, Callback):
             logger.log_metrics(self.memory.summary().scalars(), step=trainer.global_step)
         self.end(_TrainingBatches(trainer) if is_overridden("forward", pl_module) else None, **self._reading)
         self._open = False
+        if self.journal is not None:
+            _validate(trainer)
+            self.note(_scores(trainer, self.journal.metric))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End a task that was resumed from a checkpoint of the end of its last epoch, with nothing left to train."""
@@ -109,6 +120,27 @@ class ConsolidationCallback(HostCallback, Callback):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a `state_dict` when training begins; the model may not be on its device before."""
         self._saved = state_dict
+
+
+def _validate(trainer: Trainer) -> None:
+    """Run the validation loop once more, as Lightning itself does in training."""
+    connector = trainer._logger_connector
+    first, trainer.validating = connector._first_loop_iter, True
+    try:
+        trainer.fit_loop.epoch_loop.val_loop.run()
+    finally:
+        trainer.training, connector._first_loop_iter = True, first
+
+
+def _scores(trainer: Trainer, metric: str) -> dict[str, float | None]:
+    """Return what was logged of a metric on each validation set: under its name, or one that ends with it (`val_accuracy`)."""
+    names, found = list(trainer.val_dataloaders), dict[str, float | None]()
+    for place, name in enumerate(names):
+        ending = f"/dataloader_idx_{place}" if len(names) > 1 else ""
+        known = {key.removesuffix(ending): value for key, value in trainer.callback_metrics.items() if key.endswith(ending)}
+        fitting = [key for key in known if key == metric or key.endswith((f"_{metric}", f"/{metric}"))]
+        found[name] = float(known[fitting[0]]) if fitting else None
+    return found
 
 
 @dataclass

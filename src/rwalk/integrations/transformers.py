@@ -41,7 +41,7 @@ class ConsolidationCallback(HostCallback, TrainerCallback):
         loss, logits: for rules that measure on data, as in `Consolidator.consolidate`. Without `loss`, rules that take the
             data's labels, such as `EWC(labels="true")`, take the model's own: of a language model, the mean over tokens. For
             language models `labels="sample"` draws the labels of all tokens that count.
-        options: `blend`, `snapshot` and `once`, as `HostCallback` has them, and further arguments of `Consolidator`.
+        options: `blend`, `snapshot`, `once` and `journal`, as `HostCallback` has them, and further arguments of `Consolidator`.
     """
 
     def __init__(
@@ -63,6 +63,8 @@ class ConsolidationCallback(HostCallback, TrainerCallback):
         """Attach to the optimiser, and continue from a checkpoint if Trainer does."""
         trainer, folder = _running_trainer()
         _refuse(trainer, self._memory)
+        if self.journal is not None:
+            _refuse_unscored(trainer, self.journal.metric)
         saved = None if folder is None else _saved(folder)
         handler, wrapped = trainer.callback_handler, trainer.model_wrapped
         handler.callbacks = [self._figures, *(each for each in handler.callbacks if each is not self._figures)]
@@ -93,6 +95,10 @@ class ConsolidationCallback(HostCallback, TrainerCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.memory.load(_saved(state.best_model_checkpoint))  # the weights are those of this checkpoint, too
         self.end(**_arguments(kwargs["train_dataloader"], self.memory.rule, **self._reading))
+        if self.journal is not None:
+            trainer, metric = _running_trainer()[0], self.journal.metric
+            figures = trainer.evaluate()
+            self.note({name: figures.get(f"eval_{name}_{metric}") for name in trainer.eval_dataset})
         if self.snapshot is not None:
             _running_trainer()[0].log(self.snapshot.kept(kwargs["model"]).scalars())
 
@@ -156,6 +162,20 @@ def _refuse(trainer: Any, memory: Consolidator | None) -> None:
         raise ValueError(
             "The model was wrapped after it was protected, perhaps with adapters, so that the protected weights are frozen. "
             "Call `protect` after `get_peft_model`; or train without a memory, merge the adapters, and then use it."
+        )
+
+
+def _refuse_unscored(trainer: Any, metric: str) -> None:
+    """Refuse a Trainer whose evaluation cannot give a journal what it needs."""
+    if not isinstance(trainer.eval_dataset, Mapping):
+        raise ValueError(
+            "A journal needs the evaluation sets of all tasks by name, in the order of the tasks. Pass "
+            '`Trainer(eval_dataset={"first": ..., "second": ...})`.'
+        )
+    if metric != "loss" and trainer.compute_metrics is None:
+        raise ValueError(
+            f"The journal's metric is `{printable(metric)}`, and Trainer computes the loss alone. Pass `compute_metrics`, or "
+            '`Journal(..., metric="loss", higher=False)`.'
         )
 
 

@@ -77,8 +77,8 @@ class Journal:
         """Note the scores after a task, write the record and return it.
 
         Args:
-            task: the task that was trained last: its name among `scores`, or its number from 0; None before any training. The
-                last task again replaces its scores.
+            task: the task that was trained last: its name among `scores`, or its number from 0 where no name is that number;
+                None before any training. The last task again replaces its scores.
             scores: a score by each task's name, also of tasks yet to come.
             summary: `memory.summary(loss)` from before the task was consolidated, with figures and layers for the report.
 
@@ -92,7 +92,7 @@ class Journal:
         if task is None:
             self._untrained = found
         else:
-            self._note(self._name(task, list(found)), found, summary)
+            self._note(self._name(str(task) if task in scores else task, list(found)), found, summary)
         record = self.record
         if record.scores and _is_first_rank():
             self._warn_of_another(record)
@@ -158,8 +158,7 @@ class Journal:
     def _name(self, task: str | int, scored: list[str]) -> str:
         """Return the name of the task that was trained."""
         known = list(dict.fromkeys([*self._rows, *self.names, *scored])) if self.names else scored
-        place = task if isinstance(task, int) and str(task) not in scored else None
-        name = known[place] if place is not None and 0 <= place < len(known) else str(task)
+        name = known[task] if isinstance(task, int) and 0 <= task < len(known) else str(task)
         if name not in scored:
             came = printable(f"There is no score of task `{name}`, which was trained, among {', '.join(scored) or 'none'}", "")
             raise ValueError(f"{came}. Name a task that is among the scores, or give its number from 0.")
@@ -184,6 +183,7 @@ class Journal:
             return
         self._resume = False
         if self.path.exists():
+            _written[self.path.absolute()] = id(self)
             found = Record.load(self.path)
             self._rows = {
                 name: {task: score for task, score in zip(found.tasks, row, strict=True) if score is not None}
