@@ -138,7 +138,9 @@ def test_lightning_scores_the_validation_sets_after_each_task(tmp_path):
         fit(callback, "first", val_dataloaders=loaders["first"])
     other = ConsolidationCallback(L2(), 0.5, journal=Journal(tmp_path / "none", metric="F1", higher=True))
     model = Net()
-    with pytest.warns(UserWarning, match="The evaluation of `first`, `second`, `third` has no `F1`, so the journal noted nothing"):
+    with pytest.warns(
+        UserWarning, match="The evaluation of `first`, `second`, `third` has no `F1`, so the journal noted nothing"
+    ):
         fit(other, "first", val_dataloaders=loaders)
     assert not (tmp_path / "none").exists()
 

@@ -3,8 +3,10 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
+from rwalk import _html
 from rwalk.bench import metrics
 from rwalk.bench.sealed import Sealed, file_name, fits, is_number
 
@@ -121,6 +123,23 @@ class Record(Sealed):
     @property
     def _oriented(self) -> metrics.Matrix:
         return metrics.oriented(self.scores, self.higher)
+
+    def plot(self) -> Any:
+        """Draw the score on each task over the run, with the extra `bench`: notebooks show it, and `save` writes a file."""
+        return import_module("rwalk.report").plot(self)  # reports see records, and not the other way round
+
+    def _repr_html_(self) -> str:
+        tasks = self.tasks or [str(k + 1) for k in range(max(map(len, self.scores), default=0))]
+        shown = [
+            [tasks[k], *("" if score is None else self._shown(score) for score in row)] for k, row in enumerate(self.scores)
+        ]
+        figures = {f"average {self.metric}": self.average, "forgetting": self.forgetting}
+        known = ", ".join(f"{name} {self._shown(value)}" for name, value in figures.items() if value is not None)
+        about = f"{self.method} on {self.stream}, seed {self.seed}" + (f": {known}" if known else "")
+        return _html.table(["after ↓ on →", *tasks], shown, about)
+
+    def _shown(self, score: float) -> str:
+        return f"{100 * score:.1f} %" if self.metric == ACCURACY else f"{score:.4g}"
 
     @property
     def name(self) -> str:

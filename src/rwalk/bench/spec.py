@@ -22,6 +22,7 @@ from rwalk.bench.data import load
 from rwalk.bench.dataset import DataSet
 from rwalk.bench.holdout import early, later
 from rwalk.bench.preserved import features_now
+from rwalk.bench.progress import bar
 from rwalk.bench.record import Record
 from rwalk.bench.sealed import file_name
 from rwalk.bench.streams import Experience, Scenario, label_counts
@@ -308,6 +309,7 @@ def run(
     tick: Callable[[], None] = lambda: None,
     track: Track = quiet,
     device: str | torch.device = "cpu",
+    progress: bool | None = None,
 ) -> Record:
     """Train on each task of a stream in turn, and after each evaluate on all tasks.
 
@@ -331,6 +333,7 @@ def run(
             task that is cut off in between comes twice.
         device: "cpu", "cuda", or one GPU such as "cuda:1"; a task's data are brought there as a whole. A learner of one's own
             sees to it itself. Results agree with those of the CPU to rounding, which grows over a run.
+        progress: whether to show a bar while it trains; None for in terminals and notebooks, if `tqdm` is installed.
 
     Returns:
         The record. In class-incremental streams later tasks are not evaluated before they come.
@@ -339,4 +342,6 @@ def run(
         ValueError: if method, model, training and stream do not fit together.
     """
     spec = RunSpec(stream, method, strength, seed, training or Training(), pull, average, replay, device)
-    return spec.run(Path(checkpoint) if checkpoint else None, tick, track)
+    spec.check()
+    with bar(spec, tick, track, progress) as (step, task):
+        return spec.run(Path(checkpoint) if checkpoint else None, step, task)

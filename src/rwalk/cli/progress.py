@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 
@@ -14,6 +13,7 @@ from rich.table import Column
 from rwalk._io import files
 from rwalk.bench.checkpoint import scores_so_far
 from rwalk.bench.pool import Watcher
+from rwalk.bench.progress import steps_by_task
 from rwalk.bench.spec import RunSpec
 from rwalk.bench.trackers import Track
 
@@ -77,9 +77,7 @@ class Display(Watcher):
 
     def _begin(self, spec: RunSpec) -> Task:
         """Add the bar of a run; its `ends` are the steps up to the end of each task."""
-        sizes, training = [len(e.train) for e in spec.tasks], spec.training
-        seen = accumulate(sizes) if spec.added_name in ("joint", "cumulative") else sizes
-        ends = list(accumulate(-(-size // training.batch_size) * training.epochs for size in seen))
+        ends = steps_by_task(spec)
         self.progress.add_task(self.labels[spec], total=ends[-1], mean="", ends=ends)
         self.bars[spec] = self.progress.tasks[-1]
         return self.bars[spec]

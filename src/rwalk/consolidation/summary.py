@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from rwalk import _html
 from rwalk._errors import printable
 from rwalk._parameters import named_parameters
 from rwalk.anchors.base import Anchor
@@ -75,6 +76,11 @@ class Summary:
         scalars |= {f"share/{layer.name}": layer.share for layer in self.layers}
         scalars |= {f"drift/{layer.name}": layer.drift for layer in self.layers}
         return {prefix + name.replace(" ", "_"): value for name, value in scalars.items()}
+
+    def _repr_html_(self) -> str:
+        rows = [[layer.name, f"{layer.share:.1%}", f"{layer.drift:.3g}"] for layer in self.layers]
+        about = {**self.settings, **{name: f"{value:.4g}" for name, value in self.figures.items()}}
+        return _html.table(["layer", "importance", "drift"], rows, ", ".join(f"{k}: {v}" for k, v in about.items()))
 
     def __rich__(self) -> Any:
         """Lay the summary out as a table for rich."""

@@ -30,8 +30,9 @@ Differences = dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]]
 class Effect:
     """How much higher one of `FIGURES` is in B than in A, over the seeds that both have; "average" has the name of the metric.
 
-    `interval` is the difference's at 95 %, by Student's t over the paired differences, None for one seed. `g` is the difference
-    over the root mean square of both deviations, corrected for few seeds: Hedges' g_av (Cumming 2012), None below three seeds.
+    `interval` is the difference's at 95 %, None for one seed, and `p` its chance if nothing differs, both by Student's t over
+    the paired differences. `g` is the difference over the root mean square of both deviations, corrected for few seeds: Hedges'
+    g_av (Cumming 2012). `p` and `g` are None below three seeds. `percent` says that figures are fractions.
     """
 
     figure: str
@@ -41,6 +42,7 @@ class Effect:
     difference: float
     interval: tuple[float, float] | None
     g: float | None
+    p: float | None = None
     percent: bool = False
 
     @property
@@ -73,24 +75,24 @@ class Contrast:
 
 
 @dataclass(frozen=True, eq=False)
-class _Runs:
+class Runs:
     """The runs of one method with one configuration, by seed, and the values of each setting under their canonical text."""
 
     method: str
     by_seed: dict[int, Record]
     settings: dict[str, dict[str, Any]]
 
-    def differences(self, other: "_Runs") -> Differences:
+    def differences(self, other: "Runs") -> Differences:
         """Return the settings in which another method's runs differ from these."""
         both = {key: (self.settings.get(key, {}), other.settings.get(key, {})) for key in {**self.settings, **other.settings}}
         return {key: (tuple(x.values()), tuple(y.values())) for key, (x, y) in both.items() if x.keys() != y.keys()}
 
-    def nearest(self, others: Sequence["_Runs"]) -> "_Runs | None":
+    def nearest(self, others: Sequence["Runs"]) -> "Runs | None":
         """Return the runs of the same name, if there are any, with the fewest settings that differ; None if several are."""
         far = [(self.method != other.method, len(self.differences(other))) for other in others]
         return others[far.index(min(far))] if far and far.count(min(far)) == 1 else None
 
-    def name(self, side: Sequence["_Runs"]) -> str:
+    def name(self, side: Sequence["Runs"]) -> str:
         """Return the method and its strength, and the settings that distinguish it from others of the same method."""
         telling = {key for other in side if other.method == self.method for key in self.differences(other)} | {"strength"}
         words = [f"{key} {plain(value)}" for key in self.settings if key in telling for value in self.settings[key].values()]
@@ -107,9 +109,9 @@ def compare(records_a: Iterable[Record], records_b: Iterable[Record]) -> Contras
         records_a: for example what `rwalk.report.read` returns; of several records of one seed the first counts.
         records_b: the others.
     """
-    ours, theirs = _grouped(records_a), _grouped(records_b)
+    ours, theirs = grouped(records_a), grouped(records_b)
     partners = {a: b for a in ours if (b := a.nearest(theirs)) and b.nearest(ours) is a}
-    pairs = [Pair(a.name(ours), b.name(theirs), a.differences(b), tuple(_effects(a, b))) for a, b in partners.items()]
+    pairs = [Pair(a.name(ours), b.name(theirs), a.differences(b), tuple(effects(a, b))) for a, b in partners.items()]
     only_a = [a.name(ours) for a in ours if a not in partners]
     only_b = [b.name(theirs) for b in theirs if b not in partners.values()]
     return Contrast(tuple(pairs), tuple(only_a), tuple(only_b))
@@ -120,12 +122,13 @@ def comparable(differences: Differences) -> bool:
     return not any(a and b for key, (a, b) in differences.items() if key.split(".")[0] in ("stream", "metric"))
 
 
-def _grouped(records: Iterable[Record]) -> list[_Runs]:
-    found: dict[str, _Runs] = {}
+def grouped(records: Iterable[Record]) -> list[Runs]:
+    """Return the runs of each method with one configuration, whatever the seed."""
+    found: dict[str, Runs] = {}
     for record in records:
         settings = _settings(record)
         same = canonical({key: value for key, value in settings.items() if key.split(".")[0] not in ROUNDING})
-        runs = found.setdefault(same, _Runs(record.method, {}, {}))
+        runs = found.setdefault(same, Runs(record.method, {}, {}))
         runs.by_seed.setdefault(record.seed, record)
         for key, value in settings.items():
             runs.settings.setdefault(key, {})[canonical(value)] = value
@@ -141,7 +144,7 @@ def _settings(record: Record) -> dict[str, Any]:
     return found | {"threads": record.threads, "ranks": record.ranks, "device": record.device}
 
 
-def _effects(a: _Runs, b: _Runs) -> Iterator[Effect]:
+def effects(a: Runs, b: Runs) -> Iterator[Effect]:
     """Yield the effect on each figure that both have for a common seed, if they are of one stream."""
     common = sorted(a.by_seed.keys() & b.by_seed.keys()) if comparable(a.differences(b)) else []
     for name, read in FIGURES.items():
@@ -159,14 +162,16 @@ def _is_known(value: Any) -> bool:
 
 
 def _effect(figure: str, seeds: tuple[int, ...], a: tuple[float, ...], b: tuple[float, ...]) -> Effect:
-    from scipy.special import stdtrit
+    from scipy.special import stdtr, stdtrit
 
-    freedom, difference, interval, g = len(seeds) - 1, fmean(b) - fmean(a), None, None
+    freedom, difference, interval, g, p = len(seeds) - 1, fmean(b) - fmean(a), None, None, None
+    error = stdev(y - x for x, y in zip(a, b, strict=True)) / math.sqrt(len(seeds)) if freedom >= 1 else 0.0
     if freedom >= 1:
-        error = stdev(y - x for x, y in zip(a, b, strict=True)) / math.sqrt(len(seeds))
         width = float(stdtrit(freedom, 0.975)) * error
         interval = difference - width, difference + width
-    if len(seeds) >= FEWEST and (spread := math.sqrt((variance(a) + variance(b)) / 2)) > 1e-50:
-        bias = math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom - 1) / 2)) / math.sqrt(freedom / 2)  # Hedges 1981
-        g = bias * difference / spread
-    return Effect(figure, seeds, a, b, difference, interval, g)
+    if len(seeds) >= FEWEST:
+        p = 2 * float(stdtr(freedom, -abs(difference) / error)) if error else float(difference == 0)
+        if (spread := math.sqrt((variance(a) + variance(b)) / 2)) > 1e-50:
+            bias = math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom - 1) / 2)) / math.sqrt(freedom / 2)  # Hedges 1981
+            g = bias * difference / spread
+    return Effect(figure, seeds, a, b, difference, interval, g, p)

@@ -8,8 +8,9 @@ has to be changed.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from rwalk.report.names import names
 from rwalk.report.summary import REFERENCES, Line, MethodComparison, Spread, ratio
 
 
@@ -115,6 +116,32 @@ def best_of_each_method(comparison: MethodComparison) -> set[int]:
 def filled(comparison: MethodComparison) -> list[Column]:
     """Return the columns that have a figure in some line."""
     return [column for column in columns(comparison) if any(column.value(line) for line in comparison.lines)]
+
+
+class Table(NamedTuple):
+    """A comparison as text: headings, rows, and whether each cell is among the best of its column."""
+
+    head: list[str]
+    rows: list[list[str]]
+    best: list[list[bool]]
+
+
+def table(comparison: MethodComparison) -> Table:
+    """Return the table of the methods, as documents show it."""
+    columns, strengths = filled(comparison), any(line.strength is not None for line in comparison.lines)
+    head = ["method", *["strength"] * strengths, "seeds", *(column.name for column in columns)]
+    tops = [column.best(comparison) for column in columns]
+    rows, best = [], []
+    for place, (line, name) in enumerate(zip(comparison.lines, names(comparison), strict=True)):
+        about = [name, *[strength(line)] * strengths, str(len(line.seeds))]
+        rows.append(about + [column.text(line) for column in columns])
+        best.append([False] * len(about) + [place in top for top in tops])
+    return Table(head, rows, best)
+
+
+def strength(line: Line) -> str:
+    """Return the strength of a line as text."""
+    return "–" if line.strength is None else f"{line.strength:g}"
 
 
 def with_deviation(value: Spread | None, factor: float = 1, digits: int = 1, deviation: bool = True) -> str:

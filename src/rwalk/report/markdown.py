@@ -3,10 +3,10 @@
 import re
 from collections.abc import Sequence
 
-from rwalk.report.figures import Column, filled
-from rwalk.report.names import clean, names
+from rwalk.report.figures import Column, filled, table
+from rwalk.report.names import clean
 from rwalk.report.remarks import remarks, sentence
-from rwalk.report.summary import Line, MethodComparison
+from rwalk.report.summary import MethodComparison
 
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~&$])|^([-+=]|[0-9]+(?=[.)]))")
 """Characters with a meaning in GitHub's Markdown, anywhere or at the start of a line."""
@@ -18,26 +18,14 @@ def markdown(comparisons: Sequence[MethodComparison]) -> str:
 
 
 def _section(comparison: MethodComparison) -> str:
-    columns = filled(comparison)
-    head = ["method", "seeds", *(_plain(column.name) for column in columns)]
-    best = [column.best(comparison) for column in columns]
-    rows = [
-        [
-            _plain(name),
-            str(len(line.seeds)),
-            *(_cell(column, line, i in top) for column, top in zip(columns, best, strict=True)),
-        ]
-        for i, (line, name) in enumerate(zip(comparison.lines, names(comparison), strict=True))
-    ]
-    table = [head, ["---", *(["---:"] * (len(head) - 1))], *rows]
+    head, rows, best = table(comparison)
+    cells = [[f"**{cell}**" if bold else cell for cell, bold in zip(*row, strict=True)] for row in zip(rows, best, strict=True)]
+    named = [[_plain(name), *figures] for name, *figures in cells]
+    lines = [[_plain(heading) for heading in head], ["---", *(["---:"] * (len(head) - 1))], *named]
     notes = "\n".join(f"- {_plain(remark.text)}" for remark in remarks(comparison))
     parts = [f"### {_plain(comparison.stream)}", _plain(sentence(comparison)), _plain(comparison.describe()),
-             "\n".join(f"| {' | '.join(row)} |" for row in table), _legend(columns), notes]  # fmt: skip
+             "\n".join(f"| {' | '.join(row)} |" for row in lines), _legend(filled(comparison)), notes]  # fmt: skip
     return "\n\n".join(filter(None, parts))
-
-
-def _cell(column: Column, line: Line, best: bool) -> str:
-    return f"**{column.text(line)}**" if best else column.text(line)
 
 
 def _legend(columns: Sequence[Column]) -> str:

@@ -12,7 +12,7 @@ from rwalk._io import files
 from rwalk.bench.record import Record
 from rwalk.bench.tuned import SUFFIX, Tuned
 from rwalk.report import charts, heatmaps, remarks, reproduce, svg
-from rwalk.report.figures import filled
+from rwalk.report.figures import filled, strength
 from rwalk.report.markdown import markdown
 from rwalk.report.names import clean, names
 from rwalk.report.summary import Line, MethodComparison, read, summarise
@@ -89,6 +89,7 @@ def render(
         script=markup(script),
         policy=f"default-src 'none'; style-src 'sha256-{_digest(style)}'; script-src 'sha256-{_digest(script)}'; "
         "base-uri 'none'; form-action 'none'",
+        strength=strength,
         draw=lambda chart: markup(svg.draw(chart)),
     )
     return text
@@ -119,6 +120,7 @@ def _section(number: int, comparison: MethodComparison, tunings: Sequence[Tuned]
         "remarks": remarks.remarks(comparison),
         "columns": columns,
         "best": [column.best(comparison) for column in columns],
+        "strengths": any(line.strength is not None for line in comparison.lines),
         "rows": list(zip(comparison.lines, names(comparison), charts.styles(comparison), how, strict=True)),
         "drawn": charts.drawn(comparison),
         "top": remarks.best(comparison),

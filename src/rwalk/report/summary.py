@@ -141,7 +141,25 @@ class MethodComparison:
         return ", ".join(value if name == "scenario" else f"{name}: {value}" for name, value in self.facts().items())
 
 
-def read(folder: str | Path) -> tuple[list[Record], list[str]]:
+class Records(list[Record]):
+    """Records, which notebooks show as tables of methods."""
+
+    def _repr_html_(self) -> str:
+        from rwalk.report.export import html
+
+        return html(summarise(self))
+
+
+class Comparisons(list[MethodComparison]):
+    """Comparisons, which notebooks show as tables of methods."""
+
+    def _repr_html_(self) -> str:
+        from rwalk.report.export import html
+
+        return html(self)
+
+
+def read(folder: str | Path) -> tuple[Records, list[str]]:
     """Read all records below a folder; return them and a message for each file that is left out.
 
     Left out are JSON files that hold no record, results of tuning that cannot be read, and copies of records (equal to the last
@@ -169,17 +187,17 @@ def read(folder: str | Path) -> tuple[list[Record], list[str]]:
         except OSError as error:
             came = f"`{file}` cannot be read ({error.strerror or error})"
             problems.append(printable(f"{came}. Move it away, or correct its permissions."))
-    return [record for _, record in records.values()], problems
+    return Records(record for _, record in records.values()), problems
 
 
-def summarise(records: Iterable[Record]) -> list[MethodComparison]:
+def summarise(records: Iterable[Record]) -> Comparisons:
     """Group records by stream, metric and training, then by method, strength and fields of the rule, and average over seeds."""
     comparisons: dict[str, list[Record]] = {}
     for record in records:
         about = {k: v for k, v in record.config.get("stream", {}).items() if k != "seed"}
         setting = {"stream": about, "training": record.config.get("training", {})}
         comparisons.setdefault(canonical([record.stream, record.metric, record.higher, setting]), []).append(record)
-    return [_compare(group) for group in comparisons.values()]
+    return Comparisons(map(_compare, comparisons.values()))
 
 
 def _compare(records: list[Record]) -> MethodComparison:

@@ -29,12 +29,23 @@ def draw(chart: Chart) -> str:
     Raises:
         ImportError: if Vega-Lite's converter is not installed.
     """
+    return _trim(converted(spec(chart), "svg").decode(), chart)
+
+
+def converted(spec: dict[str, Any], kind: str) -> bytes:
+    """Return a Vega-Lite specification as an SVG, PDF or PNG file.
+
+    Raises:
+        ImportError: if Vega-Lite's converter is not installed.
+    """
     try:
         import vl_convert
     except ImportError as error:
         raise missing("draw charts", error) from None
     _open_input()
-    return _trim(vl_convert.vegalite_to_svg(_spec(chart), vl_version="5.21", allowed_base_urls=[]), chart)
+    options = {"scale": 2} if kind == "png" else {}
+    found = getattr(vl_convert, f"vegalite_to_{kind}")(spec, vl_version="5.21", allowed_base_urls=[], **options)
+    return found.encode() if isinstance(found, str) else bytes(found)
 
 
 def _open_input() -> None:
@@ -50,8 +61,11 @@ def missing(what: str, error: ImportError) -> ImportError:
     return ImportError(f"A package to {what} with is not installed ({error}). Run: pip install 'rwalk[bench]'")
 
 
-def _spec(chart: Chart) -> dict[str, Any]:
+def spec(chart: Chart, *, legend: bool = False) -> dict[str, Any]:
+    """Return a chart as Vega-Lite describes it; colours are variables of the page."""
     layers = [layer for series in chart.series for layer in _layers(series, chart)]
+    if legend:
+        layers = [_with_legend(layer, chart) for layer in layers]
     size = {"width": WIDTH, "height": HEIGHT, "autosize": {"type": "fit", "contains": "padding"}}
     return size | {"layer": layers, "config": CONFIG, "background": None, "padding": 4}
 
@@ -77,6 +91,21 @@ def _layers(series: Series, chart: Chart) -> list[dict[str, Any]]:
         ends = {"y": y | {"field": "low"}, "y2": {"field": "high"}}
         layers.insert(0, {"name": f"{key}_band", "data": data, "mark": band, "encoding": {"x": x, **ends}})
     return layers
+
+
+def _with_legend(layer: dict[str, Any], chart: Chart) -> dict[str, Any]:
+    """Return the layer of a line or its points with a colour by name, which has a legend; other layers as they are."""
+    series = next(s for s in chart.series if layer["name"].startswith(f"s{s.key}_"))
+    if not layer["name"].endswith(("_line", "_dots")):
+        return layer
+    names, styles = [s.name for s in chart.series], [s.style for s in chart.series]
+    colours = {"domain": names, "range": [f"var(--{style.colour})" for style in styles]}
+    encoding: dict[str, Any] = {"color": {"datum": series.name, "scale": colours, "title": None}}
+    if layer["name"].endswith("_dots"):
+        encoding["shape"] = {"datum": series.name, "scale": {"domain": names, "range": [style.shape for style in styles]}}
+        encoding["shape"]["title"] = None
+    mark = {key: value for key, value in layer["mark"].items() if key not in ("color", "shape")}
+    return layer | {"mark": mark, "encoding": layer["encoding"] | encoding}
 
 
 def _row(series: Series, chart: Chart, point: Point) -> dict[str, Any]:
