@@ -38,7 +38,7 @@ def test_an_error_is_averaged_and_forgotten_in_its_own_unit(tmp_path):
     assert not problems
     assert sentence(comparison) == "Mine ended at the lowest average RMSE, 2.75."
     page = report.write(tmp_path).read_text()
-    for word in ("Average RMSE", "jan", "learning rate", "a training loop with a journal wrote its record"):
+    for word in ("Average RMSE", "jan", "learning rate", "Journals of training loops wrote these records"):
         assert word in page
     assert "accuracy" not in page.split("<main>")[1].lower()
 

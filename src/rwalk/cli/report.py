@@ -1,8 +1,9 @@
 """The report and compare commands."""
 
+import re
 import time
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,11 @@ from rich.console import Console
 
 from rwalk import report
 from rwalk._errors import printable
+from rwalk._io import files
 from rwalk.bench.record import Record
 from rwalk.report import terminal
+from rwalk.report.charts import charts
+from rwalk.report.drawing import KINDS
 from rwalk.report.plain import complain, print_plain
 
 REFRESH = 5
@@ -30,9 +34,18 @@ class Report:
     """The HTML file; the Markdown is written beside it. Default: report.html in the folder."""
     open: bool = False
     """Show it in a browser."""
+    csv: bool = False
+    """Also write a row for each record, and one for each of its scores, as report.csv and report-scores.csv beside the page."""
+    latex: bool = False
+    """Also write the tables for LaTeX, as report.tex beside the page."""
+    figures: str = ""
+    """Also write each chart as a file of these kinds, with commas between: svg, pdf, png."""
 
     def do(self, words: Sequence[str], console: Console) -> int:  # noqa: ARG002
         """Write the page of a folder, print its tables, and name files that are no records."""
+        kinds = list(filter(None, self.figures.split(",")))
+        if unknown := [kind for kind in kinds if kind not in KINDS]:
+            raise ValueError(f"--figures {printable(unknown[0], '')} is no kind of file; pass some of {', '.join(KINDS)}.")
         records, problems = report.read(self.folder)
         _complain(problems)
         if records:
@@ -40,24 +53,50 @@ class Report:
                 place = report.write(self.folder, self.out, found=(records, problems))
             finally:
                 report.show(report.summarise(records), console)
+            for file in self._write_others(place, records, kinds):
+                print_plain(console, f"Written: {file}")
             show_page(place, self.open, console)
         return 0
+
+    def _write_others(self, place: Path, records: list[Record], kinds: list[str]) -> Iterator[Path]:
+        """Write what was asked for beside the page, and yield each file."""
+        comparisons = report.summarise(records)
+        texts = {".csv": report.as_csv(records), "-scores.csv": report.as_csv(records, "scores")} if self.csv else {}
+        texts |= {".tex": report.latex(comparisons)} if self.latex else {}
+        for ending, text in texts.items():
+            file = place.with_name(place.stem + ending)
+            files.write(file, text.encode())
+            yield file
+        for number, comparison in enumerate(comparisons, start=1):
+            for chart in charts(comparison) if kinds else ():
+                words = re.sub(r"[^a-z0-9]+", "-", chart.title.lower()).strip("-")
+                for kind in kinds:
+                    yield report.Drawing(chart).save(place.with_name(f"{place.stem}-{number}-{words}.{kind}"))
 
 
 @dataclass(frozen=True)
 class Compare:
-    """Print in which settings two sets of records differ, and whether their results differ beyond seed noise.
+    """Print whether results differ beyond seed noise: of two sets of records, or of the methods in one.
 
-    Methods are matched by their settings, as far as they go; runs are paired by their seeds if three or more are common.
+    Methods of two sets are matched by their settings, as far as they go, and the settings that differ are printed, too. The
+    methods of one set are compared with the best of them, or another. Runs are paired by their seeds.
     """
 
     a: tyro.conf.Positional[Path]
     """A folder written by `rwalk run --out`, or the file of one record."""
-    b: tyro.conf.Positional[Path]
-    """Another one."""
+    b: tyro.conf.Positional[Path | None] = None
+    """Another one; without it the methods of the first are compared."""
+    against: str | None = None
+    """For one folder: the method to compare with, such as finetune; default: the best of each stream."""
 
     def do(self, words: Sequence[str], console: Console) -> int:  # noqa: ARG002
         """Print the comparison."""
+        if self.b is None:
+            for ranking in report.between(_records(self.a), self.against):
+                terminal.show_ranking(ranking, console)
+            return 0
+        if self.against is not None:
+            raise ValueError("--against is for the methods of one folder. Leave it out, or the second folder.")
         sides = [_records(place) for place in (self.a, self.b)]
         terminal.show_contrast(report.compare(*sides), str(self.a), str(self.b), console)
         return 0

@@ -29,10 +29,10 @@ class Rival:
     def verdict(self) -> str:
         """Whether the difference is larger than seeds explain, over all rivals together."""
         if self.effect.a == self.effect.b:
-            return "the same with every seed"
+            return "the same"
         if self.p is None:
-            return "too few common seeds for a verdict"
-        return "differs beyond seed noise" if self.p < LEVEL else "within seed noise"
+            return "too few seeds"
+        return "differs" if self.p < LEVEL else "seed noise"
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,8 @@ def remarks(comparison: MethodComparison) -> list[Remark]:
 def _few_seeds(comparison: MethodComparison) -> Iterator[str]:
     few = min(len(line.seeds) for line in comparison.lines)
     if few < ENOUGH:
-        yield f"Only {few} seed{'s' * (few > 1)}: differences may be noise. Run at least {ENOUGH} (`--seeds {ENOUGH}`)."
+        option = "" if comparison.journal else f" (`--seeds {ENOUGH}`)"
+        yield f"Only {few} seed{'s' * (few > 1)}: differences may be noise. Run at least {ENOUGH}{option}."
     if len({tuple(sorted(line.seeds)) for line in comparison.lines}) > 1:
         yield "Not all methods were run with the same seeds, so their means are over different draws."
 
@@ -130,7 +131,8 @@ def _diverged(comparison: MethodComparison) -> Iterator[str]:
         chance, end = fmean(before) if before else 0.0 if metric.percent else None, line.average
         if line.strength and (lost or (end and chance is not None and metric.gain(end.mean, chance) <= metric.clear)):
             why = "its penalty overflowed" if lost else "it ended no better than the untrained network"
-            pull = "the gradient pull overshoots at this strength: take `--pull proximal` or a smaller strength"
+            option = 'pull="proximal"' if comparison.journal else "--pull proximal"
+            pull = f"the gradient pull overshoots at this strength: take `{option}` or a smaller strength"
             remedy = pull if line.fields.get("pull") == "gradient" else "take a smaller strength or learning rate"
             yield f"{_capital(name)} seems to have diverged ({why}); {remedy}."
 
@@ -159,7 +161,7 @@ def _strength(comparison: MethodComparison) -> Iterator[str]:
     if idle:
         yield (
             f"With {listed(idle)} as much is forgotten as with fine-tuning: no different from it at this strength. Try larger "
-            "ones, or `rwalk tune`."
+            f"ones{'' if comparison.journal else ', or `rwalk tune`'}."
         )
 
 
@@ -167,9 +169,11 @@ def _picked(comparison: MethodComparison) -> Iterator[str]:
     for method in dict.fromkeys(line.method for line in comparison.lines):
         strengths = {line.strength for line in comparison.lines if line.method == method}
         if len(strengths) > 1:
+            held_out = "on held-out training examples"
+            remedy = f"pick {held_out}" if comparison.journal else f"`rwalk tune` picks {held_out}"
             yield (
                 f"{_capital(method_name(method))} was run with {len(strengths)} strengths. The best of them was picked on the "
-                "test examples, which flatters it; `rwalk tune` picks on held-out training examples."
+                f"test examples, which flatters it; {remedy}."
             )
 
 
@@ -197,12 +201,14 @@ def _missing(comparison: MethodComparison) -> Iterator[str]:
     ):
         yield "One task: there is nothing to forget."
     if plain is None:
-        yield "No fine-tuning among the runs, so gains and the cost of a step are unknown. Add `finetune` to `--methods`."
+        option = 'method="finetune"' if comparison.journal else "--methods finetune"
+        yield f"No fine-tuning among the runs, so gains and the cost of a step are unknown. Add one (`{option}`)."
     elif plain.forgetting and plain.forgetting.mean < metric.clear and len(comparison.lines) > 1:
         forgets = with_deviation(plain.forgetting, metric.factor, metric.digits) + metric.points.replace(",", "")
         yield f"Fine-tuning forgets {forgets} here: there is little to gain."
     if joint is None:
-        yield "No joint training among the runs, so intransigence is unknown. Add `joint` to `--methods`."
+        option = 'method="joint"' if comparison.journal else "--methods joint"
+        yield f"No joint training among the runs, so intransigence is unknown. Add it (`{option}`)."
     elif first and _lead(comparison, first.average, joint.average) > 0:
         side = "below" if metric.higher else "above"
         yield f"Joint training ends {side} the best method: it may need more epochs, and intransigence means little here."

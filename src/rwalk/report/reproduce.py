@@ -31,6 +31,8 @@ class Commands(NamedTuple):
 
 def commands(comparison: MethodComparison) -> Commands:
     """Return the commands that repeat all runs of a comparison, and a note for each run that none repeats."""
+    if comparison.journal:
+        return Commands([], ["Journals of training loops wrote these records."])
     lines, notes = dict[str, None](), dict[str, None]()
     for line in comparison.lines:
         lines |= dict.fromkeys(filter(None, map(_recorded, line.records)))
@@ -66,8 +68,6 @@ def _inexpressible(record: Record) -> str:
     """Return why the command line cannot do a run, or nothing."""
     about, method = record.config.get("stream", {}), record.method.removesuffix(REPLAY)
     counts = about.get("tasks"), about.get("skipped", 0)
-    if about.get("journal"):
-        return "a training loop with a journal wrote its record"
     if "training" not in record.config or not all(isinstance(count, int) for count in counts):
         return "its record does not hold all settings"
     if record.stream.endswith(VALIDATION):
@@ -126,7 +126,7 @@ def _flag(name: str, value: Any) -> list[str]:
 def _about_data(comparison: MethodComparison) -> list[str]:
     name, about = comparison.stream.partition("-")[2], comparison.setting.get("stream", {})
     rows = about.get("rows")
-    if name == "digits" or about.get("journal"):
+    if name == "digits":
         return []
     size = f", of {rows[0]} training and {rows[1]} test examples," if isinstance(rows, list) and len(rows) == 2 else ""
     where = "has to lie in --data or RWALK_DATA, or be named by its path; --label as it was, if it was given."

@@ -112,6 +112,11 @@ class MethodComparison:
         named = max((record.tasks for record in records), key=len)
         return named or [str(k + 1) for k in range(max((len(row) for r in records for row in r.scores), default=0))]
 
+    @property
+    def journal(self) -> bool:
+        """Whether journals of training loops wrote the records, and not `rwalk run`."""
+        return bool(self.setting.get("stream", {}).get("journal"))
+
     def varying(self, line: Line) -> dict[str, Any]:
         """Return the fields that distinguish a line from others of the same method."""
         others = [o for o in self.lines if o.method == line.method and o.fields != line.fields]

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rwalk.bench.tuned import Tuned
+from rwalk.report.between import Ranking
 from rwalk.report.compare import Contrast, Effect, Pair, comparable
 from rwalk.report.figures import columns
 from rwalk.report.metric import decimals
@@ -30,6 +31,12 @@ NOTE_EFFECTS = (
     "Mean ± standard deviation over common seeds; accuracy and forgetting in %. Each interval is at 95 % by itself: where "
     "nothing differs, one in twenty excludes 0 by chance. g: Hedges' g_av, the difference over the spread of seeds. Times "
     "compare only on one machine, equally busy."
+)
+
+
+NOTE_RANKING = (
+    "Mean ± standard deviation and differences over common seeds. Each interval is at 95 % by itself. p: paired t-test, "
+    "adjusted for the number of methods (Holm), so that all verdicts together hold at 95 %."
 )
 
 
@@ -116,6 +123,24 @@ def _effect(one: Effect) -> dict[str, str]:
 
 def _mean(values: Sequence[float], digits: int) -> str:
     return f"{fmean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def show_ranking(ranking: Ranking, console: Console) -> None:
+    """Print how the methods of a stream differ from one of them."""
+    _show_heading(ranking.stream, plain(f": {ranking.about}", 10 * NAME), console)
+    metric = ranking.metric
+    what = f"average {metric.name}{', %' if metric.percent else ''}, {metric.better} is better"
+    print_plain(console, f"{plain(ranking.reference, NAME)} against the others ({plain(what, NAME)}):")
+    rows = []
+    for rival in ranking.rivals:
+        cells = _effect(rival.effect)
+        p = "-" if rival.p is None else f"{rival.p:.4f}" if rival.p >= 0.0001 else "<.0001"
+        rows.append([plain(rival.name, NAME), cells["B"], cells["B - A"], cells["interval"], p, rival.verdict])
+    if not rows:
+        print_plain(console, "No other method has scores for a common seed.")
+        return
+    _show_table(["method", "mean", "difference", "interval", "p", ""], rows, console)
+    console.print(shown(console, NOTE_RANKING, "dim"))
 
 
 def show_tuned(chosen: Tuned, command: str, console: Console) -> None:
