@@ -89,6 +89,7 @@ def test_functions_are_called_in_order_and_their_time_is_no_training(tmp_path, m
 
     clock[0] = 3.0
     assert journal.evaluate(0, {"a": slow, "b": slow}).timings == {"train_seconds": 3.0}
+    assert journal.evaluate(0, {"a": 0.25, "b": 0.75}, lambda share: share).scores == [[0.25, 0.75]]
     clock[0] += 4
     assert journal.log("b", {"a": 0.5, "b": 0.5}).timings == {"train_seconds": 7.0}
 

@@ -101,17 +101,23 @@ class Journal:
         return record
 
     def evaluate(
-        self, task: str | int | None, evaluations: Mapping[Any, Callable[[], float]], *, summary: Any = None
+        self,
+        task: str | int | None,
+        tasks: Mapping[Any, Any],
+        score: Callable[[Any], float] = lambda evaluation: evaluation(),
+        *,
+        summary: Any = None,
     ) -> Record:
-        """Call a function for each task's score, and log the scores; the time that it takes is not counted as training.
+        """Score each task, and log the scores; the time that this takes is not counted as training.
 
         Args:
             task: as for `log`.
             summary: as for `log`.
-            evaluations: by each task's name, a function that returns its score.
+            tasks: by each task's name what `score` takes, such as its test data; without `score`, functions that return scores.
+            score: returns the score on a task.
         """
         self._seconds += time.perf_counter() - self._since
-        scores = {name: evaluation() for name, evaluation in evaluations.items()}
+        scores = {name: score(each) for name, each in tasks.items()}
         self._since = time.perf_counter()
         return self.log(task, scores, summary=summary)
 
