@@ -426,7 +426,7 @@ def test_weights_that_are_changed_after_the_last_step_are_model_and_anchor(rule,
     if event:
         event(*(task, tmp_path)[: event.__code__.co_argcount])
     now = copy.deepcopy(task.model.state_dict())
-    with pytest.warns(UserWarning, match="changed after the last step.* average is dropped") as caught:
+    with pytest.warns(UserWarning, match="changed after the last step.* average is left out") as caught:
         task.memory.consolidate([tuple(map(torch.as_tensor, batch)) for batch in batches(3, 2)])
     assert len(caught) == 1
     for name, p in task.model.named_parameters():
@@ -461,7 +461,7 @@ def test_a_layer_that_rests_and_is_given_other_weights_keeps_them(rule, how):
         task.optimizer.zero_grad()
         F.cross_entropy(task.model[2](torch.tanh(layer(torch.as_tensor(x)).detach())), torch.as_tensor(y)).backward()
         task.optimizer.step()
-    with pytest.warns(UserWarning, match="changed after the last step.* average is dropped"):
+    with pytest.warns(UserWarning, match="changed after the last step.* average is left out"):
         task.memory.consolidate([tuple(map(torch.as_tensor, batch)) for batch in batches(3, 2)])
     assert torch.equal(layer.weight, torch.full_like(layer.weight, 0.3))
     assert torch.equal(task.memory.anchor.point["0.weight"], layer.weight)

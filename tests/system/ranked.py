@@ -328,9 +328,13 @@ def after_evaluation(name, how):
             return model(x).clone()
 
     loop(model, moved, load(0))
-    look()
+    raw = look()
+    with memory.averaged():
+        ahead = look()
+    assert torch.equal(look(), raw)
     memory.consolidate(load(50, 2))
     there = look()
+    assert torch.equal(ahead, there)
     state = memory.state_dict()
     look()
     memory.load_state_dict(state)

@@ -217,7 +217,7 @@ def test_statistics_of_batchnorm_are_means_over_the_batches_of_all_ranks(on, how
     alike(ranks[0], dict(model.state_dict()))
 
 
-@pytest.mark.parametrize("name", ["recipe", "ewc"])
+@pytest.mark.parametrize("name", ["recipe", "ewc", "default"])
 def test_a_forward_pass_in_between_changes_nothing(on, name):
     for rank in on(2, "after_evaluation", name=name, how="fsdp"):
         alike(rank, ranked.after_evaluation(name, "alone"), name)

@@ -105,6 +105,23 @@ def test_a_path_restores_every_bit_and_visits_what_blend_goes_to(rule):
     assert same(seen[1], {name: t.clone() for name, t in model.state_dict().items()})
 
 
+@pytest.mark.parametrize("rule", [SI(), Kronecker()], ids=lambda r: type(r).__name__)
+def test_no_part_of_the_way_back_is_the_tasks_end_with_its_statistics_of_batch_norm(rule):
+    model = net(norm=True)
+    memory = Consolidator(model, rule, average="tail")
+    train(model, memory)
+    memory.consolidate(LOADER)
+    optimizer = train(model, memory, shift=1)
+    memory.attach(optimizer)
+    twin, other, _ = copy.deepcopy((model, memory, optimizer))
+    other.consolidate(LOADER)
+    seen = []
+    memory.path(lambda m: seen.append(copy.deepcopy(m.state_dict())) or 0.0, [0], data=LOADER)
+    memory.blend(0, data=LOADER)
+    assert same(dict(seen[0]), dict(twin.state_dict()))
+    assert same(dict(model.state_dict()), dict(twin.state_dict()))
+
+
 def test_training_goes_on_after_a_path_as_if_nothing_had_been():
     model = net()
     memory = Consolidator(model)

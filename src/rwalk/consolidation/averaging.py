@@ -1,7 +1,6 @@
 """Averaging of each task's later iterates, which become both model and anchor when the task ends."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -58,19 +57,16 @@ class Tail:
         for name in names:
             self.count[name] -= 1
 
-    @contextmanager
-    def swapped(self, theta: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        """Replace parameters by their averages, unless an error comes; yield where the parameters were."""
-        raw: dict[str, Tensor] = {}
-        try:
-            for name in [name for name in theta if self.count.get(name)]:
-                raw[name] = theta[name].detach().clone()
+    @property
+    def known(self) -> bool:
+        """Whether any step went into it."""
+        return any(self.count.values())
+
+    def put_in(self, theta: Mapping[str, Tensor]) -> None:
+        """Replace parameters by their averages, where there are any."""
+        for name in theta:
+            if self.count.get(name):
                 theta[name].detach().copy_(self.average[name])
-            yield {**theta, **raw}
-        except BaseException:
-            for name, value in raw.items():
-                theta[name].detach().copy_(value)
-            raise
 
     def restart(self) -> None:
         """Begin a new task."""

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from rwalk._errors import warn
@@ -21,16 +21,9 @@ def batch_norms(model: nn.Module) -> list[_NormBase]:
     return [m for m in norms if m.training or not model.training]
 
 
-@contextmanager
-def statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Put the running statistics of a model back if an error comes."""
-    kept = [(buffer, buffer.clone()) for norm in batch_norms(model) for buffer in norm.buffers(recurse=False)]
-    try:
-        yield
-    except BaseException:
-        for buffer, value in kept:
-            buffer.copy_(value)
-        raise
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """List the running statistics of these modules, and their counts of batches."""
+    return [buffer for norm in batch_norms(model) for buffer in norm.buffers(recurse=False)]
 
 
 def renew_statistics(model: nn.Module, data: Iterable[Any] | None, forward: Callable[[nn.Module, Any], Any]) -> None:
@@ -41,8 +34,9 @@ def renew_statistics(model: nn.Module, data: Iterable[Any] | None, forward: Call
         refresh_batch_norms(model, data, forward)
         return
     warn(
-        "The model has BatchNorm, whose running statistics do not fit the averaged weights. Call `consolidate(loader)` to "
-        'recompute them (`data=loader` in `blend` and `path`), or build the consolidator with `average="none"`.'
+        "The model has BatchNorm, whose running statistics do not fit the averaged weights. To recompute them, pass "
+        "batches of the task: `consolidate(loader)`, `averaged(loader)`, or `data=loader` in `blend` and `path`. Or build the "
+        'consolidator with `average="none"`.'
     )
 
 

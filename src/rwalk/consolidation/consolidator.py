@@ -1,7 +1,8 @@
 """The consolidator binds a model, a rule and an anchor to any training loop that calls `optimizer.step()`."""
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, get_args
 
 import torch
@@ -13,6 +14,7 @@ from rwalk.anchors.base import Anchor
 from rwalk.anchors.match import Match
 from rwalk.consolidation import hooks, misuse
 from rwalk.consolidation.adoption import adopt
+from rwalk.consolidation.ended_weights import averaged
 from rwalk.consolidation.going_back import GoingBack, Way, check_share, go_back, weights_kept
 from rwalk.consolidation.memory import Memory
 from rwalk.consolidation.moves import Writes
@@ -118,6 +120,7 @@ class Consolidator(GoingBack, SavedState):
 
     @model.setter
     def model(self, model: nn.Module) -> None:
+        misuse.refuse_lent(self._memory)
         self._memory.model = model
 
     @property
@@ -146,7 +149,7 @@ class Consolidator(GoingBack, SavedState):
     @property
     def steps(self) -> int:
         """How many steps of the current task have been observed; 0 right after `consolidate`."""
-        self._observer.resolve()
+        self._observer.resolve(looking=True)
         return self._memory.steps
 
     @property
@@ -269,11 +272,28 @@ class Consolidator(GoingBack, SavedState):
             RuntimeError: if the rule measures during training, or a task is unfinished.
             ValueError: if the rule measures on data and there is none.
         """
-        refuse_estimate(self.rule, self.steps)
+        self._observer.resolve()
+        refuse_estimate(self.rule, self._memory.steps)
         refuse_data(data, self.rule, estimating=True)
         self._memory.widen(self._memory.scope.trainable(self.model))
         self._memory.count_data_again()
         self._end_task(data, loss, logits, estimating=self.rule.measures != "nothing")
+
+    @contextmanager
+    @torch.inference_mode(False)
+    def averaged(self, data: Iterable[Any] | None = None) -> Iterator[nn.Module]:
+        """Give the model the weights that `consolidate()` would leave now, to validate them; restore every bit afterwards.
+
+        That is the average of the task so far, where there is averaging. `with memory.averaged() as model:` lends the model
+        itself. Inside, a step of the watched optimiser is refused, and so is what changes, saves or copies the memory.
+
+        Args:
+            data: batches of the task, for models with BatchNorm, whose statistics are renewed on them and restored as well.
+        """
+        refuse_data(data)
+        self._observer.resolve()
+        with averaged(self._memory, data) as model:
+            yield model
 
     @torch.inference_mode(False)
     def adopt(self, anchor: Anchor, rename: Mapping[str, str] | Callable[[str], str] | None = None) -> Match:
@@ -298,7 +318,7 @@ class Consolidator(GoingBack, SavedState):
     @torch.no_grad()
     def penalty(self) -> Tensor:
         """Return the current penalty, strength * sum of omega * (theta - point)^2, as a scalar for logging."""
-        self._observer.resolve()
+        self._observer.resolve(looking=True)
         return torch.as_tensor(self._memory.penalty() * self.strength)
 
     @torch.inference_mode(False)

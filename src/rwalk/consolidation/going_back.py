@@ -15,11 +15,10 @@ from rwalk import gradients
 from rwalk._parameters import bare, state_dtype
 from rwalk.anchors.kronecker import KroneckerAnchor
 from rwalk.consolidation.batchnorm import renew_statistics
+from rwalk.consolidation.ended_weights import ended, restoring
 from rwalk.consolidation.memory import Memory
-from rwalk.consolidation.misuse import accept_changes
 from rwalk.consolidation.scope import Named, fits, patterns
 from rwalk.consolidation.step import StepObserver
-from rwalk.consolidation.turns import Turns, take_last_turn
 from rwalk.distributed.shards import sharded
 from rwalk.rules.base import number
 
@@ -126,14 +125,13 @@ def check_share(value: Any) -> float:
 def go_back(memory: Memory, share: float, way: Way) -> None:
     """Go a share of the way back, from the average of the task where there is one, and continue from there."""
     names, theta = _going(memory, way), memory.protected.theta
-    accept_changes(memory)
-    take_last_turn(memory)
-    with memory.tail.swapped(theta):
+    with ended(memory):
         pass
-    memory.tail.restart()
     if share:
         _move({name: theta[name].detach() for name in names}, memory, share, way.by)
+    if share or memory.tail.known:
         renew_statistics(memory.model, way.data, gradients.forward)
+    memory.tail.restart()
     memory.moves.note_all(theta)
 
 
@@ -184,24 +182,11 @@ def _move(theta: Mapping[str, Tensor], memory: Memory, share: float, by: By) -> 
 @torch.no_grad()
 def weights_kept(memory: Memory, always: bool = False) -> Iterator[None]:
     """Restore the model, the average and what has been counted if an error comes, or always."""
-    tail, lengths, since, changed = memory.tail, dict(memory.turns.lengths), memory.turns.since, memory.changed()
     model, theta = bare(memory.model), memory.theta()
     ids = {id(t) for t in theta.values()}
     others = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in ids and not sharded(t)]
-    kept = [(t, t.detach().clone()) for t in (*theta.values(), *tail.average.values(), *others)]
-    count, restore = dict(tail.count), always
-    try:
+    with restoring(memory, [*theta.values(), *memory.tail.average.values(), *others], always):
         yield
-    except BaseException:
-        restore = True
-        raise
-    finally:
-        if restore:
-            for now, before in kept:
-                now.detach().copy_(before)
-            tail.count, memory.turns = count, Turns(lengths, since)
-            memory.moves.note_all(theta)
-            memory.moves.keep_changed(changed)
 
 
 class GoingBack:

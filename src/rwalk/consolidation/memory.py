@@ -59,6 +59,7 @@ class Memory:
         begun: what the parameters were like when the task began, as far as that is known.
         turns: how far the weights have gone since they were last pulled, where that is not done at each step.
         turned: whether they were pulled in this task, and since the protected parameters were last looked for.
+        lent: whether the model has the weights that the task would end with, for a while.
     """
 
     def __init__(self, model: nn.Module, settings: Settings, scope: Scope, offload: Offload, strict: bool) -> None:
@@ -70,7 +71,7 @@ class Memory:
         self.state: Any = self.rule.init([])
         self.anchor: Anchor = self.rule.anchor_kind()
         self.tail, self.moves, self.turns, self.begun = Tail(), Moves(), Turns(), Writes({})
-        self.shown = self.turned = False
+        self.shown = self.turned = self.lent = False
         self.tasks, self.steps = 0, 0
         self.last_end: LastEnd | None = None
         self.squares: gradients.Squares | None = None

@@ -46,6 +46,15 @@ def warn_of_second_memory(memory: "Memory", theta: Mapping[str, Tensor]) -> None
         )
 
 
+def refuse_lent(memory: "Memory") -> None:
+    """Raise a RuntimeError for what may not happen while the model has weights for a while."""
+    if memory.lent:
+        raise RuntimeError(
+            "Inside `with memory.averaged():` the model has other weights for a while, so that no step is made there, and the "
+            "memory is not changed, saved or copied. Leave the block first."
+        )
+
+
 def refuse_unwatched(memory: "Memory") -> None:
     """Raise a RuntimeError if a task is to end in which no step was seen, although the weights have changed."""
     if memory.rule.measures != "steps" or memory.steps:
@@ -69,7 +78,7 @@ def accept_changes(memory: "Memory") -> None:
     if memory.averages and any(memory.tail.count.get(name) or name in waiting for name in changed):
         memory.tail.restart()
         warn(
-            f"The weights {listed(changed)} were changed after the last step of the task. They are kept as they are, and the "
-            "average is dropped. To have the average, call `consolidate()` right after the last step, before anything restores "
-            'or averages weights; to have no average, pass `average="none"`.'
+            f"The weights {listed(changed)} were changed after the last step of the task. They are kept as they are, "
+            "and the average is left out. To have the average, call `consolidate()` right after the last step, before anything "
+            'restores or averages weights; to have no average, pass `average="none"`.'
         )

@@ -9,7 +9,7 @@ import torch
 
 from rwalk._io import states
 from rwalk._parameters import named_parameters
-from rwalk.consolidation import saving, state_checks
+from rwalk.consolidation import misuse, saving, state_checks
 from rwalk.consolidation.memory import Memory
 from rwalk.consolidation.step import StepObserver
 from rwalk.distributed import checkpoint
@@ -57,6 +57,7 @@ class SavedState:
         Raises:
             ValueError: if the state is of another format, rule or model; the message names the difference.
         """
+        misuse.refuse_lent(self._memory)
         saving.restore(self._memory, state_dict)
         self._observer.forget_pending()
 

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from rwalk import gradients, kernels
 from rwalk.consolidation import proximal
 from rwalk.consolidation.memory import Memory
+from rwalk.consolidation.misuse import refuse_lent
 from rwalk.consolidation.overshoot import OvershootCheck
 from rwalk.consolidation.protected import refuse_sparse, shares_memory
 from rwalk.consolidation.settings import Nonfinite, Pull
@@ -180,9 +181,15 @@ class StepObserver:
             self._metrics = optimizer, protected, proximal.Metrics(optimizer, protected.parameters.values())
         return self._metrics[2]
 
-    def resolve(self) -> None:
-        """Take back what was counted for the last step, if it has turned out not to count, or has failed."""
+    def resolve(self, looking: bool = False) -> None:
+        """Take back what was counted for the last step, if it has turned out not to count, or has failed.
+
+        Raises:
+            RuntimeError: inside `averaged`, except for a mere look at the memory.
+        """
         memory = self.memory
+        if not looking:
+            refuse_lent(memory)
         memory.renew()
         pending, self._pending = self._pending, None
         step, self._open = self._open, None
@@ -211,10 +218,8 @@ class StepObserver:
     def nbytes(self) -> int:
         """Bytes of the tensors held, on this rank, the gradients of the last step among them."""
         squares = self.memory.squares
-        held = sum(
-            t.nbytes for t in (*self.memory.tensors(), *self._kept) if any(t.stride()) or not t.dim()
-        )  # the others expand
-        return held + (0 if squares is None else squares.nbytes)
+        held = (t for t in (*self.memory.tensors(), *self._kept) if any(t.stride()) or not t.dim())  # the others expand
+        return sum(t.nbytes for t in held) + (0 if squares is None else squares.nbytes)
 
     def release(self) -> None:
         """Let go of what only steps need."""
@@ -322,16 +327,8 @@ class StepObserver:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies are made of."""
-        fresh: dict[str, Any] = {
-            "_checked_optimizer": None,
-            "_layout": None,
-            "_kept": [],
-            "_held": (None, {}, []),
-            "_kept_beside": None,
-            "_metrics": None,
-            "_open": None,
-        }
-        return {**vars(self), **fresh}
+        nothing = dict.fromkeys(("_checked_optimizer", "_layout", "_kept_beside", "_metrics", "_open"))
+        return {**vars(self), **nothing, "_kept": [], "_held": (None, {}, [])}
 
 
 def _alike(mine: list[Tensor], like: list[Tensor]) -> bool:

@@ -1,6 +1,6 @@
 """The end of a task: what was observed, or is measured on data, becomes the anchor of the next tasks."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,13 +13,12 @@ from rwalk import gradients
 from rwalk._errors import warn
 from rwalk.anchors.base import Anchor
 from rwalk.anchors.kronecker import held_names
-from rwalk.consolidation.batchnorm import renew_statistics, statistics_kept
+from rwalk.consolidation.batchnorm import renew_statistics
+from rwalk.consolidation.ended_weights import ended
 from rwalk.consolidation.memory import Memory
-from rwalk.consolidation.merged import follow_merged, note_bases
-from rwalk.consolidation.misuse import accept_changes
+from rwalk.consolidation.merged import note_bases
 from rwalk.consolidation.moves import Moves
 from rwalk.consolidation.repeats import LastEnd, SummedData
-from rwalk.consolidation.turns import take_last_turn
 from rwalk.distributed import ranks, wrappers
 from rwalk.rules.base import Factors, Gradients, Rule, TaskEnd, no_data, no_factors
 
@@ -40,22 +39,13 @@ def end_task(memory: Memory, data: Iterable[Any] | None, loss: Any, logits: Any,
     last = _unmoved_since(memory, theta)
     if last and last.observed:
         return _warn_of_repeat()
-    accept_changes(memory)
-    follow_merged(memory)
-    undo: Callable[[], Any] = int  # nothing to undo yet
-    try:
-        undo = take_last_turn(memory)
-        with memory.tail.swapped(theta) as raw, statistics_kept(memory.model):
-            if any(memory.tail.count.values()):
-                renew_statistics(memory.model, data, gradients.forward)
-            anchor, state = _concluded(memory, _task_end(memory, raw, data if on_data else None, loss, logits))
-            sums = _sums(memory, data)
-            end = _last_end(memory, theta, sums) if on_data else None
-            moves, moments = Moves.from_now(theta), memory.next_moments(anchor)
-    except BaseException:
-        undo()
-        memory.moves.note_all(theta)
-        raise
+    with ended(memory) as raw:
+        if memory.tail.known:
+            renew_statistics(memory.model, data, gradients.forward)
+        anchor, state = _concluded(memory, _task_end(memory, raw, data if on_data else None, loss, logits))
+        sums = _sums(memory, data)
+        end = _last_end(memory, theta, sums) if on_data else None
+        moves, moments = Moves.from_now(theta), memory.next_moments(anchor)
     if last and last.same_data(sums):
         return _warn_of_repeat()
     return memory.end_task(anchor, state, end, moves, moments)

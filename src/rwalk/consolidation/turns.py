@@ -1,6 +1,6 @@
 """What is done every few steps and not at each: the pull of whole layers, and the average of weights that were just pulled."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -74,11 +74,11 @@ def take_turn(memory: "Memory", theta: Mapping[str, Tensor], metrics: proximal.M
     memory.turns.reset()
 
 
-def take_last_turn(memory: "Memory") -> Callable[[], None]:
-    """Take a turn when a task ends, if there were steps since the last one; return a function that undoes it."""
+def take_last_turn(memory: "Memory") -> None:
+    """Take a turn when a task ends, if there were steps since the last one."""
     turns, theta = memory.turns, memory.protected.theta
     if not turns.lengths:
-        return lambda: None
+        return
     metrics = None
     last = memory.last_optimizer
     optimizer = memory.optimizer if memory.optimizer is not None or last is None else last()
@@ -90,31 +90,7 @@ def take_last_turn(memory: "Memory") -> Callable[[], None]:
             "Call `attach(optimizer)` before `consolidate()`."
         )
         turns.reset()
-        return lambda: None
+        return
     parameters = memory.protected.parameters  # those that were frozen meanwhile stay as they are
-    writable = {name: theta[name] for name in turns.lengths if name in theta and parameters[name].requires_grad}
-    undo = _undoing(memory, writable)
-    try:
-        take_turn(memory, {name: p.detach() for name, p in writable.items()}, metrics)
-    except BaseException:
-        undo()
-        raise
-    return undo
-
-
-def _undoing(memory: "Memory", theta: Mapping[str, Tensor]) -> Callable[[], None]:
-    """Return a function that brings back what a turn changes."""
-    turns, tail = memory.turns, memory.tail
-    lengths, since, count = dict(turns.lengths), turns.since, dict(tail.count)
-    before = {name: p.detach().clone() for name, p in theta.items()}
-    average = {name: tail.average[name].clone() for name in theta if name in tail.average}
-
-    def undo() -> None:
-        for name, value in before.items():
-            theta[name].detach().copy_(value)
-        for name, value in average.items():
-            tail.average[name].copy_(value)
-        tail.count = count
-        memory.turns = Turns(lengths, since)
-
-    return undo
+    writable = [name for name in turns.lengths if name in theta and parameters[name].requires_grad]
+    take_turn(memory, {name: theta[name].detach() for name in writable}, metrics)

@@ -1,0 +1,215 @@
+"""`with memory.averaged():` shows the weights that `consolidate()` would leave, and leaves everything as it was."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from cases import batches, mlp, pairwise, same, tensors, train
+from rwalk import EWC, L2, SI, Consolidator, EWCpp, Kronecker, RWalk
+from rwalk.rules import rules
+
+ALL = [kind() for kind in rules().values()]
+SOME = [RWalk(delta_t=4), SI(), EWC(), L2(), Kronecker(every=4)]
+
+
+def loader(seed, count=3):
+    return [tuple(map(torch.as_tensor, batch)) for batch in batches(seed + 50, count)]
+
+
+def trained(rule, average="tail", pull=None, tasks=1, steps=13, norm=False, make=torch.optim.SGD, **options):
+    """Train some tasks, and then a few steps of the next one."""
+    model = mlp()
+    if norm:
+        model.insert(1, torch.nn.BatchNorm1d(7).double())
+    optimizer = make(model.parameters(), **{"lr": 0.05, **options})
+    memory = Consolidator(model, rule, 0.5, average=average, pull=pull).attach(optimizer)
+    for task in range(tasks):
+        train(model, optimizer, batches(task, 8))
+        memory.consolidate(loader(task))
+    train(model, optimizer, batches(tasks, steps))
+    return model, optimizer, memory
+
+
+def bits(model, memory, optimizer=None):
+    held = {f"model.{name}": value.clone() for name, value in model.state_dict().items()}
+    return copy.deepcopy((held, tensors(memory), optimizer and optimizer.state_dict()))
+
+
+def ended(model, optimizer, memory, data=None):
+    """The model's state after the task's end, in a copy."""
+    model, _, memory = copy.deepcopy((model, optimizer, memory))
+    memory.consolidate(data)
+    return model.state_dict()
+
+
+@pairwise(rule=ALL, average=["none", "tail"], pull=["gradient", "proximal"], tasks=[0, 2], steps=[0, 3, 20])
+def test_it_is_what_the_task_would_end_with_to_the_bit_and_nothing_is_left(rule, average, pull, tasks, steps):
+    pull = pull if rule.anchor_kind.by_element else None
+    three = model, optimizer, memory = trained(rule, average, pull, tasks, steps, momentum=0.5)
+    before = bits(model, memory, optimizer)
+    expected = ended(*three, loader(5))
+    with memory.averaged() as lent:
+        assert lent is model
+        inside = copy.deepcopy(model.state_dict())
+    assert same(dict(inside), dict(expected))
+    assert same(before, bits(model, memory, optimizer))
+    if average == "tail":
+        assert same(dict(inside), dict(model.state_dict())) is (steps == 0)
+
+
+@pytest.mark.parametrize("average", ["none", "tail"])
+@pytest.mark.parametrize("rule", SOME, ids=repr)
+def test_training_continues_as_if_nobody_had_looked(rule, average):
+    runs = []
+    for looks in (True, False):
+        model, optimizer, memory = trained(rule, average, make=torch.optim.Adam, lr=0.01)
+        for batch in batches(7, 9):
+            train(model, optimizer, [batch])
+            if looks:
+                with memory.averaged(), torch.no_grad():
+                    model(torch.as_tensor(batch[0]))
+        memory.consolidate(loader(1))
+        runs.append(bits(model, memory, optimizer))
+    assert same(*runs)
+
+
+@pytest.mark.parametrize("rule", SOME, ids=repr)
+def test_an_error_inside_and_one_in_the_data_leave_no_trace(rule):
+    model, optimizer, memory = trained(rule, norm=True)
+    before = bits(model, memory, optimizer)
+
+    def data():
+        yield from loader(1, 2)
+        raise OSError("the disk is gone")
+
+    def interrupted():
+        with memory.averaged(loader(1)):
+            model(torch.randn(4, 5).double())  # in training mode, which moves the statistics of BatchNorm
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with pytest.raises(OSError, match="the disk is gone"), memory.averaged(data()):
+        pass
+    assert same(before, bits(model, memory, optimizer))
+    with memory.averaged(loader(1)):
+        pass
+    train(model, optimizer, batches(8, 2))
+
+
+@pytest.mark.parametrize("rule", [RWalk(), Kronecker()], ids=repr)
+def test_the_statistics_of_batch_norm_are_renewed_on_data_as_at_the_end(rule):
+    three = model, _, memory = trained(rule, norm=True)
+    before, expected = bits(model, memory), ended(*three, loader(1))
+    model.eval()
+    with memory.averaged(loader(1)):
+        assert same(dict(model.state_dict()), dict(expected))
+    assert same(before, bits(model, memory))
+    with pytest.warns(UserWarning, match=r"running statistics do not fit .* `averaged\(loader\)`"), memory.averaged():
+        assert not model.training
+    with pytest.raises(TypeError, match="tuple of tensors"), memory.averaged(loader(1)[0]):
+        pytest.fail("was entered")
+
+
+STATE = object()
+REFUSED = {
+    "step": lambda model, optimizer, memory, saved: train(model, optimizer, batches(1, 1)),
+    "consolidate": lambda model, optimizer, memory, saved: memory.consolidate(),
+    "estimate": lambda model, optimizer, memory, saved: memory.estimate([]),
+    "attach": lambda model, optimizer, memory, saved: memory.attach(torch.optim.SGD(model.parameters(), lr=1.0)),
+    "adopt": lambda model, optimizer, memory, saved: memory.adopt(memory.anchor),
+    "blend": lambda model, optimizer, memory, saved: memory.blend(0.5),
+    "path": lambda model, optimizer, memory, saved: memory.path(lambda _: 0.0),
+    "mark": lambda model, optimizer, memory, saved: memory.mark(),
+    "again": lambda model, optimizer, memory, saved: memory.averaged().__enter__(),
+    "save": lambda model, optimizer, memory, saved: memory.save("memory"),
+    "load": lambda model, optimizer, memory, saved: memory.load_state_dict(saved),
+    "model": lambda model, optimizer, memory, saved: setattr(memory, "model", mlp()),
+    "copy": lambda model, optimizer, memory, saved: copy.deepcopy((model, optimizer, memory)),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize("average", ["none", "tail"])
+def test_what_changes_saves_or_copies_is_refused_inside(what, average, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    three = model, optimizer, memory = trained(Kronecker(), average)
+    saved, before = memory.state_dict(), bits(model, memory, optimizer)
+    with memory.averaged():
+        inside = copy.deepcopy(model.state_dict())
+        with pytest.raises(RuntimeError, match=r"Inside `with memory.averaged\(\):` .* Leave the block first"):
+            REFUSED[what](*three, saved)
+        assert same(dict(model.state_dict()), dict(inside))
+    assert same(before, bits(model, memory, optimizer))
+    assert not list(tmp_path.iterdir())
+    train(model, optimizer, batches(1, 1))
+    assert memory.steps == 14
+
+
+def test_looking_is_allowed_inside_and_the_penalty_is_that_of_these_weights():
+    model, _, memory = trained(EWCpp(), "tail")
+    outside = float(memory.penalty())
+    with memory.averaged():
+        omega, point = memory.anchor.importance(), memory.anchor.point
+        truth = 0.5 * sum(float((omega[n] * (p.detach() - point[n]) ** 2).sum()) for n, p in model.named_parameters())
+        assert float(memory.penalty()) == pytest.approx(truth, rel=1e-12)
+        assert memory.summary().scalars()["memory/penalty"] == pytest.approx(truth, rel=1e-12)
+        assert (memory.steps, memory.tasks) == (13, 1)
+    assert float(memory.penalty()) == outside != truth
+
+
+@pytest.mark.parametrize("rule", [RWalk(delta_t=4), EWC(), Kronecker(every=4)], ids=repr)
+def test_weights_that_somebody_has_changed_are_shown_and_the_average_lives_on(rule):
+    runs = []
+    for looks in (True, False):
+        model, optimizer, memory = trained(rule)
+        with torch.no_grad():
+            model[0].weight.clamp_(-0.1, 0.1)
+        raw = copy.deepcopy(model.state_dict())
+        if looks:
+            with pytest.warns(UserWarning, match="changed after the last step.* average is left out"), memory.averaged():
+                assert same(dict(model.state_dict()), dict(raw))
+        train(model, optimizer, batches(3, 5))
+        memory.consolidate(loader(1))
+        runs.append(bits(model, memory, optimizer))
+    assert same(*runs)
+
+
+@pytest.mark.parametrize("rule", SOME, ids=repr)
+def test_before_any_step_it_writes_nothing(rule):
+    model, optimizer, memory = trained(rule, steps=0)
+    for _ in range(2):
+        versions = [p._version for p in model.parameters()]
+        with memory.averaged():
+            pass
+        assert [p._version for p in model.parameters()] == versions
+        memory.detach()  # and a consolidator that watches nothing shows the model as it is
+    memory.attach(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a second end without training
+        memory.consolidate(loader(0))
+
+
+def test_the_modes_of_autograd_inside_are_the_users_own():
+    model, _, memory = trained(Kronecker())
+    with memory.averaged():
+        assert torch.is_grad_enabled()
+        F.cross_entropy(model(torch.randn(4, 5).double()), torch.arange(4) % 3).backward()
+    with torch.inference_mode(), memory.averaged():
+        assert torch.is_inference_mode_enabled()
+        assert model(torch.randn(4, 5).double()).is_inference()
+    assert not any(p.is_inference() for p in model.parameters())
+
+
+def test_parameters_that_joined_or_grew_since_the_last_step_are_followed():
+    model, optimizer, memory = trained(Kronecker(every=4))
+    last = model[2]
+    model[2] = torch.nn.Linear(7, 5).double()
+    with torch.no_grad():
+        model[2].weight[:3], model[2].bias[:3] = last.weight, last.bias
+    expected = ended(model, optimizer, memory)
+    with memory.averaged():
+        assert same(dict(model.state_dict()), dict(expected))
