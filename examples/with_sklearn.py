@@ -2,6 +2,7 @@
 
 `RWalkClassifier` is a scikit-learn classifier: it has `fit`, `predict` and `score`, works in pipelines and grid searches, and
 can be stored with joblib. In addition `partial_fit` takes a label `task`, which marks where one task ends and the next begins.
+`RWalkRegressor` is the same for numbers.
 
 Here it learns handwritten digits five times, each time with the pixels in another order. To a network these are five different
 scripts, and one that learns the fifth in the usual way can no longer read the first.
@@ -12,7 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import GridSearchCV, train_test_split
 
 from rwalk.integrations.sklearn import RWalkClassifier
 
@@ -36,8 +37,8 @@ for classifier in (plain, protected):
         for _ in range(5):
             classifier.partial_fit(X[:, pixels], y, classes=range(10), task=number)
 
-# No label follows the last task; `consolidate` ends it. (`fit` does so by itself: it is one whole task, and `partial_fit`
-# continues with the second.) Now, how well can they still read the first script?
+# No label follows the last task; `consolidate` ends it. (`fit` does so by itself, and `partial_fit` continues with the next
+# task.) Now, how well can they still read the first script?
 
 for name, classifier in {"without rwalk": plain, "with rwalk": protected}.items():
     classifier.consolidate()
@@ -48,3 +49,11 @@ for name, classifier in {"without rwalk": plain, "with rwalk": protected}.items(
 # `memory_` is the `Consolidator`.
 
 print(protected.memory_.summary())
+
+# Where all data is there at once, `fit` takes the task of each example and learns the tasks in ascending order. So a search knows
+# how much is kept of all of them, here to choose the strength. Parameters of the rule, such as `rule__rank`, work likewise.
+
+stream = np.concatenate([X[:, pixels] for pixels in tasks[:2]])
+task = np.repeat([0, 1], len(X))
+search = GridSearchCV(make(epochs=3), {"strength": [0, 0.1]}, cv=2).fit(stream, np.tile(y, 2), task=task)
+print(search.cv_results_["mean_test_score"], search.best_params_)
