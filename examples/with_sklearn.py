@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
-from sklearn.model_selection import GridSearchCV, train_test_split
+from sklearn.model_selection import GridSearchCV, KFold, train_test_split
 
 from rwalk.integrations.sklearn import RWalkClassifier
 
@@ -50,10 +50,12 @@ for name, classifier in {"without rwalk": plain, "with rwalk": protected}.items(
 
 print(protected.memory_.summary())
 
-# Where all data is there at once, `fit` takes the task of each example and learns the tasks in ascending order. So a search knows
-# how much is kept of all of them, here to choose the strength. Parameters of the rule, such as `rule__rank`, work likewise.
+# Where all data is there at once, `fit` takes the task of each example and learns the tasks in ascending order. So a search
+# sees how much is kept of all of them, here to choose the strength; parameters of the rule, such as `rule__rank`, work
+# likewise. Every fold needs examples of every task, so the folds are drawn at random.
 
 stream = np.concatenate([X[:, pixels] for pixels in tasks[:2]])
 task = np.repeat([0, 1], len(X))
-search = GridSearchCV(make(epochs=3), {"strength": [0, 0.1]}, cv=2).fit(stream, np.tile(y, 2), task=task)
+folds = KFold(2, shuffle=True, random_state=0)
+search = GridSearchCV(make(epochs=3), {"strength": [0, 0.1]}, cv=folds).fit(stream, np.tile(y, 2), task=task)
 print(search.cv_results_["mean_test_score"], search.best_params_)

@@ -62,7 +62,8 @@ class RWalkEstimator(BaseEstimator):
         Args:
             X: examples.
             y: their targets.
-            task: the task of each example; tasks are learned in ascending order. None if all are one task.
+            task: the task of each example; tasks are learned in ascending order. None if all are one task. Searches and cross
+                validations pass each fold its part, so give them folds with examples of every task, as `KFold(shuffle=True)`.
             sample_weight: how much each example counts, 0 or more; a batch's loss is the weighted mean over its examples. Rules
                 that look at single examples while these train, as the default does, see the gradients of weighted losses;
                 those that measure on data see examples as often as their weights say. At 0 an example is left out.
