@@ -1,7 +1,7 @@
 """Data sets in memory, as every loader returns them."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,11 +48,17 @@ class DataSet:
 
     def digest(self) -> str:
         """Return a short fingerprint of the content."""
-        whole = hashlib.sha256()
-        for tensor in (self.train_x, self.train_y, self.test_x, self.test_y, self.train_domain, self.test_domain):
-            for part in [] if tensor is None else _bytes(tensor):
-                whole.update(part)
-        return whole.hexdigest()[:16]
+        parts = (self.train_x, self.train_y, self.test_x, self.test_y, self.train_domain, self.test_domain)
+        return fingerprint(tensor for tensor in parts if tensor is not None)
+
+
+def fingerprint(tensors: Iterable[Tensor], about: str = "") -> str:
+    """Return a short fingerprint of what tensors hold, and of a text about them."""
+    whole = hashlib.sha256(about.encode())
+    for tensor in tensors:
+        for part in _bytes(tensor):
+            whole.update(part)
+    return whole.hexdigest()[:16]
 
 
 def scaled(known: Tensor) -> Callable[[Tensor], Tensor]:

@@ -15,7 +15,7 @@ from torch import nn
 import rwalk
 from rwalk import kernels
 from rwalk._errors import printable
-from rwalk.bench import devices, models, streams
+from rwalk.bench import builtin, devices, models, streams
 from rwalk.bench.baselines import BASELINES, RECIPES, LwF, Rehearsal, addition
 from rwalk.bench.checkpoint import Checkpoint, Measured
 from rwalk.bench.data import load
@@ -41,7 +41,7 @@ class StreamSpec:
     """A stream as a small description, from which any process makes the same tasks.
 
     Args:
-        kind: as in `rwalk.bench.streams.STREAMS`.
+        kind: as in `rwalk.bench.builtin.STREAMS`.
         data: name or folder of the data set.
         root, label, by: as for `rwalk.bench.data.load`.
         seed: seed of permutations.
@@ -75,7 +75,7 @@ def _loaded(*arguments: Any) -> DataSet:
 def _made(spec: StreamSpec) -> list[Experience]:
     by = {"by": spec.by or "domain"} if spec.kind == "domain" else {}
     data = _loaded(spec.data, spec.root, spec.label, *by.values())
-    whole = streams.make(spec.kind, data, spec.seed, spec.scenario, tasks=spec.tasks, **by)
+    whole = builtin.make(spec.kind, data, spec.seed, spec.scenario, tasks=spec.tasks, **by)
     return later(whole, spec.skip) if spec.tuning is None else early(whole, *spec.tuning)
 
 

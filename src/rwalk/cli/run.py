@@ -15,10 +15,11 @@ from rwalk._errors import printable
 from rwalk._io import files
 from rwalk.bench import devices
 from rwalk.bench.baselines import BASELINES, RECIPES, Rehearsal
+from rwalk.bench.builtin import parse
 from rwalk.bench.pool import Failure, outcomes
 from rwalk.bench.record import Record
 from rwalk.bench.spec import RunSpec, StreamSpec, forget_data
-from rwalk.bench.streams import Scenario, parse
+from rwalk.bench.streams import Scenario
 from rwalk.bench.trackers import tracker
 from rwalk.bench.training import Training
 from rwalk.bench.tuned import Tuned, tuned_name
