@@ -5,13 +5,10 @@ No test example is used for tuning: Chaudhry et al. chose so in "Efficient Lifel
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 
-from rwalk.bench.streams import Experience, Joined, Subset, check, label_counts
-
-Part = TypeVar("Part", bound=Subset | Joined)
+from rwalk.bench.streams import Experience, Part, check, label_counts
 
 VALIDATION = "-validation"
 """The ending of the name of a stream whose test examples are held out from training."""

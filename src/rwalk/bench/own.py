@@ -13,7 +13,7 @@ from rwalk.bench.builtin import STREAMS, refuse_scenario
 from rwalk.bench.dataset import fingerprint
 from rwalk.bench.examples import Examples, read
 from rwalk.bench.holdout import divided
-from rwalk.bench.streams import Experience, Scenario, Subset, with_scaled_targets
+from rwalk.bench.streams import Experience, Part, Scenario, Subset, with_scaled_targets
 
 
 def stream(
@@ -130,7 +130,7 @@ def _numbered(sides: Sequence[Examples]) -> tuple[list[Tensor], list[Any]]:
     return [torch.searchsorted(values, y) for y in numbers], values.tolist()
 
 
-def _classes(both: Sequence[tuple[Subset, Subset]], scenario: Scenario, known: Sequence[Any]) -> list[tuple[int, ...]]:
+def _classes(both: Sequence[tuple[Part, Part]], scenario: Scenario, known: Sequence[Any]) -> list[tuple[int, ...]]:
     """Return the labels of each task, or refuse one that occurs in test data alone."""
     trained = [set(train.labels().tolist()) for train, _ in both]
     classes = [set().union(*trained)] * len(both) if scenario == "domain" else trained

@@ -83,6 +83,9 @@ class Joined:
         return replace(self, parts=tuple(found))
 
 
+Part = Subset | Joined
+
+
 @dataclass(frozen=True, eq=False)
 class Experience:
     """One task of a stream.
@@ -97,8 +100,8 @@ class Experience:
         tokens: for inputs that number words or characters, how many numbers there are; 0 for other inputs.
     """
 
-    train: Subset | Joined
-    test: Subset | Joined
+    train: Part
+    test: Part
     task: int
     classes: tuple[int, ...]
     outputs: int
