@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from rwalk.bench.spec import run
     from rwalk.bench.streams import Experience, Subset
     from rwalk.bench.training import Training
+    from rwalk.bench.variations import blurry, limit
 
 _MODULES = {
     "Experience": "streams", "Record": "record", "Rehearsal": "baselines", "Subset": "streams", "Training": "training",
-    "run": "spec", "stream": "own", "tune": "search",
+    "blurry": "variations", "limit": "variations", "run": "spec", "stream": "own", "tune": "search",
 }  # fmt: skip
-__all__ = ["Experience", "Record", "Rehearsal", "Subset", "Training", "domain", "drift", "permuted", "rotated", "run", "split",
-           "stream", "tune"]  # fmt: skip
+__all__ = ["Experience", "Record", "Rehearsal", "Subset", "Training", "blurry", "domain", "drift", "limit", "permuted",
+           "rotated", "run", "split", "stream", "tune"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

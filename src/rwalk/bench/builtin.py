@@ -20,18 +20,25 @@ MOST = 10_000
 
 
 def split(
-    data: str | DataSet = "digits", tasks: int = 5, scenario: Scenario = "task", root: str | Path | None = None
+    data: str | DataSet = "digits",
+    tasks: int = 5,
+    scenario: Scenario = "task",
+    root: str | Path | None = None,
+    *,
+    order: int | Sequence[int] | None = None,
 ) -> list[Experience]:
-    """Divide the classes of a data set among tasks, in the order of the labels (split MNIST and the like).
+    """Divide the classes of a data set among tasks, in the order of the labels or another (split MNIST and the like).
 
     Args:
         data: a data set, or a name or folder for `rwalk.bench.data.load`.
         tasks: number of tasks; classes are spread as evenly as they can be.
         scenario: with "domain", every task's labels are counted from 0, so that all tasks share them.
         root: where folders of data sets lie.
+        order: the classes in the order in which they come, by their numbers from 0 on; or a seed, which draws one.
 
     Raises:
-        ValueError: if there are more tasks than classes, or "domain" tasks have different numbers of classes.
+        ValueError: if there are more tasks than classes, "domain" tasks have different numbers of classes, or an order does not
+            name each class once.
     """
     found = _found(data, root)
     _labelled(found)
@@ -41,10 +48,11 @@ def split(
             printable(f"{tasks} tasks cannot share the {count} classes of `{found.name}`; pass 1 to {count} tasks.")
         )
     refuse_scenario(scenario, get_args(Scenario))
-    groups = [tuple(g.tolist()) for g in torch.arange(count).tensor_split(tasks)]
+    classes = _ordered(count, order)
+    groups = [tuple(g.tolist()) for g in torch.tensor(classes).tensor_split(tasks)]
     if scenario == "domain" and len({len(g) for g in groups}) > 1:
         raise ValueError(f"Domain-incremental tasks need equally many classes; {tasks} tasks do not divide {count} classes.")
-    about = _about("split", found, tasks, scenario)
+    about = _about("split", found, tasks, scenario, **({} if order is None else {"order": classes}))
     return [_group(found, task, group, scenario, about) for task, group in enumerate(groups)]
 
 
@@ -223,14 +231,26 @@ def _labelled(data: DataSet) -> None:
         raise ValueError(printable(f"{came}; choose a domain stream and its scenario `domain`."))
 
 
+def _ordered(count: int, order: int | Sequence[int] | None) -> list[int]:
+    """Return the classes in an order that is given, or drawn by a seed."""
+    if isinstance(order, int):
+        drawn: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(order), device="cpu").tolist()
+        return drawn
+    classes = list(range(count) if order is None else map(int, order))
+    if sorted(classes) != list(range(count)):
+        raise ValueError(f"The order {classes} does not have each number from 0 to {count - 1} once, one for each class.")
+    return classes
+
+
 def _group(data: DataSet, task: int, group: tuple[int, ...], scenario: Scenario, about: dict[str, Any]) -> Experience:
     """Make a task of some classes."""
-    shift = group[0] if scenario == "domain" else 0
     rows = [(torch.isin(y, torch.tensor(group))).nonzero().squeeze(1) for y in (data.train_y, data.test_y)]
     what = f"the classes {', '.join(data.classes[label] for label in group)}"
-    made = _task(data, task, rows, scenario, about, what, relabel=(lambda y: y - shift) if shift else None)
-    outputs = len(group) if scenario == "domain" else made.outputs
-    return replace(made, classes=tuple(label - shift for label in group), outputs=outputs)
+    if scenario != "domain":
+        return replace(_task(data, task, rows, scenario, about, what), classes=tuple(sorted(group)))
+    place = torch.zeros(len(data.classes), dtype=torch.long).scatter_(0, torch.tensor(group), torch.arange(len(group)))
+    made = _task(data, task, rows, scenario, about, what, relabel=lambda y: place[y])
+    return replace(made, classes=tuple(range(len(group))), outputs=len(group))
 
 
 def _domain(data: DataSet, task: int, transform: Callable[[Tensor], Tensor], about: dict[str, Any]) -> Experience:

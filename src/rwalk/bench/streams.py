@@ -54,9 +54,9 @@ class Subset:
 
 @dataclass(frozen=True, eq=False)
 class Joined:
-    """Subsets one behind the other, each seen through its own transform."""
+    """Parts one behind the other, each seen through its own transform."""
 
-    parts: tuple[Subset, ...]
+    parts: tuple["Part", ...]
 
     x = property(lambda self: self.parts[0].x, doc="Inputs of the first part's data set.")
     y = property(lambda self: self.parts[0].y, doc="Labels of the first part's data set.")
@@ -76,7 +76,7 @@ class Joined:
 
     def take(self, places: Tensor) -> Self:
         """Return some of the examples, by their places among these; they stay in the order of the parts."""
-        found, first = [], 0
+        found, first = list[Part](), 0
         for part in self.parts:
             found.append(part.take(places[(places >= first) & (places < first + len(part))] - first))
             first += len(part)
