@@ -150,7 +150,7 @@ def test_methods_learn_a_stream_of_ones_own(method):
     record = bench.run(stream, method, training=Training(hidden=(16,), epochs=20))
     assert record.stream == "custom"
     assert record.config["stream"]["names"] == ["first", "second"]
-    assert record.average_accuracy > 0.6
+    assert record.average > 0.6
 
 
 def test_tuning_with_workers():
@@ -177,7 +177,7 @@ IMPOSSIBLE = {
     "no test key": (lambda: bench.stream([{"train": (X[0], Y[0])}]), "have the keys train; `train` and `test` belong"),
     "test data twice": (lambda: bench.stream(ARRAYS, test=0.2), "Leave one of them away"),
     "a share of all": (lambda: bench.stream([ARRAYS[0][0]], test=1.0), "cannot be held out"),
-    "names": (lambda: bench.stream(ARRAYS, names=["a"]), "There are 1 names for 2 tasks"),
+    "names": (lambda: bench.stream(ARRAYS, names=["a"]), "There are 1 different names for 2 tasks"),
     "a built-in name": (lambda: bench.stream(ARRAYS, name="split-digits"), "cannot be named `split-digits`"),
     "no name": (lambda: bench.stream(ARRAYS, name=""), "cannot be named"),
     "a scenario": (lambda: bench.stream(ARRAYS, "both"), "no scenario `both`"),

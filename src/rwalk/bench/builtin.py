@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from rwalk._errors import printable
 from rwalk.bench.data import load
 from rwalk.bench.dataset import DataSet, scaled
-from rwalk.bench.streams import Experience, Scenario, Subset
+from rwalk.bench.streams import Experience, Scenario, Subset, with_scaled_targets
 
 MOST = 10_000
 """Tasks that a stream may have: each one holds its permutation."""
@@ -78,7 +78,7 @@ def permuted(
         return lambda x: x.flatten(1)[:, order].view_as(x)
 
     about = _about("permuted", found, tasks, "domain", seed=seed)
-    return [_domain(found, task, transform(order), about) for task, order in enumerate(orders)]
+    return with_scaled_targets([_domain(found, task, transform(order), about) for task, order in enumerate(orders)])
 
 
 def rotated(
@@ -101,7 +101,8 @@ def rotated(
         raise ValueError(f"Inputs of shape {shape} are no images (channels, height, width); choose a split or permuted stream.")
     angles = [task * degrees / tasks for task in range(_positive(tasks))]
     about = _about("rotated", found, tasks, "domain", degrees=degrees)
-    return [_domain(found, task, lambda x, a=angle: rotate(x, a), about) for task, angle in enumerate(angles)]  # type: ignore[misc]
+    turned = [lambda x, a=angle: rotate(x, a) for angle in angles]
+    return with_scaled_targets([_domain(found, task, turn, about) for task, turn in enumerate(turned)])
 
 
 def domain(
@@ -138,7 +139,8 @@ def domain(
     about = _about("domain", found, len(names), scenario, by=by, domains=list(names))
     where = found.train_domain, found.test_domain
     rows = [[(at == d).nonzero().squeeze(1) for at in where] for d in range(len(names))]
-    return [_task(found, d, mine, scenario, about, f"the domain {names[d]}") for d, mine in enumerate(rows)]
+    made = [_task(found, d, mine, scenario, about, f"the domain {names[d]}") for d, mine in enumerate(rows)]
+    return with_scaled_targets(made)
 
 
 def drift(data: str | DataSet, tasks: int = 10, root: str | Path | None = None) -> list[Experience]:
@@ -160,7 +162,8 @@ def drift(data: str | DataSet, tasks: int = 10, root: str | Path | None = None) 
     table = found.train_x.dim() != 4 and not found.tokens
     first = scaled(found.train_x[rows[0][0]]) if table else None
     stretches = enumerate(zip(*rows, strict=True))
-    return [_task(found, k, mine, "domain", about, f"stretch {k + 1}", transform=first) for k, mine in stretches]
+    made = [_task(found, k, mine, "domain", about, f"stretch {k + 1}", transform=first) for k, mine in stretches]
+    return with_scaled_targets(made)
 
 
 def rotate(x: Tensor, degrees: float) -> Tensor:
@@ -222,10 +225,13 @@ def refuse_scenario(scenario: str, allowed: tuple[str, ...]) -> None:
 def _about(kind: str, data: DataSet, tasks: int, scenario: Scenario, **more: Any) -> dict[str, Any]:
     rows = [len(data.train_y), len(data.test_y)]
     about = {"name": f"{kind}-{data.name}", "tasks": tasks, "scenario": scenario, "rows": rows, "data": data.digest()}
-    return about | more
+    return about | ({"target": data.target} if data.target else {}) | more
 
 
 def _labelled(data: DataSet) -> None:
+    if data.target:
+        came = f"`{data.name}` has a target, the numbers in `{data.target}`, and no classes"
+        raise ValueError(printable(f"{came}; choose a domain, drift, permuted or rotated stream and its scenario `domain`."))
     if data.train_y.dim() > 1:
         came = f"`{data.name}` is a text to be continued, without a label for each example"
         raise ValueError(printable(f"{came}; choose a domain stream and its scenario `domain`."))
@@ -272,8 +278,8 @@ def _task(
         raise ValueError(printable(f"There is no train or test example of {what}. Pass fewer tasks."))
     train_rows, test_rows = rows or (None, None)
     train, test = Subset(data.train_x, data.train_y, train_rows, **seen), Subset(data.test_x, data.test_y, test_rows, **seen)
-    outputs = len(data.classes)
-    labels = range(outputs) if scenario == "domain" else _occurring(data, train_rows, test_rows)
+    outputs = len(data.classes) or data.train_y.shape[1]
+    labels = range(len(data.classes)) if scenario == "domain" else _occurring(data, train_rows, test_rows)
     return Experience(train, test, task, tuple(labels), outputs, scenario, about, data.tokens)
 
 

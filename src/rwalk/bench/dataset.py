@@ -20,7 +20,7 @@ HUB = {
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """A classification data set in memory.
+    """A data set in memory: of labels, or of a target that is to be met.
 
     Args:
         name: short name.
@@ -28,11 +28,13 @@ class DataSet:
             Tables: float32 (examples, columns) with mean 0 and standard deviation 1 over the training examples, and for a
             category a column of 0 and 1 for each of its values there; lists keep their shape. Texts: int64 (examples, words),
             0 after a text's end, see `rwalk.bench.texts`. Texts without labels: int64 (windows, characters).
-        train_y, test_y: labels from 0 on, int64 (examples,); or the next characters, (windows, characters).
-        classes: names of the labels.
+        train_y, test_y: labels from 0 on, int64 (examples,); or the next characters, (windows, characters); or targets, float64
+            (examples, 1), up to a constant.
+        classes: names of the labels; none for a target.
         tokens: how many different numbers a text's inputs can be; 0 for other inputs.
         train_domain, test_domain: the domain of each example as its place in `domains`, int64, if a column was chosen for that.
         domains: names of the domains.
+        target: name of the column of targets; empty for labels.
     """
 
     name: str
@@ -45,6 +47,7 @@ class DataSet:
     train_domain: Tensor | None = None
     test_domain: Tensor | None = None
     domains: tuple[str, ...] = ()
+    target: str = ""
 
     def digest(self) -> str:
         """Return a short fingerprint of the content."""

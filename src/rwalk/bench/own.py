@@ -13,7 +13,7 @@ from rwalk.bench.builtin import STREAMS, refuse_scenario
 from rwalk.bench.dataset import fingerprint
 from rwalk.bench.examples import Examples, read
 from rwalk.bench.holdout import divided
-from rwalk.bench.streams import Experience, Part, Scenario, Subset, with_scaled_targets
+from rwalk.bench.streams import Experience, Part, Scenario, Subset, check, with_scaled_targets
 
 
 def stream(
@@ -33,7 +33,8 @@ def stream(
     become float32 and are not standardised; bytes (uint8), as images have them, are divided by 255.
 
     Whole numbers and names are labels, numbered from 0 on in their sorted order over the training examples of all tasks.
-    Floating-point numbers are targets of a regression, one for each example or a row of them.
+    Floating-point numbers are targets of a regression, one for each example or a row of them. They get mean 0 and standard
+    deviation 1 over the training examples of the first task.
 
     Args:
         tasks: for each task a pair `(train, test)` or a mapping with these keys; with a share `test` its training data alone.
@@ -59,12 +60,11 @@ def stream(
     about: dict[str, Any] = {"name": name, "tasks": len(both), "scenario": scenario, "rows": rows, "data": _digest(parts)}
     about |= {} if test is None else {"test": test}
     about |= {} if names is None else {"names": list(names)}
-    if not known:
-        refuse_scenario(scenario, ("domain",))
     classes = _classes(both, scenario, known) if known else [()] * len(both)
     outputs = len(known) or parts[0].y.shape[1]
     made = [Experience(*division, k, classes[k], outputs, scenario, about, tokens) for k, division in enumerate(both)]
-    return made if known else with_scaled_targets(made)
+    check(made)
+    return with_scaled_targets(made)
 
 
 def _digest(parts: Sequence[Subset]) -> str:
@@ -77,8 +77,8 @@ def _check_names(name: str, names: Sequence[str] | None, tasks: Sequence[Any]) -
     if isinstance(tasks, Mapping) or not isinstance(tasks, Sequence) or not tasks:
         came = "none" if isinstance(tasks, Sequence) else f"a `{type(tasks).__name__}`"
         raise ValueError(f"`tasks` is {came}; pass a list with the training and test data of each task.")
-    if names is not None and len(names) != len(tasks):
-        raise ValueError(f"There are {len(names)} names for {len(tasks)} tasks; pass one for each.")
+    if names is not None and not len(set(names)) == len(names) == len(tasks):
+        raise ValueError(f"There are {len(set(names))} different names for {len(tasks)} tasks; pass one for each.")
     if not name or name.startswith(tuple(f"{kind}-" for kind in STREAMS)):
         raise ValueError(
             printable(f"A stream of one's own cannot be named `{name}`: choose a name unlike {', '.join(STREAMS)}-...")

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from rwalk.bench.dataset import scaled
+from rwalk.bench.record import ACCURACY
 
 Scenario = Literal["task", "domain", "class"]
 """Task-incremental: the task is known at test time. Domain-incremental: all tasks share their labels. Class-incremental: the
 task is not known and its labels compete with those of all tasks so far (van de Ven and Tolias, 2019)."""
 
 Kind = Literal["table", "image", "text", "characters"]
+R_SQUARED = "R²"
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +122,16 @@ class Experience:
         return bool(self.train.y.is_floating_point())
 
     @property
+    def labelled(self) -> bool:
+        """Whether each example has one label, a class."""
+        return self.train.y.dim() == 1
+
+    @property
+    def metric(self) -> str:
+        """What a score on the task is: accuracy, or R² for a regression."""
+        return R_SQUARED if self.regression else ACCURACY
+
+    @property
     def kind(self) -> Kind:
         """What one input is: with "characters", each one has a label."""
         if self.tokens:
@@ -130,19 +142,31 @@ class Experience:
 def with_scaled_targets(stream: Sequence[Experience]) -> list[Experience]:
     """Give the targets of a regression mean 0 and standard deviation 1 over the training examples of the first task.
 
-    A strength, a learning rate and a loss then mean the same in any unit of the targets.
+    A strength, a learning rate and a loss then mean the same in any unit of the targets, and R² stays as it is. Streams of
+    labels are returned unchanged.
     """
+    if not stream[0].regression:
+        return list(stream)
     scale = scaled(stream[0].train.labels())
     return [replace(e, **{key: replace(getattr(e, key), relabel=scale) for key in ("train", "test")}) for e in stream]
 
 
 def check(stream: Sequence[Experience]) -> None:
-    """Raise a ValueError unless `stream` has experiences, all of one scenario and number of outputs."""
-    if not stream or len({(e.scenario, e.outputs, e.regression) for e in stream}) > 1:
+    """Raise a ValueError unless `stream` has experiences, all of one scenario and number of outputs, that can be evaluated."""
+    if not stream or len({(e.scenario, e.outputs, not e.classes) for e in stream}) > 1:
         raise ValueError("A stream needs at least one experience, and all of one scenario and number of outputs.")
-    short = [e.task + 1 for e in stream if e.regression and len(e.test) < 2]
+    if stream[0].regression and stream[0].scenario != "domain":
+        raise ValueError(f"A regression has no labels, and no scenario `{stream[0].scenario}`; choose domain.")
+    short = [e.task + 1 for e in stream if not e.classes and len(e.test) < 2]
     if short:
         raise ValueError(f"Task {short[0]} has a single test example, but R² needs two or more; take fewer tasks.")
+
+
+def task_names(stream: Sequence[Experience]) -> list[str]:
+    """Return the names of a stream's tasks, where they have names."""
+    about = stream[0].stream
+    first = about.get("skipped", 0)
+    return [*about.get("names", about.get("domains", []))][first : first + len(stream)]
 
 
 def label_counts(stream: Sequence[Experience]) -> list[dict[str, int]]:

@@ -27,6 +27,7 @@ from rwalk.cli.progress import Display
 from rwalk.cli.report import LivePage, show_page
 from rwalk.consolidation.settings import Average, Pull, check_strength
 from rwalk.replay.buffer import Per
+from rwalk.report.metric import score_in_words
 from rwalk.report.plain import complain, print_plain
 from rwalk.rules import rules
 from rwalk.rules.base import Rule
@@ -275,10 +276,10 @@ def done(command: Run, runs: Sequence[RunSpec], console: Console, page: LivePage
 def _in_words(result: Record | Failure, existed: bool) -> str:
     if isinstance(result, Failure):
         return "failed; the cause comes at the end"
-    accuracy = "unknown" if result.average is None else f"{result.average:.2%}"
+    score = "unknown" if result.average is None else score_in_words(result.average, result.metric, 2)
     bits = "" if result.final_bits is None else f", {result.final_bits:.3f} bits per character"
     when = "(on disk)" if existed else f"in {result.timings['train_seconds']:.1f} s"
-    return f"average accuracy {accuracy}{bits} {when}"
+    return f"average {result.metric} {score}{bits} {when}"
 
 
 def complain_of(failures: dict[RunSpec, Failure], runs: Sequence[RunSpec]) -> None:
