@@ -186,8 +186,7 @@ class RunSpec:
     def name(self) -> str:
         """The name of the record's file."""
         first = self.tasks[0]
-        blank = Record(self.method_name, first.stream["name"], self.seed, [], config=self.configuration, metric=first.metric)
-        return blank.name
+        return Record(self.method_name, first.stream["name"], self.seed, [], config=self.configuration, metric=first.metric).name
 
     def check(self) -> None:
         """Raise a ValueError or TypeError if the parts do not fit together; no model is built."""
