@@ -89,6 +89,10 @@ class Run:
     """For split and domain streams: what is known at test time; default: task for split, domain for domain."""
     label: str | None = None
     """Column of labels; default: one of a usual name, such as label, or marked as such."""
+    target: str | None = None
+    """Column of numbers that are to be met in place of labels, a regression, for domain and drift streams; scores are R²."""
+    limit: int | None = None
+    """Examples of each task to keep for training and as many for testing, at random, for quick tries; default: all."""
     by: str | None = None
     """For domain streams: the column whose values are the tasks, or folder, if each is a folder in the data set's; default:
     domain."""
@@ -206,7 +210,18 @@ def spec_of(command: Run, words: Sequence[str], name: str, seed: int, tuning: tu
     root = command.data and command.data.resolve()
     permutation = seed if kind == "permuted" else 0
     stream = StreamSpec(
-        kind, data, root, command.label, command.by, permutation, command.scenario, command.tasks, command.skip, tuning
+        kind,
+        data,
+        root,
+        command.label,
+        command.by,
+        permutation,
+        command.scenario,
+        command.tasks,
+        command.skip,
+        tuning,
+        command.target,
+        command.limit,
     )
     method = RULES[name](**vars(getattr(command.rules, name))) if name in RULES else name
     return RunSpec(
