@@ -185,8 +185,8 @@ class RunSpec:
     @cached_property
     def name(self) -> str:
         """The name of the record's file."""
-        first = self.tasks[0]
-        return Record(self.method_name, first.stream["name"], self.seed, [], config=self.configuration, metric=first.metric).name
+        first, config = self.tasks[0], self.configuration
+        return Record(self.method_name, first.stream["name"], self.seed, [], config=config, metric=first.metric).name
 
     def check(self) -> None:
         """Raise a ValueError or TypeError if the parts do not fit together; no model is built."""
