@@ -100,9 +100,10 @@ def test_every_rule_says_where_it_comes_from():
         assert re.search(r"(19|20)\d\d", sys.modules[rule.__module__].__doc__), name
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "docs/pretrained.md", "docs/training.md", "docs/strength.md", "docs/replay.md", "docs/report.md"]
-)
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("own_data", "pretrained", "replay", "report", "strength", "training"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_python_of_pages_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)

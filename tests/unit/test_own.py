@@ -51,6 +51,10 @@ FORMS = {
     "a list of pairs": lambda x, y: list(zip(x, y.tolist(), strict=True)),
     "loader": lambda x, y: torch_data.DataLoader(tensors(x, y), batch_size=7),
     "shuffling loader": lambda x, y: torch_data.DataLoader(tensors(x, y), batch_size=7, shuffle=True, drop_last=True),
+    "loader of batches": lambda x, y: torch_data.DataLoader(
+        list(zip(np.split(x, 3), np.split(y, 3), strict=True)), batch_size=None
+    ),
+    "loader of less than a batch": lambda x, y: torch_data.DataLoader(tensors(x, y), batch_size=64, drop_last=True),
     "loader with batches": lambda x, y: torch_data.DataLoader(
         tensors(x, y), batch_sampler=torch_data.BatchSampler(torch_data.RandomSampler(tensors(x, y)), 4, False)
     ),

@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from rwalk.rules import rules
 
 SHARED = Path(os.environ.get("RWALK_DATA") or Path(__file__).parents[3] / "shared" / "data")
 LINE = Training(hidden=(), batch_size=8, epochs=2, lr=0.1)
+X = torch.rand(6, 5, generator=torch.Generator().manual_seed(0))
 SMALL = Training(hidden=(16,), batch_size=10, epochs=5)
 
 
@@ -270,6 +272,7 @@ def test_learners_of_ones_own_answer_with_targets():
     (lambda s: bench.stream([((np.eye(2), [0.1, math.nan]), (np.eye(2), [0.2, 0.1]))]), "labels of task 1's training data"),
     (lambda s: bench.stream([tasks()[0], tasks(targets=3)[1]]), "labels of 2 floating-point numbers, and task 2's"),
     (lambda s: bench.stream([tasks()[0], ((np.ones((2, 5)), [0, 1]), (np.ones((2, 5)), [0, 1]))]), "that are whole numbers"),
+    (lambda s: bench.run([replace(s[0], train=bench.Subset(X, X[:, 0]))]), r"Targets of shape \(6,\)"),
     (lambda s: bench.run(s, training=Training(mask="seen")), "no labels of which a mask `seen`"),
     (lambda s: bench.run(s, "replay", replay=Rehearsal(select="herding")), 'select="herding"'),
     (lambda s: bench.run(s, "replay", replay=Rehearsal(per="class")), 'per="class"'),

@@ -94,8 +94,8 @@ def _batches(dataset: Any, loader: Any, what: str) -> Any:
         return torch_data.DataLoader(dataset, BATCH, collate_fn=collate)
     own = loader.batch_size is None and loader.batch_sampler is not None
     rows = sorted(chain.from_iterable(loader.batch_sampler) if own else loader.sampler)
-    chosen, size = torch_data.Subset(dataset, rows), loader.batch_size if loader.batch_sampler else None
-    return torch_data.DataLoader(chosen, BATCH if own else size, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
+    chosen, size = torch_data.Subset(dataset, rows), BATCH if own else loader.batch_size
+    return torch_data.DataLoader(chosen, size, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
 
 
 def _behind_each_other(parts: Sequence[Any]) -> Any:

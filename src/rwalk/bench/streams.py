@@ -157,6 +157,8 @@ def check(stream: Sequence[Experience]) -> None:
         raise ValueError("A stream needs at least one experience, and all of one scenario and number of outputs.")
     if stream[0].regression and stream[0].scenario != "domain":
         raise ValueError(f"A regression has no labels, and no scenario `{stream[0].scenario}`; choose domain.")
+    if stream[0].regression and stream[0].train.y.dim() != 2:
+        raise ValueError(f"Targets of shape {tuple(stream[0].train.y.shape)} came; pass a row of them for each example.")
     short = [e.task + 1 for e in stream if not e.classes and len(e.test) < 2]
     if short:
         raise ValueError(f"Task {short[0]} has a single test example, but R² needs two or more; take fewer tasks.")
