@@ -6,7 +6,6 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 
 from rwalk.bench.streams import Experience, Joined, Part, check
@@ -39,7 +38,8 @@ def _few(part: Part, count: int) -> Part:
     """Return examples at random: the first of each label, then others."""
     order, labels = torch.randperm(len(part), generator=torch.Generator().manual_seed(0), device="cpu"), part.labels()
     if labels.dim() == 1:
-        first = torch.from_numpy(np.unique(labels[order].numpy(), return_index=True)[1])
+        found, place = labels[order].unique(return_inverse=True)
+        first = torch.full_like(found, len(order)).scatter_reduce_(0, place, torch.arange(len(order)), "amin")
         others = torch.ones(len(order), dtype=torch.bool).index_fill(0, first, False)
         order = torch.cat([order[first], order[others]])
     return part if len(part) <= count else part.take(order[:count].sort().values)
