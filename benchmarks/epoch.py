@@ -21,10 +21,10 @@ from torch.nn import functional as F
 
 from benchmarks.speed import spread, tidy
 from rwalk import bench
+from rwalk.bench.builtin import make, parse
 from rwalk.bench.data import load
 from rwalk.bench.models import build
 from rwalk.bench.spec import RunSpec
-from rwalk.bench.streams import make, parse
 from rwalk.bench.training import Learner
 from rwalk.cli.progress import Display
 

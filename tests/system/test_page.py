@@ -14,9 +14,9 @@ from records import made
 from rwalk import EWC, RWalk, bench, report
 from rwalk._io import files
 from rwalk.bench.baselines import BASELINES
+from rwalk.bench.builtin import STREAMS
 from rwalk.bench.holdout import VALIDATION
 from rwalk.bench.record import Record
-from rwalk.bench.streams import STREAMS
 from rwalk.bench.tuned import Tuned
 from rwalk.cli.main import main
 from rwalk.cli.options import parse

@@ -209,6 +209,15 @@ def test_a_few_examples_hold_what_fine_tuning_forgets(select):
     assert record.memory["stored_examples"] == 100
 
 
+def test_texts_that_are_continued_are_replayed_uniformly_over_tasks():
+    x, at = torch.randint(256, (40, 9)), torch.arange(40) % 2
+    data = DataSet("c", x[:, :-1], x[:, 1:], x[:, :-1], x[:, 1:], tuple(map(chr, range(256))), 256, at, at, ("a", "b"))
+    record = bench.run(bench.domain(data), "replay", training=Training(batch_size=10), replay=8)
+    assert record.memory["stored_examples"] == 8
+    with pytest.raises(ValueError, match='select="herding"'):
+        bench.run(bench.domain(data), "replay", replay=Rehearsal(8, select="herding"))
+
+
 @pytest.mark.parametrize("method", ["replay", "agem", "lwf", RWalk()], ids=str)
 @pytest.mark.parametrize("scenario", ["task", "domain", "class"])
 def test_every_comparator_runs_in_every_scenario(method, scenario):

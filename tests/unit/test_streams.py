@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from rwalk import bench
+from rwalk.bench.builtin import make, parse, rotate
 from rwalk.bench.data import load
 from rwalk.bench.dataset import DataSet
-from rwalk.bench.streams import check, make, parse, rotate
+from rwalk.bench.streams import check
 
 SHARED = Path(os.environ.get("RWALK_DATA") or Path(__file__).parents[3] / "shared" / "data")
 

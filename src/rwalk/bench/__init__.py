@@ -5,22 +5,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rwalk.bench.baselines import Rehearsal
+    from rwalk.bench.builtin import domain, drift, permuted, rotated, split
+    from rwalk.bench.own import stream
     from rwalk.bench.record import Record
     from rwalk.bench.search import tune
     from rwalk.bench.spec import run
-    from rwalk.bench.streams import Experience, Subset, domain, drift, permuted, rotated, split
+    from rwalk.bench.streams import Experience, Subset
     from rwalk.bench.training import Training
+    from rwalk.bench.variations import blurry, limit
 
-_MODULES = {"Record": "record", "Rehearsal": "baselines", "Training": "training", "run": "spec", "tune": "search"}
-__all__ = ["Experience", "Record", "Rehearsal", "Subset", "Training", "domain", "drift", "permuted", "rotated", "run", "split",
-           "tune"]  # fmt: skip
+_MODULES = {
+    "Experience": "streams", "Record": "record", "Rehearsal": "baselines", "Subset": "streams", "Training": "training",
+    "blurry": "variations", "limit": "variations", "run": "spec", "stream": "own", "tune": "search",
+}  # fmt: skip
+__all__ = ["Experience", "Record", "Rehearsal", "Subset", "Training", "blurry", "domain", "drift", "limit", "permuted",
+           "rotated", "run", "split", "stream", "tune"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that reports of records do not wait for torch."""
     if name not in __all__:
         raise AttributeError(f"module 'rwalk.bench' has no attribute {name!r}")
-    return getattr(import_module(f"rwalk.bench.{_MODULES.get(name, 'streams')}"), name)
+    return getattr(import_module(f"rwalk.bench.{_MODULES.get(name, 'builtin')}"), name)
 
 
 def __dir__() -> list[str]:

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 
+from rwalk.bench.outputs import competing
 from rwalk.bench.streams import Experience
-from rwalk.bench.training import Addition, Batch, Learner, batches, competing
+from rwalk.bench.training import Addition, Batch, Learner, batches
 from rwalk.finetuning.distillation import frozen_copy
 from rwalk.replay import Buffer, project_
 from rwalk.replay.buffer import Per
@@ -47,8 +48,13 @@ class Rehearsal:
         return Buffer(self.size, self.per, self.select, seed)
 
     def check(self, stream: Sequence[Experience]) -> None:
-        """Raise a ValueError if a stream has more classes than the budget has examples."""
-        classes = sum(len(e.classes) for e in stream)
+        """Raise a ValueError if a stream has more classes than the budget has examples, or none that a selection needs."""
+        if not stream[0].labelled and (self.per != "total" or self.select not in ("uniform", "reservoir")):
+            raise ValueError(
+                f'A stream without a label for each example has no classes, which per="{self.per}" with select="{self.select}" '
+                "needs; keep examples uniformly or by a reservoir, in total."
+            )
+        classes = sum(len(e.classes) for e in stream) if stream[0].labelled else len(stream)
         if self.per == "total" and self.select != "reservoir" and self.size < classes:
             raise ValueError(
                 f"{self.size} examples in total are too few for {classes} classes, counted task by task: each class needs one. "
@@ -189,7 +195,8 @@ class LwF(Addition):
 
     The loss gains strength * sum over tasks of the cross-entropy from softmax(z_old/2) to softmax(z/2), over the outputs that
     competed in each earlier task; where these are nested or the same, as under the masks "seen" and "all", over the last ones.
-    The paper's warm-up of a new head by itself is left out.
+    The paper's warm-up of a new head by itself is left out. In a regression, of which the paper has none, the term is the mean
+    square of z - z_old.
 
     Args:
         strength: weight of the earlier answers; 1 in the paper.
@@ -212,17 +219,20 @@ class LwF(Addition):
         if self.teacher is None or not self.strength:
             return loss
         with torch.no_grad():
-            before = self.teacher(x) / self.TEMPERATURE
+            before = self.teacher(x)
+        if not self.old:
+            return loss + self.strength * mse_loss(logits, before)
         for allowed in self.old:
-            answer = before[:, allowed].softmax(1)
+            answer = (before / self.TEMPERATURE)[:, allowed].softmax(1)
             loss = loss + self.strength * cross_entropy(logits[:, allowed] / self.TEMPERATURE, answer)
         return loss
 
     def end(self, learner: Learner, experience: Experience) -> None:
-        """Remember the model as it is after a task, and the outputs that competed."""
-        allowed = learner.allowed(experience)
-        nested = learner.training.resolved_mask(experience.scenario) != "task"
-        self.old = [allowed] if nested else [o for o in self.old if not torch.equal(o, allowed)] + [allowed]
+        """Remember the model as it is after a task, and the outputs that competed; in a regression none do."""
+        if not experience.regression:
+            allowed = learner.allowed(experience)
+            nested = learner.training.resolved_mask(experience.scenario) != "task"
+            self.old = [allowed] if nested else [o for o in self.old if not torch.equal(o, allowed)] + [allowed]
         self._remember(learner)
 
     def state_dict(self) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class Checkpoint:
             if content["run"] != self.run:
                 raise ValueError(f"it is of another run, version, device or number of threads: {content['run']}")
             measured, state = Measured(**content["measured"]), content["learner"]
-            _check_measured(measured, len(stream))
+            _check_measured(measured, len(stream), stream[0].metric)
             if isinstance(learner, Learner):
                 _check_learner(learner, state, stream[0].outputs)
             learner.resume(state, stream[: len(measured.scores)])
@@ -105,10 +105,10 @@ class Checkpoint:
         return measured
 
 
-def _check_measured(measured: Measured, tasks: int) -> None:
+def _check_measured(measured: Measured, tasks: int, metric: str) -> None:
     """Raise a ValueError if what was measured does not fit a record of this many tasks."""
     rows: list[Any] = [*measured.scores, *measured.bits]
-    figures = asdict(measured) | {"timings": {"train_seconds": measured.seconds}}
+    figures = asdict(measured) | {"timings": {"train_seconds": measured.seconds}, "metric": metric}
     if not _recordable(figures) or measured.seconds is None or {len(row) for row in rows} != {tasks}:
         raise ValueError("what it has measured is of another kind")
 

@@ -16,7 +16,13 @@ DIGITS = Path(__file__).with_name("digits.csv.gz")
 """A row for each image, 64 pixels from 0 to 16 and the label; `digits.txt` names source and licence."""
 
 
-def load(name: str, root: str | Path | None = None, label: str | None = None, by: str | None = None) -> DataSet:
+def load(
+    name: str,
+    root: str | Path | None = None,
+    label: str | None = None,
+    by: str | None = None,
+    target: str | None = None,
+) -> DataSet:
     """Load a data set by name or folder.
 
     If the only file of a folder is `stream.parquet`, every fifth of its rows, in the order of their times, is for testing.
@@ -27,21 +33,25 @@ def load(name: str, root: str | Path | None = None, label: str | None = None, by
         root: where folders of data sets lie, or such a folder itself; the environment variable `RWALK_DATA` when not given.
         label: the column of labels; a usual name, or one that is marked as such, when not given.
         by: a column that divides the examples into domains, or "folder", if each domain is a folder in the data set's.
+        target: a column of numbers that are to be met in place of labels: a regression.
 
     Raises:
         FileNotFoundError: if a folder is missing or has no parquet file of a needed split.
-        ValueError: if a file is damaged, the columns are no classification data set, or a row cannot be read; the message names
+        ValueError: if a file is damaged, the columns have no labels and no target, or a row cannot be read; the message names
             the column, and the row by its file and its number there, from 0.
         ConnectionError: if a download fails.
     """
+    if label and target:
+        raise ValueError(printable(f"There are labels, `{label}`, and a target, `{target}`; choose one of them."))
     if name == "digits":
-        if label or by:
-            raise ValueError(printable(f"The digits have no column `{label or by}`; choose another data set."))
+        if label or by or target:
+            raise ValueError(printable(f"The digits have no column `{label or by or target}`; choose another data set."))
         return _digits()
     from rwalk.bench import parquet
 
     folder = find(name, root)
-    return parquet.from_hub(name, label, by) if folder is None else parquet.from_folder(folder, label, by)
+    columns = label, by, target
+    return parquet.from_hub(name, *columns) if folder is None else parquet.from_folder(folder, *columns)
 
 
 def find(name: str, root: str | Path | None = None) -> Path | None:

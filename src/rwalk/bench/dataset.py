@@ -1,7 +1,7 @@
 """Data sets in memory, as every loader returns them."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ HUB = {
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """A classification data set in memory.
+    """A data set in memory: of labels, or of a target that is to be met.
 
     Args:
         name: short name.
@@ -28,11 +28,13 @@ class DataSet:
             Tables: float32 (examples, columns) with mean 0 and standard deviation 1 over the training examples, and for a
             category a column of 0 and 1 for each of its values there; lists keep their shape. Texts: int64 (examples, words),
             0 after a text's end, see `rwalk.bench.texts`. Texts without labels: int64 (windows, characters).
-        train_y, test_y: labels from 0 on, int64 (examples,); or the next characters, (windows, characters).
-        classes: names of the labels.
+        train_y, test_y: labels from 0 on, int64 (examples,); or the next characters, (windows, characters); or targets, float64
+            (examples, 1), up to a constant.
+        classes: names of the labels; none for a target.
         tokens: how many different numbers a text's inputs can be; 0 for other inputs.
         train_domain, test_domain: the domain of each example as its place in `domains`, int64, if a column was chosen for that.
         domains: names of the domains.
+        target: name of the column of targets; empty for labels.
     """
 
     name: str
@@ -45,14 +47,21 @@ class DataSet:
     train_domain: Tensor | None = None
     test_domain: Tensor | None = None
     domains: tuple[str, ...] = ()
+    target: str = ""
 
     def digest(self) -> str:
         """Return a short fingerprint of the content."""
-        whole = hashlib.sha256()
-        for tensor in (self.train_x, self.train_y, self.test_x, self.test_y, self.train_domain, self.test_domain):
-            for part in [] if tensor is None else _bytes(tensor):
-                whole.update(part)
-        return whole.hexdigest()[:16]
+        parts = (self.train_x, self.train_y, self.test_x, self.test_y, self.train_domain, self.test_domain)
+        return fingerprint(tensor for tensor in parts if tensor is not None)
+
+
+def fingerprint(tensors: Iterable[Tensor], about: str = "") -> str:
+    """Return a short fingerprint of what tensors hold, and of a text about them."""
+    whole = hashlib.sha256(about.encode())
+    for tensor in tensors:
+        for part in _bytes(tensor):
+            whole.update(part)
+    return whole.hexdigest()[:16]
 
 
 def scaled(known: Tensor) -> Callable[[Tensor], Tensor]:

@@ -1,11 +1,15 @@
 """The device that a run trains on, and its random numbers."""
 
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import rwalk
+from rwalk import kernels
 from rwalk._errors import printable
 
 
@@ -55,3 +59,10 @@ def set_rng_state(device: torch.device, states: Sequence[Tensor]) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """Return what a run depends on beside its configuration and seed, by the names of a record's fields."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "rwalk": rwalk.__version__}
+    versions |= {"kernels": kernels.current()} | about(device)
+    return {"versions": versions, "threads": torch.get_num_threads(), "ranks": 1, "device": device.type}

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from rwalk.bench.streams import Experience, Subset, check, label_counts
+from rwalk.bench.streams import Experience, Part, check, label_counts
 
 VALIDATION = "-validation"
 """The ending of the name of a stream whose test examples are held out from training."""
@@ -24,9 +24,9 @@ def early(stream: Sequence[Experience], tasks: int = 3, validation: float = 0.2)
     _check_count(stream, tasks, 1, len(stream))
     about = stream[0].stream
     about = about | {"name": about["name"] + VALIDATION, "tasks": tasks, "validation": validation}
-    parts = [_divided(e.train, validation) for e in stream[:tasks]]
+    parts = [divided(e.train, validation) for e in stream[:tasks]]
     found = [replace(e, stream=about, train=train, test=test) for e, (train, test) in zip(stream, parts, strict=False)]
-    if all(task["compete"] == 1 for task in label_counts(found)):
+    if not found[0].regression and all(task["compete"] == 1 for task in label_counts(found)):
         raise ValueError(
             "Each task to tune on has a single label to choose from, so every strength would be right. "
             "Take fewer tasks in the stream, or another scenario."
@@ -52,15 +52,14 @@ def _check_count(stream: Sequence[Experience], tasks: int, least: int, most: int
         raise ValueError(f"{tasks} tasks cannot be taken from a stream of {len(stream)}; pass {least} to {most}.")
 
 
-def _divided(part: Subset, validation: float) -> tuple[Subset, Subset]:
-    """Divide training examples at random, the same way each time; the second part is held out."""
-    count = round(validation * len(part)) if 0 < validation < 1 else 0
+def divided(part: Part, share: float) -> tuple[Part, Part]:
+    """Divide examples at random, the same way each time; the second part, a share of them, is held out."""
+    count = round(share * len(part)) if 0 < share < 1 else 0
     if not 0 < count < len(part):
         raise ValueError(
-            f"A share of {validation} of {len(part)} examples cannot be held out; "
+            f"A share of {share} of {len(part)} examples cannot be held out; "
             "pass a share between 0 and 1 that leaves examples on both sides."
         )
-    rows = torch.arange(len(part.y)) if part.rows is None else part.rows
     order = torch.randperm(len(part), generator=torch.Generator().manual_seed(0), device="cpu")
-    held, kept = (rows[some.sort().values] for some in order.split([count, len(part) - count]))
-    return replace(part, rows=kept), replace(part, rows=held)
+    held, kept = order.split([count, len(part) - count])
+    return part.take(kept.sort().values), part.take(held.sort().values)

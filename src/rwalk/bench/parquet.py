@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rwalk._errors import printable
-from rwalk.bench import inputs, texts, times
+from rwalk.bench import inputs, tables, texts, times
 from rwalk.bench.dataset import HUB, DataSet
 from rwalk.bench.labels import numbered, refuse_names, usual_column
 from rwalk.bench.rows import Rows, features, plain, read
@@ -26,19 +26,19 @@ STREAM = "stream"
 """The one split of a data set whose rows are ordered in time, see `rwalk.bench.times`."""
 
 
-def from_folder(folder: Path, label: str | None = None, by: str | None = None) -> DataSet:
+def from_folder(folder: Path, label: str | None = None, by: str | None = None, target: str | None = None) -> DataSet:
     """Load a data set from a folder; arguments and errors are those of `rwalk.bench.data.load`."""
     if _files(folder, STREAM) and not _files(folder, "train"):
-        return _assemble(_held_out(_split(folder, (STREAM,)), {label, by}), label, by)
-    return _assemble({split: _split(folder, names, by) for split, names in SPLITS.items()}, label, by)
+        return _assemble(_held_out(_split(folder, (STREAM,)), {label, by, target}), label, by, target)
+    return _assemble({split: _split(folder, names, by) for split, names in SPLITS.items()}, label, by, target)
 
 
-def from_hub(name: str, label: str | None = None, by: str | None = None) -> DataSet:
+def from_hub(name: str, label: str | None = None, by: str | None = None, target: str | None = None) -> DataSet:
     """Load a data set through Hugging Face `datasets`; arguments and errors are those of `rwalk.bench.data.load`."""
     found = download(HUB.get(name, name))
     short = name.split("/")[-1]
     splits = {split: Rows(short, plain(table), ((f"the {split} split", len(table)),)) for split, table in found.items()}
-    return _assemble(splits, label, by)
+    return _assemble(splits, label, by, target)
 
 
 def download(name: str) -> dict[str, Any]:
@@ -109,13 +109,13 @@ def _joined(folder: Path, split: str, mine: list[Path], by: str | None) -> Rows:
     return Rows(folder.name, whole, tuple((str(f.relative_to(folder)), len(t)) for f, t in zip(mine, tables, strict=True)))
 
 
-def _assemble(splits: dict[str, Rows], label: str | None, by: str | None) -> DataSet:
+def _assemble(splits: dict[str, Rows], label: str | None, by: str | None, target: str | None = None) -> DataSet:
     """Turn the rows of a train and a test split into tensors."""
     for split, rows in splits.items():
         if len(rows) == 0:
             raise ValueError(printable(f"`{rows.name}` has an empty {split} split. Check the files."))
     train, test = splits["train"], splits["test"]
-    label = label or usual_column(train, by)
+    label = target or label or usual_column(train, by)
     named = [column for column in (label, by) if column]
     form, columns = inputs.choose(train, label, by)
     for split, rows in splits.items():
@@ -127,10 +127,11 @@ def _assemble(splits: dict[str, Rows], label: str | None, by: str | None) -> Dat
     domains = numbered(train, test, by, "domains") if by else (None, None, ())
     if label is None:
         return _continued(train, test, columns[0], *domains)
-    labels = numbered(train, test, label, "labels")
+    labels = tables.target(target, train, test) if target else numbered(train, test, label, "labels")
     x = inputs.tensors(form, columns, train, test)
     tokens = texts.BUCKETS + 1 if form == "text" else 0
-    return DataSet(train.name, x[0], labels[0], x[1], labels[1], labels[2], tokens, *domains)
+    found = DataSet(train.name, x[0], labels[0], x[1], labels[1], labels[2], tokens, *domains)
+    return replace(found, target=target or "")
 
 
 def _continued(

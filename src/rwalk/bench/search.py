@@ -146,7 +146,8 @@ class Search:
         best = max(good, key=lambda t: (t["accuracy"], -t["strength"]))
         edge = [key for key, values in self.ends.items() if len(values) > 1 and best[key] in (values[0], values[-1])]
         values = best["strength"], best["lr"], best["accuracy"], len(spec.tasks), trials, spec.configuration, edge
-        return Tuned(spec.method_name, spec.tasks[0].stream["name"].removesuffix(VALIDATION), *values)
+        first = spec.tasks[0]
+        return Tuned(spec.method_name, first.stream["name"].removesuffix(VALIDATION), *values, first.metric)
 
     def _study(self, optuna: Any, folder: Path | None) -> Any:
         """Return the study of this search, from its journal in a folder if there is one."""

@@ -1,7 +1,6 @@
 """A run is described once: which tasks, which method, and how it trains. The description goes to workers as it is."""
 
 import copy
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,22 +11,22 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-import rwalk
 from rwalk import kernels
 from rwalk._errors import printable
-from rwalk.bench import devices, models, streams
+from rwalk.bench import builtin, devices, models, streams
 from rwalk.bench.baselines import BASELINES, RECIPES, LwF, Rehearsal, addition
 from rwalk.bench.checkpoint import Checkpoint, Measured
 from rwalk.bench.data import load
 from rwalk.bench.dataset import DataSet
+from rwalk.bench.evaluation import scores
 from rwalk.bench.holdout import early, later
 from rwalk.bench.preserved import features_now
 from rwalk.bench.progress import bar
 from rwalk.bench.record import Record
-from rwalk.bench.sealed import file_name
-from rwalk.bench.streams import Experience, Scenario, label_counts
+from rwalk.bench.streams import Experience, Scenario, label_counts, task_names
 from rwalk.bench.trackers import Track, figures, quiet
-from rwalk.bench.training import CustomLearner, Learner, Training, accuracies, check_batches
+from rwalk.bench.training import CustomLearner, Learner, Training, check_batches
+from rwalk.bench.variations import limit
 from rwalk.consolidation.settings import Average, Pull, Settings, check_strength, resolve
 from rwalk.finetuning import Snapshot
 from rwalk.rules import rules
@@ -41,12 +40,13 @@ class StreamSpec:
     """A stream as a small description, from which any process makes the same tasks.
 
     Args:
-        kind: as in `rwalk.bench.streams.STREAMS`.
+        kind: as in `rwalk.bench.builtin.STREAMS`.
         data: name or folder of the data set.
-        root, label, by: as for `rwalk.bench.data.load`.
+        root, label, by, target: as for `rwalk.bench.data.load`.
         seed: seed of permutations.
         scenario, tasks: as for the stream's function; None for its default.
         skip: how many of the first tasks to leave out.
+        limit: how many examples of each task to keep; all when None.
         tuning: how many of the first tasks to tune on, and which share of their training examples to hold out; None for runs.
     """
 
@@ -60,6 +60,8 @@ class StreamSpec:
     tasks: int | None = None
     skip: int = 0
     tuning: tuple[int, float] | None = None
+    target: str | None = None
+    limit: int | None = None
 
     def make(self) -> list[Experience]:
         """Return the tasks; those made last are remembered."""
@@ -67,16 +69,17 @@ class StreamSpec:
 
 
 @lru_cache(maxsize=1)
-def _loaded(*arguments: Any) -> DataSet:
-    return load(*arguments)
+def _loaded(*arguments: Any, **options: Any) -> DataSet:
+    return load(*arguments, **options)
 
 
 @lru_cache(maxsize=2)
 def _made(spec: StreamSpec) -> list[Experience]:
     by = {"by": spec.by or "domain"} if spec.kind == "domain" else {}
-    data = _loaded(spec.data, spec.root, spec.label, *by.values())
-    whole = streams.make(spec.kind, data, spec.seed, spec.scenario, tasks=spec.tasks, **by)
-    return later(whole, spec.skip) if spec.tuning is None else early(whole, *spec.tuning)
+    data = _loaded(spec.data, spec.root, spec.label, **by, target=spec.target)
+    whole = builtin.make(spec.kind, data, spec.seed, spec.scenario, tasks=spec.tasks, **by)
+    some = whole if spec.limit is None else limit(whole, spec.limit)
+    return later(some, spec.skip) if spec.tuning is None else early(some, *spec.tuning)
 
 
 def forget_data() -> None:
@@ -157,7 +160,7 @@ class RunSpec:
             ruled = self.settings._asdict() | {"rule": asdict(self.settings.rule)}
         elif self.added_name == "lwf":
             weight = check_strength(1.0 if self.strength is None else self.strength)
-            ruled = {"strength": weight, "temperature": LwF.TEMPERATURE}
+            ruled = {"strength": weight} | ({} if first.regression else {"temperature": LwF.TEMPERATURE})
         kept = {"replay": asdict(self.rehearsal)} if self.rehearsal else {}
         return {"stream": first.stream, "training": config} | ruled | kept
 
@@ -182,11 +185,16 @@ class RunSpec:
     @cached_property
     def name(self) -> str:
         """The name of the record's file."""
-        return file_name(self.tasks[0].stream["name"], self.method_name, self.seed, self.configuration)
+        first, config = self.tasks[0], self.configuration
+        return Record(self.method_name, first.stream["name"], self.seed, [], config=config, metric=first.metric).name
 
     def check(self) -> None:
         """Raise a ValueError or TypeError if the parts do not fit together; no model is built."""
         streams.check(self.tasks)
+        if self.tasks[0].regression and self.training.mask not in ("auto", "all"):
+            raise ValueError(
+                f"A regression has no labels of which a mask `{self.training.mask}` could shut some; leave it out."
+            )
         custom = hasattr(self.method, "fit") and hasattr(self.method, "predict") and not isinstance(self.method, type)
         if isinstance(self.method, str) and self.method not in (*BASELINES, *RECIPES):
             known = ", ".join([*BASELINES, *RECIPES, *rules()])
@@ -231,7 +239,7 @@ class RunSpec:
         if self.backend is not None:
             kernels.use(self.backend)
         device, stream = devices.chosen(self.device), self.tasks
-        facts = _facts(device)
+        facts = devices.facts(device)
         place = Checkpoint(checkpoint, {"file": self.name} | facts, device)
         place.check()
         with devices.isolated_device(device):
@@ -241,7 +249,7 @@ class RunSpec:
             measured = place.restore(learner, stream) if place.exists else None
             if measured is None:
                 learner = self.build(tick) if place.exists else learner
-                measured = Measured(accuracies(learner, stream, -1) if isinstance(learner, Learner) else [])
+                measured = Measured(scores(learner, stream, -1) if isinstance(learner, Learner) else [])
             _learn(learner, measured, stream, place, track, snapshot)
         return self._record(learner, measured, facts)
 
@@ -253,6 +261,8 @@ class RunSpec:
             seed=self.seed,
             scores=measured.scores,
             untrained=measured.untrained,
+            metric=self.tasks[0].metric,
+            tasks=task_names(self.tasks),
             preserved=measured.preserved,
             bits=measured.bits,
             labels=label_counts(self.tasks),
@@ -263,13 +273,6 @@ class RunSpec:
             command=self.command,
             **facts,
         )
-
-
-def _facts(device: torch.device) -> dict[str, Any]:
-    """Return what a run depends on beside its configuration and seed, by the names of a record's fields."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "rwalk": rwalk.__version__}
-    versions |= {"kernels": kernels.current()} | devices.about(device)
-    return {"versions": versions, "threads": torch.get_num_threads(), "ranks": 1, "device": device.type}
 
 
 def _learn(
@@ -285,12 +288,12 @@ def _learn(
         start = time.perf_counter()
         learner.fit(stream[k])
         measured.seconds += time.perf_counter() - start
-        measured.scores.append(accuracies(learner, stream, k))
+        measured.scores.append(scores(learner, stream, k))
         if stream[0].kind == "characters" and isinstance(learner, Learner):
             measured.bits.append([learner.bits(*e.test.read()) for e in stream])
         if snapshot is not None and isinstance(learner, Learner):
             measured.preserved.append(snapshot.kept(learner.model).scalars(""))
-        track(figures(measured.scores) | getattr(learner, "scalars", dict)(), k + 1)
+        track(figures(measured.scores, stream[0].metric) | getattr(learner, "scalars", dict)(), k + 1)
         if k + 1 < len(stream):
             place.save(learner, measured)
 

@@ -1,27 +1,21 @@
-"""One task's data, and streams of tasks: a data set by classes, by domains, by time, or in permuted and rotated versions."""
+"""One task's data, and what holds for streams of tasks, which are lists of them."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from rwalk._errors import printable
-from rwalk.bench.data import load
-from rwalk.bench.dataset import DataSet, scaled
+from rwalk.bench.dataset import scaled
+from rwalk.bench.record import ACCURACY
 
 Scenario = Literal["task", "domain", "class"]
 """Task-incremental: the task is known at test time. Domain-incremental: all tasks share their labels. Class-incremental: the
 task is not known and its labels compete with those of all tasks so far (van de Ven and Tolias, 2019)."""
 
 Kind = Literal["table", "image", "text", "characters"]
-
-MOST = 10_000
-"""Tasks that a stream may have: each one holds its permutation."""
+R_SQUARED = "R²"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +49,44 @@ class Subset:
         x = self.x if self.rows is None else self.x[self.rows]
         return self.transform(x) if self.transform else x, self.labels()
 
+    def take(self, places: Tensor) -> Self:
+        """Return some of the examples, by their places among these."""
+        return replace(self, rows=places if self.rows is None else self.rows[places])
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """Parts one behind the other, each seen through its own transform."""
+
+    parts: tuple["Part", ...]
+
+    x = property(lambda self: self.parts[0].x, doc="Inputs of the first part's data set.")
+    y = property(lambda self: self.parts[0].y, doc="Labels of the first part's data set.")
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return sum(map(len, self.parts))
+
+    def labels(self) -> Tensor:
+        """Return the labels."""
+        return torch.cat([part.labels() for part in self.parts])
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Return inputs and labels."""
+        x, y = (torch.cat(column) for column in zip(*(part.read() for part in self.parts), strict=True))
+        return x, y
+
+    def take(self, places: Tensor) -> Self:
+        """Return some of the examples, by their places among these; they stay in the order of the parts."""
+        found, first = list[Part](), 0
+        for part in self.parts:
+            found.append(part.take(places[(places >= first) & (places < first + len(part))] - first))
+            first += len(part)
+        return replace(self, parts=tuple(found))
+
+
+Part = Subset | Joined
+
 
 @dataclass(frozen=True, eq=False)
 class Experience:
@@ -63,15 +95,15 @@ class Experience:
     Args:
         train, test: the task's data.
         task: position in the stream, from 0.
-        classes: the labels that occur in this task.
-        outputs: how many labels the whole stream has.
+        classes: the labels that occur in this task; none for a regression.
+        outputs: how many labels the whole stream has, or targets each example.
         scenario: what is known at test time: "task", "domain" or "class".
         stream: what the experience was made from, for records; `name` is the stream's name.
         tokens: for inputs that number words or characters, how many numbers there are; 0 for other inputs.
     """
 
-    train: Subset
-    test: Subset
+    train: Part
+    test: Part
     task: int
     classes: tuple[int, ...]
     outputs: int
@@ -85,265 +117,68 @@ class Experience:
         return tuple(self.train.x.shape[1:])
 
     @property
+    def regression(self) -> bool:
+        """Whether labels are numbers to be met, floating-point of shape (examples, targets), and not classes."""
+        return bool(self.train.y.is_floating_point())
+
+    @property
+    def labelled(self) -> bool:
+        """Whether each example has one label, a class."""
+        return self.train.y.dim() == 1
+
+    @property
+    def metric(self) -> str:
+        """What a score on the task is: accuracy, or R² for a regression."""
+        return R_SQUARED if self.regression else ACCURACY
+
+    @property
     def kind(self) -> Kind:
         """What one input is: with "characters", each one has a label."""
         if self.tokens:
-            return "characters" if self.train.y.dim() == 2 else "text"
+            return "characters" if self.train.y.dim() == 2 and not self.regression else "text"
         return "image" if len(self.shape) == 3 else "table"
 
 
-def split(
-    data: str | DataSet = "digits", tasks: int = 5, scenario: Scenario = "task", root: str | Path | None = None
-) -> list[Experience]:
-    """Divide the classes of a data set among tasks, in the order of the labels (split MNIST and the like).
+def with_scaled_targets(stream: Sequence[Experience]) -> list[Experience]:
+    """Give the targets of a regression mean 0 and standard deviation 1 over the training examples of the first task.
 
-    Args:
-        data: a data set, or a name or folder for `rwalk.bench.data.load`.
-        tasks: number of tasks; classes are spread as evenly as they can be.
-        scenario: with "domain", every task's labels are counted from 0, so that all tasks share them.
-        root: where folders of data sets lie.
-
-    Raises:
-        ValueError: if there are more tasks than classes, or "domain" tasks have different numbers of classes.
+    A strength, a learning rate and a loss then mean the same in any unit of the targets, and R² stays as it is. Streams of
+    labels are returned unchanged.
     """
-    found = _found(data, root)
-    _labelled(found)
-    count = len(found.classes)
-    if not 1 <= tasks <= count:
-        raise ValueError(
-            printable(f"{tasks} tasks cannot share the {count} classes of `{found.name}`; pass 1 to {count} tasks.")
-        )
-    _refuse_scenario(scenario, get_args(Scenario))
-    groups = [tuple(g.tolist()) for g in torch.arange(count).tensor_split(tasks)]
-    if scenario == "domain" and len({len(g) for g in groups}) > 1:
-        raise ValueError(f"Domain-incremental tasks need equally many classes; {tasks} tasks do not divide {count} classes.")
-    about = _about("split", found, tasks, scenario)
-    return [_group(found, task, group, scenario, about) for task, group in enumerate(groups)]
-
-
-def permuted(
-    data: str | DataSet = "digits", tasks: int = 10, seed: int = 0, root: str | Path | None = None
-) -> list[Experience]:
-    """Shuffle the inputs' elements anew for each task (permuted MNIST); the first task is permuted too.
-
-    Args:
-        data: a data set, or a name or folder for `rwalk.bench.data.load`.
-        tasks: number of tasks, domain-incremental.
-        seed: seed of the permutations.
-        root: where folders of data sets lie.
-    """
-    found = _found(data, root)
-    if found.tokens:
-        raise ValueError(printable(f"The texts of `{found.name}` cannot be permuted; choose a split or domain stream."))
-    generator = torch.Generator().manual_seed(seed)
-    size = math.prod(found.train_x.shape[1:])
-    orders = [torch.randperm(size, generator=generator, device="cpu") for _ in range(_positive(tasks))]
-
-    def transform(order: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda x: x.flatten(1)[:, order].view_as(x)
-
-    about = _about("permuted", found, tasks, "domain", seed=seed)
-    return [_domain(found, task, transform(order), about) for task, order in enumerate(orders)]
-
-
-def rotated(
-    data: str | DataSet = "digits", tasks: int = 5, degrees: float = 180.0, root: str | Path | None = None
-) -> list[Experience]:
-    """Rotate images by an angle that grows from task to task (rotated MNIST).
-
-    Args:
-        data: a data set of images, or a name or folder for `rwalk.bench.data.load`.
-        tasks: number of tasks, domain-incremental; task k is rotated by k * degrees / tasks.
-        degrees: the angle that the tasks divide evenly.
-        root: where folders of data sets lie.
-
-    Raises:
-        ValueError: if the inputs are no images.
-    """
-    found = _found(data, root)
-    if found.train_x.dim() != 4:
-        shape = tuple(found.train_x.shape[1:])
-        raise ValueError(f"Inputs of shape {shape} are no images (channels, height, width); choose a split or permuted stream.")
-    angles = [task * degrees / tasks for task in range(_positive(tasks))]
-    about = _about("rotated", found, tasks, "domain", degrees=degrees)
-    return [_domain(found, task, lambda x, a=angle: rotate(x, a), about) for task, angle in enumerate(angles)]  # type: ignore[misc]
-
-
-def domain(
-    data: str | DataSet,
-    tasks: int | None = None,
-    scenario: Scenario = "domain",
-    by: str = "domain",
-    root: str | Path | None = None,
-) -> list[Experience]:
-    """Make a task of each domain of a data set: of each value of a column, or of each folder, in their sorted order.
-
-    Args:
-        data: a data set with domains, or a name or folder for `rwalk.bench.data.load`.
-        tasks: how many domains, from the first on; all when None.
-        scenario: with "domain", all labels compete in every task; else a task's labels are those that occur in it.
-        by: the column, or "folder", if each domain is a folder in the data set's; for a name or folder.
-        root: where folders of data sets lie.
-
-    Raises:
-        ValueError: if there are fewer domains, or a task has no train or no test example.
-    """
-    found = load(data, root, by=by) if isinstance(data, str) else data
-    if found.train_domain is None or found.test_domain is None:
-        raise ValueError(printable(f"`{found.name}` has no domains; load it `by` the column that holds them."))
-    _refuse_scenario(scenario, get_args(Scenario))
-    if scenario != "domain":
-        _labelled(found)
-    most = len(found.domains)
-    if not 1 <= (most if tasks is None else tasks) <= most:
-        raise ValueError(
-            printable(f"`{found.name}` has {most} domains, one for each task; pass 1 to {most} tasks, not {tasks}.")
-        )
-    names = found.domains[:tasks]
-    about = _about("domain", found, len(names), scenario, by=by, domains=list(names))
-    where = found.train_domain, found.test_domain
-    rows = [[(at == d).nonzero().squeeze(1) for at in where] for d in range(len(names))]
-    return [_task(found, d, mine, scenario, about, f"the domain {names[d]}") for d, mine in enumerate(rows)]
-
-
-def drift(data: str | DataSet, tasks: int = 10, root: str | Path | None = None) -> list[Experience]:
-    """Cut the rows of a data set, in their order, into stretches of the same length, so that tasks change as the data drift.
-
-    Tables get mean 0 and standard deviation 1 over the training rows of the first stretch, since later rows are not known yet.
-
-    Args:
-        data: a data set whose rows are in order, or a name or folder for `rwalk.bench.data.load`.
-        tasks: number of stretches, domain-incremental.
-        root: where folders of data sets lie.
-
-    Raises:
-        ValueError: if there are fewer rows than tasks.
-    """
-    found = _found(data, root)
-    rows = [torch.arange(len(y)).tensor_split(_positive(tasks)) for y in (found.train_y, found.test_y)]
-    about = _about("drift", found, tasks, "domain")
-    table = found.train_x.dim() != 4 and not found.tokens
-    first = scaled(found.train_x[rows[0][0]]) if table else None
-    stretches = enumerate(zip(*rows, strict=True))
-    return [_task(found, k, mine, "domain", about, f"stretch {k + 1}", transform=first) for k, mine in stretches]
-
-
-def rotate(x: Tensor, degrees: float) -> Tensor:
-    """Rotate images counter-clockwise about their centre with bilinear interpolation; pixels from outside are 0."""
-    angle = math.radians(degrees)
-    height, width = x.shape[-2:]
-    matrix = torch.tensor(
-        [
-            [math.cos(angle), -math.sin(angle) * height / width, 0.0],
-            [math.sin(angle) * width / height, math.cos(angle), 0.0],
-        ]
-    )
-    grid = F.affine_grid(matrix[None].to(x.dtype), [1, 1, height, width], align_corners=False)
-    return F.grid_sample(x, grid.expand(len(x), -1, -1, -1), align_corners=False)
-
-
-STREAMS: dict[str, Callable[..., list[Experience]]] = {
-    "split": split, "permuted": permuted, "rotated": rotated, "domain": domain, "drift": drift,
-}  # fmt: skip
-
-
-def parse(name: str) -> tuple[str, str]:
-    """Return kind and data set of a stream's name, such as "split-mnist" or "permuted-./folder"."""
-    kind = next((k for k in STREAMS if name.startswith((f"{k}-", f"{k}:"))), None)
-    if kind is None or len(name) == len(kind) + 1:
-        form = f"one of {', '.join(STREAMS)}, a hyphen, and a data set or folder, such as split-digits or rotated-./folder"
-        raise ValueError(printable(f"There is no stream `{name}`. A stream is {form}."))
-    return kind, name[len(kind) + 1 :]
-
-
-def make(kind: str, data: str | DataSet, seed: int = 0, scenario: Scenario | None = None, **options: Any) -> list[Experience]:
-    """Make a stream of a kind; permuted streams use `seed`, split and domain ones `scenario`; None is the default."""
-    options = {key: value for key, value in options.items() if value is not None}
-    if kind == "permuted":
-        options["seed"] = seed
-    if kind in ("split", "domain") and scenario is not None:
-        options["scenario"] = scenario
-    elif scenario is not None:
-        _refuse_scenario(scenario, ("domain",))
-    return STREAMS[kind](data, **options)
+    if not stream[0].regression:
+        return list(stream)
+    scale = scaled(stream[0].train.labels())
+    return [replace(e, **{key: replace(getattr(e, key), relabel=scale) for key in ("train", "test")}) for e in stream]
 
 
 def check(stream: Sequence[Experience]) -> None:
-    """Raise a ValueError unless `stream` has experiences, all of one scenario and number of outputs."""
-    if not stream or len({(e.scenario, e.outputs) for e in stream}) > 1:
+    """Raise a ValueError unless `stream` has experiences, all of one scenario and number of outputs, that can be evaluated."""
+    if not stream or len({(e.scenario, e.outputs, not e.classes) for e in stream}) > 1:
         raise ValueError("A stream needs at least one experience, and all of one scenario and number of outputs.")
+    if stream[0].regression and stream[0].scenario != "domain":
+        raise ValueError(f"A regression has no labels, and no scenario `{stream[0].scenario}`; choose domain.")
+    if stream[0].regression and stream[0].train.y.dim() != 2:
+        raise ValueError(f"Targets of shape {tuple(stream[0].train.y.shape)} came; pass a row of them for each example.")
+    short = [e.task + 1 for e in stream if not e.classes and len(e.test) < 2]
+    if short:
+        raise ValueError(f"Task {short[0]} has a single test example, but R² needs two or more; take fewer tasks.")
+
+
+def task_names(stream: Sequence[Experience]) -> list[str]:
+    """Return the names of a stream's tasks, where they have names."""
+    about = stream[0].stream
+    first = about.get("skipped", 0)
+    return [*about.get("names", about.get("domains", []))][first : first + len(stream)]
 
 
 def label_counts(stream: Sequence[Experience]) -> list[dict[str, int]]:
-    """Count for each task the labels that "occur" among its test examples, and those that "compete" for them at the end."""
+    """Count for each task the labels that "occur" among its test examples, and those that "compete" for them at the end.
+
+    A regression has neither.
+    """
     seen = {label for e in stream for label in e.classes}
     return [
         {"occur": len(e.test.labels().unique()), "compete": len(seen if e.scenario == "class" else set(e.classes))}
         for e in stream
+        if not e.regression
     ]
-
-
-def _found(data: str | DataSet, root: str | Path | None) -> DataSet:
-    return data if isinstance(data, DataSet) else load(data, root)
-
-
-def _positive(tasks: int) -> int:
-    if not 1 <= tasks <= MOST:
-        raise ValueError(f"A stream has 1 to {MOST:,} tasks, not {tasks}.")
-    return tasks
-
-
-def _refuse_scenario(scenario: str, allowed: tuple[str, ...]) -> None:
-    if scenario not in allowed:
-        raise ValueError(printable(f"This stream has no scenario `{scenario}`; choose one of {', '.join(allowed)}."))
-
-
-def _about(kind: str, data: DataSet, tasks: int, scenario: Scenario, **more: Any) -> dict[str, Any]:
-    rows = [len(data.train_y), len(data.test_y)]
-    about = {"name": f"{kind}-{data.name}", "tasks": tasks, "scenario": scenario, "rows": rows, "data": data.digest()}
-    return about | more
-
-
-def _labelled(data: DataSet) -> None:
-    if data.train_y.dim() > 1:
-        came = f"`{data.name}` is a text to be continued, without a label for each example"
-        raise ValueError(printable(f"{came}; choose a domain stream and its scenario `domain`."))
-
-
-def _group(data: DataSet, task: int, group: tuple[int, ...], scenario: Scenario, about: dict[str, Any]) -> Experience:
-    """Make a task of some classes."""
-    shift = group[0] if scenario == "domain" else 0
-    rows = [(torch.isin(y, torch.tensor(group))).nonzero().squeeze(1) for y in (data.train_y, data.test_y)]
-    what = f"the classes {', '.join(data.classes[label] for label in group)}"
-    made = _task(data, task, rows, scenario, about, what, relabel=(lambda y: y - shift) if shift else None)
-    outputs = len(group) if scenario == "domain" else made.outputs
-    return replace(made, classes=tuple(label - shift for label in group), outputs=outputs)
-
-
-def _domain(data: DataSet, task: int, transform: Callable[[Tensor], Tensor], about: dict[str, Any]) -> Experience:
-    """Make a task of all examples, changed."""
-    return _task(data, task, None, "domain", about, transform=transform)
-
-
-def _task(
-    data: DataSet,
-    task: int,
-    rows: Sequence[Tensor] | None,
-    scenario: Scenario,
-    about: dict[str, Any],
-    what: str = "",
-    **seen: Any,
-) -> Experience:
-    """Make a task of some rows of train and test, or all; `what` names them, `seen` holds transform and relabel."""
-    if rows and not all(map(len, rows)):
-        raise ValueError(printable(f"There is no train or test example of {what}. Pass fewer tasks."))
-    train_rows, test_rows = rows or (None, None)
-    train, test = Subset(data.train_x, data.train_y, train_rows, **seen), Subset(data.test_x, data.test_y, test_rows, **seen)
-    outputs = len(data.classes)
-    labels = range(outputs) if scenario == "domain" else _occurring(data, train_rows, test_rows)
-    return Experience(train, test, task, tuple(labels), outputs, scenario, about, data.tokens)
-
-
-def _occurring(data: DataSet, train: Tensor | None, test: Tensor | None) -> list[int]:
-    labels: list[int] = torch.cat([data.train_y[train], data.test_y[test]]).unique().tolist()
-    return labels

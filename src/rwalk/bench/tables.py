@@ -69,6 +69,25 @@ def lists(column: str, train: Rows, test: Rows) -> tuple[Tensor, Tensor]:
     return x[: len(train)], x[len(train) :]
 
 
+def target(column: str, train: Rows, test: Rows) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Return a column of numbers to be met, up to a constant.
+
+    Returns:
+        Those for training and testing, float64 (rows, 1), and the names of their classes, which are none.
+
+    Raises:
+        ValueError: if the column is of another type, or has missing or infinite numbers.
+    """
+    whole = _joined(train.name, column, *(rows.table.column(column) for rows in (train, test)))
+    if not numeric(whole.type):
+        came = f"The column `{column}` of `{train.name}` holds {whole.type}, and a target has to be a number"
+        raise ValueError(printable(f"{came}. Choose another column, or convert it; names are labels."))
+    _refuse_missing(column, train, test, whole.is_null().to_numpy(zero_copy_only=False))
+    values = torch.from_numpy(_numbers(whole, len(train)))[:, None]
+    _refuse_missing(column, train, test, ~values.isfinite().all(1).numpy())
+    return values[: len(train)], values[len(train) :], ()
+
+
 def numeric(kind: Any) -> bool:
     """Return whether a type can be a number: of numbers, truth values and times."""
     some = (kinds.is_boolean, kinds.is_integer, kinds.is_floating, kinds.is_decimal, kinds.is_temporal)

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from rwalk.bench import metrics
+from rwalk.bench.record import ACCURACY
 
 Track = Callable[[dict[str, float], int], None]
 
 
-def figures(accuracy: metrics.Matrix) -> dict[str, float]:
-    """Return the figures of the last row of an accuracy matrix: accuracy on each task, on average, and forgetting."""
-    row = {f"accuracy/task_{j + 1}": a for j, a in enumerate(accuracy[-1])}
-    row |= {"average_accuracy": metrics.average(accuracy), "forgetting": metrics.forgetting(accuracy)}
+def figures(scores: metrics.Matrix, metric: str = ACCURACY) -> dict[str, float]:
+    """Return the figures of the last row of a matrix of scores: that on each task, on average, and forgetting."""
+    row = {f"{metric}/task_{j + 1}": score for j, score in enumerate(scores[-1])}
+    row |= {f"average_{metric}": metrics.average(scores), "forgetting": metrics.forgetting(scores)}
     return {name: value for name, value in row.items() if value is not None}
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer
 
 from rwalk.bench.models import has_batchnorm
+from rwalk.bench.outputs import competing, gaussian
 from rwalk.bench.streams import Experience, Scenario
 from rwalk.consolidation.consolidator import Consolidator
 from rwalk.consolidation.settings import Settings
@@ -76,7 +77,7 @@ class CustomLearner(Protocol):
         """Learn one task."""
 
     def predict(self, x: Tensor, seen: Collection[int]) -> Tensor:
-        """Return labels for inputs, chosen among the labels of `seen`."""
+        """Return labels for inputs, chosen among the labels of `seen`; of a regression, which has none, its targets."""
 
 
 @runtime_checkable
@@ -220,8 +221,10 @@ class Learner:
         self.examples_seen += len(batch.y)
 
     def batch_loss(self, batch: Batch) -> Tensor:
-        """Return the cross-entropy over the outputs that compete, with the addition's term."""
+        """Return the cross-entropy over the outputs that compete, or a regression's mean square, with the addition's term."""
         logits = self.model(batch.x)
+        if batch.y.is_floating_point():
+            return self.addition.loss(F.mse_loss(logits, batch.y), batch.x, logits)
         masked = logits if batch.shut is None else logits.masked_fill(batch.shut, -math.inf)
         return self.addition.loss(F.cross_entropy(masked, batch.y), batch.x, logits)
 
@@ -229,8 +232,12 @@ class Learner:
         """End a task of the memory, over the outputs that compete in the training softmax."""
         labels = self.allowed(experience).nonzero().squeeze(1)
         x, y = self.data(experience)
-        columns = (batches(column, 256, self.joined) for column in (x, torch.searchsorted(labels, y)))
-        memory.consolidate(list(zip(*columns, strict=True)), logits=partial(competing, labels=labels))
+        y = y if experience.regression else torch.searchsorted(labels, y)
+        data = list(zip(*(batches(column, 256, self.joined) for column in (x, y)), strict=True))
+        if experience.regression:
+            memory.consolidate(data, loss=gaussian(memory.rule))
+        else:
+            memory.consolidate(data, logits=partial(competing, labels=labels))
 
     def data(self, experience: Experience) -> tuple[Tensor, Tensor]:
         """Return a task's training data on the model's device."""
@@ -246,7 +253,9 @@ class Learner:
         return allowed.to(self.device)
 
     def predict(self, x: Tensor, seen: Collection[int]) -> Tensor:
-        """Return the most likely label of each input among the labels of `seen`."""
+        """Return the most likely label of each input among those of `seen`; the outputs of a regression, which has none."""
+        if not seen:
+            return self._read(lambda outputs: outputs, x)
         labels = torch.tensor(sorted(seen), device=self.device)
         return self._read(lambda scores: labels[scores[:, labels].argmax(1)], x)
 
@@ -326,25 +335,3 @@ def check_batches(stream: Sequence[Experience], training: Training) -> None:
         raise ValueError(f"Task {single[0]} has a single training example, but BatchNorm needs two or more; take fewer tasks.")
     if training.batch_size == 1:
         raise ValueError("The model's BatchNorm needs two or more examples in a batch; increase the batch size from 1.")
-
-
-def competing(output: Tensor, labels: Tensor) -> Tensor:
-    """Return a row of logits for each label that belongs to an example, over the outputs of `labels`.
-
-    A single one comes beside another that is shut, as a row of one logit would mean a chance of 0 or 1.
-    """
-    scores = output[:, labels]
-    scores = scores.movedim(1, -1).flatten(0, -2) if scores.dim() > 2 else scores
-    return F.pad(scores, (0, 1), value=-math.inf) if len(labels) == 1 else scores
-
-
-def accuracies(learner: CustomLearner, stream: Sequence[Experience], last: int) -> list[float | None]:
-    """Return the accuracy on each task after training task number `last`; None for class-incremental tasks yet to come."""
-    seen = {label for e in stream[: last + 1] for label in e.classes}
-    return [_accuracy(learner, e, seen) if e.scenario != "class" or e.task <= last else None for e in stream]
-
-
-def _accuracy(learner: CustomLearner, experience: Experience, seen: set[int]) -> float:
-    x, y = experience.test.read()
-    labels = seen if experience.scenario == "class" else experience.classes
-    return (learner.predict(x, labels) == y).double().mean().item()

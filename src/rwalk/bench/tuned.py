@@ -21,6 +21,7 @@ class Tuned(Sealed):
         tasks: how many of the stream's tasks were tried on; `later(stream, tasks)` are the others.
         trials: for each pair of values its accuracy (None if a run failed), the accuracies by seed, and causes of failures.
         config: every setting of the trials except the two values.
+        metric: what the accuracies are.
         edge: the values that lie at an end of what was tried, so that better ones may lie beyond.
     """
 
@@ -33,6 +34,7 @@ class Tuned(Sealed):
     trials: list[dict[str, Any]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     edge: list[str] = field(default_factory=list)
+    metric: str = "accuracy"
 
     REFUSAL = "holds no tuned strength", "Tune again."
     NAMED = re.compile(rf".*-[0-9a-f]{{10}}\{SUFFIX}", re.DOTALL)

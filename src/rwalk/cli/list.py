@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from rwalk.bench.baselines import BASELINES, RECIPES_ABOUT
+from rwalk.bench.builtin import STREAMS
 from rwalk.bench.dataset import HUB
 from rwalk.bench.models import MODELS
-from rwalk.bench.streams import STREAMS
 from rwalk.report.plain import shown
 from rwalk.rules import rules
 

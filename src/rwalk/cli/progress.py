@@ -16,10 +16,11 @@ from rwalk.bench.pool import Watcher
 from rwalk.bench.progress import steps_by_task
 from rwalk.bench.spec import RunSpec
 from rwalk.bench.trackers import Track
+from rwalk.report.metric import score_in_words
 
 
 class Display(Watcher):
-    """Bars for the runs that are being done, with the mean accuracy so far and the time left.
+    """Bars for the runs that are being done, with the mean score so far and the time left.
 
     Args:
         console: where to.
@@ -54,7 +55,7 @@ class Display(Watcher):
         bar = self._begin(spec)
 
         def track(scalars: dict[str, float], step: int) -> None:
-            self._learned(bar, [scalars.get(f"accuracy/task_{j + 1}") for j in range(step)])
+            self._learned(bar, [scalars.get(f"{bar.fields['metric']}/task_{j + 1}") for j in range(step)])
             self.page()
 
         return partial(self.progress.advance, bar.id), track
@@ -78,11 +79,11 @@ class Display(Watcher):
     def _begin(self, spec: RunSpec) -> Task:
         """Add the bar of a run; its `ends` are the steps up to the end of each task."""
         ends = steps_by_task(spec)
-        self.progress.add_task(self.labels[spec], total=ends[-1], mean="", ends=ends)
+        self.progress.add_task(self.labels[spec], total=ends[-1], mean="", ends=ends, metric=spec.tasks[0].metric)
         self.bars[spec] = self.progress.tasks[-1]
         return self.bars[spec]
 
     def _learned(self, bar: Task, row: Sequence[float | None]) -> None:
         known, ends = [a for a in row if a is not None], bar.fields["ends"]
-        mean = f"{fmean(known):.1%} after {len(row)} of {len(ends)} tasks" if known else ""
+        mean = f"{score_in_words(fmean(known), bar.fields['metric'])} after {len(row)} of {len(ends)} tasks" if known else ""
         self.progress.update(bar.id, completed=ends[len(row) - 1], mean=mean)

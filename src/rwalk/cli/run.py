@@ -15,10 +15,11 @@ from rwalk._errors import printable
 from rwalk._io import files
 from rwalk.bench import devices
 from rwalk.bench.baselines import BASELINES, RECIPES, Rehearsal
+from rwalk.bench.builtin import parse
 from rwalk.bench.pool import Failure, outcomes
 from rwalk.bench.record import Record
 from rwalk.bench.spec import RunSpec, StreamSpec, forget_data
-from rwalk.bench.streams import Scenario, parse
+from rwalk.bench.streams import Scenario
 from rwalk.bench.trackers import tracker
 from rwalk.bench.training import Training
 from rwalk.bench.tuned import Tuned, tuned_name
@@ -26,6 +27,7 @@ from rwalk.cli.progress import Display
 from rwalk.cli.report import LivePage, show_page
 from rwalk.consolidation.settings import Average, Pull, check_strength
 from rwalk.replay.buffer import Per
+from rwalk.report.metric import score_in_words
 from rwalk.report.plain import complain, print_plain
 from rwalk.rules import rules
 from rwalk.rules.base import Rule
@@ -87,6 +89,10 @@ class Run:
     """For split and domain streams: what is known at test time; default: task for split, domain for domain."""
     label: str | None = None
     """Column of labels; default: one of a usual name, such as label, or marked as such."""
+    target: str | None = None
+    """Column of numbers that are to be met in place of labels, a regression, for domain and drift streams; scores are R²."""
+    limit: int | None = None
+    """Examples of each task to keep for training and as many for testing, at random, for quick tries; default: all."""
     by: str | None = None
     """For domain streams: the column whose values are the tasks, or folder, if each is a folder in the data set's; default:
     domain."""
@@ -204,7 +210,18 @@ def spec_of(command: Run, words: Sequence[str], name: str, seed: int, tuning: tu
     root = command.data and command.data.resolve()
     permutation = seed if kind == "permuted" else 0
     stream = StreamSpec(
-        kind, data, root, command.label, command.by, permutation, command.scenario, command.tasks, command.skip, tuning
+        kind,
+        data,
+        root,
+        command.label,
+        command.by,
+        permutation,
+        command.scenario,
+        command.tasks,
+        command.skip,
+        tuning,
+        command.target,
+        command.limit,
     )
     method = RULES[name](**vars(getattr(command.rules, name))) if name in RULES else name
     return RunSpec(
@@ -274,10 +291,10 @@ def done(command: Run, runs: Sequence[RunSpec], console: Console, page: LivePage
 def _in_words(result: Record | Failure, existed: bool) -> str:
     if isinstance(result, Failure):
         return "failed; the cause comes at the end"
-    accuracy = "unknown" if result.average is None else f"{result.average:.2%}"
+    score = "unknown" if result.average is None else score_in_words(result.average, result.metric, 2)
     bits = "" if result.final_bits is None else f", {result.final_bits:.3f} bits per character"
     when = "(on disk)" if existed else f"in {result.timings['train_seconds']:.1f} s"
-    return f"average accuracy {accuracy}{bits} {when}"
+    return f"average {result.metric} {score}{bits} {when}"
 
 
 def complain_of(failures: dict[RunSpec, Failure], runs: Sequence[RunSpec]) -> None:

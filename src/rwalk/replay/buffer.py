@@ -30,8 +30,9 @@ class Sample(NamedTuple):
 class Buffer:
     """A few examples of earlier tasks, in any training loop: `add` at a task's end, `mix` in each step.
 
-    A class is a label of a task: the same label in another task is another class, with examples of its own. If all classes
-    share one budget, new classes reduce the share of each; the example that was chosen last is dropped first.
+    A class is a label of a task: the same label in another task is another class, with examples of its own. Where labels are
+    other than one whole number for each example, as in a regression, a task is one class. If all classes share one budget, new
+    classes reduce the share of each; the example that was chosen last is dropped first.
 
     Beside a consolidator, examples that are mixed into a batch belong to the task's loss: its rule sees the gradient of the
     mixed batch's mean loss, and the pull is added to it.
@@ -77,7 +78,7 @@ class Buffer:
     @property
     def counts(self) -> dict[tuple[int, int], int]:
         """How many examples there are of each class, by task and label."""
-        if self._held is None or self._held.y.dim() != 1:
+        if self._held is None or not _are_classes(self._held.y):
             return {}
         classes, counts = _classes(self._held.task, self._held.y).unique(dim=0, return_counts=True)
         return {(task, label): count for (task, label), count in zip(classes.tolist(), counts.tolist(), strict=True)}
@@ -107,7 +108,7 @@ class Buffer:
         Args:
             model: the network after the task; None for selections that do not use it (uniform and reservoir).
             data: batches `(inputs, labels)` of tensors, all of the task at once; all of them are held in memory meanwhile.
-                Labels are whole numbers of shape (examples,); a reservoir with per="total" accepts any.
+                Labels are whole numbers of shape (examples,); "uniform" and "reservoir" with per="total" accept any.
             task: number of the task; the next one when None, for a reservoir 0.
             features: called with a batch of inputs, returns their features, shape (examples, d). Otherwise features are the
                 input of the linear layer that the model calls last.
@@ -250,19 +251,21 @@ class Buffer:
 
     def _takes(self, y: Tensor) -> bool:
         """Return whether examples can be kept by these labels: whole numbers, unless classes do not matter."""
-        whole = y.dim() == 1 and not y.is_floating_point() and not y.is_complex()
-        return whole or (self._stream and self.per == "total")
+        return _are_classes(y) or (self._selection is SELECTIONS["uniform"] and self.per == "total")
 
     def _refuse(self, came: Sample) -> None:
         """Raise an error for examples that cannot be kept beside the others."""
         if not self._takes(came.y):
             kind = f"labels of shape {tuple(came.y.shape)} and type {came.y.dtype}"
-            raise ValueError(f'The data have {kind}; only a "reservoir" in total keeps other than one whole number each.')
+            raise ValueError(
+                f'The data have {kind}; only "uniform" and "reservoir" in total keep other than one whole number each.'
+            )
         self._refuse_form(came)
-        again = [] if self._stream else sorted(self.counts.keys() & set(map(tuple, _classes(came.task, came.y).tolist())))
+        again = [] if self._stream or self._held is None else sorted(_pairs_of(self._held) & _pairs_of(came))
         if again:
             task, label = again[0]
-            known = f"Examples of label {label} of task {task} are in the buffer already"
+            what = f"label {label} of task {task}" if _are_classes(came.y) else f"task {task}"
+            known = f"Examples of {what} are in the buffer already"
             raise ValueError(f'{known}. Pass all of a task\'s data at once and each task once, or use a "reservoir" for parts.')
 
     def _refuse_form(self, came: Sample) -> None:
@@ -290,8 +293,19 @@ def _pairs(data: Iterable[Any]) -> list[tuple[Tensor, Tensor]]:
     return [(x.detach(), y) for x, y in batches]
 
 
+def _are_classes(y: Tensor) -> bool:
+    """Return whether labels are one whole number for each example."""
+    return y.dim() == 1 and not y.is_floating_point() and not y.is_complex()
+
+
 def _classes(task: Tensor, y: Tensor) -> Tensor:
-    return torch.stack([task.cpu(), y.cpu()], dim=1)
+    """Return the class of each example as task and label, the label 0 where labels are no classes; (examples, 2)."""
+    task = task.cpu()
+    return torch.stack([task, y.cpu() if _are_classes(y) else torch.zeros_like(task)], dim=1)
+
+
+def _pairs_of(sample: Sample) -> set[tuple[int, ...]]:
+    return set(map(tuple, _classes(sample.task, sample.y).unique(dim=0).tolist()))
 
 
 def _smallest(keys: Tensor, groups: Tensor, limit: int) -> Tensor:

@@ -84,3 +84,8 @@ class Metric:
         width = self.highest - self.lowest
         share = (score - self.lowest) / width if width else 1.0
         return share if self.higher else 1.0 - share if width else 1.0
+
+
+def score_in_words(score: float, metric: str, digits: int = 1) -> str:
+    """Write one score: an accuracy in percent with some decimals, any other with two more of them."""
+    return f"{score:.{digits}%}" if metric == ACCURACY else f"{score:.{digits + 2}f}"

@@ -129,8 +129,12 @@ class MethodComparison:
         facts = {
             "tasks": about.get("tasks", len(self.tasks)),
             "skipped": about.get("skipped"),
+            "target": about.get("target"),
+            "examples at most": about.get("limit"),
+            "order of classes": " ".join(map(str, about["order"])) if isinstance(about.get("order"), list) else None,
+            "blurry": _blurry(about.get("blurry")),
             "scenario": f"{about['scenario']}-incremental" if "scenario" in about else None,
-            "softmax mask": training.get("mask"),
+            "softmax mask": training.get("mask") if self.metric.percent else None,
             "epochs": training.get("epochs"),
             "batch": training.get("batch_size"),
             "optimiser": training.get("optimizer"),
@@ -162,6 +166,11 @@ class Comparisons(list[MethodComparison]):
         from rwalk.report.export import html
 
         return html(self)
+
+
+def _blurry(about: Any) -> str | None:
+    """Return the share of examples that tasks have from their neighbours, and its seed."""
+    return f"{about.get('share')}, seed {about.get('seed')}" if isinstance(about, dict) else None
 
 
 def read(folder: str | Path) -> tuple[Records, list[str]]:

@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from rwalk.bench.record import ACCURACY
 from rwalk.bench.tuned import Tuned
 from rwalk.report.between import Ranking
 from rwalk.report.compare import Contrast, Effect, Pair, comparable
@@ -146,22 +147,23 @@ def show_ranking(ranking: Ranking, console: Console) -> None:
 def show_tuned(chosen: Tuned, command: str, console: Console) -> None:
     """Print all trials, the chosen one, and the command that runs it."""
     tasks = f"{plain(chosen.stream, NAME)}, first {chosen.tasks} tasks"
-    _show_heading(chosen.method, f" on {tasks}, accuracy in % on training examples that were held out", console)
+    unit = " in %" if chosen.metric == ACCURACY else ""
+    _show_heading(chosen.method, f" on {tasks}, {chosen.metric}{unit} on training examples that were held out", console)
     rows = [
-        [f"{trial['strength']:.6g}", f"{trial['lr']:.6g}", _percent(trial["accuracy"]),
-         ", ".join(map(_percent, trial["seeds"].values()))]
+        [f"{trial['strength']:.6g}", f"{trial['lr']:.6g}", _score(trial["accuracy"], chosen.metric),
+         ", ".join(_score(score, chosen.metric) for score in trial["seeds"].values())]
         for trial in chosen.trials
     ]  # fmt: skip
     bold = [(trial["strength"], trial["lr"]) == (chosen.strength, chosen.lr) for trial in chosen.trials]
-    _show_table(["strength", "lr", "accuracy", "by seed"], rows, console, bold=bold, space=2)
+    _show_table(["strength", "lr", chosen.metric, "by seed"], rows, console, bold=bold, space=2)
     print_plain(console, f"Chosen: strength {chosen.strength:.6g}, learning rate {chosen.lr:.6g}.")
     for name in chosen.edge:
         print_plain(console, f"This {name} lies at an end of what was tried: try further ones.")
     print_plain(console, f"Run: {command}")
 
 
-def _percent(accuracy: float | None) -> str:
-    return "failed" if accuracy is None else f"{100 * accuracy:.1f}"
+def _score(score: float | None, metric: str) -> str:
+    return "failed" if score is None else f"{100 * score:.1f}" if metric == ACCURACY else f"{score:.3f}"
 
 
 def _show_heading(name: str, about: str, console: Console) -> None:

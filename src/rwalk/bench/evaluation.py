@@ -1,0 +1,48 @@
+"""How good a learner is on each task: accuracy for labels, R² for the targets of a regression."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rwalk.bench.streams import Experience
+from rwalk.bench.training import CustomLearner
+
+
+def scores(learner: CustomLearner, stream: Sequence[Experience], last: int) -> list[float | None]:
+    """Return the score on each task after training task number `last`; None for class-incremental tasks yet to come.
+
+    Raises:
+        FloatingPointError: if outputs of a regression are not finite.
+    """
+    seen = {label for e in stream[: last + 1] for label in e.classes}
+    return [_score(learner, e, seen) if e.scenario != "class" or e.task <= last else None for e in stream]
+
+
+def _score(learner: CustomLearner, experience: Experience, seen: set[int]) -> float:
+    x, y = experience.test.read()
+    labels = seen if experience.scenario == "class" else experience.classes
+    answer = learner.predict(x, labels)
+    return r_squared(answer, y) if experience.regression else (answer == y).double().mean().item()
+
+
+def r_squared(outputs: Tensor, y: Tensor) -> float:
+    """Return 1 - SSE/SST, the share of the targets' variance around their own mean that outputs explain, in float64.
+
+    The mean over targets; one that is constant counts 1 if it is met exactly and else 0, as in scikit-learn's `r2_score`.
+
+    Args:
+        outputs: the model's answers, of the shape of `y`.
+        y: targets, of shape (examples, targets).
+
+    Raises:
+        FloatingPointError: if outputs are not finite.
+    """
+    z, y = outputs.double().reshape(y.shape), y.double()
+    if not z.isfinite().all():
+        raise FloatingPointError(
+            "The model's outputs are not finite any more: training diverged. Pass a smaller learning rate."
+        )
+    errors, variation = (z - y).square().sum(0), (y - y.mean(0)).square().sum(0)
+    constant = y.amin(0) == y.amax(0)
+    return 1 - torch.where(constant, (errors > 0).double(), errors / variation).mean().item()
