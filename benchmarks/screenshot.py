@@ -1,4 +1,4 @@
-"""Pictures of a folder's report in Chromium: `python -m benchmarks.screenshot runs/demo docs/images` makes the README's."""
+"""Pictures of a folder's report: `python -m benchmarks.screenshot runs/demo docs/images` makes the README's, with Chromium."""
 
 import argparse
 import io
@@ -11,6 +11,9 @@ from typing import Any
 from PIL import Image
 
 from rwalk import report
+from rwalk.report.charts import Chart, Point, Series, styles
+from rwalk.report.names import names
+from rwalk.report.summary import MethodComparison, Spread
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -39,6 +42,18 @@ def save(png: bytes, path: Path) -> None:
     Image.open(io.BytesIO(png)).quantize(96).save(path, optimize=True)
 
 
+def kept_against_learned(comparison: MethodComparison) -> Chart:
+    """Return a chart with a point for each method: what it learned, and what of it was left in the end, in percent."""
+    looks, named, series = styles(comparison), names(comparison), []
+    for key, (line, name) in enumerate(zip(comparison.lines, named, strict=True)):
+        learned, kept = line.learned, line.kept
+        if learned and kept:
+            point = Point(100 * learned.mean, Spread(100 * kept.mean, None))
+            series.append(Series(key, name, looks[key], [point]))
+    titles = "accuracy right after learning a task, %", "of it left after the last task, %"
+    return Chart("Kept against learned", "", *titles, series, whole=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", type=Path, help="folder of records")
@@ -46,6 +61,10 @@ def main() -> None:
     options = parser.parse_args()
     page, place = report.write(options.runs), options.out
     place.mkdir(parents=True, exist_ok=True)
+    (comparison,) = report.summarise(report.read(options.runs)[0])
+    for scheme in ("light", "dark"):
+        chart = kept_against_learned(comparison)
+        report.Drawing(chart, dark=scheme == "dark").save(place / f"kept-{scheme}.svg")
     with chromium() as browser:
         for scheme in ("light", "dark"):
             sheet = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme=scheme)

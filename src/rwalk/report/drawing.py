@@ -1,4 +1,4 @@
-"""Charts that stand alone: in notebooks, papers and slides, with a legend, in the light colours of the page."""
+"""Charts that stand alone: in notebooks, papers and slides, in the colours of the page."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -17,21 +17,27 @@ from rwalk.report.names import clean
 from rwalk.report.summary import MethodComparison, Spread, summarise
 
 STYLES = Path(__file__).parent / "templates" / "page.css"
-VARIABLE = re.compile(r"--([\w-]+):\s*(?:light-dark\((#[0-9a-f]+),|var\(--([\w-]+)\))")
+VARIABLE = re.compile(r"--([\w-]+):\s*(?:light-dark\((#[0-9a-f]+), (#[0-9a-f]+)\)|var\(--([\w-]+)\))")
 KINDS = ("svg", "pdf", "png")
 """Formats in which a drawing is saved."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A chart as notebooks show it; `save` writes it as a file."""
+    """A chart as notebooks show it; `save` writes it as a file.
+
+    Args:
+        chart: what it shows.
+        dark: whether it has the colours for a dark ground.
+    """
 
     chart: Chart
+    dark: bool = False
 
     @cached_property
     def spec(self) -> dict[str, Any]:
         """The chart as Vega-Lite describes it, for Altair and other programs."""
-        found: dict[str, Any] = _coloured(svg.spec(self.chart, legend=True), _colours())
+        found: dict[str, Any] = _coloured(svg.spec(self.chart, legend=True), _colours(self.dark))
         return found
 
     def save(self, path: str | Path) -> Path:
@@ -96,9 +102,10 @@ def _of_one(record: Record) -> Chart:
     )
 
 
-def _colours() -> dict[str, str]:
-    """Return the light colours of the page, by the names of its variables."""
-    found = {name: light or f"var(--{other})" for name, light, other in VARIABLE.findall(STYLES.read_text(encoding="utf-8"))}
+def _colours(dark: bool) -> dict[str, str]:
+    """Return the colours of the page, by the names of its variables."""
+    variables = VARIABLE.findall(STYLES.read_text(encoding="utf-8"))
+    found = {name: (night if dark else day) or f"var(--{other})" for name, day, night, other in variables}
     return {name: found[value[6:-1]] if value.startswith("var(") else value for name, value in found.items()}
 
 
