@@ -18,6 +18,7 @@ CONFIG: dict[str, Any] = {
         "tickColor": "var(--rule)", "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": 400, "titlePadding": 8,
         "tickCount": 6, "domain": False, "ticks": False, "labelPadding": 6,
     },
+    "legend": {"labelColor": "var(--soft)", "labelFontSize": 12},
 }  # fmt: skip
 EXPONENT = "datum.value < 1e-3 || datum.value > 1e4 ? format(datum.value, '~e') : format(datum.value, '~g')"
 NEEDLESS = ("aria-label", "aria-hidden", "aria-roledescription", "role", "font-family", "pointer-events", "opacity")
