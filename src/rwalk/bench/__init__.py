@@ -1,5 +1,6 @@
 """Benchmarks: streams of tasks, methods, metrics and records."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,13 @@ __all__ = ["Experience", "Record", "Rehearsal", "Subset", "Training", "domain", 
            "tune"]  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used, so that reports of records do not wait for torch."""
-    if name not in __all__:
-        raise AttributeError(f"module 'rwalk.bench' has no attribute {name!r}")
-    return getattr(import_module(f"rwalk.bench.{_MODULES.get(name, 'streams')}"), name)
+if not TYPE_CHECKING:  # to a type checker it would mean that there is every name
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name when it is first used, so that reports of records do not wait for torch."""
+        if name not in __all__:
+            raise AttributeError(f"module 'rwalk.bench' has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+        return getattr(import_module(f"rwalk.bench.{_MODULES.get(name, 'streams')}"), name)
 
 
 def __dir__() -> list[str]:

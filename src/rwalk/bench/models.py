@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rwalk._errors import printable
+from rwalk._errors import printable, suggestion
 from rwalk.bench.streams import Experience, Kind
 
 Weighted = TypeVar("Weighted", nn.Conv2d, nn.Linear)
@@ -284,7 +284,7 @@ def _known(name: str, task: Experience) -> Model:
     if model is None or task.kind not in model.kinds:
         fitting = ", ".join(known for known, other in MODELS.items() if task.kind in other.kinds)
         raise ValueError(
-            f"There is no model `{printable(name, '')}` for inputs of kind {task.kind}. "
+            f"There is no model `{printable(name, '')}` for inputs of kind {task.kind}.{suggestion(name, MODELS)} "
             f"Pass {fitting} or `package.module:factory`."
         )
     return model

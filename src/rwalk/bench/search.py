@@ -93,8 +93,8 @@ class Search:
             raise ValueError(f"{refine} trials to refine are out of range; pass 0 or more.")
         self.spec, self.seeds, self.refine = spec, list(seeds), refine
         self.ends = {
-            "strength": _positive("strength", strengths or [spec.settings.strength * s for s in SPREAD]),
-            "lr": _positive("learning rate", learning_rates or [spec.training.lr]),
+            "strength": positive("strength", strengths or [spec.settings.strength * s for s in SPREAD]),
+            "lr": positive("learning rate", learning_rates or [spec.training.lr]),
         }
         self.grid = [dict(zip(self.ends, pair, strict=True)) for pair in product(*self.ends.values())]
 
@@ -195,7 +195,7 @@ def _told(study: Any, trial: Any, results: dict[int, Record | Failure]) -> dict[
     return result
 
 
-def _positive(name: str, values: Iterable[float]) -> list[float]:
+def positive(name: str, values: Iterable[float]) -> list[float]:
     """Sort values of a logarithmic scale, and take each one once."""
     values = sorted(set(map(float, values)))
     if not all(0 < v < math.inf for v in values):

@@ -24,6 +24,10 @@ OPTIMIZERS: dict[str, Callable[[Any, float], Optimizer]] = {
     "momentum": lambda parameters, lr: SGD(parameters, lr=lr, momentum=0.9),
     "adam": lambda parameters, lr: Adam(parameters, lr=lr),
 }
+LARGEST = 1e30
+"""The largest learning rate: beyond it products overflow in float32."""
+WIDEST = 1_000_000
+"""The most outputs that a hidden layer may have, as its matrix has to fit in memory."""
 AUTO: dict[Scenario, Mask] = {"task": "task", "domain": "all", "class": "seen"}
 
 
@@ -53,11 +57,11 @@ class Training:
 
     def __post_init__(self) -> None:
         """Raise a ValueError for fields outside their range."""
-        self._need(self.epochs >= 1, "epochs", "1 or more")
+        self._need(1 <= self.epochs < 2**63, "epochs", "1 or more, below 2^63")
         self._need(1 <= self.batch_size < 2**63, "batch_size", "1 or more, below 2^63")
-        self._need(0 <= self.lr < math.inf, "lr", "a finite number, 0 or more")
+        self._need(0 <= self.lr <= LARGEST, "lr", f"a number from 0 to {LARGEST:g}")
         self._need(self.optimizer in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}")
-        self._need(all(width >= 1 for width in self.hidden), "hidden", "positive widths")
+        self._need(all(1 <= width <= WIDEST for width in self.hidden), "hidden", f"widths from 1 to {WIDEST:,}")
         self._need(self.mask in get_args(Mask), "mask", f"one of {', '.join(get_args(Mask))}")
 
     def _need(self, holds: bool, name: str, expected: str) -> None:
