@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rwalk.bench.baselines import Rehearsal
+    from rwalk.bench.optimisation import Training
     from rwalk.bench.record import Record
     from rwalk.bench.search import tune
     from rwalk.bench.spec import run
     from rwalk.bench.streams import Experience, Subset, domain, drift, permuted, rotated, split
-    from rwalk.bench.training import Training
 
-_MODULES = {"Record": "record", "Rehearsal": "baselines", "Training": "training", "run": "spec", "tune": "search"}
+_MODULES = {"Record": "record", "Rehearsal": "baselines", "Training": "optimisation", "run": "spec", "tune": "search"}
 __all__ = ["Experience", "Record", "Rehearsal", "Subset", "Training", "domain", "drift", "permuted", "rotated", "run", "split",
            "tune"]  # fmt: skip
 

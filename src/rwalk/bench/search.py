@@ -12,11 +12,12 @@ from typing import Any
 from rwalk._errors import printable
 from rwalk._io import files
 from rwalk.bench.holdout import VALIDATION, early
+from rwalk.bench.methods import Method
+from rwalk.bench.optimisation import Training
 from rwalk.bench.pool import Failure, Outcome, outcomes
 from rwalk.bench.record import Record
-from rwalk.bench.spec import Method, RunSpec
+from rwalk.bench.spec import RunSpec
 from rwalk.bench.streams import Experience
-from rwalk.bench.training import Training
 from rwalk.bench.tuned import Tuned
 
 SPREAD = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)

@@ -14,26 +14,26 @@ from torch import nn
 
 import rwalk
 from rwalk import kernels
-from rwalk._errors import printable
-from rwalk.bench import devices, models, streams
-from rwalk.bench.baselines import BASELINES, RECIPES, LwF, Rehearsal, addition
+from rwalk.bench import devices, methods, models, streams
+from rwalk.bench.baselines import BASELINES, LwF, Rehearsal, addition
 from rwalk.bench.checkpoint import Checkpoint, Measured
 from rwalk.bench.data import load
 from rwalk.bench.dataset import DataSet
 from rwalk.bench.holdout import early, later
+from rwalk.bench.imports import is_importable, path_of
+from rwalk.bench.methods import Method
+from rwalk.bench.optimisation import Training
 from rwalk.bench.preserved import features_now
 from rwalk.bench.progress import bar
 from rwalk.bench.record import Record
 from rwalk.bench.sealed import file_name
 from rwalk.bench.streams import Experience, Scenario, label_counts
 from rwalk.bench.trackers import Track, figures, quiet
-from rwalk.bench.training import CustomLearner, Learner, Training, accuracies, check_batches
+from rwalk.bench.training import CustomLearner, Learner, accuracies, check_batches
 from rwalk.consolidation.settings import Average, Pull, Settings, check_strength, resolve
 from rwalk.finetuning import Snapshot
 from rwalk.rules import rules
 from rwalk.rules.base import Rule
-
-Method = str | Rule[Any] | CustomLearner
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,20 @@ class RunSpec:
         object.__setattr__(other, "stream", stream)
         return other
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out a rule by import path: another process may not find its module before it looks in the current folder."""
+        own = ("rule", "settings") if methods.is_path(self.method) else ()
+        return {name: value for name, value in vars(self).items() if name not in own}
+
+    @cached_property
+    def rule(self) -> Rule[Any] | None:
+        """The rule; None for methods without one."""
+        return methods.rule_of(self.method, self.tasks[0])
+
     @cached_property
     def settings(self) -> Settings | None:
         """The consolidator's settings; None for methods without one."""
-        rule = self.method if isinstance(self.method, Rule) else None
-        if isinstance(self.method, str) and self.method in RECIPES:
-            rule = RECIPES[self.method]()
-        return None if rule is None else resolve(rule, self.strength, self.pull, self.average)
+        return None if self.rule is None else resolve(self.rule, self.strength, self.pull, self.average)
 
     @cached_property
     def rehearsal(self) -> Rehearsal | None:
@@ -147,7 +154,7 @@ class RunSpec:
     def configuration(self) -> dict[str, Any]:
         """Every setting but the method's name and the seed, as JSON values."""
         first, training = self.tasks[0], self.training
-        config = asdict(training) | {
+        config = training.settings() | {
             "hidden": list(training.hidden),
             "mask": training.resolved_mask(first.scenario),
             "model": models.resolve(training.model, first),
@@ -187,16 +194,8 @@ class RunSpec:
     def check(self) -> None:
         """Raise a ValueError or TypeError if the parts do not fit together; no model is built."""
         streams.check(self.tasks)
-        custom = hasattr(self.method, "fit") and hasattr(self.method, "predict") and not isinstance(self.method, type)
-        if isinstance(self.method, str) and self.method not in (*BASELINES, *RECIPES):
-            known = ", ".join([*BASELINES, *RECIPES, *rules()])
-            name = printable(self.method, "")
-            raise ValueError(f"There is no method `{name}`; pass one of {known}, or a rule object like `RWalk()`.")
-        if not isinstance(self.method, str | Rule) and not custom:
-            raise TypeError(
-                f"A method is a name, a rule such as `RWalk()`, or has `fit` and `predict`; {self.method!r} is not."
-            )
-        if self.tasks[0].kind == "characters" and getattr(self.method, "labels", "true") == "exact":
+        methods.check(self.method)
+        if self.tasks[0].kind == "characters" and getattr(self.rule, "labels", "true") == "exact":
             raise ValueError(
                 f'Method `{self.base_name}` with labels="exact" cannot measure streams of characters; use "sample" or "true".'
             )
@@ -205,18 +204,18 @@ class RunSpec:
 
     def check_model(self) -> None:
         """Raise a ValueError if the model does not fit the tasks."""
-        if models.check(self.configuration["training"]["model"], self.tasks[0]):
+        if models.check(self.training.model, self.tasks[0]):
             check_batches(self.tasks, self.training)
 
     def build(self, tick: Callable[[], None] = lambda: None) -> CustomLearner:
         """Make the learner, with its first weights from the seed."""
         torch.manual_seed(self.seed)
-        if not isinstance(self.method, str | Rule):
-            return self.method
-        device, model = devices.chosen(self.device), self.configuration["training"]["model"]
+        if self.rule is None and (methods.is_path(self.method) or not isinstance(self.method, str)):
+            return cast(CustomLearner, methods.made(self.method, self.tasks[0]))
+        device = devices.chosen(self.device)
 
         def make() -> nn.Module:
-            return models.build(model, self.tasks[0], self.training.hidden).to(device)
+            return models.build(self.training.model, self.tasks[0], self.training.hidden).to(device)
 
         added = addition(self.added_name, self.rehearsal, self.configuration.get("strength", 0.0), self.seed)
         learner = Learner(make, self.training, self.seed, tick, memory=self.settings, addition=added)
@@ -230,6 +229,9 @@ class RunSpec:
             torch.set_num_threads(self.threads)
         if self.backend is not None:
             kernels.use(self.backend)
+        if checkpoint is not None and not isinstance(self.training.model, str) and not is_importable(self.training.model):
+            came = f"A checkpoint knows its model by its import path, and `{path_of(self.training.model)}` is none"
+            raise ValueError(f"{came}. Define the model at the top of a module of its own, or run without a checkpoint.")
         device, stream = devices.chosen(self.device), self.tasks
         facts = _facts(device)
         place = Checkpoint(checkpoint, {"file": self.name} | facts, device)
@@ -316,7 +318,7 @@ def run(
     Args:
         stream: the tasks, for example `rwalk.bench.split("digits", tasks=5)`.
         method: "finetune", "joint", "cumulative", "replay", "agem", "lwf", "default" (`Consolidator(model)`), "recipe" (the
-            diagonal one), a rule such as `RWalk()`, or an object with `fit` and `predict`.
+            diagonal one), a rule such as `RWalk()`, an object with `fit` and `predict`, or `package.module:name` of either.
         strength: factor of the penalty for a rule; the consolidator's default when None. For "lwf" the weight of the earlier
             answers; 1 when None.
         seed: seed of initial weights and batch order; equal seeds give equal results, bit for bit on one machine's CPU.

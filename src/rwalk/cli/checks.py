@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from rwalk._errors import printable, suggestion
 from rwalk.bench import devices
 from rwalk.bench.baselines import BASELINES, RECIPES, Rehearsal
+from rwalk.bench.optimisation import Training
 from rwalk.bench.streams import MOST, parse
 from rwalk.bench.trackers import tracker
-from rwalk.bench.training import Training
 from rwalk.cli.groups import KINDS, RULES
 from rwalk.consolidation.settings import check_strength
 from rwalk.rules.base import Rule
@@ -63,11 +63,12 @@ def check_ranges(group: Any) -> None:
 
 def method_names(command: "Run") -> list[str]:
     """Return the methods of a command, each once."""
-    names = [name.strip().replace("-", "_").lower() for name in command.methods.names.split(",")]
+    words = [name.strip() for name in command.methods.names.split(",")]
+    names = [word if ":" in word else word.replace("-", "_").lower() for word in words]
     for name in names:
-        if name not in (known := [*BASELINES, *RECIPES, *RULES]):
+        if ":" not in name and name not in (known := [*BASELINES, *RECIPES, *RULES]):
             came = f"There is no method `{printable(name, '')}`.{suggestion(name, known)} Pass some of {', '.join(known)}"
-            raise ValueError(f"{came}; `rwalk list` explains them.")
+            raise ValueError(f"{came}, which `rwalk list` explains, or package.module:name.")
     return list(dict.fromkeys(names))
 
 
@@ -110,8 +111,9 @@ def _refuse_unused(command: "Run", names: Sequence[str]) -> None:
             raise ValueError(f"{option} is for `{name}`, which is not among --methods; add it, or leave the option out.")
     ruled = {*RULES, *RECIPES}
     users = {"strength": set(KINDS), "pull": ruled, "average": ruled}
+    own = any(":" in name for name in names)
     for option in _changed(command.methods):
-        if option in users and not users[option] & set(names):
+        if option in users and not own and not users[option] & set(names):
             raise ValueError(f"--{option} is for rules, and there is none among --methods; add one, or leave the option out.")
     if _changed(command.replay) and not any(rehearsal(command, name) for name in names):
         came = "No method keeps examples of earlier tasks, so that the options of replay have no effect"

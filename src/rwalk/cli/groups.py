@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from rwalk.bench.baselines import BASELINES, RECIPES_ABOUT
+from rwalk.bench.optimisation import Training
 from rwalk.bench.streams import Scenario
-from rwalk.bench.training import Training
 from rwalk.cli.options import UNSET
 from rwalk.consolidation.settings import Average, Pull
 from rwalk.replay.buffer import Per
@@ -47,8 +47,8 @@ class MethodOptions:
     """What learns the stream, and how hard rules hold; the fields of each rule follow at the end.
 
     Args:
-        names: With commas between: finetune, joint, cumulative, replay, agem, lwf, default, recipe, and rules; `rwalk list` has
-            all of them.
+        names: With commas between: finetune, joint, cumulative, replay, agem, lwf, default, recipe, and rules, of which `rwalk
+            list` has all; or package.module:name of a rule or learner of your own.
         strength: Factor of the penalty; several ones with commas between; or tuned, for what `rwalk tune` has found with the
             same settings. A method's own, such as --ewc.strength, goes before it. Default: 1 for rules and lwf, 0.1 for
             default, recipe and kronecker.
@@ -131,7 +131,8 @@ class TunedMethodOptions(MethodOptions):
     """What is tuned; the fields of each rule follow at the end.
 
     Args:
-        names: With commas between: default, recipe, and rules; `rwalk list` has all of them.
+        names: With commas between: default, recipe, and rules, of which `rwalk list` has all; or package.module:name of a rule
+            of your own.
         strength: Strengths to try, with commas between; default: 0.01, 0.03, 0.1, ... 100 times the method's default. Those of
             one method, such as --ewc.strength, go before them.
     """
@@ -170,9 +171,9 @@ class TuningOptions:
     refine: int = 0
 
 
-def _unchecked(kind: type, *more: Any) -> Any:
+def _unchecked(kind: type, *more: Any, **types: Any) -> Any:
     """Return a dataclass of another one's fields without their check, which the parser would report in words of its own."""
-    found = [(f.name, f.type, f) for f in fields(kind)]
+    found = [(f.name, types.get(f.name, f.type), f) for f in fields(kind)]
     return make_dataclass(kind.__name__, [*found, *more], frozen=True, namespace={"__doc__": kind.__doc__})
 
 
@@ -180,7 +181,7 @@ OWN = tyro.conf.arg(help="Factor of this method's penalty, in place of --strengt
 STRENGTH = ("strength", Annotated[str | None, OWN, tyro.conf.DisallowNone], field(default=None))
 """The option of each method that has a strength."""
 RULES = rules()
-TrainingOptions = grouped(_unchecked(Training))
+TrainingOptions = grouped(_unchecked(Training, model=str))
 KINDS = {name: _unchecked(kind, STRENGTH) for name, kind in RULES.items()} | {
     name: make_dataclass(name, [STRENGTH], frozen=True, namespace={"__doc__": about})
     for name, about in (RECIPES_ABOUT | {"lwf": BASELINES["lwf"]}).items()

@@ -35,7 +35,7 @@ class Report:
       rwalk report runs/mnist --out mnist.html
     """
 
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")] = Path("runs")
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[FOLDER]")] = Path("runs")
     """Folder written by `rwalk run --out`."""
     out: Annotated[Path | None, UNSET, tyro.conf.DisallowNone] = None
     """The HTML file; the Markdown is written beside it. Default: report.html in the folder."""

@@ -13,11 +13,11 @@ from rich.console import Console
 from rwalk import kernels, report
 from rwalk._errors import printable
 from rwalk._io import files
+from rwalk.bench.optimisation import Training
 from rwalk.bench.pool import Failure, outcomes
 from rwalk.bench.record import Record
 from rwalk.bench.spec import RunSpec, StreamSpec, forget_data
 from rwalk.bench.streams import parse
-from rwalk.bench.training import Training
 from rwalk.bench.tuned import Tuned, tuned_name
 from rwalk.cli.checks import TUNED, check, method_names, numbers, rehearsal, rule, strength_text
 from rwalk.cli.groups import (
