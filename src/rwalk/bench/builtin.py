@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rwalk._errors import printable
+from rwalk._errors import printable, suggestion
 from rwalk.bench.data import load
 from rwalk.bench.dataset import DataSet, scaled
 from rwalk.bench.streams import Experience, Scenario, Subset, with_scaled_targets
@@ -190,7 +190,9 @@ def parse(name: str) -> tuple[str, str]:
     kind = next((k for k in STREAMS if name.startswith((f"{k}-", f"{k}:"))), None)
     if kind is None or len(name) == len(kind) + 1:
         form = f"one of {', '.join(STREAMS)}, a hyphen, and a data set or folder, such as split-digits or rotated-./folder"
-        raise ValueError(printable(f"There is no stream `{name}`. A stream is {form}."))
+        data = name[len(kind) if kind else name.find("-") + 1 :].lstrip("-:")
+        whole = [f"{k}-{data}" for k in STREAMS] if data else []
+        raise ValueError(printable(f"There is no stream `{name}`.{suggestion(name, whole)} A stream is {form}."))
     return kind, name[len(kind) + 1 :]
 
 

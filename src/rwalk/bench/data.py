@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from rwalk._errors import printable
-from rwalk.bench.dataset import DataSet
+from rwalk._errors import printable, suggestion
+from rwalk.bench.dataset import HUB, DataSet
 
 DIGITS = Path(__file__).with_name("digits.csv.gz")
 """A row for each image, 64 pixels from 0 to 16 and the label; `digits.txt` names source and licence."""
@@ -55,11 +55,12 @@ def load(
 
 
 def find(name: str, root: str | Path | None = None) -> Path | None:
-    """Return the folder of the data set `name`, or None if it has to be downloaded."""
-    root = root or os.environ.get("RWALK_DATA")
-    if root and not Path(root).is_dir():
-        raise FileNotFoundError(printable(f"The data folder `{root}` does not exist. Correct `--data` or RWALK_DATA."))
-    base = Path(root) if root else None
+    """Return the folder of the data set `name`, or None if it has to be downloaded.
+
+    Raises:
+        FileNotFoundError: if a folder is missing, or `name` is none that is known and resembles one.
+    """
+    base = folder(root)
     places = [base / name] if base else []
     places += [base] if base and (base.resolve().name == name or any(base.glob("*.parquet"))) else []
     places += [Path(name).expanduser()]
@@ -68,7 +69,30 @@ def find(name: str, root: str | Path | None = None) -> Path | None:
             return place.resolve()
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(printable(f"The data folder `{name}` does not exist. Correct the path."))
+    meant = "" if name in HUB or "/" in name else suggestion(name, known(base))
+    if meant:
+        where = "there" if base is None else f"in `{base}`"
+        remedy = "If it is on the Hugging Face hub, name it with its owner, as OWNER/NAME."
+        raise FileNotFoundError(printable(f"No data set `{name}` is {where}.{meant} {remedy}"))
     return None
+
+
+def folder(root: str | Path | None = None) -> Path | None:
+    """Return the folder in which data sets lie: the given one, else that of the environment variable `RWALK_DATA`.
+
+    Raises:
+        FileNotFoundError: if it does not exist.
+    """
+    root = root or os.environ.get("RWALK_DATA")
+    if root and not Path(root).is_dir():
+        raise FileNotFoundError(printable(f"The data folder `{root}` does not exist. Correct `--data` or RWALK_DATA."))
+    return Path(root) if root else None
+
+
+def known(base: Path | None) -> list[str]:
+    """Return the names of the data sets that are known: the digits, folders in the data folder, and short names of the hub."""
+    here = [] if base is None else sorted(place.name for place in base.iterdir() if place.is_dir())
+    return ["digits", *here, *(name for name in HUB if name not in here)]
 
 
 def _digits() -> DataSet:

@@ -1,9 +1,7 @@
 """Models for the benchmarks, by name or by import path."""
 
 import math
-import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
@@ -11,22 +9,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rwalk._errors import printable
+from rwalk._errors import printable, suggestion
+from rwalk.bench.imports import Source, create, path_of
 from rwalk.bench.streams import Experience, Kind
 
 Weighted = TypeVar("Weighted", nn.Conv2d, nn.Linear)
 
 
-def mlp(inputs: Sequence[int], outputs: int, hidden: Sequence[int] = (256, 256), tokens: int = 0) -> nn.Module:
+def mlp(shape: Sequence[int], outputs: int, hidden: Sequence[int] = (256, 256), tokens: int = 0) -> nn.Module:
     """Build a multi-layer perceptron with ReLU; a text enters as the sum of its words' embeddings, of size 64.
 
     Args:
-        inputs: shape of one example.
+        shape: of one example.
         outputs: number of labels.
         hidden: widths of the hidden layers.
         tokens: how many different numbers a text's inputs can be, 0 for other inputs.
     """
-    widths = [64 if tokens else math.prod(inputs), *hidden]
+    widths = [64 if tokens else math.prod(shape), *hidden]
     layers: list[nn.Module] = [Words(tokens, 64) if tokens else nn.Flatten()]
     for a, b in pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
@@ -58,7 +57,7 @@ SMALLEST = 10
 """Pixels on a side that `cnn` needs."""
 
 
-def cnn(inputs: Sequence[int], outputs: int) -> nn.Module:
+def cnn(shape: Sequence[int], outputs: int) -> nn.Module:
     """Build SI's network for CIFAR: 3 x 3 convolutions of 32, 32, 64 and 64 maps, dense layers of 512 and of the outputs.
 
     As in Zenke, Poole and Ganguli, "Continual learning through synaptic intelligence" (ICML 2017), and its code; Riemannian
@@ -67,13 +66,13 @@ def cnn(inputs: Sequence[int], outputs: int) -> nn.Module:
     normalisation spends most of an epoch near its start.
 
     Args:
-        inputs: channels, height and width.
+        shape: channels, height and width.
         outputs: number of labels.
 
     Raises:
         ValueError: if images are smaller than 10 x 10 pixels.
     """
-    channels, *sides = inputs
+    channels, *sides = shape
     _check_size(sides)
     layers: list[nn.Module] = []
     for a, b in ((channels, 32), (32, 64)):
@@ -118,20 +117,20 @@ class Residual(nn.Module):
         return F.relu(self.nb(self.b(F.relu(self.na(self.a(x))))) + self.short(x))
 
 
-def resnet(inputs: Sequence[int], outputs: int, base: int = 20) -> nn.Module:
+def resnet(shape: Sequence[int], outputs: int, base: int = 20) -> nn.Module:
     """Build ResNet-18 for small images; with 20 maps at its base, and not 64, it is the reduced one of GEM and A-GEM.
 
     As in Lopez-Paz and Ranzato, "Gradient episodic memory for continual learning" (NeurIPS 2017): a 3 x 3 convolution, four
     stages of two blocks with 1, 2, 4 and 8 times `base` maps, the mean over pixels, one dense layer.
 
     Args:
-        inputs: channels, height and width.
+        shape: channels, height and width.
         outputs: number of labels.
         base: maps of the first stage.
     """
     stages = [(1, 1, 1), (1, 2, 2), (2, 4, 2), (4, 8, 2)]
     body = [b for i, o, s in stages for b in (Residual(i * base, o * base, s), Residual(o * base, o * base, 1))]
-    stem = [nn.Conv2d(inputs[0], base, 3, 1, 1, bias=False), nn.BatchNorm2d(base), nn.ReLU()]
+    stem = [nn.Conv2d(shape[0], base, 3, 1, 1, bias=False), nn.BatchNorm2d(base), nn.ReLU()]
     return nn.Sequential(*stem, *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * base, outputs))
 
 
@@ -187,10 +186,10 @@ class GPT(Reader):
     """
 
     def __init__(
-        self, inputs: Sequence[int], outputs: int, tokens: int, each: bool, width: int = 64, blocks: int = 2, heads: int = 4
+        self, shape: Sequence[int], outputs: int, tokens: int, each: bool, width: int = 64, blocks: int = 2, heads: int = 4
     ) -> None:
         super().__init__(outputs, tokens, each, width)
-        self.places = nn.Embedding(inputs[0], width)
+        self.places = nn.Embedding(shape[0], width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(blocks)))
         self.norm = nn.LayerNorm(width)
 
@@ -207,7 +206,7 @@ class LSTM(Reader):
     It has 0.03 M parameters beside those of words or characters.
     """
 
-    def __init__(self, inputs: Sequence[int], outputs: int, tokens: int, each: bool, width: int = 64) -> None:  # noqa: ARG002
+    def __init__(self, shape: Sequence[int], outputs: int, tokens: int, each: bool, width: int = 64) -> None:  # noqa: ARG002
         super().__init__(outputs, tokens, each, width)
         self.lstm = nn.LSTM(width, width, batch_first=True)
 
@@ -241,39 +240,45 @@ MODELS = {
 }
 
 
-def resolve(name: str, task: Experience) -> str:
-    """Return the model that "auto" means: cnn for colour images, lstm for characters, mlp otherwise."""
-    if name != "auto":
-        return name
+def resolve(model: Source, task: Experience) -> str:
+    """Return the name of a model; "auto" means cnn for colour images, lstm for characters, mlp otherwise."""
+    if not isinstance(model, str):
+        return path_of(model)
+    if model != "auto":
+        return model
     colour = task.kind == "image" and task.shape[0] == 3 and min(task.shape[1:]) >= SMALLEST
     return "cnn" if colour else "lstm" if task.kind == "characters" else "mlp"
 
 
-def build(name: str, task: Experience, hidden: Sequence[int]) -> nn.Module:
+NETWORK = (lambda made: isinstance(made, nn.Module)), "an `nn.Module`"
+
+
+def build(model: Source, task: Experience, hidden: Sequence[int]) -> nn.Module:
     """Make the model for a stream.
 
     Args:
-        name: "auto", a name, or `package.module:factory`, a function that is called with `task` and makes an `nn.Module`.
+        model: "auto", a name, `package.module:factory`, or such a class or function itself; see `rwalk.bench.imports`.
         task: the stream's first task.
         hidden: widths of the MLP's hidden layers.
 
     Raises:
         ValueError: if there is no such model, it does not fit the data, or its scores are not one for each output.
     """
-    name = resolve(name, task) if name == "auto" else name
+    name = resolve(model, task)
     if ":" in name:
-        return _fitting(_imported(name, task), name, task)
+        return _fitting(create(model, task, "Model", NETWORK), name, task)
     return _known(name, task).build(task, hidden)
 
 
-def check(name: str, task: Experience) -> bool:
-    """Refuse a model that does not fit a task, and return whether it has BatchNorm; only an imported model is built for that.
+def check(model: Source, task: Experience) -> bool:
+    """Refuse a model that does not fit a task, and return whether it has BatchNorm; only one's own is built for that.
 
     Raises:
         ValueError: as `build` does.
     """
+    name = resolve(model, task)
     if ":" in name:
-        return has_batchnorm(build(name, task, ()))
+        return has_batchnorm(build(model, task, ()))
     if name == "cnn":
         _check_size(task.shape[1:])
     return _known(name, task).batchnorm
@@ -282,10 +287,10 @@ def check(name: str, task: Experience) -> bool:
 def _known(name: str, task: Experience) -> Model:
     model = MODELS.get(name)
     if model is None or task.kind not in model.kinds:
-        fitting = ", ".join(known for known, other in MODELS.items() if task.kind in other.kinds)
+        fitting = [known for known, other in MODELS.items() if task.kind in other.kinds]
         raise ValueError(
-            f"There is no model `{printable(name, '')}` for inputs of kind {task.kind}. "
-            f"Pass {fitting} or `package.module:factory`."
+            f"There is no model `{printable(name, '')}` for inputs of kind {task.kind}.{suggestion(name, fitting)} "
+            f"Pass {', '.join(fitting)} or `package.module:factory`."
         )
     return model
 
@@ -308,26 +313,6 @@ def _fitting(model: nn.Module, name: str, task: Experience) -> nn.Module:
     if came != str(expected):
         raise ValueError(
             f"Model `{name}` gives {printable(came)} for inputs of shape {tuple(x.shape)}, and has to give scores of shape "
-            f"{expected}. Build it from the task's `shape`, `outputs` and `tokens`."
+            f"{expected}. Build it from the `shape`, `outputs` and `tokens` that it may ask for."
         )
-    return model
-
-
-def _imported(path: str, task: Experience) -> nn.Module:
-    """Return the module that the function at `package.module:factory` makes for a task."""
-    module, _, name = path.partition(":")
-    sys.path.insert(0, "")
-    try:
-        model = getattr(import_module(module), name)(task)
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"it makes an object of type {type(model).__name__}")
-    except Exception as error:
-        raise ValueError(
-            printable(
-                f"Model `{path}` cannot be made ({type(error).__name__}: {error}). Pass `package.module:factory`, with a "
-                "function that takes the first task and makes an `nn.Module`; the current folder is searched, too."
-            )
-        ) from None
-    finally:
-        sys.path.remove("")
     return model

@@ -4,7 +4,8 @@ Inputs are the images, else the lists of numbers, else the texts, else all colum
 """
 
 import os
-from collections.abc import Set
+from collections.abc import Iterator, Set
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from torch import Tensor
 
 from rwalk._errors import printable
@@ -22,13 +25,15 @@ from rwalk.bench.labels import numbered, refuse_names, usual_column
 from rwalk.bench.rows import Rows, features, plain, read
 
 SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}
+PATIENCE = 10
+"""Seconds that the hub has to answer."""
 STREAM = "stream"
 """The one split of a data set whose rows are ordered in time, see `rwalk.bench.times`."""
 
 
 def from_folder(folder: Path, label: str | None = None, by: str | None = None, target: str | None = None) -> DataSet:
     """Load a data set from a folder; arguments and errors are those of `rwalk.bench.data.load`."""
-    if _files(folder, STREAM) and not _files(folder, "train"):
+    if is_ordered(folder):
         return _assemble(_held_out(_split(folder, (STREAM,)), {label, by, target}), label, by, target)
     return _assemble({split: _split(folder, names, by) for split, names in SPLITS.items()}, label, by, target)
 
@@ -42,17 +47,48 @@ def from_hub(name: str, label: str | None = None, by: str | None = None, target:
 
 
 def download(name: str) -> dict[str, Any]:
-    """Download a data set through Hugging Face `datasets` and return its splits as Arrow tables."""
+    """Download a data set through Hugging Face `datasets` and return its splits as Arrow tables.
+
+    Where the hub cannot be reached, a copy of an earlier download is used if there is one.
+    """
+    away = _out_of_reach(name)
     try:
-        found = datasets.load_dataset(name)
+        with _offline() if away else nullcontext():
+            found = datasets.load_dataset(name)
     except Exception as error:
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or ['no reason'])[0]}"
+        reason = _in_a_line(away or error)
         remedy = "Pass digits, a folder with parquet files, or put a folder of that name below `--data` or RWALK_DATA."
         raise ConnectionError(printable(f"The data set `{name}` cannot be downloaded ({reason}). {remedy}")) from error
     chosen = {split: next((s for s in names if s in found), None) for split, names in SPLITS.items()}
     if None in chosen.values():
         raise ValueError(printable(f"`{name}` has the splits {', '.join(found)}; it needs train and test."))
     return {split: found[source].with_format("arrow")[:] for split, source in chosen.items()}
+
+
+def _out_of_reach(name: str) -> Exception | None:
+    """Return why the hub does not answer at all, after one request; without this, `datasets` asks it for half a minute."""
+    try:
+        HfApi().dataset_info(name, timeout=PATIENCE)
+    except (HfHubHTTPError, OfflineModeIsEnabled, ValueError):
+        return None  # it answered, is not to be asked, or the name is none; `datasets` has the words for that
+    except Exception as error:  # of the package for HTTP, which is not the same in all versions
+        return error
+    return None
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Let `datasets` use what was downloaded before, as under the environment variable HF_HUB_OFFLINE."""
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no reason'])[0]}"
 
 
 def _held_out(rows: Rows, taken: Set[str | None]) -> dict[str, Rows]:
@@ -73,11 +109,21 @@ def _files(folder: Path, name: str) -> list[Path]:
     return [f for f in found if f.stem.split("-")[0] == name or (f.parent != folder and f.parent.name == name)]
 
 
+def is_ordered(folder: Path) -> bool:
+    """Return whether a folder has rows in the order of their times, from which those for testing are yet to be taken."""
+    return bool(_files(folder, STREAM)) and not _files(folder, "train")
+
+
 def _split(folder: Path, names: tuple[str, ...], by: str | None = None) -> Rows:
     """Read the files of a split, which may have one of several names."""
+    return _joined(folder, names[0], files_of(folder, names), by)
+
+
+def files_of(folder: Path, names: tuple[str, ...]) -> list[Path]:
+    """Return the files of a split, which may have one of several names."""
     for name in names:
         if mine := _files(folder, name):
-            return _joined(folder, names[0], mine, by)
+            return mine
     found = ", ".join(f.name for f in sorted(folder.rglob("*.parquet"))[:5]) or "no parquet file"
     needed = f"it needs a parquet file of the {names[0]} split, such as {names[0]}.parquet"
     raise FileNotFoundError(printable(f"The folder `{folder}` has {found}; {needed}."))

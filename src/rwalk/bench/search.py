@@ -12,11 +12,12 @@ from typing import Any
 from rwalk._errors import printable
 from rwalk._io import files
 from rwalk.bench.holdout import VALIDATION, early
+from rwalk.bench.methods import Method
+from rwalk.bench.optimisation import Training
 from rwalk.bench.pool import Failure, Outcome, outcomes
 from rwalk.bench.record import Record
-from rwalk.bench.spec import Method, RunSpec
+from rwalk.bench.spec import RunSpec
 from rwalk.bench.streams import Experience
-from rwalk.bench.training import Training
 from rwalk.bench.tuned import Tuned
 
 SPREAD = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
@@ -93,8 +94,8 @@ class Search:
             raise ValueError(f"{refine} trials to refine are out of range; pass 0 or more.")
         self.spec, self.seeds, self.refine = spec, list(seeds), refine
         self.ends = {
-            "strength": _positive("strength", strengths or [spec.settings.strength * s for s in SPREAD]),
-            "lr": _positive("learning rate", learning_rates or [spec.training.lr]),
+            "strength": positive("strength", strengths or [spec.settings.strength * s for s in SPREAD]),
+            "lr": positive("learning rate", learning_rates or [spec.training.lr]),
         }
         self.grid = [dict(zip(self.ends, pair, strict=True)) for pair in product(*self.ends.values())]
 
@@ -196,7 +197,7 @@ def _told(study: Any, trial: Any, results: dict[int, Record | Failure]) -> dict[
     return result
 
 
-def _positive(name: str, values: Iterable[float]) -> list[float]:
+def positive(name: str, values: Iterable[float]) -> list[float]:
     """Sort values of a logarithmic scale, and take each one once."""
     values = sorted(set(map(float, values)))
     if not all(0 < v < math.inf for v in values):

@@ -12,27 +12,27 @@ import torch
 from torch import nn
 
 from rwalk import kernels
-from rwalk._errors import printable
-from rwalk.bench import builtin, devices, models, streams
-from rwalk.bench.baselines import BASELINES, RECIPES, LwF, Rehearsal, addition
+from rwalk.bench import builtin, devices, methods, models, streams
+from rwalk.bench.baselines import BASELINES, LwF, Rehearsal, addition
 from rwalk.bench.checkpoint import Checkpoint, Measured
 from rwalk.bench.data import load
 from rwalk.bench.dataset import DataSet
 from rwalk.bench.evaluation import scores
 from rwalk.bench.holdout import early, later
+from rwalk.bench.imports import is_importable, path_of
+from rwalk.bench.methods import Method
+from rwalk.bench.optimisation import Training
 from rwalk.bench.preserved import features_now
 from rwalk.bench.progress import bar
 from rwalk.bench.record import Record
 from rwalk.bench.streams import Experience, Scenario, label_counts, task_names
 from rwalk.bench.trackers import Track, figures, quiet
-from rwalk.bench.training import CustomLearner, Learner, Training, check_batches
+from rwalk.bench.training import CustomLearner, Learner, check_batches
 from rwalk.bench.variations import limit
 from rwalk.consolidation.settings import Average, Pull, Settings, check_strength, resolve
 from rwalk.finetuning import Snapshot
 from rwalk.rules import rules
 from rwalk.rules.base import Rule
-
-Method = str | Rule[Any] | CustomLearner
 
 
 @dataclass(frozen=True)
@@ -124,13 +124,20 @@ class RunSpec:
         object.__setattr__(other, "stream", stream)
         return other
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out a rule by import path: another process may not find its module before it looks in the current folder."""
+        own = ("rule", "settings") if methods.is_path(self.method) else ()
+        return {name: value for name, value in vars(self).items() if name not in own}
+
+    @cached_property
+    def rule(self) -> Rule[Any] | None:
+        """The rule; None for methods without one."""
+        return methods.rule_of(self.method, self.tasks[0])
+
     @cached_property
     def settings(self) -> Settings | None:
         """The consolidator's settings; None for methods without one."""
-        rule = self.method if isinstance(self.method, Rule) else None
-        if isinstance(self.method, str) and self.method in RECIPES:
-            rule = RECIPES[self.method]()
-        return None if rule is None else resolve(rule, self.strength, self.pull, self.average)
+        return None if self.rule is None else resolve(self.rule, self.strength, self.pull, self.average)
 
     @cached_property
     def rehearsal(self) -> Rehearsal | None:
@@ -150,7 +157,7 @@ class RunSpec:
     def configuration(self) -> dict[str, Any]:
         """Every setting but the method's name and the seed, as JSON values."""
         first, training = self.tasks[0], self.training
-        config = asdict(training) | {
+        config = training.settings() | {
             "hidden": list(training.hidden),
             "mask": training.resolved_mask(first.scenario),
             "model": models.resolve(training.model, first),
@@ -192,19 +199,9 @@ class RunSpec:
         """Raise a ValueError or TypeError if the parts do not fit together; no model is built."""
         streams.check(self.tasks)
         if self.tasks[0].regression and self.training.mask not in ("auto", "all"):
-            raise ValueError(
-                f"A regression has no labels of which a mask `{self.training.mask}` could shut some; leave it out."
-            )
-        custom = hasattr(self.method, "fit") and hasattr(self.method, "predict") and not isinstance(self.method, type)
-        if isinstance(self.method, str) and self.method not in (*BASELINES, *RECIPES):
-            known = ", ".join([*BASELINES, *RECIPES, *rules()])
-            name = printable(self.method, "")
-            raise ValueError(f"There is no method `{name}`; pass one of {known}, or a rule object like `RWalk()`.")
-        if not isinstance(self.method, str | Rule) and not custom:
-            raise TypeError(
-                f"A method is a name, a rule such as `RWalk()`, or has `fit` and `predict`; {self.method!r} is not."
-            )
-        if self.tasks[0].kind == "characters" and getattr(self.method, "labels", "true") == "exact":
+            raise ValueError(f"A regression has no labels for a mask `{self.training.mask}` to shut; leave the mask out.")
+        methods.check(self.method)
+        if self.tasks[0].kind == "characters" and getattr(self.rule, "labels", "true") == "exact":
             raise ValueError(
                 f'Method `{self.base_name}` with labels="exact" cannot measure streams of characters; use "sample" or "true".'
             )
@@ -213,18 +210,18 @@ class RunSpec:
 
     def check_model(self) -> None:
         """Raise a ValueError if the model does not fit the tasks."""
-        if models.check(self.configuration["training"]["model"], self.tasks[0]):
+        if models.check(self.training.model, self.tasks[0]):
             check_batches(self.tasks, self.training)
 
     def build(self, tick: Callable[[], None] = lambda: None) -> CustomLearner:
         """Make the learner, with its first weights from the seed."""
         torch.manual_seed(self.seed)
-        if not isinstance(self.method, str | Rule):
-            return self.method
-        device, model = devices.chosen(self.device), self.configuration["training"]["model"]
+        if self.rule is None and (methods.is_path(self.method) or not isinstance(self.method, str)):
+            return cast(CustomLearner, methods.made(self.method, self.tasks[0]))
+        device = devices.chosen(self.device)
 
         def make() -> nn.Module:
-            return models.build(model, self.tasks[0], self.training.hidden).to(device)
+            return models.build(self.training.model, self.tasks[0], self.training.hidden).to(device)
 
         added = addition(self.added_name, self.rehearsal, self.configuration.get("strength", 0.0), self.seed)
         learner = Learner(make, self.training, self.seed, tick, memory=self.settings, addition=added)
@@ -238,6 +235,9 @@ class RunSpec:
             torch.set_num_threads(self.threads)
         if self.backend is not None:
             kernels.use(self.backend)
+        if checkpoint is not None and not isinstance(self.training.model, str) and not is_importable(self.training.model):
+            came = f"A checkpoint knows its model by its import path, and `{path_of(self.training.model)}` is none"
+            raise ValueError(f"{came}. Define the model at the top of a module of its own, or run without a checkpoint.")
         device, stream = devices.chosen(self.device), self.tasks
         facts = devices.facts(device)
         place = Checkpoint(checkpoint, {"file": self.name} | facts, device)
@@ -319,7 +319,7 @@ def run(
     Args:
         stream: the tasks, for example `rwalk.bench.split("digits", tasks=5)`.
         method: "finetune", "joint", "cumulative", "replay", "agem", "lwf", "default" (`Consolidator(model)`), "recipe" (the
-            diagonal one), a rule such as `RWalk()`, or an object with `fit` and `predict`.
+            diagonal one), a rule such as `RWalk()`, an object with `fit` and `predict`, or `package.module:name` of either.
         strength: factor of the penalty for a rule; the consolidator's default when None. For "lwf" the weight of the earlier
             answers; 1 when None.
         seed: seed of initial weights and batch order; equal seeds give equal results, bit for bit on one machine's CPU.

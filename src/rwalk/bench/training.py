@@ -3,71 +3,21 @@
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from statistics import median
-from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD, Adam, Optimizer
 
 from rwalk.bench.models import has_batchnorm
+from rwalk.bench.optimisation import Training
 from rwalk.bench.outputs import competing, gaussian
-from rwalk.bench.streams import Experience, Scenario
+from rwalk.bench.streams import Experience
 from rwalk.consolidation.consolidator import Consolidator
 from rwalk.consolidation.settings import Settings
-
-Mask = Literal["auto", "task", "seen", "all"]
-OPTIMIZERS: dict[str, Callable[[Any, float], Optimizer]] = {
-    "sgd": lambda parameters, lr: SGD(parameters, lr=lr),
-    "momentum": lambda parameters, lr: SGD(parameters, lr=lr, momentum=0.9),
-    "adam": lambda parameters, lr: Adam(parameters, lr=lr),
-}
-AUTO: dict[Scenario, Mask] = {"task": "task", "domain": "all", "class": "seen"}
-
-
-@dataclass(frozen=True)
-class Training:
-    """How every method of a comparison trains.
-
-    Args:
-        epochs: Passes over each task's data.
-        batch_size: Examples per step.
-        lr: Learning rate.
-        optimizer: Plain SGD, SGD with momentum 0.9, or Adam; kept over all tasks.
-        model: One of mlp, cnn, resnet, gpt and lstm; or package.module:factory, a function that takes a stream's first task and
-            makes a network; "auto" is cnn for colour images, lstm for characters and mlp otherwise.
-        hidden: Widths of the MLP's hidden layers.
-        mask: Labels that compete in the training softmax: those of the "task", those "seen" so far, "all", or "auto": task for
-            task-incremental, seen for class-incremental and all for domain-incremental streams.
-    """
-
-    epochs: int = 1
-    batch_size: int = 10
-    lr: float = 0.1
-    optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
-    model: str = "auto"
-    hidden: tuple[int, ...] = (256, 256)
-    mask: Mask = "auto"
-
-    def __post_init__(self) -> None:
-        """Raise a ValueError for fields outside their range."""
-        self._need(self.epochs >= 1, "epochs", "1 or more")
-        self._need(1 <= self.batch_size < 2**63, "batch_size", "1 or more, below 2^63")
-        self._need(0 <= self.lr < math.inf, "lr", "a finite number, 0 or more")
-        self._need(self.optimizer in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}")
-        self._need(all(width >= 1 for width in self.hidden), "hidden", "positive widths")
-        self._need(self.mask in get_args(Mask), "mask", f"one of {', '.join(get_args(Mask))}")
-
-    def _need(self, holds: bool, name: str, expected: str) -> None:
-        if not holds:
-            raise ValueError(f"Training({name}={getattr(self, name)!r}) is out of range: `{name}` has to be {expected}.")
-
-    def resolved_mask(self, scenario: Scenario) -> Mask:
-        """Return the training softmax mask for a scenario."""
-        return AUTO[scenario] if self.mask == "auto" else self.mask
 
 
 class CustomLearner(Protocol):
@@ -177,7 +127,7 @@ class Learner:
         self.model = self.build()
         self.device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         self.joined = has_batchnorm(self.model)
-        self.optimizer = OPTIMIZERS[self.training.optimizer](self.model.parameters(), self.training.lr)
+        self.optimizer = self.training.make_optimizer(self.model.parameters())
 
     def check(self, stream: Sequence[Experience]) -> None:
         """Raise a ValueError if the tasks of a stream cannot be learned."""
@@ -202,15 +152,24 @@ class Learner:
         task = torch.cat([torch.full((len(labels),), i, device=self.device) for i, (_, labels) in enumerate(data)])
         table = torch.stack([self.allowed(e) for e in tasks])
         shut = None if table.all() else ~table
+        rates = self.training.rates(len(batches(y, self.training.batch_size, self.joined)))
         for _ in range(self.training.epochs):
             order = torch.randperm(len(y), generator=self.generator, device="cpu").to(y.device)
             for rows in batches(order, self.training.batch_size, self.joined):
                 batch = Batch(x[rows], y[rows], None if shut is None else shut[task[rows]])
+                self.set_rate(next(rates))
                 before = time.process_time()
                 self.addition.gradient(self, batch)
                 self.optimizer.step()
                 self.step_seconds.append(time.process_time() - before)
                 self.tick()
+
+        self.set_rate(self.training.lr)
+
+    def set_rate(self, lr: float) -> None:
+        """Set the learning rate of the next step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
 
     def backward(self, batch: Batch) -> None:
         """Leave the gradient of the loss of a batch."""

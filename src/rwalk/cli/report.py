@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -15,6 +16,7 @@ from rwalk import report
 from rwalk._errors import printable
 from rwalk._io import files
 from rwalk.bench.record import Record
+from rwalk.cli.options import UNSET
 from rwalk.report import terminal
 from rwalk.report.charts import charts
 from rwalk.report.drawing import KINDS
@@ -26,11 +28,16 @@ REFRESH = 5
 
 @dataclass(frozen=True)
 class Report:
-    """Write all records in a folder as an HTML page and as Markdown, and print their tables."""
+    """Write all records in a folder as an HTML page and as Markdown, and print their tables.
 
-    folder: tyro.conf.Positional[Path]
+    The first of these lines shows the folder that `rwalk run` writes if nothing is said, the second writes a page elsewhere:
+      rwalk report --open
+      rwalk report runs/mnist --out mnist.html
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[FOLDER]")] = Path("runs")
     """Folder written by `rwalk run --out`."""
-    out: Path | None = None
+    out: Annotated[Path | None, UNSET, tyro.conf.DisallowNone] = None
     """The HTML file; the Markdown is written beside it. Default: report.html in the folder."""
     open: bool = False
     """Show it in a browser."""
@@ -80,13 +87,18 @@ class Compare:
 
     Methods of two sets are matched by their settings, as far as they go, and the settings that differ are printed, too. The
     methods of one set are compared with the best of them, or another. Runs are paired by their seeds.
+
+    To find out what a setting does:
+      rwalk run permuted-digits --methods rwalk --tasks 3 --out runs/none
+      rwalk run permuted-digits --methods rwalk --tasks 3 --average tail --out runs/tail
+      rwalk compare runs/none runs/tail
     """
 
-    a: tyro.conf.Positional[Path]
+    a: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
     """A folder written by `rwalk run --out`, or the file of one record."""
-    b: tyro.conf.Positional[Path | None] = None
+    b: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[B]", help_behavior_hint="")] = None
     """Another one; without it the methods of the first are compared."""
-    against: str | None = None
+    against: Annotated[str | None, UNSET, tyro.conf.DisallowNone] = None
     """For one folder: the method to compare with, such as finetune; default: the best of each stream."""
 
     def do(self, words: Sequence[str], console: Console) -> int:  # noqa: ARG002

@@ -2,18 +2,20 @@
 
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 import tyro
 from rich.console import Console
 
 from rwalk.bench.pool import Failure, Outcome
-from rwalk.bench.search import Search
+from rwalk.bench.search import Search, positive
 from rwalk.bench.spec import RunSpec
 from rwalk.bench.tuned import Tuned
+from rwalk.cli.checks import TUNED, check, method_names, numbers, strength_text
+from rwalk.cli.groups import KINDS, TunedMachineOptions, TunedMethodOptions, TuningOptions
 from rwalk.cli.report import LivePage
-from rwalk.cli.run import Run, check, complain_of, done, make_folder, method_names, numbers, prepare, spec_of
+from rwalk.cli.run import Run, complain_of, done, make_folder, prepare, spec_of
 from rwalk.report import terminal
 
 OURS = {"--method", "--methods", "--strength", "--lr", "--learning-rates", "--tune-tasks", "--validation", "--refine",
@@ -25,40 +27,44 @@ OURS = {"--method", "--methods", "--strength", "--lr", "--learning-rates", "--tu
 class Tune(Run):
     """Choose the strength of methods: try values on the first tasks of a stream, and judge them on held-out training examples.
 
-    No test example is read. Started again with the same arguments, it continues. `rwalk run --strength tuned` takes the result.
+    No test example is read. Started again with the same arguments, it continues. `rwalk run --strength tuned` takes the result:
+      rwalk tune permuted-digits --methods rwalk,ewc --strength 0.1,1,10,100 --tasks 10 --tune-tasks 3
+      rwalk run permuted-digits --methods rwalk,ewc --strength tuned --tasks 10 --skip 3
     """
 
-    methods: Annotated[str, tyro.conf.arg(aliases=["--method"])] = "rwalk"
-    """Comma-separated: default, recipe, and rules (see `rwalk list`)."""
-    seeds: int = 1
-    """Number of seeds, over which accuracies are averaged."""
-    strength: str | None = None
-    """Strengths to try, with commas between; default: 0.01, 0.03, 0.1, ... 100 times the method's default."""
-    learning_rates: str | None = None
-    """Learning rates to try with each strength, with commas between; default: that of --lr."""
-    tune_tasks: int = 3
-    """How many of the stream's first tasks to try on."""
-    validation: float = 0.2
-    """Which share of their training examples is held out."""
-    refine: int = 0
-    """How many further values to try between those, where Optuna expects better."""
+    methods: Annotated[TunedMethodOptions, tyro.conf.arg(name="method")] = field(default_factory=TunedMethodOptions)
+    machine: Annotated[TunedMachineOptions, tyro.conf.arg(name="machine")] = field(default_factory=TunedMachineOptions)
+    tuning: Annotated[TuningOptions, tyro.conf.arg(name="tuning")] = field(default_factory=TuningOptions)
 
     def do(self, words: Sequence[str], console: Console) -> int:
         """Tune each method, print its trials and what to do with what was chosen, and keep it beside the records."""
         check(self)
-        for option, given in (("strength", self.strength == "tuned"), ("skip", self.skip)):
-            if given:
-                raise ValueError(f"--{option} {getattr(self, option)} is for `rwalk run`; leave it out.")
-        strengths, rates = numbers("--strength", self.strength), numbers("--learning-rates", self.learning_rates)
+        rates = self._check_values()
         prepare(self)
-        searches = [self._search(words, name, strengths, rates) for name in method_names(self)]
-        make_folder(self.out / "tuning")
+        searches = [self._search(words, name, rates) for name in method_names(self)]
+        make_folder(self.output.out / "tuning")
         died = [self._tune(search, words, console) for search in searches]
         return int(any(died))
 
+    def _check_values(self) -> list[float]:
+        """Refuse what cannot be tried before anything is loaded, and return the learning rates."""
+        if any(strength_text(self, name) == TUNED for name in ("", *KINDS)):
+            raise ValueError(f"--strength {TUNED} is for `rwalk run`; leave it out.")
+        if self.source.skip:
+            raise ValueError(f"--skip {self.source.skip} is for `rwalk run`; leave it out.")
+        if not 0 < self.tuning.validation < 1:
+            raise ValueError(f"--validation {self.tuning.validation} is out of range; pass a share between 0 and 1.")
+        for name in method_names(self):
+            positive("strength", self._strengths(name))
+        return positive("learning rate", numbers("--learning-rates", self.tuning.learning_rates))
+
+    def _strengths(self, name: str) -> list[float]:
+        return numbers("--strength", strength_text(self, name))
+
     def _tune(self, search: Search, words: Sequence[str], console: Console) -> bool:
         """Do a search, and return whether a run of it died; that one fails whose strength is too large may well be."""
-        trials, failures = replace(self, out=self.out / "tuning"), dict[RunSpec, Failure]()
+        output = replace(self.output, out=self.output.out / "tuning")
+        trials, failures = replace(self, output=output), dict[RunSpec, Failure]()
 
         def evaluate(specs: list[RunSpec]) -> Iterator[tuple[RunSpec, Outcome]]:
             for spec, result in done(trials, specs, console, LivePage(None)):
@@ -66,26 +72,33 @@ class Tune(Run):
                     failures[spec] = result
                 yield spec, Outcome(result)
 
-        chosen = search.result(evaluate, trials.out)
-        chosen.save(self.out)
+        chosen = search.result(evaluate, output.out)
+        chosen.save(self.output.out)
         terminal.show_tuned(chosen, self._command(words, chosen), console)
         complain_of(failures, list(failures))
         return not all(failure.known for failure in failures.values())
 
-    def _search(self, words: Sequence[str], name: str, strengths: list[float], rates: list[float]) -> Search:
-        spec = spec_of(self, words, name, self.first_seed, (self.tune_tasks, self.validation))
+    def _search(self, words: Sequence[str], name: str, rates: list[float]) -> Search:
+        first, tuning = self.machine.first_seed, self.tuning
+        spec = spec_of(self, words, name, first, (tuning.tune_tasks, tuning.validation))
         spec.check()
         spec.check_model()
-        seeds = range(self.first_seed, self.first_seed + self.seeds)
-        return Search(spec, strengths, rates, seeds, self.refine)
+        return Search(spec, self._strengths(name), rates, range(first, first + self.machine.seeds), tuning.refine)
 
     def _command(self, words: Sequence[str], chosen: Tuned) -> str:
         """Return the command that runs what was chosen on the tasks that are left."""
-        left, taken = [], iter(words[1:])
+        method, left, taken = chosen.method.partition("+")[0], list[str](), iter(words[1:])
         for word in taken:
-            if word.split("=")[0].replace("_", "-") not in OURS:
+            if not self._is_ours(word, method):
                 left.append(word)
             elif "=" not in word:
                 next(taken, None)
-        values = ["--methods", chosen.method, "--strength", repr(chosen.strength), "--lr", repr(chosen.lr)]
-        return shlex.join(["rwalk", "run", *left, *values, "--skip", str(self.tune_tasks)])
+        values = ["--methods", method, "--strength", repr(chosen.strength), "--lr", repr(chosen.lr)]
+        return shlex.join(["rwalk", "run", *left, *values, "--skip", str(self.tuning.tune_tasks)])
+
+    def _is_ours(self, word: str, method: str) -> bool:
+        """Return whether a word is an option that the command does not repeat: a tuned value, or of a method that it lacks."""
+        option = word.split("=")[0].replace("_", "-")
+        owner, _, field_name = option.removeprefix("--").partition(".")
+        own = owner.replace("-", "_") in KINDS and bool(field_name)
+        return option in OURS or (own and (field_name == "strength" or owner.replace("-", "_") != method))

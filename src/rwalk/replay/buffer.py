@@ -50,8 +50,8 @@ class Buffer:
     """
 
     def __init__(self, size: int, per: Per = "total", select: str | Selection = "uniform", seed: int = 0) -> None:
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(printable(f"size={size!r} is no number of examples; pass a whole number from 1 on."))
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size < 2**63:
+            raise ValueError(printable(f"size={size!r} is no number of examples; pass a whole number from 1 on, below 2^63."))
         check_choice("per", per, get_args(Per))
         if not callable(select):
             check_choice("select", select, tuple(SELECTIONS))

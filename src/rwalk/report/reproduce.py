@@ -74,8 +74,10 @@ def _inexpressible(record: Record) -> str:
         return "`rwalk tune` made it"
     if not record.stream.startswith(tuple(f"{kind}-" for kind in KINDS)) or about.keys() & {"order", "blurry"}:
         return "its stream was made in Python"
-    if method not in {*PLAIN, "default", "recipe", *_rules()}:
+    if not _is_path(method) and method not in {*PLAIN, "default", "recipe", *_rules()}:
         return "its method was made in Python"
+    if ":" in (model := str(record.config["training"].get("model"))) and not _is_path(model):
+        return "its model was made in Python"
     if unknown := record.config.keys() - SETTINGS:
         return f"its {', '.join(sorted(unknown))} came from Python"
     if record.ranks > 1:
@@ -83,6 +85,11 @@ def _inexpressible(record: Record) -> str:
     if about.get("seed", record.seed) != record.seed:
         return "its stream has another seed than its training"
     return "its stream turns by another angle" if about.get("degrees", DEGREES) != DEGREES else ""
+
+
+def _is_path(name: str) -> bool:
+    """Return whether a method or model is named by an import path that any process finds."""
+    return ":" in name and "<" not in name and not name.startswith("__main__:")
 
 
 def _rules() -> set[str]:
