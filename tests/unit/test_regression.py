@@ -273,7 +273,7 @@ def test_learners_of_ones_own_answer_with_targets():
     (lambda s: bench.stream([tasks()[0], tasks(targets=3)[1]]), "labels of 2 floating-point numbers, and task 2's"),
     (lambda s: bench.stream([tasks()[0], ((np.ones((2, 5)), [0, 1]), (np.ones((2, 5)), [0, 1]))]), "that are whole numbers"),
     (lambda s: bench.run([replace(s[0], train=bench.Subset(X, X[:, 0]))]), r"Targets of shape \(6,\)"),
-    (lambda s: bench.run(s, training=Training(mask="seen")), "no labels of which a mask `seen`"),
+    (lambda s: bench.run(s, training=Training(mask="seen")), "no labels for a mask `seen`"),
     (lambda s: bench.run(s, "replay", replay=Rehearsal(select="herding")), 'select="herding"'),
     (lambda s: bench.run(s, "replay", replay=Rehearsal(per="class")), 'per="class"'),
     (lambda s: bench.run(s, "replay", replay=Rehearsal(2)), "2 examples in total are too few for 3"),
