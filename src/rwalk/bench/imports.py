@@ -4,7 +4,8 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -78,19 +79,33 @@ def _called(factory: Any, task: Experience) -> Any:
     return factory(**{name: OFFERS[name](task) for name in named if name in OFFERS})
 
 
+def preload(*sources: Any) -> None:
+    """Import the modules of those that are import paths, as that may draw random numbers; `create` explains what fails."""
+    for source in sources:
+        if isinstance(source, str) and ":" in source:
+            with suppress(Exception), _current_folder():
+                _imported(source)
+
+
 def path_of(thing: Any) -> str:
     """Return the import path of a class or function; of another object that of its class."""
+    if isinstance(thing, partial):
+        fixed = [*map(repr, thing.args), *(f"{name}={value!r}" for name, value in thing.keywords.items())]
+        return f"{path_of(thing.func)}({', '.join(fixed)})"
     named = thing if hasattr(thing, "__qualname__") else type(thing)
     return f"{named.__module__}:{named.__qualname__}"
 
 
-def is_importable(thing: Any) -> bool:
-    """Return whether another process finds a class or function by its import path."""
-    path = path_of(thing)
+def check_kept(source: Source) -> None:
+    """Raise a ValueError if files that outlive this process would name what no import path finds again."""
+    path = source if isinstance(source, str) else path_of(source)
     try:
-        return not path.startswith("__main__:") and _imported(path) is thing
+        found = isinstance(source, str) or (not path.startswith("__main__:") and _imported(path) is source)
     except (ImportError, AttributeError):
-        return False
+        found = False
+    if not found:
+        came = f"Checkpoints and records in a folder know a model by its import path, and `{path}` is none"
+        raise ValueError(printable(f"{came}. Define it at the top of a module of its own, or keep no files."))
 
 
 def _imported(path: str) -> Any:

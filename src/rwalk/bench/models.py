@@ -306,7 +306,8 @@ def _fitting(model: nn.Module, name: str, task: Experience) -> nn.Module:
     expected = (len(x), task.outputs, *(y.shape[1:] if task.kind == "characters" else ()))
     try:
         with torch.no_grad():
-            came = str(tuple(model.eval()(x).shape))
+            scores = model.eval()(x)
+            came = str(tuple(scores.shape))
     except Exception as error:  # a model of one's own may raise anything
         came = f"{type(error).__name__}: {error}"
     model.train()
@@ -314,5 +315,9 @@ def _fitting(model: nn.Module, name: str, task: Experience) -> nn.Module:
         raise ValueError(
             f"Model `{name}` gives {printable(came)} for inputs of shape {tuple(x.shape)}, and has to give scores of shape "
             f"{expected}. Build it from the `shape`, `outputs` and `tokens` that it may ask for."
+        )
+    if task.outputs > 1 and not y.is_floating_point() and scores.min() > 0 and scores.sum(1).sub(1).abs().max() < 1e-5:
+        raise ValueError(
+            f"Model `{name}` gives probabilities, and has to give scores before a softmax. Leave its last softmax out."
         )
     return model

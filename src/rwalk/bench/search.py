@@ -12,6 +12,7 @@ from typing import Any
 from rwalk._errors import printable
 from rwalk._io import files
 from rwalk.bench.holdout import VALIDATION, early
+from rwalk.bench.imports import check_kept
 from rwalk.bench.methods import Method
 from rwalk.bench.optimisation import Training
 from rwalk.bench.pool import Failure, Outcome, outcomes
@@ -66,6 +67,7 @@ def tune(
     spec = RunSpec(early(stream, tasks, validation), method, training=training or Training(), device=device, **options)
     folder = None if out is None else Path(out)
     if folder is not None:
+        check_kept(spec.training.model)
         files.folder(folder)
     search = Search(spec, strengths, learning_rates, seeds, refine)
     return search.result(lambda specs: outcomes(specs, folder, workers), folder)

@@ -19,7 +19,7 @@ from rwalk.bench.data import load
 from rwalk.bench.dataset import DataSet
 from rwalk.bench.evaluation import scores
 from rwalk.bench.holdout import early, later
-from rwalk.bench.imports import is_importable, path_of
+from rwalk.bench.imports import check_kept, preload
 from rwalk.bench.methods import Method
 from rwalk.bench.optimisation import Training
 from rwalk.bench.preserved import features_now
@@ -215,6 +215,8 @@ class RunSpec:
 
     def build(self, tick: Callable[[], None] = lambda: None) -> CustomLearner:
         """Make the learner, with its first weights from the seed."""
+        preload(self.method, self.training.model)
+        memory = self.settings
         torch.manual_seed(self.seed)
         if self.rule is None and (methods.is_path(self.method) or not isinstance(self.method, str)):
             return cast(CustomLearner, methods.made(self.method, self.tasks[0]))
@@ -224,7 +226,7 @@ class RunSpec:
             return models.build(self.training.model, self.tasks[0], self.training.hidden).to(device)
 
         added = addition(self.added_name, self.rehearsal, self.configuration.get("strength", 0.0), self.seed)
-        learner = Learner(make, self.training, self.seed, tick, memory=self.settings, addition=added)
+        learner = Learner(make, self.training, self.seed, tick, memory=memory, addition=added)
         learner.check(self.tasks)
         return learner
 
@@ -235,9 +237,8 @@ class RunSpec:
             torch.set_num_threads(self.threads)
         if self.backend is not None:
             kernels.use(self.backend)
-        if checkpoint is not None and not isinstance(self.training.model, str) and not is_importable(self.training.model):
-            came = f"A checkpoint knows its model by its import path, and `{path_of(self.training.model)}` is none"
-            raise ValueError(f"{came}. Define the model at the top of a module of its own, or run without a checkpoint.")
+        if checkpoint is not None:
+            check_kept(self.training.model)
         device, stream = devices.chosen(self.device), self.tasks
         facts = devices.facts(device)
         place = Checkpoint(checkpoint, {"file": self.name} | facts, device)

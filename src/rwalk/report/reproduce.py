@@ -1,6 +1,7 @@
 """The commands that repeat the runs of a comparison: those in their records, else what their settings say."""
 
 import pkgutil
+import re
 import shlex
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -89,7 +90,7 @@ def _inexpressible(record: Record) -> str:
 
 def _is_path(name: str) -> bool:
     """Return whether a method or model is named by an import path that any process finds."""
-    return ":" in name and "<" not in name and not name.startswith("__main__:")
+    return bool(re.fullmatch(r"(?!__main__:)[\w.]+:[\w.]+", name))
 
 
 def _rules() -> set[str]:
