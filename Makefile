@@ -2,6 +2,7 @@
 # make test: everything that must hold before a change lands.
 # make test-integrations: train inside Avalanche, Lightning, Hugging Face and scikit-learn, in an environment of its own.
 # make test-oldest: the tests with the lowest versions that pyproject.toml allows, in an environment of its own.
+# make docs: build the documentation site into docs/_build/html, run its notebooks, and look at its pages in a browser.
 # make bench: what a training step costs with each method; make bench-quick for two minutes of it.
 # make peers: install Avalanche, so that the benchmark shows it too.
 PYTHON ?= python3
@@ -12,7 +13,7 @@ PIP := $(BIN)/python $(INSTALL)
 HOSTS ?= .venv-integrations
 OLDEST ?= .venv-oldest
 
-.PHONY: demo test test-integrations test-oldest check format bench bench-quick peers clean
+.PHONY: demo test test-integrations test-oldest check format docs bench bench-quick peers clean
 
 demo: $(VENV)/.bench
 	$(BIN)/rwalk run permuted-digits --methods finetune,rwalk,recipe,default,joint --seeds 3 --epochs 5 --lr 0.1 --out runs/demo
@@ -35,6 +36,10 @@ check: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build/html
+	RWALK_SITE=docs/_build/html $(BIN)/python -m pytest tests/system/test_site.py
 
 bench: $(VENV)/.fast
 	$(BIN)/python -m benchmarks
@@ -64,6 +69,11 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.bench $(VENV)/.fast
 
+$(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing rwalk with its development tools and Sphinx into $(VENV) (about a minute)"
+	$(PIP) -e '.[dev,docs]'
+	@touch $@ $(VENV)/.bench $(VENV)/.fast $(VENV)/.dev
+
 # Avalanche lies apart, where its tests alone find it: torchvision, which it needs and which cannot be imported as it is beside a
 # CPU build of torch, would break the others.
 $(HOSTS)/.all: pyproject.toml constraints.txt
@@ -83,4 +93,4 @@ $(OLDEST)/.test: pyproject.toml tests/oldest.py
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(HOSTS) $(OLDEST) runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(HOSTS) $(OLDEST) runs docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
