@@ -1,4 +1,4 @@
-"""The documentation site that `make docs` has built, in the folder that RWALK_SITE names: complete, self-contained, readable."""
+"""The site that `make docs` has built, in the folder that RWALK_SITE names: complete, self-contained, readable."""
 
 import importlib
 import os
