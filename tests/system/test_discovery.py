@@ -17,7 +17,7 @@ import torch
 
 from records import made
 from rwalk import Consolidator
-from rwalk.bench import data, parquet, streams
+from rwalk.bench import builtin, data, parquet
 from rwalk.cli.checks import check
 from rwalk.cli.main import main
 from rwalk.cli.options import ABOUT, COMMANDS, parse
@@ -224,7 +224,7 @@ def test_the_streams_that_list_offers_can_be_made(capsys, monkeypatch):
     lines = dict(re.findall(r"^  (\S+)  .*?: ([a-z, ]+?) *$", capsys.readouterr().out.partition("Models")[0], re.M))
     for name in {"digits", "clinc150", "lm_domains", "noaa_weather"} & lines.keys():
         for kind in lines[name].split(", "):
-            assert streams.make(kind, name if kind == "domain" else data.load(name), tasks=2)
+            assert builtin.make(kind, name if kind == "domain" else data.load(name), tasks=2)
 
 
 HUGE = "99999999999999999999"
@@ -232,7 +232,7 @@ WRONG = {
     "--tasks": f"0 -1 {HUGE} nan", "--skip": f"-1 {HUGE} nan", "--seeds": f"0 -1 {HUGE} nan", "--first-seed": f"-1 {HUGE} nan",
     "--threads": f"0 -1 {HUGE} nan", "--workers": f"0 -1 {HUGE} nan", "--epochs": f"0 -1 {HUGE} nan",
     "--batch-size": f"0 -1 {HUGE} nan", "--lr": "-1 1e31 inf nan", "--hidden": f"0 -1 {HUGE} nan",
-    "--replay": f"0 -1 {HUGE} nan", "--replay-batch": f"0 -1 {HUGE} nan", "--strength": "-1 1e31 nan x 1,,2",
+    "--limit": f"0 -1 {HUGE} nan", "--replay": f"0 -1 {HUGE} nan", "--replay-batch": f"0 -1 {HUGE} nan", "--strength": "-1 1e31 nan x 1,,2",
     "--ewc.strength": "-1 1e31 nan x", "--rwalk.alpha": f"-1 {HUGE} nan", "--rwalk.delta-t": "0 -1 nan",
     "--si.xi": "0 -1 1e31 nan", "--kronecker.share": f"-1 {HUGE} nan", "--kronecker.rank": "0 -1 nan",
     "--ewc.samples": "0 -1 nan",

@@ -102,9 +102,9 @@ def test_whole_numbers_and_truth_values_may_be_targets_and_labels_become_inputs(
     (["--target", "amounts"], "the column `amounts`"),
     (["--target", "grade"], "a target has to be a number"),
     (["--target", "amount", "--label", "grade"], "choose one of them"),
-    (["--target", "amount", "--mask", "seen"], "no labels of which a mask `seen`"),
+    (["--target", "amount", "--mask", "seen"], "no labels for a mask `seen`"),
     (["--target", "amount", "--select", "herding", "--methods", "replay"], 'select="herding"'),
-    (["--target", "amount", "--limit", "0"], "A limit of 0"),
+    (["--target", "amount", "--limit", "0"], "--limit 0 is out of range"),
 ])  # fmt: skip
 def test_what_is_refused(plant, tmp_path, capsys, words, told):
     assert run(f"drift-{plant}", "--tasks", "2", *QUICK, "--out", tmp_path / "out", *words) == 2

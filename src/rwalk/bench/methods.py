@@ -39,6 +39,14 @@ def rule_of(method: Method, task: Experience) -> Rule[Any] | None:
     return found if isinstance(found, Rule) else None
 
 
+def name_of(method: Method) -> str:
+    """Return the name of a method in records."""
+    if isinstance(method, str):
+        return method
+    known = (name for name, kind in rules().items() if type(method) is kind)
+    return next(known, type(method).__name__.lower())
+
+
 def check(method: Method) -> None:
     """Raise a ValueError for a name that no method has, and a TypeError for what is none."""
     if isinstance(method, str):

@@ -31,7 +31,6 @@ from rwalk.bench.training import CustomLearner, Learner, check_batches
 from rwalk.bench.variations import limit
 from rwalk.consolidation.settings import Average, Pull, Settings, check_strength, resolve
 from rwalk.finetuning import Snapshot
-from rwalk.rules import rules
 from rwalk.rules.base import Rule
 
 
@@ -174,10 +173,7 @@ class RunSpec:
     @cached_property
     def base_name(self) -> str:
         """The method's name, without replay beside it."""
-        if isinstance(self.method, str):
-            return self.method
-        known = (name for name, kind in rules().items() if type(self.method) is kind)
-        return next(known, type(self.method).__name__.lower())
+        return methods.name_of(self.method)
 
     @property
     def added_name(self) -> str:

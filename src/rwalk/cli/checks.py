@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 TUNED = "tuned"
 """The strength that stands for what `rwalk tune` has found."""
 LIMITS = {
-    "tasks": range(1, MOST + 1), "skip": range(MOST), "seeds": range(1, 10_001), "first_seed": range(2**62),
-    "threads": range(1, 1025), "workers": range(1, 1025), "tune_tasks": range(1, MOST + 1), "refine": range(MOST + 1),
+    "tasks": range(1, MOST + 1), "skip": range(MOST), "limit": range(1, 2**62), "seeds": range(1, 10_001),
+    "first_seed": range(2**62), "threads": range(1, 1025), "workers": range(1, 1025),
+    "tune_tasks": range(1, MOST + 1), "refine": range(MOST + 1),
 }  # fmt: skip
 """Whole numbers beyond which an option makes no sense, or torch or the machine would choke on it."""
 
