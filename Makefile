@@ -16,7 +16,7 @@ OLDEST ?= .venv-oldest
 .PHONY: demo test test-integrations test-oldest check format docs bench bench-quick peers clean
 
 demo: $(VENV)/.bench
-	$(BIN)/rwalk run permuted-digits --methods finetune,rwalk,recipe,default,joint --seeds 3 --epochs 5 --lr 0.1 --out runs/demo
+	$(BIN)/rwalk run permuted-digits --methods finetune,rwalk,recipe,replay,default,joint --seeds 3 --epochs 5 --lr 0.1 --out runs/demo
 
 test: check
 	$(BIN)/python -m pytest -n 2 tests/unit tests/laws tests/system
