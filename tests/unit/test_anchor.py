@@ -99,6 +99,23 @@ def test_an_anchor_that_stays_in_its_file_is_held_as_one_that_is_read(rule, tmp_
     assert all(map(torch.equal, *ends))
 
 
+def test_adopted_importance_in_bfloat16_stays_so_and_is_held_as_its_values():
+    ends = []
+    for widen in (False, True):
+        model = mlp().float()
+        made = Consolidator(model, EWC(labels="true"), state_dtype=torch.bfloat16)
+        made.estimate([(torch.as_tensor(x).float(), torch.as_tensor(y)) for x, y in batches(0, 4)])
+        omega = {name: o.float() if widen else o for name, o in made.anchor.omega.items()}
+        memory, optimizer = Consolidator(model, EWC(), 10.0), torch.optim.SGD(model.parameters(), lr=0.1)
+        memory.adopt(ElementwiseAnchor(made.anchor.point, omega))
+        assert {o.dtype for o in memory.anchor.omega.values()} == {torch.float32 if widen else torch.bfloat16}
+        memory.attach(optimizer)
+        train(model, optimizer, [(x.astype("float32"), y) for x, y in batches(1, 10)])
+        ends.append([p.detach().clone() for p in model.parameters()])
+        ends[-1].append(memory.penalty())
+    torch.testing.assert_close(*ends)
+
+
 def test_foreign_and_missing_files(tmp_path):
     from safetensors.torch import save_file
 

@@ -247,7 +247,7 @@ class _LabelledBatches:
 
 
 def _columns(batch: Any) -> list[dict[str, Any]]:
-    """Return the features of each column of a batch such as `anchor_input_ids`, `positive_input_ids`; none for other batches."""
+    """Return the features of each column of a batch such as `anchor_input_ids`, `positive_input_ids`; else none."""
     if not isinstance(batch, Mapping) or "input_ids" in batch:
         return []
     prefixes = [name.removesuffix("input_ids") for name in batch if name.endswith("_input_ids")]
