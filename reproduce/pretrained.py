@@ -50,6 +50,7 @@ class Stream(NamedTuple):
     """The tasks of a seed, and what is never trained on: examples that make centroids, tests, and spans of plain text."""
 
     train: list[Texts]
+    validation: list[Texts]
     test: list[Texts]
     known: Texts
     general: Texts
@@ -94,11 +95,9 @@ METHODS: dict[str, Method] = {
     "replay 5 %": Method(replay=15),
     "replay 1 %": Method(replay=3),
     "old answers": Method(distill=1.0),
-    "L2-SP .01": Method(L2(), 0.01, starts=True),
-    "L2-SP .1": Method(L2(), 0.1, starts=True),
+    **{f"L2-SP {s}": Method(L2(toward="first"), float(s), starts=True) for s in (".01", ".1", "1")},
     "RWalk": Method(RWalk(), 1.0),
-    "EWC 1": Method(EWC(labels="sample"), 1.0),
-    "EWC 100": Method(EWC(labels="sample"), 100.0),
+    **{f"EWC {s}": Method(EWC(labels="sample"), float(s)) for s in ("1", "100", "10000")},
     "held from the start": Method(Kronecker(labels="output"), starts=True),
     "held from the start + warm + half": Method(Kronecker(labels="output"), warm=True, back=0.5, starts=True),
     "LoRA": Method(lora=8),
@@ -138,18 +137,13 @@ class Classifier(nn.Module):
         return self.heads[self.task](self.embed({name: batch[name] for name in ("input_ids", "attention_mask")}))
 
 
-@lru_cache(maxsize=1)
-def intents() -> tuple[dict[int, dict[int, list[str]]], dict[int, list[str]]]:
-    """Return clinc150's training texts by domain and intent, and its test texts by intent."""
-    train: dict[int, dict[int, list[str]]] = {}
-    test: dict[int, list[str]] = {}
-    for split, put in (("train", True), ("test", False)):
-        for text, label, domain in rows(split):
-            if put:
-                train.setdefault(domain, {}).setdefault(label, []).append(text)
-            else:
-                test.setdefault(label, []).append(text)
-    return {d: train[d] for d in sorted(train) if len(train[d]) == 15}, test
+@lru_cache(maxsize=3)
+def intents(split: str) -> dict[int, dict[int, list[str]]]:
+    """Return the texts of a part of clinc150 by domain and intent."""
+    found: dict[int, dict[int, list[str]]] = {}
+    for text, label, domain in rows(split):
+        found.setdefault(domain, {}).setdefault(label, []).append(text)
+    return {d: found[d] for d in sorted(found) if len(found[d]) == 15}
 
 
 def rows(split: str) -> Iterator[tuple[str, int, int]]:
@@ -186,18 +180,17 @@ def _mistyped(word: str) -> str:
 def stream(seed: int, typos: bool = False) -> Stream:
     """Return the tasks of a seed and what is left of the domains."""
     spoil: Callable[[Texts], Texts] = mistyped if typos else lambda texts: texts
-    train, test = intents()
+    train, validation, test = map(intents, ("train", "validation", "test"))
     order = list(train)
     random.Random(seed).shuffle(order)
     tasks, others = order[:TASKS], order[TASKS:]
     rest = {label: texts for domain in others for label, texts in train[domain].items()}
-    return Stream(
-        [spoil(_texts(train[d], EXAMPLES)) for d in tasks],
-        [spoil(_texts({label: test[label] for label in train[d]}, TESTED)) for d in tasks],
-        _texts(rest, CENTROID),
-        _texts({label: test[label] for label in rest}, TESTED),
-        spans(),
-    )
+    parts = [
+        [spoil(_texts({label: part[d][label] for label in train[d]}, count)) for d in tasks]
+        for part, count in ((train, EXAMPLES), (validation, TESTED), (test, TESTED))
+    ]
+    unseen = {label: test[domain][label] for domain in others for label in train[domain]}
+    return Stream(*parts, _texts(rest, CENTROID), _texts(unseen, TESTED), spans())
 
 
 def _texts(by_label: dict[int, list[str]], count: int) -> Texts:
@@ -333,11 +326,11 @@ class Learner:
         return torch.stack(each).mean()
 
     @torch.no_grad()
-    def accuracy(self, task: int) -> float:
-        """Return the accuracy on a task, in percent."""
+    def accuracy(self, task: int, texts: Texts) -> float:
+        """Return the accuracy on texts of a task, in percent."""
         self.model.eval()
         self.model.task = task
-        hits = [self.model(**batch).argmax(1) == y for batch, y in self.loader(self.stream.test[task])]
+        hits = [self.model(**batch).argmax(1) == y for batch, y in self.loader(texts)]
         return 100 * float(torch.cat(hits).float().mean())
 
     @torch.no_grad()
@@ -371,15 +364,16 @@ def adapted(encoder: nn.Module, rank: int) -> nn.Module:
 
 
 def run(name: str, seed: int, typos: bool = False) -> dict[str, float]:
-    """Learn all tasks by a method; return the columns of the table."""
+    """Learn all tasks by a method; return the columns of the table, and the average accuracy on validation data."""
     learner = Learner(METHODS[name], seed, typos)
     matrix = []
     for task in range(TASKS):
         learner.learn(task)
-        matrix.append([learner.accuracy(k) for k in range(task + 1)])
+        matrix.append([learner.accuracy(k, learner.stream.test[k]) for k in range(task + 1)])
     last = matrix[-1]
     forgetting = fmean(max(row[k] for row in matrix[k:-1]) - last[k] for k in range(TASKS - 1))
-    return {"average accuracy": fmean(last), "forgetting": forgetting, **learner.general()}
+    validation = fmean(learner.accuracy(k, texts) for k, texts in enumerate(learner.stream.validation))
+    return {"average accuracy": fmean(last), "forgetting": forgetting, "validation": validation, **learner.general()}
 
 
 def table(found: dict[str, list[dict[str, float]]]) -> str:

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from rwalk import EWC, MAS, Consolidator, Kronecker
 from rwalk.gradients import per_example_over
-from rwalk.integrations.transformers import protect
+from rwalk.integrations.transformers import ConsolidationCallback, protect
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -146,3 +146,31 @@ def test_sentence_transformers_take_texts(tmp_path):
         assert memory.anchor.point
     with pytest.raises(ValueError, match="the same norm for every example"):
         Consolidator(model, MAS()).estimate([texts], logits=unit)
+
+
+def test_columns_of_texts_are_measured_as_texts(tmp_path):
+    """What SentenceTransformerTrainer trains on, such as `anchor` and `positive`, counts as all their texts together."""
+    package = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
+    losses = pytest.importorskip("sentence_transformers.losses")
+    model, columns = sentence_transformer(tmp_path), {"anchor": ["a b", "c d e f", "g", "a c e"], "positive": list("abcd")}
+    callback = ConsolidationCallback(MAS(), 1.0)
+    arguments = package.SentenceTransformerTrainingArguments(
+        str(tmp_path / "out"),
+        num_train_epochs=1,
+        per_device_train_batch_size=2,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+    )
+    package.SentenceTransformerTrainer(
+        model,
+        arguments,
+        train_dataset=pytest.importorskip("datasets").Dataset.from_dict(columns),
+        loss=losses.MultipleNegativesRankingLoss(model),
+        callbacks=[callback],
+    ).train()
+    other = Consolidator(model, MAS())
+    other.estimate([[*columns["anchor"], *columns["positive"]]])
+    want = {name: o for name, o in other.anchor.importance().items() if name in callback.memory.anchor.omega}
+    assert want
+    torch.testing.assert_close(callback.memory.anchor.importance(), want)

@@ -19,11 +19,12 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 def imported(script):
-    """The packages that a script imports, without those that are part of Python."""
+    """The packages that a script imports, or reads files of, without those that are part of Python."""
+    read = set(re.findall(r'find_spec\("(\w+)"\)', script.read_text()))
     nodes = list(ast.walk(ast.parse(script.read_text())))
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
-    return {name.split(".")[0] for name in names} - sys.stdlib_module_names
+    return read | {name.split(".")[0] for name in names} - sys.stdlib_module_names
 
 
 def run(script, folder):

@@ -41,14 +41,72 @@ for _ in range(12):
 print((resident() - before) / sum(p.numel() for p in model.parameters()))
 """
 
+FROM_FILE = """
+import ctypes, gc, sys, torch
+from torch import nn
+from rwalk import EWC, Anchor, Consolidator, Kronecker
+
+torch.set_num_threads(1)
+
+def resident():
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return [int(status[kind].split()[0]) * 1024 for kind in ("RssAnon", "RssFile")]
+
+def protected(size, mapped):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(size, size) for _ in range(4)))
+    batch = torch.randn(8, size), torch.randint(size, (8,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+
+    def memory():
+        return Consolidator(model, {"EWC": EWC(labels="sample"), "Kronecker": Kronecker()}[sys.argv[1]], 1.0, average="none")
+
+    made = memory()
+    made.estimate([batch])
+    made.anchor.save(sys.argv[2])
+    del made
+    before, held = resident(), memory()
+    held.adopt(Anchor.load(sys.argv[2], mapped=mapped))
+    held.attach(optimizer)
+    for _ in range(12):
+        nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    return [(after - b) / sum(p.numel() for p in model.parameters()) for after, b in zip(resident(), before)]
+
+protected(256, True)  # what libraries load once is nobody's share
+print(*protected(2048, sys.argv[3] == "mapped"))
+"""
+
+
+def run(script, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return [float(word) for word in done.stdout.split()]
+
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("how", ["mark", "estimate"])
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 def test_a_checkpoint_in_bfloat16_is_protected_in_three_bytes_a_parameter(precision, how):
     """Two for the point, which loses nothing, and a few percent for the factors, while they are measured too."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, precision, how], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert 2 <= float(done.stdout) <= 3
+    (bytes_each,) = run(SCRIPT, precision, how)
+    assert 2 <= bytes_each <= 3
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(("rule", "held"), [("EWC", 8), ("Kronecker", 4.1)])
+def test_an_anchor_that_stays_in_its_file_takes_no_memory_of_the_process(rule, held, tmp_path):
+    """Point and importance in float32, or point and factors; what the rule measures in training comes on top."""
+    private, of_files = run(FROM_FILE, rule, str(tmp_path / "anchor"), "mapped")
+    assert private < 0.3
+    assert of_files == pytest.approx(held, abs=0.3)
+    private, of_files = run(FROM_FILE, rule, str(tmp_path / "anchor"), "loaded")
+    assert private == pytest.approx(held, abs=0.3)
+    assert of_files < 0.3

@@ -70,8 +70,50 @@ def test_damaged_files(tmp_path, spoil):
     path = tmp_path / "a.safetensors"
     memory.anchor.save(path)
     path.write_bytes(spoil(path.read_bytes()))
-    with pytest.raises(ValueError, match=r"`.*a\.safetensors`.* file that `Anchor\.save` wrote"):
-        Anchor.load(path)
+    for mapped in (False, True):
+        with pytest.raises(ValueError, match=r"`.*a\.safetensors`.* file that `Anchor\.save` wrote"):
+            Anchor.load(path, mapped=mapped)
+
+
+@pytest.mark.parametrize("rule", [EWC(), Kronecker()], ids=lambda r: type(r).__name__)
+def test_an_anchor_that_stays_in_its_file_is_held_as_one_that_is_read(rule, tmp_path):
+    path, ends = tmp_path / "a.safetensors", []
+    for mapped in (False, True):
+        model = mlp()
+        made = Consolidator(model, rule)
+        made.estimate([(torch.as_tensor(x), torch.as_tensor(y)) for x, y in batches(0, 4)])
+        made.anchor.save(path)
+        before = path.read_bytes()
+        anchor = Anchor.load(path, mapped=mapped)
+        memory, optimizer = Consolidator(model, rule), torch.optim.SGD(model.parameters(), lr=0.1)
+        memory.adopt(anchor)
+        memory.attach(optimizer)
+        train(model, optimizer, batches(1, 30))
+        assert path.read_bytes() == before
+        ends.append([p.detach().clone() for p in model.parameters()])
+        held = [t.clone() for t in anchor.tensors()]
+        memory.anchor.scaled(0.5).save(path)
+        assert all(map(torch.equal, anchor.tensors(), held))
+        anchor.point["0.weight"].zero_()
+        assert Anchor.load(path).point["0.weight"].any()
+    assert all(map(torch.equal, *ends))
+
+
+def test_adopted_importance_in_bfloat16_stays_so_and_is_held_as_its_values():
+    ends = []
+    for widen in (False, True):
+        model = mlp().float()
+        made = Consolidator(model, EWC(labels="true"), state_dtype=torch.bfloat16)
+        made.estimate([(torch.as_tensor(x).float(), torch.as_tensor(y)) for x, y in batches(0, 4)])
+        omega = {name: o.float() if widen else o for name, o in made.anchor.omega.items()}
+        memory, optimizer = Consolidator(model, EWC(), 10.0), torch.optim.SGD(model.parameters(), lr=0.1)
+        memory.adopt(ElementwiseAnchor(made.anchor.point, omega))
+        assert {o.dtype for o in memory.anchor.omega.values()} == {torch.float32 if widen else torch.bfloat16}
+        memory.attach(optimizer)
+        train(model, optimizer, [(x.astype("float32"), y) for x, y in batches(1, 10)])
+        ends.append([p.detach().clone() for p in model.parameters()])
+        ends[-1].append(memory.penalty())
+    torch.testing.assert_close(*ends)
 
 
 def test_foreign_and_missing_files(tmp_path):

@@ -245,11 +245,32 @@ def test_mas_refuses_outputs_of_constant_norm(dtype, places):
     assert any(o.any() for o in memory.anchor.omega.values())
 
 
+def normed(scale=1.0, shift=0.0):
+    """A LayerNorm at the end, with a scale and a shift."""
+    model = nn.Sequential(mlp(), nn.LayerNorm(3).double())
+    nn.init.constant_(model[1].weight, scale)
+    nn.init.constant_(model[1].bias, shift)
+    return model
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_mas_sees_a_constant_norm_behind_a_scale_and_a_shift(scale):
+    memory = Consolidator(normed(scale), MAS())
+    with pytest.raises(ValueError, match="the same norm for every example"):
+        memory.estimate([x_of(6)])
+    assert not memory.anchor.point
+
+
 def zero_head():
     model = mlp()
     nn.init.zeros_(model[2].weight)
     nn.init.zeros_(model[2].bias)
     return model
+
+
+def uneven(module):
+    if isinstance(module, nn.LayerNorm):
+        module.weight.data = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
 
 
 ORDINARY = {
@@ -260,6 +281,7 @@ ORDINARY = {
     "both signs": (lambda: nn.Linear(5, 3, bias=False).double(), lambda n: torch.cat([(x := x_of(n // 2)), -x])),
     "a softmax": (lambda: nn.Sequential(mlp(), nn.Softmax(1)), x_of),
     "a layer after it": (lambda: nn.Sequential(Unit(mlp()), nn.Linear(3, 3).double()), x_of),
+    "a trained norm at the end": (lambda: normed().apply(uneven), x_of),
     "a class masked": (lambda: nn.Sequential(mlp(), nn.Threshold(0.1, -torch.inf)), x_of),
 }
 

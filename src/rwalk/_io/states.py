@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import math
+import mmap
 import re
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
@@ -54,8 +55,13 @@ def save(path: str | Path, kind: str, content: Mapping[str, Any]) -> None:
     files.write(path, raw[:start], _digest(io.BytesIO(raw), start, stop), memoryview(raw)[stop:])
 
 
-def load(path: str | Path, kind: str) -> dict[str, Any]:
+def load(path: str | Path, kind: str, mapped: bool = False) -> dict[str, Any]:
     """Read a state file, with all tensors on the CPU; this takes little more memory than the tensors themselves.
+
+    Args:
+        path: the file.
+        kind: what it holds, one of `WRITERS`.
+        mapped: whether tensors stay in the file, which must then stay as it is; what is written to them is written to a copy.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -63,14 +69,14 @@ def load(path: str | Path, kind: str) -> dict[str, Any]:
     """
     try:
         with files.opened(path) as file:
-            return _read(file, kind)
+            return _read(file, kind, mapped)
     except MemoryError:
         raise ValueError(cannot_load(path, kind, "does not fit into memory")) from None
     except ValueError as error:
         raise ValueError(cannot_load(path, kind, f"is {error}")) from None
 
 
-def _read(file: io.BufferedReader, kind: str) -> dict[str, Any]:
+def _read(file: io.BufferedReader, kind: str, mapped: bool) -> dict[str, Any]:
     """Read an open file, after checks of its kind, its sizes and its checksum, in this order."""
     head = files.header(file)
     entries = _entries(head)
@@ -83,9 +89,13 @@ def _read(file: io.BufferedReader, kind: str) -> dict[str, Any]:
     if _digest(file, start, stop) != head[start - 8 : stop - 8]:
         raise ValueError("damaged: its checksum is wrong")
 
+    whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)) if mapped else None
+
     def tensor(name: str) -> Tensor:
-        begin, end = spans[name]
-        file.seek(8 + len(head) + begin)
+        begin, end = (8 + len(head) + place for place in spans[name])
+        if whole is not None:
+            return _tensor(whole[begin:end], entries[name])
+        file.seek(begin)
         data = bytearray(end - begin)
         file.readinto(data)
         return _tensor(data, entries[name])
@@ -93,7 +103,7 @@ def _read(file: io.BufferedReader, kind: str) -> dict[str, Any]:
     return _unpacked(content, tensor)
 
 
-def _tensor(data: bytearray, about: dict[str, Any]) -> Tensor:
+def _tensor(data: bytearray | memoryview, about: dict[str, Any]) -> Tensor:
     """Return the tensor in a buffer, as its entry in a safetensors header describes it."""
     empty = json.dumps({"_": {"dtype": about["dtype"], "shape": [0], "data_offsets": [0, 0]}}).encode()
     dtype, shape = deserialise(len(empty).to_bytes(8, "little") + empty)["_"].dtype, torch.Size(about["shape"])

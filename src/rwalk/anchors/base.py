@@ -150,14 +150,19 @@ class Anchor(ABC):
 
     @staticmethod
     @torch.inference_mode(False)
-    def load(path: str | Path) -> "Anchor":
+    def load(path: str | Path, *, mapped: bool = False) -> "Anchor":
         """Read an anchor, of either kind, from a file that `save` wrote.
+
+        Args:
+            path: the file.
+            mapped: leave the tensors in the file, where they take no memory of the process; it must not be written to while
+                they are in use, except by `save`, which leaves the old file to them. Those in `channels_last` are copied.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if the file is damaged or something else.
         """
-        content = states.load(path, "anchor")
+        content = states.load(path, "anchor", mapped)
         origin = content.pop("origin", "")
         point, omega = (_shapes(content.get(part)) for part in ("point", "omega"))
         kind = anchor_kind(content)

@@ -44,7 +44,7 @@ class ElementwiseAnchor(Anchor):
         """Follow a model that changed: see `Anchor.align`."""
         both = [name for name in theta if name in self.point]
         point = {name: grow_tensor(self.point[name], theta[name], copy) for name in both}
-        return replace(self, point=point, omega={name: grow_tensor(self.omega[name], theta[name], zero) for name in both})
+        return replace(self, point=point, omega={name: _followed(self.omega[name], theta[name]) for name in both})
 
     def begun(self, theta: Mapping[str, Tensor], sharded: bool = False) -> "ElementwiseAnchor":  # noqa: ARG002
         """Take up parameters as they are: see `Anchor.begun`."""
@@ -71,3 +71,9 @@ class ElementwiseAnchor(Anchor):
     def read(cls, content: Mapping[str, Any]) -> "ElementwiseAnchor":
         """Return the anchor that `content` was made from."""
         return cls(content["point"], content["omega"])
+
+
+def _followed(omega: Tensor, theta: Tensor) -> Tensor:
+    """Carry importance over to a parameter as it is now; in bfloat16 it stays so, as that is widened where it is used."""
+    narrow = omega.dtype is torch.bfloat16 and (omega.shape, omega.device) == (theta.shape, theta.device)
+    return omega if narrow else grow_tensor(omega, theta, zero)

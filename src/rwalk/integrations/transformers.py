@@ -223,7 +223,10 @@ def protect(
 
 
 class _LabelledBatches:
-    """A loader's batches; a batch whose labels have other names than "labels" is its own target."""
+    """A loader's batches; a batch whose labels have other names than "labels" is its own target.
+
+    A batch of several columns of texts, as sentence-transformers has them, becomes one batch for each column.
+    """
 
     def __init__(self, data: Iterable[Any]) -> None:
         self._data = data
@@ -233,11 +236,22 @@ class _LabelledBatches:
         if hasattr(self._data, "set_epoch"):
             self._data.set_epoch(0)  # the same order, even if training was resumed in the middle of an epoch
         for batch in self._data:
-            yield (batch, batch) if isinstance(batch, Mapping) and "labels" not in batch else batch
+            if columns := _columns(batch):
+                yield from columns
+            else:
+                yield (batch, batch) if isinstance(batch, Mapping) and "labels" not in batch else batch
 
     def __length_hint__(self) -> int:
         """Return how many batches there are, 0 if that is unknown."""
         return length_hint(self._data, 0)
+
+
+def _columns(batch: Any) -> list[dict[str, Any]]:
+    """Return the features of each column of a batch such as `anchor_input_ids`, `positive_input_ids`; else none."""
+    if not isinstance(batch, Mapping) or "input_ids" in batch:
+        return []
+    prefixes = [name.removesuffix("input_ids") for name in batch if name.endswith("_input_ids")]
+    return [{n.removeprefix(prefix): value for n, value in batch.items() if n.startswith(prefix)} for prefix in prefixes]
 
 
 def _loader(model: nn.Module, dataset: Any, collator: Callable[[Any], Any], batch_size: int) -> Iterable[Any]:
