@@ -31,6 +31,7 @@ myst_heading_anchors = 4
 
 nb_execution_mode = "cache"
 nb_execution_cache_path = "_build/notebooks"
+nb_execution_in_temp = True
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_merge_streams = True
