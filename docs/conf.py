@@ -30,7 +30,7 @@ myst_enable_extensions = ["colon_fence", "deflist", "attrs_inline"]
 myst_heading_anchors = 4
 
 nb_execution_mode = "cache"
-nb_execution_cache_path = "_build/notebooks"
+nb_execution_cache_path = str(Path(__file__).parent / "_build" / "notebooks")
 nb_execution_in_temp = True
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
