@@ -1,16 +1,24 @@
 """Configuration of the documentation site, for Sphinx: `make docs` builds it into `docs/_build/html`."""
 
 import sys
+from hashlib import sha256
 from pathlib import Path
 
-from rwalk import __version__
+import rwalk
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+
+
+def library() -> str:
+    """Return a digest of the library's source: notebooks are run again when it changes."""
+    source = Path(rwalk.__file__).parent
+    return sha256(b"".join(path.read_bytes() for path in sorted(source.rglob("*.py")))).hexdigest()[:16]
+
 
 project = "rwalk"
 author = "the authors of rwalk"
 copyright = "the authors of rwalk, MIT licence"
-version = release = __version__
+version = release = rwalk.__version__
 
 extensions = [
     "myst_nb",
@@ -30,7 +38,7 @@ myst_enable_extensions = ["colon_fence", "deflist", "attrs_inline"]
 myst_heading_anchors = 4
 
 nb_execution_mode = "cache"
-nb_execution_cache_path = str(Path(__file__).parent / "_build" / "notebooks")
+nb_execution_cache_path = str(Path(__file__).parent / "_build" / "notebooks" / library())
 nb_execution_in_temp = True
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True

@@ -29,6 +29,8 @@ class Api(SphinxDirective):
         """Return the entries."""
         name = self.arguments[0]
         module = import_module(name)
+        self.env.note_dependency(__file__)
+        self.env.note_dependency(str(module.__file__))
         chosen = {word: members.strip() for word, _, members in (line.partition(":") for line in self.content)}
         if "only" not in self.options:
             elsewhere = set(rwalk.__all__) if name != "rwalk" else set()
@@ -53,7 +55,7 @@ def entry(module: str, name: str, value: Any, members: str) -> list[str]:
         foreign = [base.__name__ for base in value.__mro__ if not base.__module__.startswith("rwalk")]
         hidden = [word for word in dir(value) if word.isupper()]
         lines.append(f"   :members: {', '.join(members.split())}")
-        lines.append(f"   :inherited-members: {', '.join(foreign)}")
+        lines += [] if members else [f"   :inherited-members: {', '.join(foreign)}"]
         lines += [f"   :exclude-members: {', '.join(hidden)}"] if hidden else []
     return [*lines, ""]
 

@@ -19,6 +19,7 @@ class CliHelp(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Return the help as a block of text."""
+        self.env.note_reread()  # whatever has changed in the library
         command = [sys.executable, "-m", "rwalk", *" ".join(self.arguments).split(), "--help"]
         done = subprocess.run(command, env=os.environ | PLAIN, capture_output=True, text=True, check=True)
         text = "\n".join(line.rstrip() for line in done.stdout.strip("\n").splitlines())

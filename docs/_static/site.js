@@ -7,3 +7,8 @@ function letWidePartsHaveTheFocus() {
 }
 addEventListener("load", letWidePartsHaveTheFocus);
 addEventListener("resize", letWidePartsHaveTheFocus);
+
+/* Sphinx gives the captions of the table of contents the role of headings, and no level. */
+addEventListener("DOMContentLoaded", () => {
+  for (const caption of document.querySelectorAll(".caption[role=heading]:not([aria-level])")) caption.ariaLevel = "2";
+});
