@@ -185,7 +185,7 @@ def recorded(**changes):
 def undrawn():
     """Leave the drawing of charts out, which takes its time, but for what is to be drawn."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(svg, "draw", lambda chart: json.dumps(svg._spec(chart)))
+        patch.setattr(svg, "draw", lambda chart: json.dumps(svg.spec(chart)))
         yield
 
 
