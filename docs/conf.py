@@ -28,6 +28,7 @@ extensions = [
     "absent_hosts",
     "api",
     "cli_help",
+    "examples",
     "repository_links",
 ]
 exclude_patterns = ["_build", "_ext", "images/**"]
