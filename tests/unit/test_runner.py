@@ -197,7 +197,7 @@ def test_training_out_of_range(fields):
 
 
 def test_an_unknown_method():
-    with pytest.raises(ValueError, match=r"There is no method `ewcc`.*finetune, joint, .*rwalk"):
+    with pytest.raises(ValueError, match=r"There is no method `ewcc`\. Did you mean `ewc.*finetune, joint, .*`RWalk\(\)`"):
         bench.run(bench.split("digits", tasks=2), "ewcc")
 
 

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from rwalk import bench
+from rwalk import RWalk, bench, report
 from rwalk.bench import Training
 from rwalk.bench.data import load
 from rwalk.bench.dataset import DataSet
 from rwalk.bench.holdout import early, later
+from rwalk.cli.main import main
+from rwalk.report import reproduce
 
 SMALL = Training(hidden=(16,), batch_size=50)
 
@@ -132,3 +134,52 @@ def test_methods_learn_blurry_streams(method):
 def test_what_cannot_be_varied(call, words):
     with pytest.raises(ValueError, match=words):
         call(bench.split("digits"))
+
+
+def errors(true, predicted):
+    assert true.shape == predicted.shape == (len(true),)
+    return (true != predicted).mean()
+
+
+def test_a_metric_of_ones_own_scores_what_accuracy_scores():
+    """The share of errors is what accuracy leaves, and all that follows from it has the same size."""
+    stream, training = bench.split("digits", 5), bench.Training(batch_size=50)
+    plain = bench.run(stream, "finetune", training=training)
+    seen = []
+    options = {"training": training, "track": lambda figures, task: seen.append(figures["forgetting"]) if task == 5 else None}
+    record = bench.run(bench.scored(stream, errors, higher=False), "finetune", **options)
+    assert (record.metric, record.higher) == ("errors", False)
+    for row, other in zip(record.scores, plain.scores, strict=True):
+        assert row == pytest.approx([1 - a for a in other])
+    assert [record.forgetting, *seen] == pytest.approx([plain.forgetting] * 2)
+    assert record.forward_transfer == pytest.approx(plain.forward_transfer)
+    assert record.config["stream"]["metric"].endswith(":errors")
+    assert record.name != plain.name
+
+
+def test_a_metric_by_its_import_path_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def hits(true, predicted):\n    return (true == predicted).sum()\n")
+    words = ["split-digits", "--methods", "finetune", "--seeds", "1", "--metric", "mine:hits", "--out", "out"]
+    assert main(["run", *words]) == 0
+    (record,) = report.read("out")[0]
+    assert record.metric == "hits"
+    assert record.scores[0][0] == int(record.scores[0][0]) > 1
+    (command,) = reproduce.commands(report.summarise([record])[0]).lines
+    assert "--metric mine:hits" in command
+
+
+@pytest.mark.parametrize(("metric", "message"), [
+    ("mine:absent", r"Metric `mine:absent` cannot be used"), ("hits", "Pass a function of true and predicted labels"),
+])  # fmt: skip
+def test_a_metric_that_is_none(metric, message):
+    with pytest.raises(ValueError, match=message):
+        bench.scored(bench.split("digits"), metric)
+
+
+def test_a_metric_has_to_be_finite_and_tuning_looks_for_the_highest():
+    stream = bench.scored(bench.split("digits"), lambda true, predicted: float("nan"))
+    with pytest.raises(ValueError, match=r"returned nan\. It has to return a finite number"):
+        bench.run(stream, "finetune")
+    with pytest.raises(ValueError, match=r"a lower one is better here\. Negate the metric"):
+        bench.tune(bench.scored(bench.split("digits"), errors, higher=False), RWalk())

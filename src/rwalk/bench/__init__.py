@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from rwalk.bench.search import tune
     from rwalk.bench.spec import run
     from rwalk.bench.streams import Experience, Subset
-    from rwalk.bench.variations import blurry, limit
+    from rwalk.bench.variations import blurry, limit, scored
 
 _MODULES = {
     "Experience": "streams", "Record": "record", "Rehearsal": "baselines", "Subset": "streams", "Training": "optimisation",
-    "blurry": "variations", "limit": "variations", "run": "spec", "stream": "own", "tune": "search",
+    "blurry": "variations", "limit": "variations", "scored": "variations", "run": "spec", "stream": "own", "tune": "search",
 }  # fmt: skip
 __all__ = ["Experience", "Record", "Rehearsal", "Subset", "Training", "blurry", "domain", "drift", "limit", "permuted",
-           "rotated", "run", "split", "stream", "tune"]  # fmt: skip
+           "rotated", "run", "scored", "split", "stream", "tune"]  # fmt: skip
 
 
 if not TYPE_CHECKING:  # to a type checker it would mean that there is every name

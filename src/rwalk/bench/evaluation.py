@@ -1,11 +1,14 @@
-"""How good a learner is on each task: accuracy for labels, R² for the targets of a regression."""
+"""How good a learner is on each task: accuracy for labels, R² for the targets of a regression, or a metric of one's own."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from rwalk.bench.streams import Experience
+from rwalk._errors import printable
+from rwalk.bench.imports import function
+from rwalk.bench.streams import Experience, Score
 from rwalk.bench.training import CustomLearner
 
 
@@ -23,7 +26,18 @@ def _score(learner: CustomLearner, experience: Experience, seen: set[int]) -> fl
     x, y = experience.test.read()
     labels = seen if experience.scenario == "class" else experience.classes
     answer = learner.predict(x, labels)
+    if experience.score is not None:
+        return _own(experience.score, y, answer)
     return r_squared(answer, y) if experience.regression else (answer == y).double().mean().item()
+
+
+def _own(score: Score, y: Tensor, answer: Tensor) -> float:
+    """Return the score by a metric of one's own, of arrays with an entry for each label or example."""
+    true, predicted = (t.flatten() if not t.is_floating_point() or t.shape[-1] == 1 else t for t in (y, answer.view_as(y)))
+    value = float(function(score.source)(true.numpy(), predicted.numpy()))
+    if not math.isfinite(value):
+        raise ValueError(f"The metric `{printable(score.name)}` returned {value}. It has to return a finite number.")
+    return value
 
 
 def r_squared(outputs: Tensor, y: Tensor) -> float:

@@ -79,6 +79,25 @@ def _called(factory: Any, task: Experience) -> Any:
     return factory(**{name: OFFERS[name](task) for name in named if name in OFFERS})
 
 
+def function(source: Source) -> Callable[..., Any]:
+    """Return a function, or the one at an import path.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    try:
+        with _current_folder():
+            found = _imported(source) if isinstance(source, str) else source
+        if not callable(found):
+            raise TypeError(f"it is an object of type {type(found).__name__}")
+    except Exception as error:
+        came = f"Metric `{source}` cannot be used ({type(error).__name__}: {error})"
+        raise ValueError(
+            printable(f"{came}. Pass a function of true and predicted labels, or its `package.module:name`.")
+        ) from None
+    return found
+
+
 def preload(*sources: Any) -> None:
     """Import the modules of those that are import paths, as that may draw random numbers; `create` explains what fails."""
     for source in sources:

@@ -50,10 +50,12 @@ def name_of(method: Method) -> str:
 def check(method: Method) -> None:
     """Raise a ValueError for a name that no method has, and a TypeError for what is none."""
     if isinstance(method, str):
-        known = [*BASELINES, *RECIPES, *rules()]
-        if not is_path(method) and method not in (*BASELINES, *RECIPES):
-            came = f"There is no method `{printable(method, '')}`.{suggestion(method, known)}"
-            raise ValueError(f"{came} Pass one of {', '.join(known)}, or a rule object like `RWalk()`.")
+        known = [*BASELINES, *RECIPES]
+        if method in rules():
+            raise ValueError(f"`{method}` is a rule, of which Python takes the object: pass `{rules()[method].__name__}()`.")
+        if not is_path(method) and method not in known:
+            came = f"There is no method `{printable(method, '')}`.{suggestion(method, [*known, *rules()])}"
+            raise ValueError(f"{came} Pass one of {', '.join(known)}, or a rule such as `RWalk()`.")
     elif not _is_own(method):
         raise TypeError(f"A method is a name, a rule such as `RWalk()`, or has `fit` and `predict`; {method!r} is not.")
 

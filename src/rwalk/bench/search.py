@@ -92,6 +92,8 @@ class Search:
         spec.check()
         if spec.settings is None:
             raise ValueError(f"Method `{spec.method_name}` has no strength; tune default, recipe or a rule.")
+        if not spec.tasks[0].higher:
+            raise ValueError("Tuning looks for the highest score, and a lower one is better here. Negate the metric.")
         if refine < 0:
             raise ValueError(f"{refine} trials to refine are out of range; pass 0 or more.")
         self.spec, self.seeds, self.refine = spec, list(seeds), refine

@@ -28,7 +28,7 @@ from rwalk.bench.record import Record
 from rwalk.bench.streams import Experience, Scenario, label_counts, task_names
 from rwalk.bench.trackers import Track, figures, quiet
 from rwalk.bench.training import CustomLearner, Learner, check_batches
-from rwalk.bench.variations import limit
+from rwalk.bench.variations import limit, scored
 from rwalk.consolidation.settings import Average, Pull, Settings, check_strength, resolve
 from rwalk.finetuning import Snapshot
 from rwalk.rules.base import Rule
@@ -45,7 +45,7 @@ class StreamSpec:
         seed: seed of permutations.
         scenario, tasks: as for the stream's function; None for its default.
         skip: how many of the first tasks to leave out.
-        limit: how many examples of each task to keep; all when None.
+        limit, metric: as for `rwalk.bench.limit` and `scored`; None for all examples, and for accuracy or R².
         tuning: how many of the first tasks to tune on, and which share of their training examples to hold out; None for runs.
     """
 
@@ -61,6 +61,7 @@ class StreamSpec:
     tuning: tuple[int, float] | None = None
     target: str | None = None
     limit: int | None = None
+    metric: str | None = None
 
     def make(self) -> list[Experience]:
         """Return the tasks; those made last are remembered."""
@@ -78,6 +79,7 @@ def _made(spec: StreamSpec) -> list[Experience]:
     data = _loaded(spec.data, spec.root, spec.label, **by, target=spec.target)
     whole = builtin.make(spec.kind, data, spec.seed, spec.scenario, tasks=spec.tasks, **by)
     some = whole if spec.limit is None else limit(whole, spec.limit)
+    some = some if spec.metric is None else scored(some, spec.metric)
     return later(some, spec.skip) if spec.tuning is None else early(some, *spec.tuning)
 
 
@@ -189,7 +191,7 @@ class RunSpec:
     def name(self) -> str:
         """The name of the record's file."""
         first, config = self.tasks[0], self.configuration
-        return Record(self.method_name, first.stream["name"], self.seed, [], config=config, metric=first.metric).name
+        return Record(self.method_name, first.stream["name"], self.seed, [], [], first.metric, first.higher, config=config).name
 
     def check(self) -> None:
         """Raise a ValueError or TypeError if the parts do not fit together; no model is built."""
@@ -259,6 +261,7 @@ class RunSpec:
             scores=measured.scores,
             untrained=measured.untrained,
             metric=self.tasks[0].metric,
+            higher=self.tasks[0].higher,
             tasks=task_names(self.tasks),
             preserved=measured.preserved,
             bits=measured.bits,
@@ -290,7 +293,7 @@ def _learn(
             measured.bits.append([learner.bits(*e.test.read()) for e in stream])
         if snapshot is not None and isinstance(learner, Learner):
             measured.preserved.append(snapshot.kept(learner.model).scalars(""))
-        track(figures(measured.scores, stream[0].metric) | getattr(learner, "scalars", dict)(), k + 1)
+        track(figures(measured.scores, stream[0].metric, stream[0].higher) | getattr(learner, "scalars", dict)(), k + 1)
         if k + 1 < len(stream):
             place.save(learner, measured)
 

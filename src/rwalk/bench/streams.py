@@ -88,6 +88,15 @@ class Joined:
 Part = Subset | Joined
 
 
+@dataclass(frozen=True)
+class Score:
+    """A metric of one's own: its name, the function or its import path, and whether a higher score is better."""
+
+    name: str
+    source: str | Callable[..., Any]
+    higher: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Experience:
     """One task of a stream.
@@ -100,6 +109,7 @@ class Experience:
         scenario: what is known at test time: "task", "domain" or "class".
         stream: what the experience was made from, for records; `name` is the stream's name.
         tokens: for inputs that number words or characters, how many numbers there are; 0 for other inputs.
+        score: a metric in place of accuracy or R².
     """
 
     train: Part
@@ -110,6 +120,7 @@ class Experience:
     scenario: Scenario = "task"
     stream: dict[str, Any] = field(default_factory=lambda: {"name": "custom"})
     tokens: int = 0
+    score: Score | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -128,8 +139,13 @@ class Experience:
 
     @property
     def metric(self) -> str:
-        """What a score on the task is: accuracy, or R² for a regression."""
-        return R_SQUARED if self.regression else ACCURACY
+        """What a score on the task is: accuracy, R² for a regression, or one's own metric."""
+        return self.score.name if self.score else R_SQUARED if self.regression else ACCURACY
+
+    @property
+    def higher(self) -> bool:
+        """Whether a higher score is better."""
+        return self.score is None or self.score.higher
 
     @property
     def kind(self) -> Kind:

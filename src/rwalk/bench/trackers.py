@@ -11,10 +11,10 @@ from rwalk.bench.record import ACCURACY
 Track = Callable[[dict[str, float], int], None]
 
 
-def figures(scores: metrics.Matrix, metric: str = ACCURACY) -> dict[str, float]:
+def figures(scores: metrics.Matrix, metric: str = ACCURACY, higher: bool = True) -> dict[str, float]:
     """Return the figures of the last row of a matrix of scores: that on each task, on average, and forgetting."""
     row = {f"{metric}/task_{j + 1}": score for j, score in enumerate(scores[-1])}
-    row |= {f"average_{metric}": metrics.average(scores), "forgetting": metrics.forgetting(scores)}
+    row |= {f"average_{metric}": metrics.average(scores), "forgetting": metrics.forgetting(metrics.oriented(scores, higher))}
     return {name: value for name, value in row.items() if value is not None}
 
 

@@ -1,4 +1,4 @@
-"""Variations of a stream, each recorded in what the stream is made from: fewer examples, and blurry boundaries."""
+"""Variations of a stream, each recorded in what it is made from: fewer examples, blurry boundaries, and another metric."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from rwalk.bench.streams import Experience, Joined, Part, check
+from rwalk.bench.imports import Source, function, path_of
+from rwalk.bench.streams import Experience, Joined, Part, Score, check
 
 
 def limit(stream: Sequence[Experience], examples: int) -> list[Experience]:
@@ -49,6 +50,25 @@ def _labels(part: Part) -> set[int]:
     """Return the labels of examples; none for a regression, and for characters, of which all may come next."""
     labels = part.labels()
     return set(labels.tolist()) if labels.dim() == 1 else set()
+
+
+def scored(stream: Sequence[Experience], metric: Source, higher: bool = True) -> list[Experience]:
+    """Score a stream by a metric of one's own, in place of accuracy or R².
+
+    Args:
+        stream: the tasks.
+        metric: a function of true and predicted labels or targets, NumPy arrays with an entry for each example, as those of
+            `sklearn.metrics`; or its import path, such as "sklearn.metrics:balanced_accuracy_score".
+        higher: whether a higher score is better.
+
+    Raises:
+        ValueError: if the path leads to no function.
+    """
+    check(stream)
+    path = metric if isinstance(metric, str) else path_of(metric)
+    function(metric)
+    about = stream[0].stream | {"metric": path} | ({} if higher else {"higher": False})
+    return [replace(e, stream=about, score=Score(path.rpartition(":")[2], metric, higher)) for e in stream]
 
 
 def blurry(stream: Sequence[Experience], share: float, seed: int = 0) -> list[Experience]:

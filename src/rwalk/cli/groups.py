@@ -32,6 +32,8 @@ class StreamOptions:
         target: Column of numbers that are to be met in place of labels, a regression, for domain and drift streams; scores are
             R².
         limit: Examples of each task to keep for training and as many for testing, at random, for quick tries; default: all.
+        metric: A function of true and predicted labels, in place of accuracy or R², as package.module:name, such as
+            sklearn.metrics:balanced_accuracy_score; a higher score has to be better.
         by: For domain streams: the column whose values are the tasks, or folder, if each is a folder in the data set's;
             default: domain.
     """
@@ -43,6 +45,7 @@ class StreamOptions:
     label: Annotated[str | None, UNSET] = None
     target: Annotated[str | None, UNSET] = None
     limit: Annotated[int | None, UNSET] = None
+    metric: Annotated[str | None, UNSET] = None
     by: Annotated[str | None, UNSET] = None
 
 

@@ -130,6 +130,7 @@ def spec_of(command: Run, words: Sequence[str], name: str, seed: int, tuning: tu
         tuning,
         source.target,
         source.limit,
+        source.metric,
     )
     return RunSpec(
         stream, rule(command, name) if name in RULES else name, None, seed, Training(**vars(command.training)),
