@@ -15,6 +15,7 @@ import pytest
 import rwalk
 from rwalk import bench, replay
 from rwalk.cli.main import main
+from rwalk.cli.options import parse
 from rwalk.rules import rules
 
 ROOT = Path(__file__).parents[2]
@@ -123,14 +124,26 @@ def test_pages_that_run_elsewhere_exist():
     assert PAGES > ELSEWHERE_RUN
 
 
+def commands(page):
+    """The words of each `rwalk` command that a page shows."""
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.S) for line in block.splitlines()]
+    return [line.split("#")[0].split()[1:] for line in lines if line.startswith("rwalk ")]
+
+
 def test_the_readmes_commands_run(tmp_path, monkeypatch):
     """In this process: that `rwalk` is a program too is tested with pools, terminals and the disk."""
     monkeypatch.chdir(tmp_path)
-    commands = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
-    mine = [line for line in commands if line.startswith("rwalk ")]
-    assert len(mine) >= 3
-    for command in mine:
-        assert main(command.split("#")[0].split()[1:]) == 0, command
+    assert len(commands("README.md")) >= 3
+    for words in commands("README.md"):
+        assert main(words) == 0, words
+
+
+def test_the_command_line_takes_the_commands_of_all_pages():
+    pages = [path.relative_to(ROOT) for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts]
+    found = [words for page in pages for words in commands(page)]
+    assert len(found) > 8
+    for words in found:
+        parse(words)
 
 
 def test_the_makefile_has_the_readmes_targets():
