@@ -1,5 +1,6 @@
 """Configuration of the documentation site, for Sphinx: `make docs` builds it into `docs/_build/html`."""
 
+import os
 import sys
 from hashlib import sha256
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import rwalk
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the notebooks, whose networks are small
 
 
 def library() -> str:
