@@ -57,7 +57,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
-smartquotes = False
+smartquotes_action = "D"  # dashes alone; quotation marks in docstrings are code
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 
