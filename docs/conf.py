@@ -68,6 +68,7 @@ html_css_files = ["site.css"]
 html_js_files = ["site.js"]
 html_favicon = "_static/favicon.svg"
 html_copy_source = False
+html_show_search_summary = False  # it would be fetched, which browsers refuse to pages from disk
 html_show_sphinx = False
 html_theme_options = {
     "light_logo": "logo.svg",

@@ -99,7 +99,7 @@ def visit(browser):
         sheet.on("console", lambda message: heard.append(f"{page}: {message.text}"))
         sheet.on("pageerror", lambda error: heard.append(f"{page}: {error}"))
         sheet.on("request", lambda request: request.url.startswith(("file:", "data:")) or heard.append(request.url))
-        sheet.goto((SITE / page).as_uri())
+        sheet.goto(f"{SITE.as_uri()}/{page}")
         return sheet
 
     yield opened
@@ -129,6 +129,12 @@ def test_axe_finds_nothing_serious(visit, page, scheme):
         if v["impact"] in ("serious", "critical")
     ]
     assert not [(v["id"], len(v["nodes"]), v["nodes"][0]["html"][:200], v["nodes"][0]["failureSummary"]) for v in found]
+
+
+def test_the_search_works_from_disk(visit):
+    sheet = visit("search.html?q=herding", 1280)
+    sheet.wait_for_selector("#search-results li a")
+    assert "Replay" in sheet.locator("#search-results").inner_text()
 
 
 def test_a_plot_of_a_notebook_is_shown(visit):
