@@ -507,3 +507,26 @@ def test_lm_domains_against_pyarrow():
         assert bytes(y.flatten().tolist()) == whole[1 : y.numel() + 1]
         assert 0 <= len(whole) - 1 - x.numel() < 128
     assert data.domains == ("shakespeare", "state_of_the_union", "movie_reviews", "genesis_kjv")
+
+
+COUNTED = """
+import os, sys
+from pathlib import Path
+from rwalk.bench import parquet
+from rwalk.bench.rows import read
+before = len(os.listdir("/proc/self/task"))
+table = read(Path(sys.argv[1]))
+print(len(table), len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no list of this process's threads")
+def test_reading_leaves_no_thread_that_outlives_python(tmp_path):
+    """Such a thread frees what belongs to the open file after the interpreter has gone, and aborts the process."""
+    write(tmp_path, "train.parquet", {"image": [PICTURE] * 2000, "label": [0] * 2000})
+    words = [sys.executable, "-c", COUNTED, str(tmp_path / "train.parquet")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows, threads = map(int, done.stdout.split())
+    assert rows == 2000
+    assert threads <= 1, "that of the allocator, which holds nothing of Python's"

@@ -112,9 +112,11 @@ def read(file: Path) -> Any:
     """Read a parquet file as an Arrow table."""
     try:
         with files.opened(file) as source:
-            names = pq.read_schema(source).names
+            parquet = pq.ParquetFile(source)
+            names = parquet.schema_arrow.names
             twice = sorted({name for name in names if names.count(name) > 1})
-            table = None if twice else pq.read_table(source)
+            # `pq.read_table` has threads that may still hold `source` when Python ends, which aborts the process
+            table = None if twice else parquet.read(use_threads=False)
     except (pa.ArrowException, OSError, ValueError) as error:
         came = f"`{file}` cannot be read as a parquet file ({str(error).splitlines()[0]}). Copy or download it again."
         raise ValueError(printable(came)) from error

@@ -149,9 +149,8 @@ class RunSpec:
         if self.added_name in ("replay", "agem"):
             return rehearsal or Rehearsal()
         if rehearsal is not None and self.settings is None:
-            raise ValueError(
-                f"Method `{self.base_name}` does not use `replay`. Pass it with a rule, default, recipe, replay or agem."
-            )
+            came = f"Method `{self.base_name}` does not use `replay`"
+            raise ValueError(f"{came}. Pass it with a rule, default, recipe, replay or agem.")
         return rehearsal
 
     @cached_property
@@ -178,6 +177,11 @@ class RunSpec:
         return methods.name_of(self.method)
 
     @property
+    def model(self) -> Any:
+        """The model's name, or the class or function that makes it."""
+        return self.configuration["training"]["model"] if isinstance(self.training.model, str) else self.training.model
+
+    @property
     def added_name(self) -> str:
         """The name of the baseline that is added to the loop; empty for other methods."""
         return self.method if isinstance(self.method, str) and self.method in BASELINES else ""
@@ -200,15 +204,14 @@ class RunSpec:
             raise ValueError(f"A regression has no labels for a mask `{self.training.mask}` to shut; leave the mask out.")
         methods.check(self.method)
         if self.tasks[0].kind == "characters" and getattr(self.rule, "labels", "true") == "exact":
-            raise ValueError(
-                f'Method `{self.base_name}` with labels="exact" cannot measure streams of characters; use "sample" or "true".'
-            )
+            came = f'Method `{self.base_name}` with labels="exact" cannot measure streams of characters'
+            raise ValueError(f'{came}; use "sample" or "true".')
         if self.rehearsal is not None:
             self.rehearsal.check(self.tasks)
 
     def check_model(self) -> None:
         """Raise a ValueError if the model does not fit the tasks."""
-        if models.check(self.training.model, self.tasks[0]):
+        if models.check(self.model, self.tasks[0]):
             check_batches(self.tasks, self.training)
 
     def build(self, tick: Callable[[], None] = lambda: None) -> CustomLearner:
@@ -221,7 +224,7 @@ class RunSpec:
         device = devices.chosen(self.device)
 
         def make() -> nn.Module:
-            return models.build(self.training.model, self.tasks[0], self.training.hidden).to(device)
+            return models.build(self.model, self.tasks[0], self.training.hidden).to(device)
 
         added = addition(self.added_name, self.rehearsal, self.configuration.get("strength", 0.0), self.seed)
         learner = Learner(make, self.training, self.seed, tick, memory=memory, addition=added)
