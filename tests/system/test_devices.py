@@ -45,7 +45,7 @@ def test_a_record_names_its_device_and_the_command_that_does_it_again(tmp_path):
     assert "--device" not in commands(summarise([record])[0]).lines[0]
     elsewhere = Record(**{**vars(record), "device": "cuda"})
     words = shlex.split(commands(summarise([elsewhere])[0]).lines[0])
-    assert parse(words[1:]).device == "cuda"
+    assert parse(words[1:]).machine.device == "cuda"
 
 
 def test_a_record_without_a_device_is_of_the_time_when_there_was_only_one(tmp_path):
