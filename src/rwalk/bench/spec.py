@@ -177,11 +177,6 @@ class RunSpec:
         return methods.name_of(self.method)
 
     @property
-    def model(self) -> Any:
-        """The model's name, or the class or function that makes it."""
-        return self.configuration["training"]["model"] if isinstance(self.training.model, str) else self.training.model
-
-    @property
     def added_name(self) -> str:
         """The name of the baseline that is added to the loop; empty for other methods."""
         return self.method if isinstance(self.method, str) and self.method in BASELINES else ""
@@ -211,7 +206,7 @@ class RunSpec:
 
     def check_model(self) -> None:
         """Raise a ValueError if the model does not fit the tasks."""
-        if models.check(self.model, self.tasks[0]):
+        if models.check(self.training.model, self.tasks[0]):
             check_batches(self.tasks, self.training)
 
     def build(self, tick: Callable[[], None] = lambda: None) -> CustomLearner:
@@ -224,7 +219,7 @@ class RunSpec:
         device = devices.chosen(self.device)
 
         def make() -> nn.Module:
-            return models.build(self.model, self.tasks[0], self.training.hidden).to(device)
+            return models.build(self.training.model, self.tasks[0], self.training.hidden).to(device)
 
         added = addition(self.added_name, self.rehearsal, self.configuration.get("strength", 0.0), self.seed)
         learner = Learner(make, self.training, self.seed, tick, memory=memory, addition=added)
