@@ -14,10 +14,11 @@ from torch.nn import functional as F
 
 from rwalk.bench.models import has_batchnorm
 from rwalk.bench.optimisation import Training
-from rwalk.bench.outputs import competing, gaussian
+from rwalk.bench.outputs import competing
 from rwalk.bench.streams import Experience
 from rwalk.consolidation.consolidator import Consolidator
 from rwalk.consolidation.settings import Settings
+from rwalk.gradients.likelihood import gaussian_loss
 
 
 class CustomLearner(Protocol):
@@ -194,7 +195,7 @@ class Learner:
         y = y if experience.regression else torch.searchsorted(labels, y)
         data = list(zip(*(batches(column, 256, self.joined) for column in (x, y)), strict=True))
         if experience.regression:
-            memory.consolidate(data, loss=gaussian(memory.rule))
+            memory.consolidate(data, loss=gaussian_loss(memory.rule))
         else:
             memory.consolidate(data, logits=partial(competing, labels=labels))
 

@@ -1,5 +1,6 @@
 """The distribution of targets that a model's outputs describe, and its log-likelihood for one example or many."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rwalk._parameters import state_dtype
-from rwalk.rules.base import Objective
+from rwalk.rules.base import Objective, Rule
 
 IGNORED = -100
 """The class index that is ignored, as in `torch.nn.functional.cross_entropy`."""
@@ -29,6 +30,20 @@ REMEDY = (
     "Pass `loss=torch.nn.functional.cross_entropy`, `binary_cross_entropy_with_logits` or `mse_loss` to say what the outputs "
     'mean; with `labels="true"` any loss of one example will do.'
 )
+
+
+def gaussian_loss(rule: Rule[Any]) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return the loss that tells a rule that outputs are means of targets with variance 1; None for one that takes no loss.
+
+    With the data's own targets (`labels="true"`) that is the negative log-likelihood itself, else the name of its family.
+    """
+    labels = getattr(rule, "labels", None)
+    return None if labels == "output" else _half_squares if labels == "true" else F.mse_loss
+
+
+def _half_squares(output: Tensor, target: Tensor) -> Tensor:
+    """Return the negative log-likelihood of an example's targets, up to a constant, if each has variance 1 around its mean."""
+    return F.mse_loss(output.reshape(target.shape), target, reduction="sum") / 2
 
 
 @dataclass(frozen=True)

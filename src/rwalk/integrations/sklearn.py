@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from rwalk import Consolidator, Kronecker
+from rwalk.gradients.likelihood import gaussian_loss
 from rwalk.integrations._examples import Examples, checked_tasks, checked_weight, class_indices, refuse_many_labels, train
 from rwalk.rules.base import Rule
 
@@ -277,15 +278,7 @@ class RWalkRegressor(RegressorMixin, RWalkEstimator):
         return F.mse_loss(output.reshape(targets.shape), targets, reduction="none").mean(1)
 
     def _meaning(self) -> Callable[[Any, Any], Tensor] | None:
-        labels = getattr(self.memory_.rule, "labels", None)
-        if labels == "output":  # which takes no loss
-            return None
-        return _half_squares if labels == "true" else F.mse_loss
-
-
-def _half_squares(output: Tensor, target: Tensor) -> Tensor:
-    """Return the negative log-likelihood of normal targets with variance 1, up to a constant."""
-    return F.mse_loss(output.reshape(target.shape), target, reduction="sum") / 2
+        return gaussian_loss(self.memory_.rule)
 
 
 def _rule_params(rule: Any) -> dict[str, Any]:
