@@ -264,7 +264,7 @@ def build(model: Source, task: Experience, hidden: Sequence[int]) -> nn.Module:
     Raises:
         ValueError: if there is no such model, it does not fit the data, or its scores are not one for each output.
     """
-    name = resolve(model, task) if model == "auto" or not isinstance(model, str) else model
+    name = resolve(model, task)
     if ":" in name:
         return _fitting(create(model, task, "Model", NETWORK), name, task)
     return _known(name, task).build(task, hidden)
@@ -276,7 +276,7 @@ def check(model: Source, task: Experience) -> bool:
     Raises:
         ValueError: as `build` does.
     """
-    name = resolve(model, task) if model == "auto" or not isinstance(model, str) else model
+    name = resolve(model, task)
     if ":" in name:
         return has_batchnorm(build(model, task, ()))
     if name == "cnn":

@@ -28,6 +28,7 @@ def bar(spec: Any, tick: Callable[[], None], track: Track, wanted: bool | None) 
     if tqdm is None:
         yield tick, track
         return
+    spec.check()  # before its steps are counted
     ends = steps_by_task(spec)
     with tqdm(total=ends[-1], desc=spec.method_name, unit="step", leave=wanted is True, file=sys.stderr) as shown_bar:
 

@@ -343,6 +343,5 @@ def run(
         ValueError: if method, model, training and stream do not fit together.
     """
     spec = RunSpec(stream, method, strength, seed, training or Training(), pull, average, replay, device)
-    spec.check()
     with bar(spec, tick, track, progress) as (step, task):
         return spec.run(Path(checkpoint) if checkpoint else None, step, task)

@@ -117,21 +117,8 @@ def spec_of(command: Run, words: Sequence[str], name: str, seed: int, tuning: tu
     source, machine, (kind, data) = command.source, command.machine, parse(command.stream)
     root = source.data and source.data.resolve()
     permutation = seed if kind == "permuted" else 0
-    stream = StreamSpec(
-        kind,
-        data,
-        root,
-        source.label,
-        source.by,
-        permutation,
-        source.scenario,
-        source.tasks,
-        source.skip,
-        tuning,
-        source.target,
-        source.limit,
-        source.metric,
-    )
+    options = {name: value for name, value in vars(source).items() if name != "data"}
+    stream = StreamSpec(kind, data, root, seed=permutation, tuning=tuning, **options)
     return RunSpec(
         stream, rule(command, name) if name in RULES else name, None, seed, Training(**vars(command.training)),
         command.methods.pull, command.methods.average, rehearsal(command, name),
