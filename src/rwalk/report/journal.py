@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from rwalk._errors import printable, warn
 from rwalk._io import files
 from rwalk.bench.record import ACCURACY, Record
 
-_written: dict[Path, int] = {}
-"""Which journal of this process has written a record last, by its `id`."""
+_written: dict[Path, object] = {}
+"""The mark of the journal of this process that has written a record last; a mark is of one journal, also after it is gone."""
 
 
 class Journal:
@@ -68,6 +69,7 @@ class Journal:
         self.metric, self.higher, self.memory = str(metric), higher is not False, memory
         self.settings = _json(settings or {})
         self.stored_examples, self.names = stored_examples, _different(tasks)
+        self._mark = object()
         self._rows: dict[str, dict[str, float | None]] = {}
         self._untrained: dict[str, float | None] = {}
         self._diagnostics: list[dict[str, Any]] = []
@@ -188,9 +190,10 @@ class Journal:
         if not self._resume:
             return
         self._resume = False
-        if self.path.exists():
-            _written[self.path.absolute()] = id(self)
-            found = Record.load(self.path)
+        path = self.path
+        if path.exists():
+            _written[path.absolute()] = self._mark
+            found = Record.load(path)
             self._rows = {
                 name: {task: score for task, score in zip(found.tasks, row, strict=True) if score is not None}
                 for name, row in zip(found.tasks, found.scores, strict=False)
@@ -224,12 +227,12 @@ class Journal:
     def _warn_of_another(self, record: Record) -> None:
         """Warn if another journal of this process has written the same record, as a loop over seeds without `seed=` does."""
         path = (self.folder / record.name).absolute()
-        if _written.setdefault(path, id(self)) != id(self):
+        if _written.setdefault(path, self._mark) is not self._mark:
             warn(printable(
                 f"Another journal of this process wrote `{path.name}`, and this one replaces it. Where runs differ, say so by "
                 "`method`, `seed` or `settings`."
             ))  # fmt: skip
-            _written[path] = id(self)
+            _written[path] = self._mark
 
 
 def _json(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,6 +251,7 @@ def _different(names: Sequence[str]) -> list[str]:
     return found
 
 
+@cache
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "rwalk": __version__}
     try:
