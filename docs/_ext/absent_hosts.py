@@ -24,7 +24,7 @@ class Empty:
 
 
 class Absent(ModuleType):
-    """A module of which every name is an empty class."""
+    """A module whose names are all empty classes."""
 
     __path__: Sequence[str] = ()
 

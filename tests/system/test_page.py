@@ -9,7 +9,6 @@ from html import unescape
 
 import pytest
 
-from benchmarks import screenshot
 from records import made
 from rwalk import EWC, RWalk, bench, report
 from rwalk._io import files
@@ -37,15 +36,6 @@ def records():
     runs = [bench.run(task, method, strength, seed, SMALL) for method, strength in plans for seed in (0, 1)]
     mine = [("finetune", {}), (RWalk(), {}), (RWalk(), {"replay": 40}), ("replay", {})]
     return runs + [bench.run(classes, method, training=SMALL, **options) for method, options in mine]
-
-
-@pytest.fixture(scope="session")
-def browser():
-    if screenshot.found() is None:
-        pytest.skip("no Chromium on this machine")
-    pytest.importorskip("playwright", reason="Playwright is not installed")
-    with screenshot.chromium() as started:
-        yield started
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 import rwalk
-from benchmarks import screenshot
 
 SITE = Path(os.environ.get("RWALK_SITE") or "nowhere").absolute()
 PAGES = sorted(path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html") if "_static" not in path.parts)
@@ -75,15 +74,6 @@ def test_every_public_name_has_an_entry():
     assert not [name for name, shown in public.items() if name not in known and f"rwalk.{shown}" not in known]
     hosts = ("transformers.protect", "lightning.ConsolidationCallback", "avalanche.RWalkPlugin", "sklearn.RWalkClassifier")
     assert not {f"rwalk.integrations.{name}" for name in hosts} - known
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if screenshot.found() is None:
-        pytest.skip("no Chromium on this machine")
-    pytest.importorskip("playwright", reason="Playwright is not installed")
-    with screenshot.chromium() as started:
-        yield started
 
 
 @pytest.fixture

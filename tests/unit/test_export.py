@@ -16,7 +16,7 @@ from rwalk import Consolidator, RWalk, bench, report
 from rwalk.bench import Record
 from rwalk.cli.main import main
 from rwalk.report.between import holm
-from rwalk.report.metric import Metric
+from rwalk.report.metric import ScoreMetric
 
 LAST = {"finetune": (0.2, 0.3, 0.25, 0.35), "rwalk": (0.7, 0.6, 0.65, 0.75), "ewc": (0.68, 0.66, 0.6, 0.74)}
 
@@ -165,7 +165,7 @@ def test_holm_by_the_example_of_its_definition():
     ("lowest", "highest", "digits"), [(0.1, 0.345, 3), (2, 12.5, 1), (-3500, 20, 0), (0, 0, 2), (0, 1e-5, 7)]
 )
 def test_three_digits_of_the_largest_score_are_shown(lowest, highest, digits):
-    assert Metric("RMSE", False, lowest, highest).digits == digits
+    assert ScoreMetric("RMSE", False, lowest, highest).digits == digits
 
 
 def test_a_bar_shows_tasks_and_steps_and_changes_nothing(capsys):

@@ -195,8 +195,8 @@ class LwF(Addition):
 
     The loss gains strength * sum over tasks of the cross-entropy from softmax(z_old/2) to softmax(z/2), over the outputs that
     competed in each earlier task; where these are nested or the same, as under the masks "seen" and "all", over the last ones.
-    The paper's warm-up of a new head by itself is left out. In a regression, of which the paper has none, the term is the mean
-    square of z - z_old.
+    The paper's warm-up of a new head by itself is left out. In a regression, which the paper does not treat, the term is the
+    mean square of z - z_old.
 
     Args:
         strength: weight of the earlier answers; 1 in the paper.

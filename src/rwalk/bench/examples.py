@@ -43,7 +43,7 @@ def read(side: Any, what: str, tokens: int = 0) -> Examples:
 
     Args:
         side: inputs and labels as a pair of arrays, tensors, lists or tables; a data set with a length, whose items are such
-            pairs; or a loader, of which all examples are read in the order of its data set, whether it shuffles or not.
+            pairs; or a loader: all its examples are read in the order of its data set, whether it shuffles or not.
         what: what they are, for messages.
         tokens: how many different numbers the inputs can be; 0 for inputs that number nothing.
 

@@ -52,7 +52,7 @@ def check(method: Method) -> None:
     if isinstance(method, str):
         known = [*BASELINES, *RECIPES]
         if method in rules():
-            raise ValueError(f"`{method}` is a rule, of which Python takes the object: pass `{rules()[method].__name__}()`.")
+            raise ValueError(f"`{method}` is a rule. In Python, pass the object: `{rules()[method].__name__}()`.")
         if not is_path(method) and method not in known:
             came = f"There is no method `{printable(method, '')}`.{suggestion(method, [*known, *rules()])}"
             raise ValueError(f"{came} Pass one of {', '.join(known)}, or a rule such as `RWalk()`.")

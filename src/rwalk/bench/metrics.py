@@ -13,7 +13,7 @@ Matrix = Sequence[Row]
 
 
 def oriented(a: Matrix, higher: bool) -> Matrix:
-    """Return scores of which higher ones are better: errors with the opposite sign."""
+    """Return scores so that higher is better: errors get the opposite sign."""
     return a if higher else [[None if score is None else -score for score in row] for row in a]
 
 

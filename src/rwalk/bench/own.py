@@ -28,7 +28,7 @@ def stream(
     """Make a stream of one's own data.
 
     Training and test data are each a pair of arrays, tensors, lists or tables, `(x, y)`; a data set with a length, whose items
-    are such pairs; or a `DataLoader`, of which all examples are read in the order of its data set, whether it shuffles or not.
+    are such pairs; or a `DataLoader`: all its examples are read in the order of its data set, whether it shuffles or not.
     They are read once, with their transforms: what these draw with PyTorch's random numbers is the same each time. Inputs
     become float32 and are not standardised; bytes (uint8), as images have them, are divided by 255.
 
@@ -117,7 +117,7 @@ def _refuse_forms(sides: Sequence[Examples]) -> None:
 
 
 def _numbered(sides: Sequence[Examples]) -> tuple[list[Tensor], list[Any]]:
-    """Number labels from 0 on in their sorted order; return the numbers and the labels, of which a regression has none."""
+    """Number labels from 0 on in their sorted order; return the numbers and the labels; a regression has no labels."""
     names = [side.y for side in sides if isinstance(side.y, list)]
     if names:
         known: list[Any] = sorted(set(chain.from_iterable(names)))

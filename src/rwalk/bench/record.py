@@ -71,6 +71,11 @@ class Record(Sealed):
     NAMED = re.compile(r".*-seed-?[0-9]+-[0-9a-f]{10}\.json", re.DOTALL)
 
     @property
+    def task_names(self) -> list[str]:
+        """Names of the tasks, one for each column: their own, else their numbers from 1."""
+        return self.tasks or [str(k + 1) for k in range(max(map(len, self.scores), default=0))]
+
+    @property
     def average(self) -> float | None:
         """Mean score over all tasks after the last one: for accuracies the average accuracy."""
         return metrics.average(self.scores)
@@ -129,7 +134,7 @@ class Record(Sealed):
         return import_module("rwalk.report").plot(self)  # reports see records, and not the other way round
 
     def _repr_html_(self) -> str:
-        tasks = self.tasks or [str(k + 1) for k in range(max(map(len, self.scores), default=0))]
+        tasks = self.task_names
         shown = [
             [tasks[k], *("" if score is None else self._shown(score) for score in row)] for k, row in enumerate(self.scores)
         ]

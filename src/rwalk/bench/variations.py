@@ -47,7 +47,7 @@ def _few(part: Part, count: int) -> Part:
 
 
 def _labels(part: Part) -> set[int]:
-    """Return the labels of examples; none for a regression, and for characters, of which all may come next."""
+    """Return the labels of examples; none for a regression, and none for characters, as any of them may come next."""
     labels = part.labels()
     return set(labels.tolist()) if labels.dim() == 1 else set()
 

@@ -55,8 +55,8 @@ class MethodOptions:
     """What learns the stream, and how hard rules hold; the fields of each rule follow at the end.
 
     Args:
-        names: With commas between: finetune, joint, cumulative, replay, agem, lwf, default, recipe, and rules, of which `rwalk
-            list` has all; or package.module:name of a rule or learner of your own.
+        names: With commas between: finetune, joint, cumulative, replay, agem, lwf, default, recipe, and rules (`rwalk
+            list` shows all); or package.module:name of a rule or learner of your own.
         strength: Factor of the penalty; several ones with commas between; or tuned, for what `rwalk tune` has found with the
             same settings. A method's own, such as --ewc.strength, goes before it. Default: 1 for rules and lwf, 0.1 for
             default, recipe and kronecker.
@@ -139,7 +139,7 @@ class TunedMethodOptions(MethodOptions):
     """What is tuned; the fields of each rule follow at the end.
 
     Args:
-        names: With commas between: default, recipe, and rules, of which `rwalk list` has all; or package.module:name of a rule
+        names: With commas between: default, recipe, and rules (`rwalk list` shows all); or package.module:name of a rule
             of your own.
         strength: Strengths to try, with commas between; default: 0.01, 0.03, 0.1, ... 100 times the method's default. Those of
             one method, such as --ewc.strength, go before them.

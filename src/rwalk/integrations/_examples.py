@@ -11,18 +11,18 @@ from torch.optim import Optimizer
 from rwalk._errors import printable
 
 
-class Examples(NamedTuple):
+class WeightedExamples(NamedTuple):
     """Inputs, targets, and how much each example counts; None if all count alike."""
 
     x: Tensor
     y: Tensor
     weight: Tensor | None = None
 
-    def take(self, rows: Any) -> "Examples":
+    def take(self, rows: Any) -> "WeightedExamples":
         """Return some of the examples."""
-        return Examples(self.x[rows], self.y[rows], None if self.weight is None else self.weight[rows])
+        return WeightedExamples(self.x[rows], self.y[rows], None if self.weight is None else self.weight[rows])
 
-    def drawn(self) -> "Examples":
+    def drawn(self) -> "WeightedExamples":
         """Draw as many examples, each as often as its share of the weight says, rounded up or down (systematic sampling)."""
         if self.weight is None:
             return self
@@ -38,7 +38,7 @@ class Examples(NamedTuple):
 def train(
     network: nn.Module,
     optimizer: Optimizer,
-    examples: Examples,
+    examples: WeightedExamples,
     losses: Callable[[Tensor, Tensor], Tensor],
     epochs: int,
     batch_size: int,
@@ -81,7 +81,7 @@ def checked_tasks(task: Any, count: int) -> Any:
     """Return the number of each example's task, in ascending order of their labels, as an array.
 
     Raises:
-        ValueError: unless `task` has one entry for each example, of which none is missing and all can be put in order.
+        ValueError: unless `task` has one entry for each example, none missing, that can be put in order.
     """
     if task is None:
         return np.zeros(count, dtype=int)

@@ -21,7 +21,14 @@ from torch.optim import Optimizer
 
 from rwalk import Consolidator, Kronecker
 from rwalk.gradients.likelihood import gaussian_loss
-from rwalk.integrations._examples import Examples, checked_tasks, checked_weight, class_indices, refuse_many_labels, train
+from rwalk.integrations._examples import (
+    WeightedExamples,
+    checked_tasks,
+    checked_weight,
+    class_indices,
+    refuse_many_labels,
+    train,
+)
 from rwalk.rules.base import Rule
 
 NESTED = "rule__"
@@ -140,9 +147,9 @@ class RWalkEstimator(BaseEstimator):
         self.task_: Any = self.task_ if task is None else task
         return self._train(self._examples(x, targets, weight), 1)
 
-    def _examples(self, x: Any, targets: Any, weight: Any) -> Examples:
+    def _examples(self, x: Any, targets: Any, weight: Any) -> WeightedExamples:
         """Return the examples that count."""
-        every = Examples(torch.tensor(x, device=self.device), self._targets(targets).to(self.device))
+        every = WeightedExamples(torch.tensor(x, device=self.device), self._targets(targets).to(self.device))
         if weight is None:
             return every
         rows = np.flatnonzero(weight)
@@ -160,7 +167,7 @@ class RWalkEstimator(BaseEstimator):
         self.optimizer_ = self.optimizer(self.network_.parameters(), lr=self.lr)
         self.memory_ = Consolidator(self.network_, self.rule, self.strength, **(self.options or {}))
 
-    def _train(self, examples: Examples, epochs: int) -> Self:
+    def _train(self, examples: WeightedExamples, epochs: int) -> Self:
         self.memory_.attach(self.optimizer_)
         try:
             with self._seeded():
@@ -169,7 +176,7 @@ class RWalkEstimator(BaseEstimator):
             self.memory_.detach()  # hooks do not pickle
         return self
 
-    def _end(self, examples: Examples | None) -> Self:
+    def _end(self, examples: WeightedExamples | None) -> Self:
         with self._seeded():
             data = None if examples is None else examples.drawn().batches(self.batch_size)
             self.memory_.consolidate(data, loss=self._meaning())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from rwalk._errors import printable
 from rwalk.bench.record import Record
 from rwalk.report.compare import Effect, Runs, effects, grouped
-from rwalk.report.metric import Metric
+from rwalk.report.metric import ScoreMetric
 from rwalk.report.names import method_name
 from rwalk.report.summary import MethodComparison, summarise
 
@@ -49,7 +49,7 @@ class Ranking:
 
     stream: str
     about: str
-    metric: Metric
+    metric: ScoreMetric
     reference: str
     rivals: tuple[Rival, ...]
 
@@ -92,8 +92,8 @@ def _named(name: str) -> str:
     return " ".join(filter(None, [method_name(method), rest]))
 
 
-def _score(runs: Runs, metric: Metric) -> float | None:
-    """Return the mean over seeds of the average score, as one of which more is better."""
+def _score(runs: Runs, metric: ScoreMetric) -> float | None:
+    """Return the mean over seeds of the average score, signed so that higher is better."""
     averages = [record.average for record in runs.by_seed.values() if record.average is not None]
     return metric.gain(sum(averages) / len(averages), 0.0) if averages else None
 

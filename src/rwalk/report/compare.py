@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean, stdev, variance
 from typing import Any
 
@@ -153,7 +153,7 @@ def effects(a: Runs, b: Runs) -> Iterator[Effect]:
         known = [(seed, float(x), float(y)) for seed, x, y in values if _is_known(x) and _is_known(y)]
         if known:
             percent = name != "ms a step" and a.by_seed[common[0]].metric == ACCURACY
-            yield replace(_effect(figure, *zip(*known, strict=True)), percent=percent)
+            yield _effect(figure, percent, *zip(*known, strict=True))
 
 
 def _is_known(value: Any) -> bool:
@@ -161,7 +161,7 @@ def _is_known(value: Any) -> bool:
     return value is not None and is_number(value) and abs(value) < 1e100
 
 
-def _effect(figure: str, seeds: tuple[int, ...], a: tuple[float, ...], b: tuple[float, ...]) -> Effect:
+def _effect(figure: str, percent: bool, seeds: tuple[int, ...], a: tuple[float, ...], b: tuple[float, ...]) -> Effect:
     from scipy.special import stdtr, stdtrit
 
     freedom, difference, interval, g, p = len(seeds) - 1, fmean(b) - fmean(a), None, None, None
@@ -174,4 +174,4 @@ def _effect(figure: str, seeds: tuple[int, ...], a: tuple[float, ...], b: tuple[
         if (spread := math.sqrt((variance(a) + variance(b)) / 2)) > 1e-50:
             bias = math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom - 1) / 2)) / math.sqrt(freedom / 2)  # Hedges 1981
             g = bias * difference / spread
-    return Effect(figure, seeds, a, b, difference, interval, g, p)
+    return Effect(figure, seeds, a, b, difference, interval, g, p, percent)

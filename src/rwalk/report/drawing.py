@@ -12,7 +12,7 @@ from rwalk._io import files
 from rwalk.bench.record import Record
 from rwalk.report import charts, svg
 from rwalk.report.charts import Chart, Point, Series, Style
-from rwalk.report.metric import Metric
+from rwalk.report.metric import ScoreMetric
 from rwalk.report.names import clean
 from rwalk.report.summary import MethodComparison, Spread, summarise
 
@@ -83,9 +83,8 @@ def plot(records: Record | Iterable[Record] | MethodComparison, title: str = "")
 
 def _of_one(record: Record) -> Chart:
     """Return a chart of a record's scores, with a line for each task."""
-    metric, tasks = Metric.of([record]), record.tasks or [str(k + 1) for k in range(len(record.scores))]
-    series = []
-    for j, name in enumerate(tasks):
+    metric, series = ScoreMetric.of([record]), []
+    for j, name in enumerate(record.task_names):
         column = [(k + 1, row[j]) for k, row in enumerate(record.scores)]
         points = [Point(k, Spread(metric.factor * score, None)) for k, score in column if score is not None]
         look = Style(

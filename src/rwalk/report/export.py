@@ -90,7 +90,7 @@ def _costs(record: Record) -> dict[str, Any]:
 
 
 def _scores(record: Record) -> list[dict[str, Any]]:
-    about, names = _about(record), record.tasks or [str(k + 1) for k in range(max(map(len, record.scores), default=0))]
+    about, names = _about(record), record.task_names
     matrix = [record.untrained, *record.scores]
     return [
         about | {"after": after, "task": names[j], "score": score}

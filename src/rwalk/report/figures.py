@@ -128,7 +128,7 @@ class Table(NamedTuple):
 
 def table(comparison: MethodComparison) -> Table:
     """Return the table of the methods, as documents show it."""
-    columns, strengths = filled(comparison), any(line.strength is not None for line in comparison.lines)
+    columns, strengths = filled(comparison), comparison.has_strengths
     head = ["method", *["strength"] * strengths, "seeds", *(column.name for column in columns)]
     tops = [column.best(comparison) for column in columns]
     rows, best = [], []

@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from rwalk.report.charts import drawn, known
-from rwalk.report.metric import Metric
+from rwalk.report.metric import ScoreMetric
 from rwalk.report.names import clean, names
 from rwalk.report.summary import Line, MethodComparison
 
@@ -56,7 +56,7 @@ def _scores(key: int, line: Line, name: str, comparison: MethodComparison) -> He
     return Heatmap(key, name, "after ↓ on →", tasks[: max(map(len, found), default=0)], rows)
 
 
-def _score(values: list[float], metric: Metric) -> Cell:
+def _score(values: list[float], metric: ScoreMetric) -> Cell:
     if not values:
         return Cell()
     mean, digits = fmean(values), 0 if metric.percent else metric.digits

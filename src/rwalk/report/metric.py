@@ -16,7 +16,7 @@ def decimals(values: Iterable[float]) -> int:
 
 
 @dataclass(frozen=True)
-class Metric:
+class ScoreMetric:
     """What the scores of a comparison are.
 
     Args:
@@ -31,7 +31,7 @@ class Metric:
     highest: float = 1.0
 
     @classmethod
-    def of(cls, records: Iterable[Record]) -> "Metric":
+    def of(cls, records: Iterable[Record]) -> "ScoreMetric":
         """Return the metric of some records, which is the same in all."""
         records = list(records)
         first = records[0]

@@ -120,7 +120,7 @@ def _section(number: int, comparison: MethodComparison, tunings: Sequence[Tuned]
         "remarks": remarks.remarks(comparison),
         "columns": columns,
         "best": [column.best(comparison) for column in columns],
-        "strengths": any(line.strength is not None for line in comparison.lines),
+        "strengths": comparison.has_strengths,
         "rows": list(zip(comparison.lines, names(comparison), charts.styles(comparison), how, strict=True)),
         "drawn": charts.drawn(comparison),
         "top": remarks.best(comparison),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from rwalk._errors import printable
 from rwalk.bench.record import Record
 from rwalk.bench.tuned import SUFFIX, Tuned
-from rwalk.report.metric import Metric
+from rwalk.report.metric import ScoreMetric
 
 REFERENCES = ("cumulative", "joint")
 """Methods that train on the data of all tasks at once: they show what can be reached, and are not compared."""
@@ -101,21 +101,26 @@ class MethodComparison:
     lines: list[Line]
 
     @cached_property
-    def metric(self) -> Metric:
+    def metric(self) -> ScoreMetric:
         """What the scores are."""
-        return Metric.of(record for line in self.lines for record in line.records)
+        return ScoreMetric.of(record for line in self.lines for record in line.records)
 
     @cached_property
     def tasks(self) -> list[str]:
         """Names of the tasks: as in the records, else their numbers from 1."""
         records = [record for line in self.lines for record in line.records]
-        named = max((record.tasks for record in records), key=len)
-        return named or [str(k + 1) for k in range(max((len(row) for r in records for row in r.scores), default=0))]
+        named = [record for record in records if record.tasks]
+        return max((record.task_names for record in named or records), key=len)
 
     @property
     def journal(self) -> bool:
         """Whether journals of training loops wrote the records, and not `rwalk run`."""
         return bool(self.setting.get("stream", {}).get("journal"))
+
+    @property
+    def has_strengths(self) -> bool:
+        """Whether any method has a strength."""
+        return any(line.strength is not None for line in self.lines)
 
     def varying(self, line: Line) -> dict[str, Any]:
         """Return the fields that distinguish a line from others of the same method."""
@@ -154,9 +159,7 @@ class Records(list[Record]):
     """Records, which notebooks show as tables of methods."""
 
     def _repr_html_(self) -> str:
-        from rwalk.report.export import html
-
-        return html(summarise(self))
+        return summarise(self)._repr_html_()
 
 
 class Comparisons(list[MethodComparison]):
