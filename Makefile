@@ -3,6 +3,7 @@
 # make test-integrations: train inside Avalanche, Lightning, Hugging Face and scikit-learn, in an environment of its own.
 # make test-oldest: the tests with the lowest versions that pyproject.toml allows, in an environment of its own.
 # make docs: build the documentation site into docs/_build/html, run its notebooks, and look at its pages in a browser.
+# make package: build the sdist, the wheel out of it, and run the README and the pages where neither the source nor this folder is.
 # make bench: what a training step costs with each method; make bench-quick for two minutes of it.
 # make peers: install Avalanche, so that the benchmark shows it too.
 PYTHON ?= python3
@@ -11,9 +12,10 @@ BIN := $(VENV)/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PIP := $(BIN)/python $(INSTALL)
 HOSTS ?= .venv-integrations
+PACKAGE ?= .venv-package
 OLDEST ?= .venv-oldest
 
-.PHONY: demo test test-integrations test-oldest check format docs bench bench-quick peers clean
+.PHONY: demo test test-integrations test-oldest check format docs package bench bench-quick peers clean
 
 demo: $(VENV)/.bench
 	$(BIN)/rwalk run permuted-digits --methods finetune,rwalk,recipe,replay,default,joint --seeds 3 --epochs 5 --lr 0.1 --out runs/demo
@@ -40,6 +42,16 @@ format: $(VENV)/.dev
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build/html
 	RWALK_SITE=docs/_build/html $(BIN)/python -m pytest tests/system/test_site.py
+
+package: $(VENV)/bin/python
+	$(PIP) build twine
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*.tar.gz dist/*.whl
+	$(PYTHON) -m venv --clear $(PACKAGE)
+	$(PACKAGE)/bin/python $(INSTALL) "$$(ls dist/*.whl)[test]"
+	mkdir dist/unpacked && tar -xzf dist/*.tar.gz -C dist/unpacked --strip-components 1 && rm -r dist/unpacked/src
+	cd dist/unpacked && $(abspath $(PACKAGE))/bin/python -m pytest tests/system/test_package.py -k "pages or readme"
 
 bench: $(VENV)/.fast
 	$(BIN)/python -m benchmarks
@@ -94,4 +106,4 @@ $(OLDEST)/.test: pyproject.toml tests/oldest.py
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(HOSTS) $(OLDEST) runs docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(HOSTS) $(OLDEST) $(PACKAGE) dist runs docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rwalk.finetuning import Distillation, Snapshot, warm_head
     from rwalk.rules import EWC, L2, MAS, SI, EWCpp, Kronecker, OnlineEWC, RWalk, TaskFisher
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "EWC",
     "L2",

@@ -1,5 +1,6 @@
 """Variations of streams: another order of classes, fewer examples and blurry boundaries, against counts by hand."""
 
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -159,14 +160,21 @@ def test_a_metric_of_ones_own_scores_what_accuracy_scores():
 
 def test_a_metric_by_its_import_path_on_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text("def hits(true, predicted):\n    return (true == predicted).sum()\n")
-    words = ["split-digits", "--methods", "finetune", "--seeds", "1", "--metric", "mine:hits", "--out", "out"]
+    (tmp_path / "mine.py").write_text("def misses(true, predicted):\n    return (true != predicted).sum()\n")
+    words = ["split-digits", "--methods", "finetune", "--seeds", "1", "--metric", "mine:misses", "--lower", "--out", "out"]
     assert main(["run", *words]) == 0
     (record,) = report.read("out")[0]
-    assert record.metric == "hits"
-    assert record.scores[0][0] == int(record.scores[0][0]) > 1
-    (command,) = reproduce.commands(report.summarise([record])[0]).lines
-    assert "--metric mine:hits" in command
+    assert (record.metric, record.higher) == ("misses", False)
+    assert record.scores[0][1] == int(record.scores[0][1]) > 1
+    (recorded,) = reproduce.commands(report.summarise([record])[0]).lines
+    (derived,) = reproduce.commands(report.summarise([replace(record, command="")])[0]).lines
+    assert "--metric mine:misses --lower" in recorded
+    assert "--metric mine:misses --lower" in derived
+
+
+def test_lower_needs_a_metric(capsys):
+    assert main(["run", "split-digits", "--lower"]) == 2
+    assert "--lower is for a metric of your own" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("metric", "message"), [
@@ -175,6 +183,18 @@ def test_a_metric_by_its_import_path_on_the_command_line(tmp_path, monkeypatch):
 def test_a_metric_that_is_none(metric, message):
     with pytest.raises(ValueError, match=message):
         bench.scored(bench.split("digits"), metric)
+
+
+def test_accuracy_is_the_name_of_a_fraction_of_which_more_is_better():
+    def accuracy(true, predicted):
+        return (true == predicted).sum()
+
+    accuracy.__qualname__ = "accuracy"
+    stream = bench.split("digits")
+    with pytest.raises(ValueError, match="give this one another name"):
+        bench.scored(stream, accuracy, higher=False)
+    with pytest.raises(ValueError, match="which is no fraction"):
+        bench.run(bench.scored(stream, accuracy), "finetune")
 
 
 def test_a_metric_has_to_be_finite_and_tuning_looks_for_the_highest():

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rwalk._errors import printable
 from rwalk.bench.imports import function
+from rwalk.bench.record import ACCURACY
 from rwalk.bench.streams import Experience, Score
 from rwalk.bench.training import CustomLearner
 
@@ -37,6 +38,8 @@ def _own(score: Score, y: Tensor, answer: Tensor) -> float:
     value = float(function(score.source)(true.numpy(), predicted.numpy()))
     if not math.isfinite(value):
         raise ValueError(f"The metric `{printable(score.name)}` returned {value}. It has to return a finite number.")
+    if score.name == ACCURACY and not 0 <= value <= 1:
+        raise ValueError(f"The metric `accuracy` returned {value}, which is no fraction; give the function another name.")
     return value
 
 

@@ -15,7 +15,8 @@ import torch
 from rwalk._errors import printable
 from rwalk._io import files
 from rwalk.bench.record import Record
-from rwalk.bench.spec import RunSpec, StreamSpec
+from rwalk.bench.spec import RunSpec
+from rwalk.bench.stream_spec import StreamSpec
 from rwalk.bench.streams import Experience
 from rwalk.bench.trackers import Track, quiet, tracker
 

@@ -4,7 +4,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,81 +12,23 @@ import torch
 from torch import nn
 
 from rwalk import kernels
-from rwalk.bench import builtin, devices, methods, models, streams
+from rwalk.bench import devices, methods, models, streams
 from rwalk.bench.baselines import BASELINES, LwF, Rehearsal, addition
 from rwalk.bench.checkpoint import Checkpoint, Measured
-from rwalk.bench.data import load
-from rwalk.bench.dataset import DataSet
 from rwalk.bench.evaluation import scores
-from rwalk.bench.holdout import early, later
 from rwalk.bench.imports import check_kept, preload
 from rwalk.bench.methods import Method
 from rwalk.bench.optimisation import Training
 from rwalk.bench.preserved import features_now
 from rwalk.bench.progress import bar
 from rwalk.bench.record import Record
-from rwalk.bench.streams import Experience, Scenario, label_counts, task_names
+from rwalk.bench.stream_spec import StreamSpec
+from rwalk.bench.streams import Experience, label_counts, task_names
 from rwalk.bench.trackers import Track, figures, quiet
 from rwalk.bench.training import CustomLearner, Learner, check_batches
-from rwalk.bench.variations import limit, scored
 from rwalk.consolidation.settings import Average, Pull, Settings, check_strength, resolve
 from rwalk.finetuning import Snapshot
 from rwalk.rules.base import Rule
-
-
-@dataclass(frozen=True)
-class StreamSpec:
-    """A stream as a small description, from which any process makes the same tasks.
-
-    Args:
-        kind: as in `rwalk.bench.builtin.STREAMS`.
-        data: name or folder of the data set.
-        root, label, by, target: as for `rwalk.bench.data.load`.
-        seed: seed of permutations.
-        scenario, tasks: as for the stream's function; None for its default.
-        skip: how many of the first tasks to leave out.
-        limit, metric: as for `rwalk.bench.limit` and `scored`; None for all examples, and for accuracy or R².
-        tuning: how many of the first tasks to tune on, and which share of their training examples to hold out; None for runs.
-    """
-
-    kind: str
-    data: str
-    root: Path | None = None
-    label: str | None = None
-    by: str | None = None
-    seed: int = 0
-    scenario: Scenario | None = None
-    tasks: int | None = None
-    skip: int = 0
-    tuning: tuple[int, float] | None = None
-    target: str | None = None
-    limit: int | None = None
-    metric: str | None = None
-
-    def make(self) -> list[Experience]:
-        """Return the tasks; those made last are remembered."""
-        return _made(self)
-
-
-@lru_cache(maxsize=1)
-def _loaded(*arguments: Any, **options: Any) -> DataSet:
-    return load(*arguments, **options)
-
-
-@lru_cache(maxsize=2)
-def _made(spec: StreamSpec) -> list[Experience]:
-    by = {"by": spec.by or "domain"} if spec.kind == "domain" else {}
-    data = _loaded(spec.data, spec.root, spec.label, **by, target=spec.target)
-    whole = builtin.make(spec.kind, data, spec.seed, spec.scenario, tasks=spec.tasks, **by)
-    some = whole if spec.limit is None else limit(whole, spec.limit)
-    some = some if spec.metric is None else scored(some, spec.metric)
-    return later(some, spec.skip) if spec.tuning is None else early(some, *spec.tuning)
-
-
-def forget_data() -> None:
-    """Load data sets anew from here on, as files may have changed."""
-    _loaded.cache_clear()
-    _made.cache_clear()
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rwalk.bench.imports import Source, function, path_of
+from rwalk.bench.record import ACCURACY
 from rwalk.bench.streams import Experience, Joined, Part, Score, check
 
 
@@ -62,13 +63,16 @@ def scored(stream: Sequence[Experience], metric: Source, higher: bool = True) ->
         higher: whether a higher score is better.
 
     Raises:
-        ValueError: if the path leads to no function.
+        ValueError: if the path leads to no function, or a function of the name "accuracy" is said to be an error.
     """
     check(stream)
     path = metric if isinstance(metric, str) else path_of(metric)
     function(metric)
+    score = Score(path.rpartition(":")[2], metric, higher)
+    if score.name == ACCURACY and not higher:
+        raise ValueError("A metric called `accuracy` is a fraction of which more is better; give this one another name.")
     about = stream[0].stream | {"metric": path} | ({} if higher else {"higher": False})
-    return [replace(e, stream=about, score=Score(path.rpartition(":")[2], metric, higher)) for e in stream]
+    return [replace(e, stream=about, score=score) for e in stream]
 
 
 def blurry(stream: Sequence[Experience], share: float, seed: int = 0) -> list[Experience]:

@@ -39,6 +39,8 @@ def check(command: "Run") -> None:
         raise ValueError("--backend dask and --address belong together; pass both or neither.")
     if command.source.by and kind != "domain":
         raise ValueError(f"--by {printable(command.source.by, '')} is for domain streams, not for {kind}; leave it out.")
+    if command.source.lower and not command.source.metric:
+        raise ValueError("--lower is for a metric of your own; pass it with --metric.")
     if command.output.out.exists() and not command.output.out.is_dir():
         raise ValueError(printable(f"`--out {command.output.out}` is a file; name a folder."))
     Training(**vars(command.training))

@@ -33,7 +33,8 @@ class StreamOptions:
             R².
         limit: Examples of each task to keep for training and as many for testing, at random, for quick tries; default: all.
         metric: A function of true and predicted labels, in place of accuracy or R², as package.module:name, such as
-            sklearn.metrics:balanced_accuracy_score; a higher score has to be better.
+            sklearn.metrics:balanced_accuracy_score.
+        lower: A lower score of the metric is better.
         by: For domain streams: the column whose values are the tasks, or folder, if each is a folder in the data set's;
             default: domain.
     """
@@ -46,6 +47,7 @@ class StreamOptions:
     target: Annotated[str | None, UNSET] = None
     limit: Annotated[int | None, UNSET] = None
     metric: Annotated[str | None, UNSET] = None
+    lower: bool = False
     by: Annotated[str | None, UNSET] = None
 
 

@@ -17,7 +17,8 @@ from rwalk.bench.builtin import parse
 from rwalk.bench.optimisation import Training
 from rwalk.bench.pool import Failure, outcomes
 from rwalk.bench.record import Record
-from rwalk.bench.spec import RunSpec, StreamSpec, forget_data
+from rwalk.bench.spec import RunSpec
+from rwalk.bench.stream_spec import StreamSpec, forget_data
 from rwalk.bench.tuned import Tuned, tuned_name
 from rwalk.cli.checks import TUNED, check, method_names, numbers, rehearsal, rule, strength_text
 from rwalk.cli.groups import (

@@ -13,28 +13,16 @@ import torch
 from torch import Tensor
 
 from rwalk.kernels import blocked
-from rwalk.kernels.layout import Layout
-from rwalk.kernels.passes import AfterStep, BeforeStep, Column, Metric, RuleUpdate, StepGradients
+from rwalk.kernels.layout import Layout as Layout
+from rwalk.kernels.passes import AfterStep as AfterStep
+from rwalk.kernels.passes import BeforeStep as BeforeStep
+from rwalk.kernels.passes import Column
+from rwalk.kernels.passes import Metric as Metric
+from rwalk.kernels.passes import RuleUpdate as RuleUpdate
+from rwalk.kernels.passes import StepGradients as StepGradients
 from rwalk.kernels.rows import norms_of
 
-__all__ = [
-    "BACKENDS",
-    "AfterStep",
-    "BeforeStep",
-    "Layout",
-    "Metric",
-    "RuleUpdate",
-    "StepGradients",
-    "add_si_importance_",
-    "available",
-    "current",
-    "laid_out",
-    "nonfinite",
-    "penalty",
-    "settle_",
-    "settled",
-    "use",
-]
+__all__ = ["BACKENDS", "available", "current", "use"]
 
 Tensors = Sequence[Tensor]
 BACKENDS: dict[str, tuple[str, ...]] = {
@@ -134,5 +122,5 @@ def penalty(theta: Tensors, point: Tensors, omega: Tensors) -> float | Tensor:
 
 
 def __dir__() -> list[str]:
-    """List the public names, for completion and help."""
+    """List the public names, for completion and help; the others are for the library itself."""
     return __all__

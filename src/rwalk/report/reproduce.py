@@ -73,7 +73,7 @@ def _inexpressible(record: Record) -> str:
         return "its record does not hold all settings"
     if record.stream.endswith(VALIDATION):
         return "`rwalk tune` made it"
-    if not record.stream.startswith(tuple(f"{kind}-" for kind in KINDS)) or about.keys() & {"order", "blurry", "higher"}:
+    if not record.stream.startswith(tuple(f"{kind}-" for kind in KINDS)) or about.keys() & {"order", "blurry"}:
         return "its stream was made in Python"
     if not _is_path(method) and method not in {*PLAIN, "default", "recipe", *_rules()}:
         return "its method was made in Python"
@@ -109,6 +109,7 @@ def _command(record: Record, seeds: int) -> str:
         "methods": method, "tasks": about["tasks"] + skipped, "skip": skipped or None,
         "scenario": about.get("scenario") if kind in ("split", "domain") else None, "by": about.get("by"),
         "target": about.get("target"), "limit": about.get("limit"), "metric": about.get("metric"),
+        "lower": None if about.get("higher", True) else [],
         **config["training"],
         "threads": record.threads if record.threads > 1 else None,
         "device": None if record.device == "cpu" else record.device,
