@@ -1,6 +1,7 @@
 """`blend`, `warm_head`, `distill`, `snapshot` and `once` in Trainer give what the same lines give in a loop by hand."""
 
 import copy
+from warnings import catch_warnings, simplefilter
 
 import pytest
 import torch
@@ -57,14 +58,35 @@ def test_each_task_goes_part_of_the_way_back_to_its_start(tmp_path):
 @pytest.mark.parametrize("head", [True, "classifier"])
 def test_a_head_is_fitted_before_each_task_and_nothing_else_changes(tmp_path, head):
     model, other, third = bert(), bert(), bert()
-    memory = train(tmp_path, model, TASKS, ConsolidationCallback(RWalk(), 0.5, warm_head=head))
-    ours = Consolidator(other, RWalk(), 0.5)
+    callback, ours = ConsolidationCallback(RWalk(), 0.5, warm_head=head), Consolidator(other, RWalk(), 0.5)
     for data in TASKS:
-        warm_head(other, batches(data, 8), "classifier")
-        by_hand(other, [data], ours)
+        new = torch.nn.Linear(8, 3).to(model.classifier.weight.dtype)
+        model.classifier, other.classifier = new, copy.deepcopy(new)
+        with catch_warnings():
+            simplefilter("ignore")  # of a module that was replaced
+            memory = train(tmp_path, model, [data], callback)
+            warm_head(other, batches(data, 8), "classifier")
+            by_hand(other, [data], ours)
     same(memory, ours, rtol=1e-6, atol=1e-8)
     left = warm_head(third, batches(TASKS[0]))
     assert left < float(classified(bert(), batches(TASKS[0], 24)[0]).detach())
+
+
+def test_a_head_of_an_earlier_task_is_not_fitted_anew(tmp_path):
+    model, callback = bert(), ConsolidationCallback(warm_head=True)
+    train(tmp_path, model, TASKS[:1], callback)
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"fitted for an earlier task.*model.classifier = heads\[task\]"):
+        train(tmp_path, model, TASKS[1:], callback)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_checkpoint_with_nothing_left_to_train_is_said_to_be_one(tmp_path):
+    model, callback = bert(), ConsolidationCallback()
+    trainer(tmp_path, model, TASKS[0], [callback], mean_over_the_step, save_strategy="epoch").train()
+    again = trainer(tmp_path, model, TASKS[1], [callback], mean_over_the_step, save_strategy="epoch")
+    with pytest.warns(UserWarning, match="nothing is left to train.*an `output_dir` of its own"):
+        again.train(resume_from_checkpoint=True)
 
 
 def test_old_answers_are_part_of_the_loss_in_training_alone(tmp_path):

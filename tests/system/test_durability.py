@@ -294,9 +294,9 @@ def test_learners_of_ones_own_go_on_if_they_can_tell_where_they_are(tmp_path):
     bench.run(stream, Plain(), checkpoint=tmp_path / "none")
     assert not any(tmp_path.iterdir())
     first, second = Telling(), Telling()
-    bench.run(stream, first, checkpoint=tmp_path / "c")
+    bench.run(stream, lambda: first, checkpoint=tmp_path / "c")
     fitted, second.fit = [], lambda experience: fitted.append(experience.task)
-    bench.run(stream, second, checkpoint=tmp_path / "c")
+    bench.run(stream, lambda: second, checkpoint=tmp_path / "c")
     assert (first.learned, second.learned, fitted) == ([0, 1, 2], [0, 1], [2])
 
 

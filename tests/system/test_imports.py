@@ -8,11 +8,13 @@ import shlex
 import sys
 
 import pytest
+import torch
 from torch import nn
 
 from rwalk import RWalk, bench, report
 from rwalk.bench import Training
 from rwalk.cli.main import main
+from rwalk.report.names import names
 from rwalk.report.reproduce import commands
 
 OWN = """
@@ -220,3 +222,84 @@ def test_a_model_that_no_path_finds_is_run_and_named_and_kept_in_no_file(tmp_pat
 def test_a_network_in_place_of_what_makes_it_is_refused():
     with pytest.raises(TypeError, match="a `Linear`, which runs would share; pass its name, or the class"):
         Training(model=nn.Linear(2, 2))
+
+
+class Linear:
+    """A learner with a training loop of its own."""
+
+    def __init__(self, outputs=10, training=None, seed=0, rate=0.1):
+        self.model, self.rate = linear(64, outputs), rate
+        self._order = torch.Generator().manual_seed(seed)
+        self._epochs = 1 if training is None else training.epochs
+
+    def fit(self, experience):
+        x, y = experience.train.read()
+        for _ in range(self._epochs):
+            for rows in torch.randperm(len(y), generator=self._order).split(20):
+                grads = torch.autograd.grad(nn.functional.cross_entropy(self.model(x[rows]), y[rows]), self.model.parameters())
+                with torch.no_grad():
+                    for parameter, grad in zip(self.model.parameters(), grads, strict=True):
+                        parameter -= self.rate * grad
+
+    def predict(self, x, seen):
+        labels = torch.tensor(sorted(seen))
+        return labels[self.model(x)[:, labels].argmax(1)]
+
+
+def test_a_learner_starts_anew_in_each_run():
+    tasks, learner = bench.split("digits", tasks=2), Linear()
+    first, second = (bench.run(tasks, learner) for _ in range(2))
+    assert first.scores == second.scores
+    assert first.scores[0][0] > 0.9
+    assert learner.predict(tasks[0].test.read()[0], {0}).unique().tolist() == [0]
+
+
+def test_learners_of_one_class_are_told_apart_by_their_settings():
+    tasks = bench.split("digits", tasks=2)
+    found = [bench.run(tasks, Linear(rate=rate), seed=seed) for rate in (0.1, 0.001) for seed in range(2)]
+    assert len({record.name for record in found}) == 4
+    (comparison,) = report.summarise(found)
+    assert [line.seeds for line in comparison.lines] == [[0, 1], [0, 1]]
+    assert [name.partition("(")[2] for name in names(comparison)] == ["rate 0.1)", "rate 0.001)"]
+
+
+def test_a_learner_is_given_the_training_and_the_seed_that_it_asks_for():
+    tasks = bench.split("digits", tasks=2)
+    one, other, three = (
+        bench.run(tasks, Linear, seed=seed, training=Training(epochs=epochs)) for seed, epochs in ((0, 1), (1, 1), (0, 3))
+    )
+    assert one.method == "linear"
+    assert one.scores == bench.run(tasks, Linear).scores
+    assert one.average != other.average
+    assert three.average > one.average
+    function = bench.run(tasks, lambda seed, training: Linear(10, training, seed), seed=1)
+    assert function.scores == other.scores
+
+
+def test_a_rules_class_is_the_rule():
+    tasks = bench.split("digits", tasks=2)
+    assert bench.run(tasks, RWalk).scores == bench.run(tasks, RWalk()).scores
+    assert bench.run(tasks, RWalk).method == "rwalk"
+
+
+def test_what_cannot_be_copied_is_refused():
+    class Locked(Linear):
+        def __deepcopy__(self, memo):
+            raise TypeError("it has a lock")
+
+    with pytest.raises(ValueError, match=r"The learner Locked cannot be copied.*pass the class, or a function"):
+        bench.run(bench.split("digits", tasks=2), Locked())
+
+
+def test_records_of_code_that_was_edited_are_not_taken_for_new_ones(here, capsys):
+    words = [*QUICK, "--methods", "own_things:Prior", "--out", "out"]
+    for _ in range(2):
+        assert main(words) == 0
+    assert "on disk" in capsys.readouterr().out
+    (here / "own_things.py").write_text(OWN.replace("argmax()", "argmin()"))
+    sys.modules.pop("own_things")
+    assert main(words) == 0
+    assert "on disk" not in capsys.readouterr().out
+    (comparison,) = report.summarise(report.read(here / "out")[0])
+    assert len(comparison.lines) == 2
+    assert all("code" in name for name in names(comparison))

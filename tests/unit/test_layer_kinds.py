@@ -117,6 +117,63 @@ def test_convolution(layer):
     assert_layer(memory.anchor.layers["layer.weight"], a, g, unit(a, g))
 
 
+class Plain(nn.Linear):
+    """A class of one's own that does nothing of its own."""
+
+
+class Halving(nn.Linear):
+    def forward(self, x):
+        return 3 * super().forward(x / 2)
+
+
+class Padding(nn.Conv2d):
+    """Pads by itself, more on one side, as some convolutional networks from TensorFlow do."""
+
+    def forward(self, x):
+        x = F.pad(x, (0, 1, 1, 2))
+        return F.conv2d(x, self.weight, self.bias, self.stride, dilation=self.dilation, groups=self.groups)
+
+
+class Standardised(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+@pytest.mark.parametrize(("kind", "before", "after"), [(Plain, 1.0, 1.0), (Halving, 0.5, 3.0)])
+def test_linear_layers_of_derived_classes(kind, before, after):
+    torch.manual_seed(0)
+    model = Read(kind(4, 3), lambda layer, x: layer(x)).double()
+    x, y = torch.randn(5, 2, 4).double(), torch.randn(5).double()
+    memory = measured(model, (x,), y, {"layer.weight", "layer.bias"})
+    inner = F.linear(x * before, model.layer.weight, model.layer.bias).detach().requires_grad_()
+    (delta,) = torch.autograd.grad(mean_loss(inner * after, y) * 5, inner)
+    a, g = second_moments((x * before).reshape(-1, 1, 4).numpy(), delta.reshape(-1, 1, 3).numpy(), 5)
+    assert_layer(memory.anchor.layers["layer.weight"], a, g, unit(a, g))
+    assert F.linear is torch._C._nn.linear
+
+
+def test_a_convolution_that_pads_by_itself():
+    torch.manual_seed(0)
+    layer = Padding(4, 6, 3, stride=2, groups=2)
+    model = Read(layer, lambda layer, x: layer(x)).double()
+    x, y = torch.randn(3, 4, 5, 6).double(), torch.randn(3).double()
+    memory = measured(model, (x,), y, {"layer.weight", "layer.bias"})
+    out = layer(x).detach().requires_grad_()
+    (delta,) = torch.autograd.grad(mean_loss(out, y) * 3, out)
+    delta = delta.flatten(2).permute(0, 2, 1).reshape(-1, 2, 3).numpy()
+    a, g = second_moments(patches(F.pad(x, (0, 1, 1, 2)), layer), delta, 3, 2)
+    assert_layer(memory.anchor.layers["layer.weight"], a, g, unit(a, g))
+
+
+def test_a_layer_that_gives_another_weight_to_its_function_is_held_alone_with_a_warning():
+    model = Read(Standardised(2, 3, 3), lambda layer, x: layer(x)).double()
+    x, y = torch.randn(3, 2, 5, 6).double(), torch.randn(3).double()
+    with pytest.warns(UserWarning, match="`layer.weight`.* held one by one"):
+        memory = measured(model, (x,), y, {"layer.weight", "layer.bias"})
+    assert not memory.anchor.layers
+    assert {*memory.anchor.omega} == {"layer.weight", "layer.bias"}
+
+
 @pytest.mark.parametrize("padding", [None, 2])
 def test_embedding(padding):
     torch.manual_seed(0)
@@ -307,6 +364,8 @@ def test_uses_of_one_weight_add_up():
 @pytest.mark.parametrize("make", [
     lambda: (Read(nn.Linear(4, 3), lambda layer, x: layer(x)), torch.randn(6, 4)),
     lambda: (Read(nn.Conv2d(4, 6, 3, groups=2), lambda layer, x: layer(x)), torch.randn(6, 4, 5, 5)),
+    lambda: (Read(Padding(4, 6, 3, groups=2), lambda layer, x: layer(x)), torch.randn(6, 4, 5, 5)),
+    lambda: (Read(Halving(4, 3), lambda layer, x: layer(x)), torch.randn(6, 4)),
     lambda: (Read(nn.Embedding(7, 3), lambda layer, x: layer(x)), torch.randint(0, 7, (6, 4))),
     lambda: (Read(nn.LSTM(3, 2, batch_first=True), lambda layer, x: layer(x)[0]), torch.randn(6, 4, 3)),
 ])  # fmt: skip

@@ -1,12 +1,15 @@
 """Models, rules and learners of one's own: by their import path, and made with what they ask for."""
 
+import hashlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from rwalk._errors import printable
@@ -17,7 +20,13 @@ Source = str | Callable[..., Any]
 """An import path, `package.module:name`, or the object there."""
 
 
-def create(source: Source, task: Experience, what: str, kind: tuple[Callable[[Any], bool], str]) -> Any:
+def create(
+    source: Source,
+    task: Experience,
+    what: str,
+    kind: tuple[Callable[[Any], bool], str],
+    offers: Mapping[str, Any] | None = None,
+) -> Any:
     """Return what an import path, or the object there, makes for a task.
 
     Args:
@@ -25,21 +34,23 @@ def create(source: Source, task: Experience, what: str, kind: tuple[Callable[[An
         task: the first task of a stream.
         what: the word for it in messages.
         kind: whether an object is of the right kind, and the words for that.
+        offers: what it may ask for beside what follows from the task.
 
     Raises:
         ValueError: if it cannot be imported or called, or makes something else.
     """
     fits, expected = kind
+    offered = {name: read(task) for name, read in OFFERS.items()} | {**(offers or {})}
     path = source if isinstance(source, str) else path_of(source)
     try:
         with _current_folder():
             found = _imported(source) if isinstance(source, str) else source
-            made = found if isinstance(found, Rule) else _called(found, task)
+            made = found if isinstance(found, Rule) else _called(found, task, offered)
             if not fits(made):
                 raise TypeError(f"it makes an object of type {type(made).__name__}")
     except Exception as error:  # code of one's own may raise anything
         came = f"{what} `{path}` cannot be made ({type(error).__name__}: {error})."
-        remedy = f"Pass `package.module:name` of a class or function that makes {expected}; it may ask for {', '.join(OFFERS)}"
+        remedy = f"Pass `package.module:name` of a class or function that makes {expected}; it may ask for {', '.join(offered)}"
         raise ValueError(printable(f"{came} {remedy}. The current folder is searched, too.")) from None
     return made
 
@@ -57,7 +68,7 @@ OFFERS: dict[str, Callable[[Experience], Any]] = {
 its elements, how many outputs the stream has, under three names, and how many different numbers a text's inputs can be."""
 
 
-def _called(factory: Any, task: Experience) -> Any:
+def _called(factory: Any, task: Experience, offered: Mapping[str, Any]) -> Any:
     """Call a factory with what it asks for; a single parameter of another name is the task."""
     if not callable(factory):
         raise TypeError(f"it is an object of type {type(factory).__name__}, and neither a class nor a function")
@@ -70,13 +81,13 @@ def _called(factory: Any, task: Experience) -> Any:
     except ValueError:  # of some that are written in C
         return factory(task)
     needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    unknown = [p.name for p in parameters if p.name in needed and (p.name not in OFFERS or p.kind is p.POSITIONAL_ONLY)]
+    unknown = [p.name for p in parameters if p.name in needed and (p.name not in offered or p.kind is p.POSITIONAL_ONLY)]
     if len(needed) == 1 and unknown:
         return factory(task)
     if unknown:
         raise TypeError(f"it needs `{unknown[0]}`, which nobody gives")
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    return factory(**{name: OFFERS[name](task) for name in named if name in OFFERS})
+    return factory(**{name: offered[name] for name in named if name in offered})
 
 
 def function(source: Source) -> Callable[..., Any]:
@@ -104,6 +115,20 @@ def preload(*sources: Any) -> None:
         if isinstance(source, str) and ":" in source:
             with suppress(Exception), _current_folder():
                 _imported(source)
+
+
+def code_of(*sources: Any) -> str:
+    """Return a digest of the files behind those that are import paths; empty if there are none.
+
+    With it in a run's configuration, results of code that was edited since are not taken for those of the code as it is.
+    """
+    found = list[bytes]()
+    for source in sources:
+        if isinstance(source, str) and ":" in source:
+            with suppress(Exception), _current_folder():
+                spec = find_spec(source.partition(":")[0])
+                found.append(Path(spec.origin if spec and spec.origin else "").read_bytes())
+    return hashlib.sha256(b"".join(found)).hexdigest()[:10] if found else ""
 
 
 def path_of(thing: Any) -> str:

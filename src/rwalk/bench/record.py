@@ -15,7 +15,7 @@ FORMAT = 2
 """In format 1 `scores` was called `accuracy`, as nothing else was measured."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Record(Sealed):
     """One run of one method on one stream with one seed.
 
@@ -69,6 +69,11 @@ class Record(Sealed):
 
     REFUSAL = "is no record of `rwalk run`", "Move the file away and run again."
     NAMED = re.compile(r".*-seed-?[0-9]+-[0-9a-f]{10}\.json", re.DOTALL)
+
+    def __repr__(self) -> str:
+        """Say what was run and how it ended."""
+        average = "" if self.average is None else f": average {self.metric} {self._shown(self.average)}"
+        return f"<record of {self.method} on {self.stream}, seed {self.seed}{average}>"
 
     @property
     def task_names(self) -> list[str]:
@@ -181,7 +186,7 @@ def _differ(names: list[str]) -> bool:
 
 
 def _is_config(config: dict[str, Any]) -> bool:
-    parts = all(isinstance(config.get(key, {}), dict) for key in ("stream", "training", "rule", "replay"))
+    parts = all(isinstance(config.get(key, {}), dict) for key in ("stream", "training", "rule", "learner", "replay"))
     return parts and is_number(config.get("strength"))
 
 

@@ -16,7 +16,7 @@ from rwalk.bench import devices, methods, models, streams
 from rwalk.bench.baselines import BASELINES, LwF, Rehearsal, addition
 from rwalk.bench.checkpoint import Checkpoint, Measured
 from rwalk.bench.evaluation import scores
-from rwalk.bench.imports import check_kept, preload
+from rwalk.bench.imports import check_kept, code_of, preload
 from rwalk.bench.methods import Method
 from rwalk.bench.optimisation import Training
 from rwalk.bench.preserved import features_now
@@ -67,6 +67,11 @@ class RunSpec:
         object.__setattr__(other, "stream", stream)
         return other
 
+    @property
+    def _offers(self) -> dict[str, Any]:
+        """What a rule or learner of one's own may ask for, beside what follows from the tasks."""
+        return {"training": self.training, "seed": self.seed}
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave out a rule by import path: another process may not find its module before it looks in the current folder."""
         own = ("rule", "settings") if methods.is_path(self.method) else ()
@@ -75,7 +80,7 @@ class RunSpec:
     @cached_property
     def rule(self) -> Rule[Any] | None:
         """The rule; None for methods without one."""
-        return methods.rule_of(self.method, self.tasks[0])
+        return methods.rule_of(self.method, self.tasks[0], self._offers)
 
     @cached_property
     def settings(self) -> Settings | None:
@@ -111,7 +116,8 @@ class RunSpec:
             weight = check_strength(1.0 if self.strength is None else self.strength)
             ruled = {"strength": weight} | ({} if first.regression else {"temperature": LwF.TEMPERATURE})
         kept = {"replay": asdict(self.rehearsal)} if self.rehearsal else {}
-        return {"stream": first.stream, "training": config} | ruled | kept
+        own = {"learner": methods.settings_of(self.method), "code": code_of(self.method, training.model)}
+        return {"stream": first.stream, "training": config} | ruled | kept | {name: v for name, v in own.items() if v}
 
     @cached_property
     def base_name(self) -> str:
@@ -157,7 +163,7 @@ class RunSpec:
         memory = self.settings
         torch.manual_seed(self.seed)
         if self.rule is None and (methods.is_path(self.method) or not isinstance(self.method, str)):
-            return cast(CustomLearner, methods.made(self.method, self.tasks[0]))
+            return cast(CustomLearner, methods.made(self.method, self.tasks[0], self._offers))
         device = devices.chosen(self.device)
 
         def make() -> nn.Module:
@@ -259,7 +265,8 @@ def run(
     Args:
         stream: the tasks, for example `rwalk.bench.split("digits", tasks=5)`.
         method: "finetune", "joint", "cumulative", "replay", "agem", "lwf", "default" (`Consolidator(model)`), "recipe" (the
-            diagonal one), a rule such as `RWalk()`, an object with `fit` and `predict`, or `package.module:name` of either.
+            diagonal one), a rule such as `RWalk()`, an object with `fit` and `predict`, of which each run trains a copy, or a
+            class, function or `package.module:name` that makes one of these; it may ask for `task`, `training` and `seed`.
         strength: factor of the penalty for a rule; the consolidator's default when None. For "lwf" the weight of the earlier
             answers; 1 when None.
         seed: seed of initial weights and batch order; equal seeds give equal results, bit for bit on one machine's CPU.

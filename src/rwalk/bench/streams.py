@@ -97,7 +97,7 @@ class Score:
     higher: bool
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Experience:
     """One task of a stream.
 
@@ -121,6 +121,13 @@ class Experience:
     stream: dict[str, Any] = field(default_factory=lambda: {"name": "custom"})
     tokens: int = 0
     score: Score | None = None
+
+    def __repr__(self) -> str:
+        """Say how large the task is, without its data."""
+        some = [*map(str, self.classes[:12]), *["..."] * (len(self.classes) > 12)]
+        labels = f", labels {', '.join(some)}" if some else ""
+        sizes = f"{len(self.train)} training and {len(self.test)} test examples"
+        return f"<task {self.task + 1} of {self.stream['name']}: {sizes} of shape {self.shape}{labels}>"
 
     @property
     def shape(self) -> tuple[int, ...]:

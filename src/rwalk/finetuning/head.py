@@ -4,6 +4,7 @@ Kumar et al. 2022, "Fine-tuning can distort pretrained features and underperform
 """
 
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +62,16 @@ def warm_head(
     """
     found, features = _features(model, data, _find_head(model, head))
     return _fit(found, features, loss or _loss_for(features.labels), penalty / len(features.labels), steps)
+
+
+def called_head(model: nn.Module, data: Iterable[Any], head: nn.Module | str | None = None) -> nn.Module:
+    """Return the head that `warm_head` would fit; one that is not named is found with the first batch.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    named = _find_head(model, head)
+    return named or _features(model, islice(iter(data), 1), None)[0]
 
 
 def _find_head(model: nn.Module, head: nn.Module | str | None) -> nn.Module | None:

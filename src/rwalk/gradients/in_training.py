@@ -17,8 +17,9 @@ from rwalk.distributed.ranks import Ranks
 from rwalk.distributed.shards import sharded
 from rwalk.gradients.backward_hooks import no_training, with_gradient
 from rwalk.gradients.batches import first_size
+from rwalk.gradients.function_calls import Rows
 from rwalk.gradients.layer_moments import LayerSums, WeightGradient, warn_of_odd_layers
-from rwalk.gradients.layer_uses import NOTHING_HELD, LayerUses, ModelHook, Rows
+from rwalk.gradients.layer_uses import NOTHING_HELD, LayerUses, ModelHook
 from rwalk.gradients.shared_weights import sums_of
 
 
@@ -202,8 +203,8 @@ class TrainingMoments:
         if unseen:
             warn(
                 f"The layers of {listed(unseen)} were not seen at work, though these weights have gradients: their modules are "
-                "not called, or are compiled. They are held one by one. If the model is compiled, give the compiled one to the "
-                "consolidator."
+                "not called, are compiled, or compute with other weights made of them. They are held one by one. If the model "
+                "is compiled, give the compiled one to the consolidator."
             )
 
     def commit(self, step: StepMoments) -> None:

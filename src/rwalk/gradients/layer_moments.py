@@ -210,8 +210,8 @@ class LayerKind(NamedTuple):
     """How inputs of a class of layers, and gradients of their outputs, become rows.
 
     Args:
-        inputs: takes the module and its input.
-        deltas: takes the module and the gradient of its output.
+        inputs: takes the module, or what has its settings, and its input.
+        deltas: takes the same and the gradient of its output.
         transposed: whether the weight's first dimension is that of the inputs.
         one_hot: whether inputs are tokens.
     """
@@ -221,9 +221,9 @@ class LayerKind(NamedTuple):
     transposed: bool = False
     one_hot: bool = False
 
-    def rows(self, layer: MeasuredLayer, module: nn.Module, x: Tensor, g: Tensor) -> Iterator[LayerRows]:
+    def rows(self, layer: MeasuredLayer, module: Any, x: Tensor, g: Tensor) -> Iterator[LayerRows]:
         """Yield what a use of a layer contributes, in pieces where that takes much memory."""
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if hasattr(module, "kernel_size"):
             x, g = (t if t.dim() == len(module.kernel_size) + 2 else t.unsqueeze(0) for t in (x, g))
             places = g[0, 0].numel()
             count = at_once(g.device, module.in_channels * math.prod(module.kernel_size) * places)

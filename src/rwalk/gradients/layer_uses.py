@@ -1,19 +1,28 @@
 """Uses of layers in a forward pass: where their inputs are, and what gradients of their outputs will tell."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from rwalk.anchors.factors import Arrangement
 from rwalk.anchors.kronecker import HeldNames
 from rwalk.distributed.shards import sharded
-from rwalk.distributed.wrappers import module_class
 from rwalk.gradients.adapters import adapter_rows, find_adapters
+from rwalk.gradients.function_calls import (
+    FUNCTIONS,
+    AttentionCalls,
+    FunctionCalls,
+    Noted,
+    OwnForward,
+    has_own_forward,
+    layer_class,
+    plain_rows,
+    takes_gradients,
+)
 from rwalk.gradients.layer_moments import (
     LAYER_KINDS,
     SCALED_EMBEDDING,
@@ -24,12 +33,6 @@ from rwalk.gradients.layer_moments import (
     is_transposed_linear,
 )
 from rwalk.gradients.recurrent import Gates, measurable
-
-Rows = Callable[[Sequence[Tensor | None]], Iterator[LayerRows]]
-"""Takes the gradients of a use's outputs, None where there is none, and yields what the use contributes."""
-
-Noted = Callable[[list[Tensor], Rows], list[Tensor]]
-"""Takes the outputs of a use and what their gradients will tell; returns what takes the place of the outputs."""
 
 NOTHING_HELD = HeldNames({}, frozenset(), {})
 
@@ -54,7 +57,7 @@ class Claim(NamedTuple):
 
 def _claims(module: nn.Module) -> Iterator[Claim]:
     """Yield the weights that a module uses in a way that can be measured."""
-    kind = module_class(module)
+    kind = layer_class(module)
     own = module._parameters
     if kind in LAYER_KINDS and not _odd_embedding(module):
         yield Claim(module, "weight", LAYER_KINDS[kind], own.get("bias"), getattr(module, "groups", 1))
@@ -147,8 +150,8 @@ class LayerUses:
             adapted: Any = ModelHook(_adapted, adapters, noted)
             self._handles.append(module.register_forward_hook(adapted, with_kwargs=True, prepend=True))
         for module, used in self._used.items():
-            if isinstance(module, nn.MultiheadAttention):
-                watch = _Attention({key: layer for key, (layer, _) in used.items()}, noted)
+            watch = _function_calls(module, used, noted)
+            if watch is not None:
                 self._handles.append(module.register_forward_pre_hook(ModelHook(watch.enter)))
                 self._handles.append(module.register_forward_hook(ModelHook(watch.leave), prepend=True, always_call=True))
                 continue
@@ -160,6 +163,16 @@ class LayerUses:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _function_calls(
+    module: nn.Module, used: Mapping[str, tuple[MeasuredLayer, LayerKind]], noted: Noted
+) -> FunctionCalls | None:
+    """Return what notes the uses of a module inside its forward; None for one whose input and output tell."""
+    if isinstance(module, nn.MultiheadAttention):
+        return AttentionCalls({key: layer for key, (layer, _) in used.items()}, noted)
+    name = FUNCTIONS.get(layer_class(module))
+    return OwnForward(*used["weight"], name, noted) if name and has_own_forward(module) else None
 
 
 def _layer(uses: list[Claim], names: Mapping[int, str], biases: list[int], held: HeldNames) -> MeasuredLayer | None:
@@ -182,7 +195,7 @@ def _layer(uses: list[Claim], names: Mapping[int, str], biases: list[int], held:
 
 def _read_and_written(uses: list[Claim]) -> bool:
     """Return whether uses are those of embeddings and of linear layers, as a language model's head is one."""
-    return all(u.kind.one_hot or module_class(u.module) is nn.Linear for u in uses) and any(u.kind.one_hot for u in uses)
+    return all(u.kind.one_hot or layer_class(u.module) is nn.Linear for u in uses) and any(u.kind.one_hot for u in uses)
 
 
 def _shared_layer(weight: str, parameter: nn.Parameter, held: HeldNames) -> MeasuredLayer | None:
@@ -200,29 +213,19 @@ def _continues(weight: str, arrangement: Arrangement, held: HeldNames) -> bool:
     return (held.biases[weight], weight in held.transposed) == (arrangement.bias, arrangement.transposed)
 
 
-def _takes_gradients(output: Any) -> bool:
-    return torch.is_grad_enabled() and isinstance(output, Tensor) and output.is_floating_point()
-
-
 def _plain(layer: MeasuredLayer, kind: LayerKind, noted: Noted, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     """Note the use of a layer with one weight."""
-    if not _takes_gradients(output):
+    if not takes_gradients(output):
         return output
     x = args[0] if args else next(iter(kwargs.values()))
-
-    def rows(gradients: Sequence[Tensor | None]) -> Iterator[LayerRows]:
-        for g in gradients:
-            if g is not None:
-                yield from kind.rows(layer, module, x.detach(), g.detach())
-
-    return noted([output], rows)[0]
+    return noted([output], partial(plain_rows, layer, kind, module, x))[0]
 
 
 def _adapted(
     adapters: Mapping[str, MeasuredLayer], noted: Noted, module: nn.Module, args: Any, kwargs: Any, output: Any
 ) -> Any:
     """Note the use of a layer with adapters."""
-    if not _takes_gradients(output):
+    if not takes_gradients(output):
         return output
     rows = adapter_rows(adapters, module, args, kwargs)
     return output if rows is None else noted([output], rows)[0]
@@ -233,7 +236,7 @@ def _recurrent(
 ) -> Any:
     """Note the use of a recurrent module; one of sequences of different lengths is not noted."""
     x, start = (*args, *kwargs.values(), None)[:2]
-    if isinstance(x, PackedSequence) or not _takes_gradients(output[0]):
+    if isinstance(x, PackedSequence) or not takes_gradients(output[0]):
         return output
     layers = {key: layer for key, (layer, _) in used.items()}
     ends = output[1] if isinstance(output[1], tuple) else (output[1],)
@@ -245,57 +248,3 @@ def _recurrent(
 
     first, *others = noted([output[0], *ends], rows)
     return first, tuple(others) if isinstance(module, nn.LSTM) else others[0]
-
-
-class _Attention:
-    """Notes the linear maps inside `MultiheadAttention`, whose function is called with its weights alone.
-
-    While the module runs, `torch.nn.functional.linear` also tells who called it.
-
-    Args:
-        layers: the layers, by the names of their weights in the module.
-        noted: takes each use.
-    """
-
-    def __init__(self, layers: Mapping[str, MeasuredLayer], noted: Noted) -> None:
-        self._layers, self._noted = layers, noted
-        self._plain: list[Any] = []
-
-    def enter(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
-        """Begin a call of the module."""
-        plain = F.linear
-        self._plain.append(plain)
-        owners: dict[str, Any] = {"out_proj.weight": module.out_proj}
-        weights = {key: owners.get(key, module)._parameters[key.rpartition(".")[2]] for key in self._layers}
-
-        def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            output: Tensor = plain(x, weight, bias)
-            layer, offset = self._found(weights, weight)
-            if layer is None or not _takes_gradients(output):
-                return output
-            return self._noted([output], partial(_placed_rows, layer, offset, x))[0]
-
-        F.linear = linear  # type: ignore[assignment]
-
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
-        """End it."""
-        if self._plain:
-            F.linear = self._plain.pop()
-
-    def _found(self, weights: Mapping[str, Any], weight: Tensor) -> tuple[MeasuredLayer | None, int]:
-        """Return the layer that a weight, or some of its rows, belongs to, and the first of them."""
-        for key, p in weights.items():
-            if weight is p:
-                return self._layers[key], 0
-            if isinstance(p, Tensor) and weight._base is p and weight.stride() == p.stride():
-                return self._layers[key], (weight.storage_offset() - p.storage_offset()) // p.stride(0)
-        return None, 0
-
-
-def _placed_rows(layer: MeasuredLayer, offset: int, x: Tensor, gradients: Sequence[Tensor | None]) -> Iterator[LayerRows]:
-    """Yield rows of some of a layer's outputs, as rows of all of them."""
-    for g in gradients:
-        if g is not None:
-            d = g.detach().reshape(1, -1, g.shape[-1])
-            d = F.pad(d, (offset, layer.height - offset - d.shape[2]))
-            yield LayerRows(layer, x.detach().reshape(1, -1, x.shape[-1]), d)

@@ -15,9 +15,10 @@ from rwalk.distributed.shards import sharded
 from rwalk.distributed.wrappers import full_parameters
 from rwalk.gradients.batches import ExampleBatch, examples
 from rwalk.gradients.costs import ManyClasses, warn_one_by_one
+from rwalk.gradients.function_calls import Rows
 from rwalk.gradients.isolation import ModelSnapshot, isolated
 from rwalk.gradients.layer_moments import WeightGradient, warn_of_odd_layers
-from rwalk.gradients.layer_uses import NOTHING_HELD, LayerUses, Rows
+from rwalk.gradients.layer_uses import NOTHING_HELD, LayerUses
 from rwalk.gradients.objectives import Scores
 from rwalk.gradients.outputs import given_inputs
 from rwalk.gradients.over_data import check_totals

@@ -54,6 +54,9 @@ class HostCallback:
             self._refuse_once()
             return
         self._refuse_once()
+        if unknown := sorted({"warm_head", "distill"} & options.keys()):
+            came = f"This callback got {listed(unknown)}, which only the one for Hugging Face's Trainer takes"
+            raise TypeError(f"{came}. Call `rwalk.warm_head(model, loader)` before `fit`, or add `Distillation` to the loss.")
         known = {name: value for name, value in options.items() if name not in ("only", "exclude")}
         Consolidator(nn.Identity(), rule, strength, **known)  # raises errors about the arguments at once
         self._arguments: tuple[Any, ...] = (rule, strength, options)

@@ -1,6 +1,7 @@
 """Hugging Face's `Trainer` with a memory: each `train()` is a task, and checkpoints include the memory."""
 
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from inspect import signature
@@ -15,10 +16,11 @@ from transformers import Trainer, TrainerCallback, default_data_collator
 from transformers.trainer_utils import RemoveColumnsCollator
 
 from rwalk import Consolidator
-from rwalk._errors import printable
+from rwalk._errors import printable, warn
 from rwalk._parameters import bare
 from rwalk.distributed.shards import sharded
 from rwalk.finetuning import Distillation, warm_head
+from rwalk.finetuning.head import called_head
 from rwalk.integrations._callback import HostCallback
 from rwalk.rules.base import Rule
 
@@ -37,6 +39,7 @@ class ConsolidationCallback(HostCallback, TrainerCallback):
         rule: how importance is measured; None for the recommended one; or a `Consolidator`, such as `protect` returns.
         strength: factor of the penalty; see `Consolidator`.
         warm_head: True, or the head as a module or by name: fit it on the task's data before each task; see `rwalk.warm_head`.
+            Each task needs a head of its own, as in `model.classifier = heads[task]`.
         distill: adds its term to the model's own loss; make it of the model as it was before all tasks.
         loss, logits: for rules that measure on data, as in `Consolidator.consolidate`. Without `loss`, rules that take the
             data's labels, such as `EWC(labels="true")`, take the model's own: of a language model, the mean over tokens. For
@@ -58,6 +61,7 @@ class ConsolidationCallback(HostCallback, TrainerCallback):
         super().__init__(rule, strength, **options)
         self._reading, self._figures = {"loss": loss, "logits": logits}, _Figures(self)
         self._warm_head, self._distill, self._during = warm_head, distill, ExitStack()
+        self._fitted: list[weakref.ref[nn.Module]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Attach to the optimiser, and continue from a checkpoint if Trainer does."""
@@ -70,13 +74,29 @@ class ConsolidationCallback(HostCallback, TrainerCallback):
         handler.callbacks = [self._figures, *(each for each in handler.callbacks if each is not self._figures)]
         ranks = isinstance(wrapped, nn.parallel.DistributedDataParallel)
         self._during.close()
+        if saved is not None and state.global_step >= state.max_steps:
+            _warn_of_finished(str(folder), state)
         if self._warm_head is not False and saved is None:
-            _warm(trainer, None if self._warm_head is True else self._warm_head)
+            self._warm(trainer, None if self._warm_head is True else self._warm_head)
         if self._distill is not None:
             self._during.enter_context(self._distill.in_loss(trainer.model))
         memory = self.begin(wrapped if ranks else trainer.model, kwargs["optimizer"])
         if saved is not None:
             memory.load(saved)
+
+    def _warm(self, trainer: Trainer, head: str | nn.Module | None) -> None:
+        """Fit the head on all of a trainer's data, in order, without a trace in the random state."""
+        batch_size = trainer.args.per_device_eval_batch_size
+        with torch.random.fork_rng():
+            data = _LabelledBatches(_loader(trainer.model, trainer.train_dataset, trainer.data_collator, batch_size))
+            module = called_head(trainer.model, data, head)
+            if any(earlier() is module for earlier in self._fitted):
+                raise ValueError(
+                    "The head was fitted for an earlier task, and fitting it anew would forget that one. Give each task a head "
+                    "of its own, as in `model.classifier = heads[task]`; where all tasks share one, leave `warm_head` out."
+                )
+            warm_head(trainer.model, data, module)
+        self._fitted.append(weakref.ref(module))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Save the memory in the checkpoint."""
@@ -125,11 +145,11 @@ class _Figures(TrainerCallback):
             callbacks.append(self.owner)
 
 
-def _warm(trainer: Trainer, head: str | nn.Module | None) -> None:
-    """Fit the head on all of a trainer's data, in order, without a trace in the random state."""
-    with torch.random.fork_rng():
-        data = _loader(trainer.model, trainer.train_dataset, trainer.data_collator, trainer.args.per_device_eval_batch_size)
-        warm_head(trainer.model, _LabelledBatches(data), head)
+def _warn_of_finished(folder: str, state: Any) -> None:
+    warn(
+        f"The checkpoint `{printable(folder)}` is at step {state.global_step} of {state.max_steps}: nothing is left to train, "
+        "and the task ends as it is. If that is the checkpoint of an earlier task, give each task an `output_dir` of its own."
+    )
 
 
 def _running_trainer() -> tuple[Trainer, str | None]:

@@ -8,7 +8,7 @@ from rwalk.bench.record import Record
 from rwalk.report.compare import Effect, Runs, effects, grouped
 from rwalk.report.metric import ScoreMetric
 from rwalk.report.names import method_name
-from rwalk.report.summary import MethodComparison, summarise
+from rwalk.report.summary import REFERENCES, MethodComparison, summarise
 
 LEVEL = 0.05
 """Chance of any false finding in a ranking."""
@@ -59,7 +59,8 @@ def between(records: Iterable[Record], against: str | None = None) -> list[Ranki
 
     Args:
         records: for example what `rwalk.report.read` returns.
-        against: the method to compare with, such as "finetune"; None for the one with the best average score of each stream.
+        against: the method to compare with, such as "finetune"; None for the one with the best average score of each stream; a
+            method that trains on all data only if there is no other.
 
     Raises:
         ValueError: if no stream has a method of that name.
@@ -77,7 +78,8 @@ def _ranking(comparison: MethodComparison, against: str | None) -> Ranking | Non
     runs = grouped(record for line in comparison.lines for record in line.records)
     known = [(score, one) for one in runs if (score := _score(one, metric)) is not None]
     ordered = [one for _, one in sorted(known, key=lambda each: -each[0])]
-    first = next((one for one in ordered if against in (None, one.method)), None)
+    best = sorted(ordered, key=lambda one: one.method in REFERENCES)  # which keeps the order otherwise
+    first = next((one for one in best if against in (None, one.method)), None)
     if first is None:
         return None
     pairs = [(one.name(runs), effect) for one in ordered if one is not first and (effect := _effect(first, one)) is not None]

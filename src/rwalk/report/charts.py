@@ -105,7 +105,8 @@ class Chart:
 
 def styles(comparison: MethodComparison) -> list[Style]:
     """Give each method a colour, and each of its lines a marker and a dash."""
-    methods = [m for m in dict.fromkeys(line.method for line in comparison.lines) if m not in ("finetune", *REFERENCES)]
+    every = [*comparison.methods, *(line.method for line in comparison.lines)]
+    methods = [m for m in dict.fromkeys(every) if m not in ("finetune", *REFERENCES)]
     count: dict[str, int] = {}
     found = []
     for line in comparison.lines:

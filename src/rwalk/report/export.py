@@ -59,8 +59,8 @@ def as_csv(records: Iterable[Record], of: Rows = "records") -> str:
 
 
 def latex(comparisons: Sequence[MethodComparison]) -> str:
-    """Return a LaTeX table (package booktabs) for each comparison, the best of each column in bold."""
-    return "\n".join(map(_tabular, comparisons))
+    """Return a LaTeX table for each comparison, the best of each column in bold."""
+    return "\n".join(["% needs \\usepackage{booktabs}", *map(_tabular, comparisons)])
 
 
 def html(comparisons: Sequence[MethodComparison]) -> str:

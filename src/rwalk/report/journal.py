@@ -75,6 +75,10 @@ class Journal:
         self._diagnostics: list[dict[str, Any]] = []
         self._resume, self._seconds, self._since = resume, 0.0, time.perf_counter()
 
+    def __repr__(self) -> str:
+        """Say what was noted so far."""
+        return f"<journal of {self.record.method} on {self.stream}, seed {self.seed}: {len(self._rows)} tasks>"
+
     def log(self, task: str | int | None, scores: Mapping[Any, float], *, summary: Any = None) -> Record:
         """Note the scores after a task, write the record and return it.
 
@@ -225,8 +229,13 @@ class Journal:
         return next((str(p.device.type) for p in parameters), "cpu")
 
     def _warn_of_another(self, record: Record) -> None:
-        """Warn if another journal of this process has written the same record, as a loop over seeds without `seed=` does."""
+        """Warn if another journal has written the same record: an earlier one, or in a loop over seeds without `seed=`."""
         path = (self.folder / record.name).absolute()
+        if path not in _written and path.exists():
+            warn(printable(
+                f"There is a record `{path.name}` of an earlier journal, and this one replaces it. Pass `resume=True` to "
+                "continue it. Where runs differ, say so by `method`, `seed` or `settings`."
+            ))  # fmt: skip
         if _written.setdefault(path, self._mark) is not self._mark:
             warn(printable(
                 f"Another journal of this process wrote `{path.name}`, and this one replaces it. Where runs differ, say so by "

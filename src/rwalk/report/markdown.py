@@ -8,8 +8,8 @@ from rwalk.report.names import clean
 from rwalk.report.remarks import remarks, sentence
 from rwalk.report.summary import MethodComparison
 
-SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~&$])|^([-+=]|[0-9]+(?=[.)]))")
-"""Characters with a meaning in GitHub's Markdown, anywhere or at the start of a line."""
+SPECIAL = re.compile(r"(?P<code>`(?:--|rwalk )[a-z0-9 -]+`)|[\\`*_{}\[\]<>|#~&$]|^(?:[-+=]|[0-9]+(?=[.)]))")
+"""Characters with a meaning in GitHub's Markdown, anywhere or at the start of a line; and options, which stay as they are."""
 
 
 def markdown(comparisons: Sequence[MethodComparison]) -> str:
@@ -37,6 +37,6 @@ def _plain(text: str) -> str:
     """Escape text, so that it is not read as Markdown or HTML."""
 
     def escaped(found: re.Match[str]) -> str:
-        return f"{found[0]}\\" if found[0].isdigit() else f"\\{found[0]}"
+        return found[0] if found["code"] else f"{found[0]}\\" if found[0].isdigit() else f"\\{found[0]}"
 
     return SPECIAL.sub(escaped, clean(text).strip())

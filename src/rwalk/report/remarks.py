@@ -67,10 +67,18 @@ def remarks(comparison: MethodComparison) -> list[Remark]:
 
 
 def _few_seeds(comparison: MethodComparison) -> Iterator[str]:
-    few = min(len(line.seeds) for line in comparison.lines)
-    if few < ENOUGH:
+    few = [(name, len(line.seeds)) for name, line in zip(names(comparison), comparison.lines, strict=True)]
+    fewest = min(count for _, count in few)
+    if fewest < ENOUGH:
         option = "" if comparison.journal else f" (`--seeds {ENOUGH}`)"
-        yield f"Only {few} seed{'s' * (few > 1)}: differences may be noise. Run at least {ENOUGH}{option}."
+        short = [name for name, count in few if count < ENOUGH]
+        whose = "" if len(short) == len(few) else f" of {listed(short)}"
+        seeds = f"{fewest} seed{'s' * (fewest > 1)}"
+        yield f"Only {seeds}{whose}: differences may be noise. Run at least {ENOUGH}{option}."
+    for name, line in zip(names(comparison), comparison.lines, strict=True):
+        if line.repeated:
+            seeds = f"seed{'s' * (len(line.repeated) > 1)} {listed([*map(str, line.repeated)])}"
+            yield f"There are several records of {name} with {seeds} and the same settings. The first one of each counts."
     if len({tuple(sorted(line.seeds)) for line in comparison.lines}) > 1:
         yield "Not all methods were run with the same seeds, so their means are over different draws."
 
@@ -117,9 +125,13 @@ def _class_incremental(comparison: MethodComparison) -> Iterator[str]:
         )
 
 
+DIAGONAL = ("recipe", "rwalk", "ewc", "online_ewc", "ewcpp", "si", "mas", "l2", "task_fisher")
+"""Methods with one number for each weight."""
+
+
 def _hopeless(line: Line, comparison: MethodComparison) -> bool:
-    """Return whether a line is class-incremental without stored examples, where no method of this family helps."""
-    bare = line.strength is not None and not (line.stored_examples and line.stored_examples.mean)
+    """Return whether a line is class-incremental without stored examples, where no diagonal rule helps."""
+    bare = line.method in DIAGONAL and not (line.stored_examples and line.stored_examples.mean)
     return bare and comparison.setting.get("stream", {}).get("scenario") == "class"
 
 

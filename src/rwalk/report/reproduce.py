@@ -15,7 +15,7 @@ KINDS = ("split", "permuted", "rotated", "domain", "drift")
 """Kinds of streams that the command line makes."""
 PLAIN = ("finetune", "joint", "cumulative", "replay", "agem", "lwf")
 """Methods of the command line other than the rules, default and recipe."""
-SETTINGS = {"stream", "training", "rule", "strength", "pull", "average", "replay", "temperature"}
+SETTINGS = {"stream", "training", "rule", "strength", "pull", "average", "replay", "temperature", "code"}
 """Parts of the configuration that the command line can set."""
 VALIDATION = "-validation"
 """The suffix of streams for tuning."""

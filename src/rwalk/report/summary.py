@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -39,6 +40,7 @@ class Line:
         fields: the rule's fields, pull, averaging and replay.
         records: one for each seed.
         references: the runs of "finetune" and of "joint" in the same comparison, by seed.
+        repeated: seeds of which there were several records with these settings; the first of each counts.
     """
 
     method: str
@@ -46,6 +48,7 @@ class Line:
     fields: dict[str, Any]
     records: list[Record] = field(repr=False)
     references: dict[str, dict[int, Record]] = field(repr=False)
+    repeated: tuple[int, ...] = ()
 
     @property
     def seeds(self) -> list[int]:
@@ -94,11 +97,19 @@ class Line:
 
 @dataclass(frozen=True)
 class MethodComparison:
-    """Methods that were trained in the same way on the same stream."""
+    """Methods that were trained in the same way on the same stream.
+
+    Args:
+        stream: name of the stream.
+        setting: settings that all share.
+        lines: the methods.
+        methods: the methods of all comparisons that were made together, in each of which a method has the same colour.
+    """
 
     stream: str
     setting: dict[str, Any]
     lines: list[Line]
+    methods: tuple[str, ...] = ()
 
     @cached_property
     def metric(self) -> ScoreMetric:
@@ -214,24 +225,34 @@ def summarise(records: Iterable[Record]) -> Comparisons:
         about = {k: v for k, v in record.config.get("stream", {}).items() if k != "seed"}
         setting = {"stream": about, "training": record.config.get("training", {})}
         comparisons.setdefault(canonical([record.stream, record.metric, record.higher, setting]), []).append(record)
-    return Comparisons(map(_compare, comparisons.values()))
+    every = sorted({record.method for group in comparisons.values() for record in group}, key=_rank)
+    return Comparisons(_compare(group, tuple(every)) for group in comparisons.values())
 
 
-def _compare(records: list[Record]) -> MethodComparison:
+def _compare(records: list[Record], every: tuple[str, ...]) -> MethodComparison:
     methods: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda r: (_rank(r.method), r.config.get("strength") or 0, r.seed)):
         mine = canonical([record.method, record.config.get("strength"), _fields(record)])
         methods.setdefault(mine, []).append(record)
     references = {name: {r.seed: r for r in records if r.method == name} for name in ("finetune", "joint")}
-    lines = [Line(g[0].method, g[0].config.get("strength"), _fields(g[0]), g, references) for g in methods.values()]
-    return MethodComparison(records[0].stream, records[0].config, lines)
+    lines = [_line(group, references) for group in methods.values()]
+    return MethodComparison(records[0].stream, records[0].config, lines, every)
+
+
+def _line(group: list[Record], references: dict[str, dict[int, Record]]) -> Line:
+    """Return the line of a method's records, of which one for each seed counts."""
+    first, counts = group[0], Counter(record.seed for record in group)
+    by_seed = {record.seed: record for record in reversed(group)}
+    repeated = tuple(seed for seed, count in counts.items() if count > 1)
+    once = [by_seed[seed] for seed in counts]
+    return Line(first.method, first.config.get("strength"), _fields(first), once, references, repeated)
 
 
 def _fields(record: Record) -> dict[str, Any]:
-    """Return the rule's fields, the options of its consolidator, and what is replayed."""
-    options = {key: record.config[key] for key in ("pull", "average") if key in record.config}
+    """Return the fields of the rule or learner, the options of its consolidator, what is replayed, and which code it was."""
+    options = {key: record.config[key] for key in ("pull", "average", "code") if key in record.config}
     replayed = {"replay": _replayed(record.config["replay"])} if "replay" in record.config else {}
-    return dict(record.config.get("rule", {})) | options | replayed
+    return dict(record.config.get("rule") or record.config.get("learner", {})) | options | replayed
 
 
 def _replayed(kept: dict[str, Any]) -> str:
