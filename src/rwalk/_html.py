@@ -22,7 +22,8 @@ def table(
 
 def _row(cells: Sequence[str], bold: Sequence[bool]) -> str:
     texts = [f"<b>{_text(cell)}</b>" if place < len(bold) and bold[place] else _text(cell) for place, cell in enumerate(cells)]
-    return f'<tr><th scope="row">{texts[0]}</th>{"".join(f"<td>{text}</td>" for text in texts[1:])}</tr>'
+    figures = "".join(f'<td style="white-space: nowrap">{text}</td>' for text in texts[1:])
+    return f'<tr><th scope="row">{texts[0]}</th>{figures}</tr>'
 
 
 def _text(text: str) -> str:

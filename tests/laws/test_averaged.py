@@ -213,3 +213,24 @@ def test_parameters_that_joined_or_grew_since_the_last_step_are_followed():
     expected = ended(model, optimizer, memory)
     with memory.averaged():
         assert same(dict(model.state_dict()), dict(expected))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_norms_that_rested_in_training_keep_their_statistics_whatever_the_mode_at_the_end(whole):
+    model = mlp()
+    model.insert(1, torch.nn.BatchNorm1d(7).double())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    memory = Consolidator(model).attach(optimizer)
+    model.train(not whole)[1].eval()
+    train(model, optimizer, batches(4, 0))
+    before = [buffer.clone() for buffer in model[1].buffers()]
+    model.eval()
+    with memory.averaged():  # warnings are errors
+        pass
+    memory.consolidate()
+    assert all(map(torch.equal, before, model[1].buffers()))
+    model.train()
+    train(model, optimizer, batches(4, 1))  # this time the norm learns
+    model.eval()
+    with pytest.warns(UserWarning, match="running statistics do not fit"):
+        memory.consolidate()

@@ -96,7 +96,10 @@ def test_plots_are_files_that_stand_alone(records, tmp_path, kind):
             text = content.decode()
             assert "var(--" not in text  # colours of the page alone
             assert all(f">{method}<" in text for method in ("fine-tuning", "RWalk", "EWC"))  # the legend
-            assert text == drawing._repr_svg_()
+            shown = drawing._repr_svg_()
+            assert drawing.chart.title in shown
+            assert all(f">{method}<" in shown for method in ("fine-tuning", "RWalk", "EWC"))
+            assert 'fill="#ffffff"' in shown  # a ground of its own, whatever the notebook's
 
 
 def test_a_plot_shows_the_averages_of_the_records(records):
@@ -138,6 +141,15 @@ def test_methods_of_a_folder_are_compared_with_the_best_and_corrected_for_their_
     assert [rival.name for rival in plain.rivals] == ["RWalk (strength 1)", "EWC (strength 1)"]
     with pytest.raises(ValueError, match="no records of `mas` to compare with; there are some of ewc, finetune, rwalk"):
         report.between(records, "mas")
+
+
+def test_methods_are_compared_with_joint_training_only_if_there_is_nothing_else(records):
+    joint = [replace(r, method="joint") for r in records if r.method == "finetune"]
+    better = [replace(r, scores=[[1.0, 1.0], [1.0, 1.0]]) for r in joint]
+    (ranking,) = report.between([*records, *better])
+    assert ranking.reference == "RWalk (strength 1)"
+    assert ranking.rivals[0].name == "joint training"
+    assert report.between(better)[0].reference == "joint training"
 
 
 def test_of_errors_the_lowest_is_the_best(records):

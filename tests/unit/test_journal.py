@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from rwalk import Consolidator, RWalk, report
+from rwalk import Consolidator, Kronecker, RWalk, TaskFisher, report
 from rwalk.bench import Record
-from rwalk.report import Journal
+from rwalk.report import Journal, journal
 from rwalk.report.remarks import sentence
 
 
@@ -102,6 +102,35 @@ def test_an_interrupted_journal_continues(tmp_path):
     again.log("feb", HELD["feb"])
     assert (again.record.scores, again.record.tasks) == (whole.scores, whole.tasks)
     assert again.path.name == whole.name
+
+
+def test_other_settings_than_those_to_continue_begin_a_new_record_with_a_warning(tmp_path):
+    months(tmp_path, "mine", 0, {"jan": HELD["jan"]})
+    other = Journal(tmp_path, "mine", "months", metric="RMSE", higher=False, settings={"lr": 0.2}, resume=True)
+    with pytest.warns(UserWarning, match=r"no record of these settings to continue.*with another training\."):
+        assert other.done == []
+    Journal(tmp_path, "mine", "weeks", resume=True).log("a", {"a": 0.5})  # no warning: nothing of it is there
+
+
+def test_a_record_of_an_earlier_process_is_replaced_with_a_warning(tmp_path):
+    """As a script that is started again does; a process of its own wrote it, which a forgotten path stands for."""
+    path = Journal(tmp_path, "mine").path
+    Journal(tmp_path, "mine").log("a", {"a": 0.5})
+    journal._written.pop(path.absolute())
+    with pytest.warns(UserWarning, match=r"of an earlier journal, and this one replaces it. Pass `resume=True`"):
+        Journal(tmp_path, "mine").log("a", {"a": 0.75})
+    journal._written.pop(path.absolute())
+    again = Journal(tmp_path, "mine", resume=True)
+    assert again.done == ["a"]
+    again.log("b", {"a": 0.5, "b": 0.5})
+
+
+@pytest.mark.parametrize(("rule", "name"), [
+    (None, "default"), (TaskFisher(), "recipe"), (Kronecker(rank=4), "kronecker"), (RWalk(), "rwalk"),
+])  # fmt: skip
+def test_methods_have_the_names_that_the_runner_gives_them(tmp_path, rule, name):
+    memory = Consolidator(nn.Linear(2, 2), rule)
+    assert Journal(tmp_path, memory=memory).record.method == name
 
 
 def test_a_memory_shows_its_settings_layers_and_bytes(tmp_path):

@@ -12,6 +12,7 @@ from rich.console import Console
 from rwalk import report
 from rwalk.bench.record import Record
 from rwalk.report import charts, heatmaps, show, summarise
+from rwalk.report.charts import styles
 from rwalk.report.figures import columns
 from rwalk.report.remarks import remarks, sentence
 
@@ -69,6 +70,22 @@ def test_the_table_shows_settings_and_fits(width):
     assert "80.0 ± 3.5" in text
     assert ("BWT" in text) == (width == 200)
     assert max(map(len, text.splitlines())) <= width
+
+
+def test_of_several_records_of_a_seed_one_counts_and_that_is_said():
+    again = record("rwalk", 1, 0.1, 2.0, 800, strength=1.0, rule={"alpha": 0.9})
+    (comparison,) = summarise([*RECORDS, again])
+    line = next(line for line in comparison.lines if line.fields.get("alpha") == 0.9)
+    assert (line.seeds, line.repeated) == ([0, 1], (1,))
+    assert line.average.mean == pytest.approx((0.825 + 0.775) / 2)
+    assert any("several records of RWalk (alpha 0.9) with seed 1" in remark.text for remark in remarks(comparison))
+
+
+def test_a_method_has_one_colour_in_all_comparisons():
+    other = [replace(r, stream="split-x") for r in RECORDS] + [replace(record("ewc", 0, 0.6, 2.0), stream="split-x")]
+    first, second = summarise([*RECORDS, *other])
+    colours = [{line.method: style.colour for line, style in zip(c.lines, styles(c), strict=True)} for c in (first, second)]
+    assert colours[1].items() > colours[0].items()
 
 
 def test_runs_of_other_settings_are_not_mixed():

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import data as torch_data
 
 from rwalk._errors import printable
+from rwalk._parameters import listed
 
 BATCH = 1024
 """How many examples of a data set are read at once."""
@@ -119,7 +120,11 @@ def _tensor(values: Any, what: str) -> Tensor | list[str]:
         if array.dtype.kind in "OUST" and array.ndim == 1:
             return _names(values if isinstance(values, list | tuple) else array.tolist(), what)
         if array.dtype.kind not in "biuf":
-            raise ValueError(f"The {what} are of type {array.dtype}. Pass numbers, or names as labels.")
+            types = getattr(values, "dtypes", {})
+            odd = [name for name in getattr(values, "columns", ()) if getattr(types[name], "kind", "O") not in "biuf"]
+            where = f" in {listed(odd)}" if odd else ""
+            remedy = "Pass numbers; labels may also be names, in one dimension, as a column of a data frame is"
+            raise ValueError(printable(f"The {what} are of type {array.dtype}{where}. {remedy}."))
         found = torch.tensor(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
     if found.is_complex() or not found.dim():
         raise ValueError(f"The {what} are of shape {tuple(found.shape)} and type {found.dtype}. Pass an array of real numbers.")

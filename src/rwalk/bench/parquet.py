@@ -124,9 +124,12 @@ def files_of(folder: Path, names: tuple[str, ...]) -> list[Path]:
     for name in names:
         if mine := _files(folder, name):
             return mine
-    found = ", ".join(f.name for f in sorted(folder.rglob("*.parquet"))[:5]) or "no parquet file"
+    every = [str(f.relative_to(folder)) for f in sorted(folder.rglob("*.parquet"))]
+    found = ", ".join([*every[:5], *[f"{len(every) - 5} more"] * (len(every) > 5)]) or "no parquet file"
     needed = f"it needs a parquet file of the {names[0]} split, such as {names[0]}.parquet"
-    raise FileNotFoundError(printable(f"The folder `{folder}` has {found}; {needed}."))
+    layouts = "A data set has train.parquet and test.parquet, or stream.parquet with rows in the order of time"
+    remedy = "For other files there is `bench.stream`, which takes data frames"
+    raise FileNotFoundError(printable(f"The folder `{folder}` has {found}; {needed}. {layouts}. {remedy}."))
 
 
 def _joined(folder: Path, split: str, mine: list[Path], by: str | None) -> Rows:

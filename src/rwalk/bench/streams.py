@@ -175,7 +175,10 @@ def with_scaled_targets(stream: Sequence[Experience]) -> list[Experience]:
 
 
 def check(stream: Sequence[Experience]) -> None:
-    """Raise a ValueError unless `stream` has experiences, all of one scenario and number of outputs, that can be evaluated."""
+    """Raise a ValueError or TypeError unless `stream` has experiences, all of one scenario and number of outputs."""
+    if other := [e for e in stream if not isinstance(e, Experience)]:
+        came = f"A stream is a list of tasks, and in this one is an object of type {type(other[0]).__name__}"
+        raise TypeError(f"{came}. Make tasks of your own data by `bench.stream([(x, y), ...])`.")
     if not stream or len({(e.scenario, e.outputs, not e.classes) for e in stream}) > 1:
         raise ValueError("A stream needs at least one experience, and all of one scenario and number of outputs.")
     if stream[0].regression and stream[0].scenario != "domain":

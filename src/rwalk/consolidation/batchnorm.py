@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,23 @@ from rwalk.distributed.ranks import Ranks
 from rwalk.distributed.wrappers import full_parameters
 from rwalk.gradients import ModelSnapshot
 
+_resting: WeakSet[nn.Module] = WeakSet()
+"""Modules that were in eval mode in the first step of the last task."""
+
+
+def note_modes(model: nn.Module) -> None:
+    """Note which norms rest during training: after it a model is often in eval mode as a whole."""
+    for norm in _norms(model):
+        (_resting.discard if norm.training else _resting.add)(norm)
+
 
 def batch_norms(model: nn.Module) -> list[_NormBase]:
     """List the modules of a model that keep running statistics, but those that its user keeps in eval mode during training."""
-    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
-    return [m for m in norms if m.training or not model.training]
+    return [m for m in _norms(model) if m.training or not (model.training or m in _resting)]
+
+
+def _norms(model: nn.Module) -> list[_NormBase]:
+    return [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:

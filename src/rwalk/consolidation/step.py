@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from rwalk import gradients, kernels
 from rwalk.consolidation import proximal
+from rwalk.consolidation.batchnorm import note_modes
 from rwalk.consolidation.memory import Memory
 from rwalk.consolidation.misuse import refuse_lent
 from rwalk.consolidation.overshoot import OvershootCheck
@@ -91,6 +92,8 @@ class StepObserver:
         check = self._checked(optimizer, grad)
         if check is None or not grad.there:
             return
+        if not memory.steps:
+            note_modes(memory.model)
         before, changed = memory.state, memory.moves.noticed(memory.protected) if check.on_device else []
         if check.on_device or not memory.protected.on_cpu:  # otherwise the pass before the step finds foreign moves
             memory.state = memory.moves.drop_foreign(memory.rule, memory.state, memory.protected, memory.steps)

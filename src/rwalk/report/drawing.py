@@ -55,18 +55,21 @@ class Drawing:
         return Path(path)
 
     def _repr_svg_(self) -> str:
-        return svg.converted(self.spec, "svg").decode()
+        """Show it on its own ground, whatever the notebook's, and with its title, which papers print below."""
+        colours = _colours(self.dark)
+        title = {"text": self.chart.title, "anchor": "start", "color": colours["ink"], "fontSize": 14}
+        return svg.converted(self.spec | {"title": title, "background": colours["paper"]}, "svg").decode()
 
 
-def plot(records: Record | Iterable[Record] | MethodComparison, title: str = "") -> Drawing:
+def plot(records: Record | Iterable[Record] | MethodComparison, chart: str = "") -> Drawing:
     """Draw records: of one the score on each task over the run, of several each method's average score, with its spread.
 
     Args:
         records: one record, some of one stream and setting, or what `summarise` made of them.
-        title: of the chart of a report, such as "Forgetting of each task"; the first one if empty.
+        chart: which of the charts of a report, by its title, such as "Forgetting of each task"; the first one if empty.
 
     Raises:
-        ValueError: if there is nothing to draw, if records are of several streams or settings, or no chart has that title.
+        ValueError: if there is nothing to draw, if records are of several streams or settings, or there is no such chart.
     """
     if isinstance(records, Record):
         return Drawing(_of_one(records))
@@ -74,11 +77,11 @@ def plot(records: Record | Iterable[Record] | MethodComparison, title: str = "")
     if len(comparisons) != 1:
         came = f"There are records of {len(comparisons)} different streams, metrics or settings"
         raise ValueError(f"{came}, and a plot shows one. Write `for comparison in summarise(records): plot(comparison)`.")
-    found = {chart.title: chart for chart in charts.charts(comparisons[0])}
-    if not found or title not in ("", *found):
+    found = {one.title: one for one in charts.charts(comparisons[0])}
+    if not found or chart not in ("", *found):
         known = ", ".join(found) or "none, as they have a single task or no scores"
-        raise ValueError(printable(f"There is no chart `{title}` of these records; there is {known}.", ""))
-    return Drawing(found[title] if title else next(iter(found.values())))
+        raise ValueError(printable(f"There is no chart `{chart}` of these records; there is {known}.", ""))
+    return Drawing(found[chart] if chart else next(iter(found.values())))
 
 
 def _of_one(record: Record) -> Chart:

@@ -15,7 +15,10 @@ from rwalk import __version__
 from rwalk._errors import printable, warn
 from rwalk._io import files
 from rwalk.bench.record import ACCURACY, Record
+from rwalk.report.names import listed
 
+RECOMMENDED = {"kronecker": "default", "task_fisher": "recipe"}
+"""What `rwalk run` calls rules with the fields that they have by themselves."""
 _written: dict[Path, object] = {}
 """The mark of the journal of this process that has written a record last; a mark is of one journal, also after it is gone."""
 
@@ -195,7 +198,9 @@ class Journal:
             return
         self._resume = False
         path = self.path
-        if path.exists():
+        if not path.exists():
+            self._warn_of_others(path)
+        else:
             _written[path.absolute()] = self._mark
             found = Record.load(path)
             self._rows = {
@@ -215,7 +220,8 @@ class Journal:
         config |= {"rule": _json(asdict(rule)), "strength": memory.strength, "pull": memory.pull, "average": memory.average}
         module = type(rule).__module__
         name = module.rpartition(".")[2] if module.startswith("rwalk.rules.") else type(rule).__name__.lower()
-        return self.method or name, config
+        short = RECOMMENDED.get(name, name) if rule == type(rule)() else name
+        return self.method or short, config
 
     def _bytes(self) -> dict[str, float]:
         stored = {} if self.stored_examples is None else {"stored_examples": float(self.stored_examples)}
@@ -227,6 +233,16 @@ class Journal:
     def _device(self) -> str:
         parameters = () if self.memory is None else self.memory.model.parameters()
         return next((str(p.device.type) for p in parameters), "cpu")
+
+    def _warn_of_others(self, path: Path) -> None:
+        """Warn if what is to be continued is there with other settings."""
+        stem = path.name.rpartition("-")[0]
+        others = sorted(p for p in path.parent.glob("*.json") if p.name.rpartition("-")[0] == stem)
+        if others:
+            mine, theirs = self.record.config, Record.load(others[0]).config
+            keys = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+            came = f"`{others[0].name}` is of the same method, stream and seed, with another {listed(keys)}"
+            warn(printable(f"There is no record of these settings to continue, and a new one begins. {came}."))
 
     def _warn_of_another(self, record: Record) -> None:
         """Warn if another journal has written the same record: an earlier one, or in a loop over seeds without `seed=`."""
