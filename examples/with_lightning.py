@@ -5,7 +5,7 @@ memory is consolidated, and in the next one it holds the weights that earlier ta
 gradients, manual optimisation and `strategy="ddp"` work as usual.
 
 Here a network learns the handwritten digits of scikit-learn three times, with the pixels shuffled anew for each task; first
-without a memory, then with one. To run it: `pip install 'rwalk[lightning,sklearn]'`, then `python examples/with_lightning.py`.
+without a memory, then with one. To run it: `pip install -e '.[lightning,sklearn]'`, then `python examples/with_lightning.py`.
 """
 
 import logging

@@ -5,7 +5,7 @@ ends, the memory is consolidated, and in the next one it holds the weights that 
 clipping, bf16, fp16 and DistributedDataParallel work as usual; TRL's `SFTTrainer` takes the same callback.
 
 Here a small language model learns to talk about a kitchen, then about a harbour; first without a memory, then with one. To run
-it: `pip install 'rwalk[transformers]'`, then `python examples/with_transformers.py`. Nothing is downloaded.
+it: `pip install -e '.[transformers]'`, then `python examples/with_transformers.py`. Nothing is downloaded.
 """
 
 import itertools

@@ -114,7 +114,7 @@ from rwalk.cli.main import main
 inside, seen = Path(sys.argv[1]).resolve(), []
 TEMPLATE = "_remote_module_non_scriptable.py"  # PyTorch 2.8 writes it to a temporary folder
 def watch(event, arguments):
-    if event == "subprocess.Popen" and os.path.basename(args[0]) == "ldconfig":
+    if event == "subprocess.Popen" and Path(arguments[0]).name == "ldconfig":
         return  # as torch for CUDA looks for its libraries
     if event.startswith("socket.") or event in ("pickle.find_class", "os.system", "subprocess.Popen", "urllib.Request"):
         seen.append((event, str(arguments)))
