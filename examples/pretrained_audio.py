@@ -126,7 +126,7 @@ def learn(protected):
 
 untrained = Crepe()
 results = {"pretrained": {kind: accuracy(untrained, kind) for kind in KINDS}}
-results |= {"without a memory": learn(protected=False), "with RWalk": learn(protected=True)}
+results |= {"without a memory": learn(protected=False), "with a memory": learn(protected=True)}
 print("Tones heard within 50 cents, in percent, after the last kind:")
 for name, right in results.items():
     mean = sum(right[kind] for kind in TASKS) / len(TASKS)

@@ -106,7 +106,7 @@ def learn(protected):
     return sum(after) / PAIRS, knew.kept()
 
 
-for name, protected in (("without a memory", False), ("with RWalk", True)):
+for name, protected in (("without a memory", False), ("with a memory", True)):
     mean, kept = learn(protected)
     print(f"{name:<17} {100 * kept.neighbours:.1f}% of the nearest neighbours of other images kept, mean accuracy {mean:.1f}%")
 

@@ -79,7 +79,7 @@ def fine_tune(memory):
     return trainer.evaluate()["eval_accuracy"], snapshot.kept()
 
 
-results = {"without": fine_tune(memory=False), "with RWalk": fine_tune(memory=True)}
+results = {"without": fine_tune(memory=False), "with a memory": fine_tune(memory=True)}
 for name, (right, kept) in results.items():
     print(f"{name:<10} {100 * kept.neighbours:.1f}% of the nearest neighbours of other sentences kept, accuracy {right:.1f}%")
 

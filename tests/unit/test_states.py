@@ -7,6 +7,7 @@ import json
 import math
 import os
 import struct
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save as serialise
 
 from cases import assert_same_state, batches, mlp, same, train
-from rwalk import EWC, L2, Anchor, Consolidator, RWalk
+from rwalk import EWC, L2, Anchor, Consolidator, Kronecker, RWalk
 from rwalk._io import states
 from rwalk.rules import rules
 
@@ -309,3 +310,26 @@ def test_a_state_of_format_3_goes_on_as_if_it_had_not_been_saved(delta_t, seen):
     for key in ("path", "score", "mark", "last"):
         for a, b in zip(ours[key], expected[key], strict=True):
             assert torch.allclose(a, b, rtol=1e-9, atol=1e-12), key
+
+
+@pytest.mark.parametrize("rule", [RWalk(), Kronecker()], ids=repr)
+def test_a_memory_that_was_loaded_without_its_weights_is_noticed_at_the_first_step(rule):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    memory = Consolidator(model, rule).attach(optimizer)
+    train(model, optimizer, batches(0, 8))
+    memory.consolidate()
+    saved, weights = memory.state_dict(), model.state_dict()
+    for name in ("both", "memory alone"):
+        torch.manual_seed(7)
+        other = mlp()
+        for p in other.parameters():
+            torch.nn.init.normal_(p)
+        optimizer = torch.optim.SGD(other.parameters(), lr=0.05)
+        memory = Consolidator(other, rule)
+        memory.load_state_dict(saved)
+        if name == "both":
+            other.load_state_dict(weights)  # after the memory, which is as good
+        memory.attach(optimizer)
+        with nullcontext() if name == "both" else pytest.warns(UserWarning, match="Load the weights that were saved with"):
+            train(other, optimizer, batches(1, 2))

@@ -60,6 +60,7 @@ class Memory:
         turns: how far the weights have gone since they were last pulled, where that is not done at each step.
         turned: whether they were pulled in this task, and since the protected parameters were last looked for.
         lent: whether the model has the weights that the task would end with, for a while.
+        loaded: whether the state was loaded, and no step made since.
     """
 
     def __init__(self, model: nn.Module, settings: Settings, scope: Scope, offload: Offload, strict: bool) -> None:
@@ -71,7 +72,7 @@ class Memory:
         self.state: Any = self.rule.init([])
         self.anchor: Anchor = self.rule.anchor_kind()
         self.tail, self.moves, self.turns, self.begun = Tail(), Moves(), Turns(), Writes({})
-        self.shown = self.turned = self.lent = False
+        self.shown = self.turned = self.lent = self.loaded = False
         self.tasks, self.steps = 0, 0
         self.last_end: LastEnd | None = None
         self.squares: gradients.Squares | None = None

@@ -1,5 +1,6 @@
 """What is easily forgotten when training consists of several parts: to pass the memory on, and to attach it."""
 
+import math
 import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from rwalk._errors import warn
 from rwalk._parameters import bare, listed
+from rwalk.consolidation.batchnorm import note_modes
 from rwalk.consolidation.moves import Writes
 
 if TYPE_CHECKING:
@@ -43,6 +45,27 @@ def warn_of_second_memory(memory: "Memory", theta: Mapping[str, Tensor]) -> None
         warn(
             "Another memory has learned tasks of this model, and the new one knows nothing of them, so they are not protected. "
             "Use one consolidator, or one callback, for all tasks; or give the new one what the other has saved."
+        )
+
+
+FAR = 0.5
+"""How far weights lie from an anchor, over the anchor's own size, that are hardly those of its model."""
+
+
+def note_first_step(memory: "Memory") -> None:
+    """At a task's first step note which norms rest, and warn if a memory was loaded and the model's weights were not."""
+    note_modes(memory.model)
+    loaded, memory.loaded = memory.loaded, False
+    if not loaded:
+        return
+    theta, point = memory.protected.theta, memory.anchor.point
+    pairs = [(theta[name].detach(), p) for name, p in point.items() if name in theta and theta[name].shape == p.shape]
+    moved = sum(float((now.float() - p.to(now.device).float()).square().sum()) for now, p in pairs)
+    size = sum(float(p.float().square().sum()) for _, p in pairs)
+    if moved > FAR**2 * size:
+        warn(
+            f"The memory was loaded, and the model's weights lie {math.sqrt(moved / size) if size else math.inf:.2g} times the "
+            "anchor's size away from it, as new ones do. Load the weights that were saved with the memory, too."
         )
 
 

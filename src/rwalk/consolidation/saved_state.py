@@ -59,6 +59,7 @@ class SavedState:
         """
         misuse.refuse_lent(self._memory)
         saving.restore(self._memory, state_dict)
+        self._memory.loaded = True
         self._observer.forget_pending()
 
     @torch.inference_mode(False)

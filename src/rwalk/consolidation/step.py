@@ -9,9 +9,8 @@ from torch.optim import Optimizer
 
 from rwalk import gradients, kernels
 from rwalk.consolidation import proximal
-from rwalk.consolidation.batchnorm import note_modes
 from rwalk.consolidation.memory import Memory
-from rwalk.consolidation.misuse import refuse_lent
+from rwalk.consolidation.misuse import note_first_step, refuse_lent
 from rwalk.consolidation.overshoot import OvershootCheck
 from rwalk.consolidation.protected import refuse_sparse, shares_memory
 from rwalk.consolidation.settings import Nonfinite, Pull
@@ -93,7 +92,7 @@ class StepObserver:
         if check is None or not grad.there:
             return
         if not memory.steps:
-            note_modes(memory.model)
+            note_first_step(memory)
         before, changed = memory.state, memory.moves.noticed(memory.protected) if check.on_device else []
         if check.on_device or not memory.protected.on_cpu:  # otherwise the pass before the step finds foreign moves
             memory.state = memory.moves.drop_foreign(memory.rule, memory.state, memory.protected, memory.steps)
