@@ -24,6 +24,10 @@ from rwalk import L2, SI, Consolidator, EWCpp, RWalk, TaskFisher
 from rwalk.anchors import ElementwiseAnchor
 from rwalk.consolidation import validity
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The memory was loaded"
+)  # and somebody else has moved the weights far away since
+
 KINDS = {"RWalk": RWalk, "EWCpp": EWCpp, "TaskFisher": TaskFisher, "SI": SI, "L2": L2}
 SHAPES = [(), (0,), (1,), (5,), (3, 4), (3, 0), (2, 3, 2, 2)]
 UNIT = {torch.bfloat16: 2.0**-9, torch.float32: 2.0**-24, torch.float64: 2.0**-53}

@@ -437,6 +437,7 @@ def test_a_state_of_tensors_that_grew_in_place_loads_into_the_model_as_it_is():
     assert other.anchor.omega["weight"].shape == (5, 5)
 
 
+@pytest.mark.filterwarnings("ignore:The memory was loaded")  # its weights are another model's
 @pytest.mark.parametrize("start", ["attach", "estimate", "adopt", "load_state_dict"])
 def test_lazy_modules_are_to_be_run_once_before(start):
     model = torch.nn.Sequential(torch.nn.LazyLinear(4), torch.nn.Linear(4, 3)).double()
