@@ -40,7 +40,7 @@ def create(
         ValueError: if it cannot be imported or called, or makes something else.
     """
     fits, expected = kind
-    offered = {name: read(task) for name, read in OFFERS.items()} | {**(offers or {})}
+    offered = {name: read(task) for name, read in OFFERS.items()} | dict(offers or {})
     path = source if isinstance(source, str) else path_of(source)
     try:
         with _current_folder():

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
 from rwalk._errors import printable, suggestion
@@ -71,7 +71,8 @@ def settings_of(method: Method) -> dict[str, Any]:
     """Return the plain values among a learner's fields or attributes: what tells it from another one of its class."""
     if not is_learner(method):
         return {}
-    every = asdict(method) if is_dataclass(method) and not isinstance(method, type) else getattr(method, "__dict__", {})
+    names = [field.name for field in fields(method)] if is_dataclass(method) else list(getattr(method, "__dict__", {}))
+    every = {name: getattr(method, name) for name in names}
     return {name: v for name, v in every.items() if name[:1] != "_" and type(v) in (bool, int, float, str)}
 
 

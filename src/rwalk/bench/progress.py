@@ -30,10 +30,9 @@ def bar(spec: Any, tick: Callable[[], None], track: Track, wanted: bool | None) 
         return
     spec.check()  # before its steps are counted
     ends = steps_by_task(spec)
-    seldom = (
-        0.1 if sys.stderr is not None and sys.stderr.isatty() else 2.0
-    )  # notebooks that are executed keep each update as a line
-    about = {"desc": spec.method_name, "unit": "step", "leave": wanted is True, "file": sys.stderr, "mininterval": seldom}
+    # notebooks that are executed keep each update as a line, so there are few
+    interval = 0.1 if sys.stderr is not None and sys.stderr.isatty() else 2.0
+    about = {"desc": spec.method_name, "unit": "step", "leave": wanted is True, "file": sys.stderr, "mininterval": interval}
     with tqdm(total=ends[-1], **about) as shown_bar:
 
         def step() -> None:

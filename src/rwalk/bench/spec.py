@@ -265,8 +265,8 @@ def run(
     Args:
         stream: the tasks, for example `rwalk.bench.split("digits", tasks=5)`.
         method: "finetune", "joint", "cumulative", "replay", "agem", "lwf", "default" (`Consolidator(model)`), "recipe" (the
-            diagonal one), a rule such as `RWalk()`, an object with `fit` and `predict`, of which each run trains a copy, or a
-            class, function or `package.module:name` that makes one of these; it may ask for `task`, `training` and `seed`.
+            diagonal one), a rule such as `RWalk()`, or an object with `fit` and `predict`, which is copied for each run. A
+            class, function or `package.module:name` may make either, and ask for `task`, `training` and `seed`.
         strength: factor of the penalty for a rule; the consolidator's default when None. For "lwf" the weight of the earlier
             answers; 1 when None.
         seed: seed of initial weights and batch order; equal seeds give equal results, bit for bit on one machine's CPU.

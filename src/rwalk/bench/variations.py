@@ -70,7 +70,7 @@ def scored(stream: Sequence[Experience], metric: Source, higher: bool = True) ->
     function(metric)
     score = Score(path.rpartition(":")[2], metric, higher)
     if score.name == ACCURACY and not higher:
-        raise ValueError("A metric called `accuracy` is a fraction of which more is better; give this one another name.")
+        raise ValueError("`accuracy` means a fraction that should be high; give this one another name.")
     about = stream[0].stream | {"metric": path} | ({} if higher else {"higher": False})
     return [replace(e, stream=about, score=score) for e in stream]
 

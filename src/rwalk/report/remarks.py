@@ -75,12 +75,15 @@ def _few_seeds(comparison: MethodComparison) -> Iterator[str]:
         whose = "" if len(short) == len(few) else f" of {listed(short)}"
         seeds = f"{fewest} seed{'s' * (fewest > 1)}"
         yield f"Only {seeds}{whose}: differences may be noise. Run at least {ENOUGH}{option}."
+    if len({tuple(sorted(line.seeds)) for line in comparison.lines}) > 1:
+        yield "Not all methods were run with the same seeds, so their means are over different draws."
+
+
+def _repeated(comparison: MethodComparison) -> Iterator[str]:
     for name, line in zip(names(comparison), comparison.lines, strict=True):
         if line.repeated:
             seeds = f"seed{'s' * (len(line.repeated) > 1)} {listed([*map(str, line.repeated)])}"
             yield f"There are several records of {name} with {seeds} and the same settings. The first one of each counts."
-    if len({tuple(sorted(line.seeds)) for line in comparison.lines}) > 1:
-        yield "Not all methods were run with the same seeds, so their means are over different draws."
 
 
 def single_labels(comparison: MethodComparison) -> Iterator[str]:
@@ -245,6 +248,7 @@ RULES: tuple[tuple[bool, Callable[[MethodComparison], Iterator[str]]], ...] = (
     (True, _diverged),
     (True, _class_incremental),
     (True, _few_seeds),
+    (True, _repeated),
     (True, _below_finetune),
     (True, _strength),
     (True, _picked),

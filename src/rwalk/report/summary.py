@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -40,7 +39,7 @@ class Line:
         fields: the rule's fields, pull, averaging and replay.
         records: one for each seed.
         references: the runs of "finetune" and of "joint" in the same comparison, by seed.
-        repeated: seeds of which there were several records with these settings; the first of each counts.
+        repeated: seeds that have more than one record with these settings; only the first is used.
     """
 
     method: str
@@ -103,7 +102,7 @@ class MethodComparison:
         stream: name of the stream.
         setting: settings that all share.
         lines: the methods.
-        methods: the methods of all comparisons that were made together, in each of which a method has the same colour.
+        methods: every method of the report, so that each keeps its colour from one comparison to the next.
     """
 
     stream: str
@@ -240,12 +239,13 @@ def _compare(records: list[Record], every: tuple[str, ...]) -> MethodComparison:
 
 
 def _line(group: list[Record], references: dict[str, dict[int, Record]]) -> Line:
-    """Return the line of a method's records, of which one for each seed counts."""
-    first, counts = group[0], Counter(record.seed for record in group)
-    by_seed = {record.seed: record for record in reversed(group)}
-    repeated = tuple(seed for seed, count in counts.items() if count > 1)
-    once = [by_seed[seed] for seed in counts]
-    return Line(first.method, first.config.get("strength"), _fields(first), once, references, repeated)
+    """Make the line of one method, with the first record of each seed."""
+    by_seed: dict[int, Record] = {}
+    for record in group:
+        by_seed.setdefault(record.seed, record)
+    repeated = tuple(sorted({record.seed for record in group if by_seed[record.seed] is not record}))
+    first = group[0]
+    return Line(first.method, first.config.get("strength"), _fields(first), [*by_seed.values()], references, repeated)
 
 
 def _fields(record: Record) -> dict[str, Any]:
