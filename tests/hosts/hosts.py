@@ -1,8 +1,6 @@
 """The hosts that the tests of the integrations train in: how to import the one that does not come easily, and processes."""
 
-import json
 import os
-import subprocess
 import sys
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -10,6 +8,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from processes import answering
 
 
 def avalanche() -> ModuleType:
@@ -31,17 +31,12 @@ def forks(module: str):
     paths = [here, here.parent, here.parents[1], *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
     command = [sys.executable, here / "forks.py", module]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with answering(command, env=environment) as ask:
 
-    def run(function, *arguments, ranks=1):
-        request = {"function": function, "arguments": list(map(str, arguments)), "ranks": ranks}
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        return json.loads(server.stdout.readline())
+        def run(function, *arguments, ranks=1):
+            return ask({"function": function, "arguments": list(map(str, arguments)), "ranks": ranks})
 
-    with subprocess.Popen(command, env=environment, **pipes) as server:
         yield run
-        server.stdin.close()
 
 
 def numbers(tree):

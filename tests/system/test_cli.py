@@ -16,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from processes import running, wait
 from records import made
 from rwalk import kernels, report
 from rwalk._io import files
@@ -308,12 +309,10 @@ def test_ctrl_c_and_the_same_command_again_give_what_an_undisturbed_run_gives(tm
     arguments = ["run", "permuted-digits", "--methods", "finetune,rwalk", "--seeds", "2", "--tasks", "3", "--hidden", "64"]
     disturbed, calm = tmp_path / "disturbed", tmp_path / "calm"
     command = [sys.executable, "-m", "rwalk", *arguments, "--out", str(disturbed)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (disturbed.is_dir() and any(disturbed.glob("*.json"))) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    with running(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        wait(lambda: disturbed.is_dir() and any(disturbed.glob("*.json")))
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert "The same command continues" in error
     finished = {p.name for p in disturbed.glob("*.json")}

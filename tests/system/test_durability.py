@@ -1,7 +1,6 @@
 """Runs that are killed, that find the disk full or meet their twin: nothing is lost and nothing is half there."""
 
 import errno
-import json
 import os
 import random
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from processes import answering
 from rwalk import RWalk, bench
 from rwalk._io import files, states
 from rwalk.bench import Record, Training
@@ -29,20 +29,13 @@ SMALL = Training(hidden=(6,), batch_size=50)
 @pytest.fixture(scope="module")
 def child():
     """A function that runs a command in a child of a process that has everything loaded; see `children.py`."""
-    server = subprocess.Popen(
-        [sys.executable, Path(__file__).with_name("children.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    with answering([sys.executable, Path(__file__).with_name("children.py")]) as ask:
 
-    def run(out, **options):
-        server.stdin.write(json.dumps({"arguments": COMMAND, "out": out and str(out), **options}) + "\n")
-        server.stdin.flush()
-        return json.loads(server.stdout.readline())
+        def run(out, **options):
+            return ask({"arguments": COMMAND, "out": out and str(out), **options})
 
-    run(None)
-    yield run
-    server.stdin.close()
-    server.wait(timeout=30)
-    server.stdout.close()
+        run(None)
+        yield run
 
 
 def measured(folder):

@@ -4,7 +4,6 @@ import functools
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import ranked
 import torch
 
+from processes import answering
 from rwalk.consolidation.batchnorm import refresh_batch_norms
 from rwalk.gradients import forward
 
@@ -25,10 +25,9 @@ VARIANTS = ["rwalk slow", "rwalk proximal tail", "ewc true", "ewcpp example"]
 def server():
     here = Path(__file__).parent
     places = [str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": {**os.environ, "PYTHONPATH": os.pathsep.join(places)}}
-    with subprocess.Popen([sys.executable, str(here / "ranks.py")], text=True, **pipes) as process:
-        yield process
-        process.stdin.close()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
+    with answering([sys.executable, here / "ranks.py"], env=environment) as ask:
+        yield ask
 
 
 @pytest.fixture
@@ -39,10 +38,7 @@ def on(server, tmp_path):
     def run(world, case, **arguments):
         out = tmp_path / str(next(calls))
         out.mkdir()
-        request = {"case": case, "world": world, "arguments": arguments, "out": str(out)}
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        answer = json.loads(server.stdout.readline())
+        answer = server({"case": case, "world": world, "arguments": arguments, "out": str(out)})
         assert not answer, answer.get("error")
         return [torch.load(out / f"{rank}.pt") for rank in range(world)]
 

@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
+from processes import running, wait
 from rwalk._io import files
 from rwalk.bench import Record, models, pool, spec
 from rwalk.bench.spec import RunSpec
@@ -25,10 +26,10 @@ SWEEP = ["run", "split-digits", "--methods", "finetune,rwalk", "--seeds", "2", "
 SLOW = ["run", "permuted-digits", "--methods", "rwalk,recipe", "--seeds", "3", "--epochs", "2", *SMALL[:2], "--hidden", "32"]
 
 
-def start(arguments, out, **options):
-    """Start the command line as users do."""
+def started(arguments, out, **options):
+    """The command line, started as users start it."""
     command = [sys.executable, "-m", "rwalk", *arguments, "--out", str(out)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return running(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
 def measured(folder, killed=False):
@@ -44,13 +45,6 @@ def measured(folder, killed=False):
     }
 
 
-def wait(holds, seconds=90):
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory):
     """Records of the slow runs, done one after another."""
@@ -63,27 +57,18 @@ def calm(tmp_path_factory):
 def cluster(tmp_path_factory):
     """A Dask scheduler as a process of its own: a function that starts a worker, and the address."""
     pytest.importorskip("distributed")
-    place = tmp_path_factory.mktemp("dask")
-    children = []
+    place, file = tmp_path_factory.mktemp("dask"), tmp_path_factory.mktemp("scheduler") / "file.json"
+    with ExitStack() as children:
 
-    def child(*words):
-        with (place / f"{len(children)}.log").open("w") as log:
-            children.append(subprocess.Popen([sys.executable, "-m", *words], stdout=log, stderr=log, cwd=place))
-        return children[-1]
+        def child(name, *words):
+            log = children.enter_context((place / f"{name}.log").open("a"))
+            command = [sys.executable, "-m", f"distributed.cli.dask_{name}", *words, "--no-dashboard"]
+            return children.enter_context(running(command, stdout=log, stderr=log, cwd=place))
 
-    file = place / "scheduler.json"
-    child("distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--no-show",
-          "--scheduler-file", str(file))  # fmt: skip
-    wait(file.exists)
-    address = json.loads(file.read_text())["address"]
-
-    def worker():
-        return child("distributed.cli.dask_worker", address, "--no-nanny", "--nthreads", "1", "--no-dashboard")
-
-    yield address, worker
-    for process in reversed(children):
-        process.kill()
-        process.wait(timeout=30)
+        child("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-show", "--scheduler-file", str(file))
+        wait(lambda: file.exists() and file.read_text().endswith("}"))  # it is there before it is written
+        address = json.loads(file.read_text())["address"]
+        yield address, lambda: child("worker", address, "--no-nanny", "--nthreads", "1")
 
 
 def test_workers_give_what_one_process_gives(tmp_path, capsys):
@@ -101,10 +86,10 @@ def test_workers_give_what_one_process_gives(tmp_path, capsys):
 @pytest.mark.parametrize("whole_group", [True, False])
 def test_ctrl_c_with_workers_and_the_same_command_again(tmp_path, calm, capsys, whole_group):
     out = tmp_path / "out"
-    process = start([*SLOW, "--workers", "2"], out, start_new_session=True)
-    wait(lambda: out.is_dir() and any(out.glob("*.json")) and any(out.glob("*.checkpoint")))
-    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    with started([*SLOW, "--workers", "2"], out, start_new_session=True) as process:
+        wait(lambda: out.is_dir() and any(out.glob("*.json")) and any(out.glob("*.checkpoint")))
+        (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert "Traceback" not in error
     assert "The same command continues" in error
@@ -118,10 +103,10 @@ def test_ctrl_c_with_workers_and_the_same_command_again(tmp_path, calm, capsys, 
 
 def test_a_worker_that_is_killed_takes_no_other_run_with_it(tmp_path, calm):
     out = tmp_path / "out"
-    process = start([*SLOW, "--workers", "2"], out)
-    wait(lambda: out.is_dir() and any(out.glob("*.json")) and any(out.glob("*.checkpoint")))
-    os.kill(children(process.pid)[0], signal.SIGKILL)
-    _, error = process.communicate(timeout=240)
+    with started([*SLOW, "--workers", "2"], out) as process:
+        wait(lambda: out.is_dir() and any(out.glob("*.json")) and any(out.glob("*.checkpoint")))
+        os.kill(children(process.pid)[0], signal.SIGKILL)
+        _, error = process.communicate(timeout=240)
     assert process.returncode == 0, error
     assert measured(out, killed=True) == calm
 
@@ -153,11 +138,11 @@ def test_a_dask_worker_that_is_killed_loses_nothing(tmp_path, calm, cluster):
     address, worker = cluster
     first, _ = worker(), worker()
     out = tmp_path / "out"
-    process = start([*SLOW, "--backend", "dask", "--address", address], out)
-    wait(lambda: out.is_dir() and any(out.glob("*.json")) and any(out.glob("*.checkpoint")))
-    first.kill()
-    assert first.wait(timeout=30) == -signal.SIGKILL
-    printed, error = process.communicate(timeout=240)
+    with started([*SLOW, "--backend", "dask", "--address", address], out) as process:
+        wait(lambda: out.is_dir() and any(out.glob("*.json")) and any(out.glob("*.checkpoint")))
+        first.kill()
+        assert first.wait(timeout=30) == -signal.SIGKILL
+        printed, error = process.communicate(timeout=240)
     assert process.returncode == 0, error
     assert measured(out, killed=True) == calm
     assert len(re.findall(r"^\w+ seed \d: average accuracy", printed, re.M)) == len(calm)
@@ -239,19 +224,17 @@ with files.file_lock(sys.argv[1]):
     lock = tmp_path / "x.lock"
 
     def holder(seconds):
-        return subprocess.Popen([sys.executable, "-c", code, str(lock), str(seconds)], stdout=subprocess.PIPE, text=True)
+        return running([sys.executable, "-c", code, str(lock), str(seconds)], stdout=subprocess.PIPE)
 
-    first = holder(60)
-    assert first.stdout.readline() == "in\n"
-    second = holder(0)
-    time.sleep(0.5)
-    assert second.poll() is None
-    first.kill()
-    first.wait(timeout=10)
-    assert second.stdout.readline() == "in\n"
-    assert second.wait(timeout=10) == 0
-    first.stdout.close()
-    second.stdout.close()
+    with holder(60) as first:
+        assert first.stdout.readline() == "in\n"
+        with holder(0) as second:
+            time.sleep(0.5)
+            assert second.poll() is None
+            first.kill()
+            first.wait(timeout=10)
+            assert second.stdout.readline() == "in\n"
+            assert second.wait(timeout=10) == 0
     assert not lock.exists()
 
 
