@@ -146,7 +146,7 @@ class Schedules(RuleBasedStateMachine):
                 continue
             assert now.keys() == old.keys()
             for key, value in now.items():
-                if self.truth.steps == 0 and key.startswith((".state.start", ".state.mark", ".state.last")):
+                if self.truth.steps == 0 and key.startswith((".state.start", ".state.mark", ".state.last", ".changed")):
                     continue  # where a task starts is noted anew until its first step has counted
                 if key == ".written":
                     continue  # says which weights have to be looked at, not what is held

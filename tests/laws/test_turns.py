@@ -26,14 +26,15 @@ def hooked(model):
 
 
 class Operations(TorchDispatchMode):
-    """Lists operations."""
+    """Lists operations but for `detach`, an alias that releases of PyTorch take more or less often."""
 
     def __init__(self):
         super().__init__()
         self.names = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
+        if func is not torch.ops.aten.detach.default:
+            self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
@@ -67,7 +68,7 @@ def test_between_turns_nothing_is_done_but_to_look_at_the_gradients():
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
     assert len(set(counts)) == 1
     # are the norms of the gradients finite; a few elements of the three largest tensors are noted
-    assert counts[0] <= 16
+    assert counts[0] <= 12
 
 
 @pytest.mark.parametrize("model", [mlp, Heads])

@@ -83,6 +83,12 @@ def test_every_rule_gives_what_one_process_gives(on, how, world):
             alike(rank[name]["found"], truth(name)["found"], f"{name} on {world} ranks under {how}")
 
 
+def test_a_part_that_one_rank_moves_elsewhere_does_not_part_the_ranks(on):
+    names = ["rwalk", "ewcpp example", "default"]
+    for rank in on(2, "relocated", names=names, how="fsdp"):
+        alike(rank, ranked.relocated(names, "alone"))
+
+
 def test_a_model_that_a_wrapper_calls_is_measured_on_all_ranks(on):
     """The consolidator was given the plain model, and DistributedDataParallel calls it."""
     for rank in on(2, "all_trained", names=["default"], how="ddp of the bare model"):

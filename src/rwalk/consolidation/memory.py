@@ -159,7 +159,11 @@ class Memory:
 
     def follow_optimizer(self, optimizer: Optimizer) -> None:
         """Protect what an optimiser holds now, beside what was protected before."""
-        self.follow(find_protected(self.model, optimizer, self.scope, self.protected.theta))
+        now = find_protected(self.model, optimizer, self.scope, self.protected.theta)
+        if now.only_moved(self.protected):
+            self.protected = now  # on one rank alone, perhaps: the others would wait for what it did about it
+        else:
+            self.follow(now)
 
     def follow_replaced(self) -> None:
         """Take up parameters that replaced others of the same name, and let go of those that went away."""

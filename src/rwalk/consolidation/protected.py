@@ -91,7 +91,7 @@ class ProtectedParameters:
             in_place: whether all lie where they did, in the same precision.
         """
         held = optimizer_parameters(optimizer)
-        if len(held) != len(self.looked_at) or not all(map(is_, held, self.looked_at)):
+        if not _identical(held, self.looked_at):
             return True
         if in_place and not self.shard_group.groups:
             thawed = any(p.requires_grad for p in self.frozen)
@@ -101,6 +101,12 @@ class ProtectedParameters:
     def same(self, other: "ProtectedParameters") -> bool:
         """Return whether another look found the same parameters, of the same shapes."""
         return self.shapes == other.shapes and all(p is other.parameters[name] for name, p in self.parameters.items())
+
+    def only_moved(self, other: "ProtectedParameters") -> bool:
+        """Return whether another look found all as it was, but elsewhere in memory, as where `fully_shard` pads a part."""
+        if self.fingerprint is None or other.fingerprint is None or not self.same(other):
+            return False
+        return _identical(self.looked_at, other.looked_at) and bool(self.fingerprint[:-1] == other.fingerprint[:-1])
 
     def blocks(self) -> list[Tensor | None]:
         """Return the parameters as they were then: the leading block of those that grew, None for those that shrank."""
@@ -128,6 +134,11 @@ def shares_memory(grad: kernels.StepGradients) -> bool:
         return False
     addresses = [t.data_ptr() for t in grad.there if t.numel()]
     return len(set(addresses)) < len(addresses)
+
+
+def _identical(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """Return whether two lists hold the same tensors, not just equal ones."""
+    return len(a) == len(b) and all(map(is_, a, b))
 
 
 def _continues(old: Tensor, new: Tensor) -> bool:
