@@ -1,6 +1,7 @@
 """Steps that must leave no trace: gradients that are not finite, and steps that a loss scaler leaves out."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -28,7 +29,8 @@ def spoil(model, optimizer, value, name="2.bias"):
     optimizer.zero_grad()
     x, y = batches(2, 1)[0]
     F.cross_entropy(model(torch.as_tensor(x)), torch.as_tensor(y)).backward()
-    dict(model.named_parameters())[name].grad.view(-1)[0] = value
+    if name is not None:
+        dict(model.named_parameters())[name].grad.view(-1)[0] = value
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e200], ids=str)
@@ -60,6 +62,68 @@ def test_skipping_leaves_out_the_step_as_if_it_had_not_been(rule):
     assert_same_state(memory, theirs)
     assert memory.skipped == 1
     assert memory.summary().figures["steps left out"] == 1
+
+
+@pytest.mark.parametrize("rule", [*RULES, None], ids=repr)
+def test_gradients_that_are_not_protected_are_looked_at_too(rule):
+    """The optimiser moves them all the same, and one bad weight spoils all gradients of the next step."""
+    other = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+    def begun(**options):
+        model, optimizer, memory = ready(rule, only="0", **options)
+        optimizer.add_param_group({"params": [other]})
+        return model, optimizer, memory
+
+    for name, said in (("2.bias", r"`2\.bias`"), (None, "`parameter 4 of the optimiser`")):
+        other.grad = None
+        model, optimizer, memory = begun()
+        before, weights = memory.state_dict(), copy.deepcopy(model.state_dict())
+        spoil(model, optimizer, math.nan, name)
+        if name is None:
+            other.grad = torch.full_like(other, math.inf)
+        with pytest.raises(FloatingPointError, match=rf"The gradients of {said} are not finite.* at step 5 of this task"):
+            optimizer.step()
+        fresh = Consolidator(model, rule, only="0")
+        fresh.load_state_dict(before)
+        assert_same_state(memory, fresh)
+        assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    other.grad = None
+    model, optimizer, memory = begun(nonfinite="skip")
+    twin, their_optimizer, theirs = begun(nonfinite="skip")
+    spoil(model, optimizer, math.nan)
+    optimizer.step()
+    for m, o in ((model, optimizer), (twin, their_optimizer)):
+        train(m, o, batches(1, 5))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert_same_state(memory, theirs)
+    assert memory.skipped == 1
+
+
+def test_sparse_gradients_that_are_not_protected_are_looked_at_too():
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 3, sparse=True), torch.nn.Linear(3, 2))
+    memory = Consolidator(model, RWalk(), exclude="0", nonfinite="skip")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    memory.attach(optimizer)
+    for bad in (False, True):
+        optimizer.zero_grad()
+        model(torch.tensor([0, 3])).sum().backward()
+        if bad:
+            model[0].weight.grad._values()[0, 0] = math.nan
+        optimizer.step()
+        assert memory.skipped == bad
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_ten_steps_in_a_row_that_are_skipped_are_not_passed_over_in_silence():
+    model, optimizer, memory = ready(RWalk(), nonfinite="skip")
+    for n in range(1, 25):
+        spoil(model, optimizer, 1.0 if n == 5 else math.nan)
+        if n == 15:
+            with pytest.warns(UserWarning, match="10 steps in a row were left out"):
+                optimizer.step()
+        else:
+            optimizer.step()
+    assert memory.skipped == 23
 
 
 def test_a_gradient_of_large_but_finite_numbers_is_taken():

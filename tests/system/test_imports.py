@@ -200,6 +200,7 @@ def linear(inputs, outputs):
     return nn.Sequential(nn.Flatten(), nn.Linear(inputs, outputs))
 
 
+@pytest.mark.filterwarnings("ignore:The gradient pull overshoots")
 def test_a_model_that_no_path_finds_is_run_and_named_and_kept_in_no_file(tmp_path):
     tasks = bench.split("digits", tasks=2)
     nameless = [lambda task: linear(64, task.outputs), functools.partial(linear, 64, outputs=10)]

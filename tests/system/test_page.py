@@ -21,7 +21,8 @@ from rwalk.cli.main import main
 from rwalk.cli.options import parse
 from rwalk.cli.run import describe
 from rwalk.report import charts, page, remarks, reproduce
-from rwalk.report.names import clean
+from rwalk.report.names import clean, rule_names
+from rwalk.report.remarks import MATRICES
 from rwalk.rules import rules
 
 SMALL = bench.Training(hidden=(8,), batch_size=64)
@@ -207,7 +208,8 @@ def planned(run):
 def test_kinds_and_methods_of_commands_are_those_of_the_command_line():
     assert set(reproduce.KINDS) == set(STREAMS)
     assert set(reproduce.PLAIN) == set(BASELINES)
-    assert reproduce._rules() == set(rules())
+    assert rule_names() == set(rules())
+    assert {name for name, kind in rules().items() if not kind.anchor_kind.by_element} == MATRICES
     assert reproduce.VALIDATION == VALIDATION
     assert bench.rotated("digits", tasks=1)[0].stream["degrees"] == reproduce.DEGREES
 

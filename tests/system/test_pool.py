@@ -134,6 +134,38 @@ def test_a_run_that_fails_is_named_with_its_cause_and_stops_no_other(tmp_path, c
         assert "Traceback" not in error
 
 
+@pytest.mark.filterwarnings("always")
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_warning_names_its_run_and_is_printed_in_full_once(tmp_path, capsys, workers):
+    """Truth: a learner that says the same in each run, twice, and something of its own."""
+    (tmp_path / "warns.py").write_text(WARNS)
+    sweep = ["run", "split-digits", "--methods", "finetune,warns:Warns", "--seeds", "2", *SMALL]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+        assert main.main([*sweep, "--workers", workers, "--out", str(tmp_path / "out")]) == 0
+    said = [line.removeprefix("rwalk: warning from ") for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    first, second = (f"warns:Warns seed {seed}" for seed in ((0, 1) if "seed 0" in said[0] else (1, 0)))
+    again = f"the same as from {first}"
+    assert said[:2] == [f"{first}: The learning rate is high.", f"{first}: With {first[-6:]}."]
+    assert said[2:] == [f"{second}: {again}", f"{second}: With {second[-6:]}."]
+
+
+WARNS = """
+import warnings
+import torch
+class Warns:
+    def __init__(self, seed):
+        self.seed = seed
+    def fit(self, experience):
+        for _ in range(2):
+            warnings.warn("The learning rate is high.")
+        warnings.warn(f"With seed {self.seed}.")
+    def predict(self, x, seen):
+        return torch.full((len(x),), seen[0])
+"""
+
+
 def test_a_dask_worker_that_is_killed_loses_nothing(tmp_path, calm, cluster):
     address, worker = cluster
     first, _ = worker(), worker()
@@ -153,7 +185,7 @@ def test_a_cluster_without_our_folder_sends_records_back(tmp_path, cluster, monk
     address, worker = cluster
     worker()
     run = describe(parse(SWEEP), SWEEP)[-1]
-    ((_, (record, existed)),) = pool.outcomes([run], tmp_path / "nowhere", cluster=address)
+    ((_, (record, existed, _)),) = pool.outcomes([run], tmp_path / "nowhere", cluster=address)
     assert not existed
     assert record.config["strength"] == 1.0
     assert record.command == "rwalk " + " ".join(SWEEP)

@@ -138,6 +138,7 @@ def test_they_are_recorded_where_they_are_used(tmp_path):
 @pytest.mark.parametrize(("fields", "match"), [
     ({"weight_decay": -1}, "`weight_decay` has to be a number from 0"), ({"weight_decay": float("nan")}, "weight_decay=nan"),
     ({"schedule": "step"}, "one of constant, cosine, linear"), ({"optimizer": "adamax"}, "sgd, momentum, adam, adamw"),
+    ({"epochs": 1.5}, "epochs=1.5"), ({"batch_size": 0}, "batch_size=0"), ({"hidden": 256}, "a tuple of widths"),
     ({"lr": float("inf")}, "lr=inf"), ({"hidden": (10**7,)}, "widths from 1 to 1,000,000"),
 ])  # fmt: skip
 def test_fields_out_of_range_are_refused(fields, match):

@@ -1,6 +1,8 @@
 """Each rule against its paper's equation, computed in float64 NumPy or by hand."""
 
 import math
+import sys
+import types
 import warnings
 
 import numpy as np
@@ -284,6 +286,43 @@ def test_on_a_quadratic_with_small_steps_the_path_sums_to_the_loss_removed():
         memory.consolidate()
         raw = memory.anchor.omega["weight"] if isinstance(rule, SI) else memory.state_dict()["state"]["total"][0]
         assert float(raw.sum()) * score == pytest.approx(before - float(loss().detach()), rel=1e-3)
+
+
+class Spoilt(EWC):
+    """A rule of one's own whose `conclude` does something else to what EWC has concluded."""
+
+    spoil = staticmethod(lambda anchor, state: (anchor, state))
+
+    def conclude(self, state, end):
+        return self.spoil(*super().conclude(state, end))
+
+
+@pytest.mark.parametrize(("spoil", "kind", "said"), [
+    (lambda a, s: (replaced(a, math.nan), s), ValueError, r"importance of `weight` is missing, negative, not finite"),
+    (lambda a, s: (replaced(a, -1.0), s), ValueError, r"importance of `weight` is missing, negative, not finite"),
+    (lambda a, s: (ElementwiseAnchor(a.point, dict([*a.omega.items()][:1])), s), ValueError, "importance of `bias` is missing"),
+    (lambda a, s: (a.omega, s), TypeError, "must return an anchor and the state for the next task, but returned `tuple` of"),
+    (lambda a, s: a, TypeError, "must return an anchor and the state for the next task, but returned `ElementwiseAnchor`"),
+    (lambda a, s: (a, (1, 2)), ValueError, r"must return a state like that of `init`, .* but returned `tuple` of \(a value"),
+])  # fmt: skip
+def test_what_a_rule_of_ones_own_concludes_is_checked_before_anything_changes(monkeypatch, spoil, kind, said):
+    monkeypatch.setattr(Spoilt, "spoil", staticmethod(spoil))
+    model, (_, _, loader) = linear(), data(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    memory = Consolidator(model, Spoilt()).attach(optimizer)
+    train(model, optimizer, batches(0, 3))
+    with pytest.raises(kind, match=rf"`Spoilt\.conclude` .*{said}"):
+        memory.consolidate(loader)
+    assert (memory.tasks, memory.anchor.point) == (0, {})
+    monkeypatch.setattr(Spoilt, "spoil", staticmethod(lambda anchor, state: (anchor, state)))
+    memory.consolidate(loader)
+    assert memory.tasks == 1
+
+
+def replaced(anchor, value):
+    """An anchor with one number of an importance replaced."""
+    anchor.omega["weight"][0, 0] = value
+    return anchor
 
 
 def test_an_anchor_new_to_a_parameter_joins_without_decay():
@@ -642,3 +681,15 @@ def test_a_tensor_that_takes_no_part_in_a_task_adds_nothing_to_a_running_fisher_
     memory.consolidate()
     assert torch.equal(memory.anchor.omega["heads.0.weight"], before["heads.0.weight"])
     assert not torch.equal(memory.anchor.omega["trunk.weight"], before["trunk.weight"])
+
+
+def test_a_file_with_two_rules_is_refused(monkeypatch):
+    """Truth: a module as if it lay among the rules; one of its two would be lost."""
+    import rwalk.rules as found
+
+    module = types.ModuleType("rwalk.rules.two")
+    for name in ("One", "Two"):
+        setattr(module, name, type(name, (EWC,), {"__module__": module.__name__}))
+    assert found._rules_of("ewc", sys.modules["rwalk.rules.ewc"]) == [EWC]
+    with pytest.raises(ImportError, match=r"`two.py` has the rules One, Two. Give each a file of its own"):
+        found._rules_of("two", module)

@@ -1,5 +1,6 @@
 """Streams: what each task contains, computed another way."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -9,10 +10,13 @@ import pytest
 import torch
 
 from rwalk import bench
+from rwalk.bench import builtin
 from rwalk.bench.builtin import make, parse, rotate
 from rwalk.bench.data import load
 from rwalk.bench.dataset import DataSet
 from rwalk.bench.streams import check
+from rwalk.cli.options import parse as parsed
+from rwalk.cli.run import describe
 
 SHARED = Path(os.environ.get("RWALK_DATA") or Path(__file__).parents[3] / "shared" / "data")
 
@@ -184,3 +188,21 @@ def test_domains_of_clinc150_against_pandas():
             mine = tables[split][tables[split].domain == e.task]
             assert part.read()[1].tolist() == mine.label.tolist()
             assert e.classes == tuple(sorted(mine.label.unique()))
+
+
+def test_a_new_kind_of_stream_gets_each_runs_seed_where_its_function_has_one(monkeypatch, tmp_path):
+    def noisy(data="digits", tasks=2, seed=0, root=None):
+        return [
+            dataclasses.replace(e, stream=e.stream | {"name": "noisy-digits"}) for e in bench.permuted(data, tasks, seed, root)
+        ]
+
+    monkeypatch.setitem(builtin.STREAMS, "noisy", noisy)
+    words = ["run", "noisy-digits", "--methods", "finetune", "--seeds", "2", "--tasks", "2"]
+    assert [run.tasks[0].stream["seed"] for run in describe(parsed(words))] == [0, 1]
+    assert [run.stream.seed for run in describe(parsed(["run", "split-digits", *words[2:]]))] == [0, 0]
+
+
+def test_what_is_no_data_set_is_told_where_it_belongs():
+    for kind in (bench.split, bench.permuted, bench.rotated, bench.drift):
+        with pytest.raises(TypeError, match=r"The data set is a `tuple`, .* `rwalk.bench.stream` makes a stream of arrays"):
+            kind((torch.zeros(3, 2), torch.zeros(3)))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, get_args
 
@@ -124,7 +125,7 @@ def domain(
     Raises:
         ValueError: if there are fewer domains, or a task has no train or no test example.
     """
-    found = load(data, root, by=by) if isinstance(data, str) else data
+    found = _found(data, root, by)
     if found.train_domain is None or found.test_domain is None:
         raise ValueError(printable(f"`{found.name}` has no domains; load it `by` the column that holds them."))
     refuse_scenario(scenario, get_args(Scenario))
@@ -197,19 +198,27 @@ def parse(name: str) -> tuple[str, str]:
 
 
 def make(kind: str, data: str | DataSet, seed: int = 0, scenario: Scenario | None = None, **options: Any) -> list[Experience]:
-    """Make a stream of a kind; permuted streams use `seed`, split and domain ones `scenario`; None is the default."""
+    """Make a stream of a kind, with `seed` and `scenario` where its function has them; None is the default."""
     options = {key: value for key, value in options.items() if value is not None}
-    if kind == "permuted":
+    if takes(kind, "seed"):
         options["seed"] = seed
-    if kind in ("split", "domain") and scenario is not None:
+    if takes(kind, "scenario") and scenario is not None:
         options["scenario"] = scenario
     elif scenario is not None:
         refuse_scenario(scenario, ("domain",))
     return STREAMS[kind](data, **options)
 
 
-def _found(data: str | DataSet, root: str | Path | None) -> DataSet:
-    return data if isinstance(data, DataSet) else load(data, root)
+def takes(kind: str, option: str) -> bool:
+    """Return whether the function of a kind of stream has an argument of a name."""
+    return option in signature(STREAMS[kind]).parameters
+
+
+def _found(data: str | DataSet, root: str | Path | None, by: str | None = None) -> DataSet:
+    if not isinstance(data, str | Path | DataSet):
+        came = f"The data set is a `{type(data).__name__}`, and has to be a name, a folder or a `DataSet`"
+        raise TypeError(f"{came}. `rwalk.bench.stream` makes a stream of arrays.")
+    return data if isinstance(data, DataSet) else load(str(data), root, by=by)
 
 
 def _positive(tasks: int) -> int:

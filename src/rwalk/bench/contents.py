@@ -6,10 +6,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rwalk._io import files
 from rwalk.bench import inputs, parquet
 from rwalk.bench.labels import usual_column
-from rwalk.bench.rows import Rows, plain
+from rwalk.bench.rows import Rows, opened, plain
 
 STREAMS = {
     "images": ("split", "permuted", "rotated"),
@@ -56,7 +55,7 @@ def _streams(folder: Path, train: list[Path], in_time: bool) -> tuple[list[str],
 
 def _metadata(file: Path) -> Any:
     try:
-        with files.opened(file) as source:
+        with opened(file) as source:
             return pq.read_metadata(source)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"`{file.name}` is no parquet file ({str(error).splitlines()[0]})") from None

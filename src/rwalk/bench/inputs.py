@@ -32,7 +32,7 @@ def choose(rows: Rows, label: str | None, by: str | None) -> tuple[Form, list[st
     others = [c for c in rows.table.column_names if c not in (label, by) and not c.startswith("__index_level_")]
     form, columns = _form(rows, others)
     if label is None and (form != "text" or any(tables.listed(rows.kind(c)) for c in others)):
-        raise schema_error(rows, "a column of labels, named `label` or marked as ClassLabel")
+        raise schema_error(rows, "a column of labels: `label`, one marked as ClassLabel, or one that you name (`--label`)")
     beside = {"images": columns, "lists": others}.get(form, [])
     if len(beside) > 1:
         names = ", ".join(f"`{c}`" for c in beside if c != columns[0])

@@ -1,8 +1,9 @@
 """How every method of a comparison trains: optimiser, learning rate and its schedule, model, and the softmax mask."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -31,6 +32,11 @@ WIDEST = 1_000_000
 AUTO: dict[Scenario, Mask] = {"task": "task", "domain": "all", "class": "seen"}
 LATER = ("weight_decay", "schedule")
 """Fields that earlier records lack: they are part of a configuration where they are used, so that records keep their names."""
+
+
+def _whole(value: Any, most: int) -> bool:
+    """Return whether a value is a whole number from 1 to another one."""
+    return isinstance(value, Integral) and 1 <= int(value) <= most
 
 
 @dataclass(frozen=True)
@@ -66,14 +72,15 @@ class Training:
 
     def __post_init__(self) -> None:
         """Raise a ValueError for fields outside their range."""
-        self._need(1 <= self.epochs < 2**63, "epochs", "1 or more, below 2^63")
-        self._need(1 <= self.batch_size < 2**63, "batch_size", "1 or more, below 2^63")
+        for name in ("epochs", "batch_size"):
+            self._need(_whole(getattr(self, name), 2**63 - 1), name, "a whole number, 1 or more, below 2^63")
         self._need(0 <= self.lr <= LARGEST, "lr", f"a number from 0 to {LARGEST:g}")
         self._need(self.optimizer in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}")
         if isinstance(self.model, nn.Module):
             came = f"`model` is a network, a `{type(self.model).__name__}`, which runs would share"
             raise TypeError(f"{came}; pass its name, or the class or function that makes it.")
-        self._need(all(1 <= width <= WIDEST for width in self.hidden), "hidden", f"widths from 1 to {WIDEST:,}")
+        widths = isinstance(self.hidden, Sequence) and all(_whole(width, WIDEST) for width in self.hidden)
+        self._need(widths, "hidden", f"a tuple of widths from 1 to {WIDEST:,}")
         self._need(self.mask in get_args(Mask), "mask", f"one of {', '.join(get_args(Mask))}")
         self._need(0 <= self.weight_decay <= LARGEST, "weight_decay", f"a number from 0 to {LARGEST:g}")
         self._need(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}")

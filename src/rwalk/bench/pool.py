@@ -3,6 +3,7 @@
 import signal
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from contextlib import contextmanager
@@ -42,10 +43,17 @@ class Failure:
 
 
 class Outcome(NamedTuple):
-    """What a run gave, and whether its record was on disk already."""
+    """What a run gave.
+
+    Args:
+        result: its record, or why there is none.
+        existed: whether the record was on disk already.
+        warnings: what was said meanwhile, each text once.
+    """
 
     result: Record | Failure
     existed: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 class Watcher:
@@ -183,11 +191,13 @@ def run_in_worker(spec: RunSpec, folder: Path | None, log: str | None) -> Outcom
 
 def _attempt(spec: RunSpec, folder: Path | None, log: str | None, *hooks: Any) -> Outcome:
     """Return a run's outcome, whatever happens in it."""
-    try:
-        return run_or_load(spec, folder, log, *hooks)
-    except Exception as error:
-        known = isinstance(error, ValueError | OSError | ImportError | FloatingPointError)
-        return Outcome(Failure(str(error) if known else traceback.format_exc(), known))
+    with warnings.catch_warnings(record=True) as said:
+        try:
+            outcome = run_or_load(spec, folder, log, *hooks)
+        except Exception as error:
+            known = isinstance(error, ValueError | OSError | ImportError | FloatingPointError)
+            outcome = Outcome(Failure(str(error) if known else traceback.format_exc(), known))
+    return outcome._replace(warnings=tuple(dict.fromkeys(str(one.message) for one in said)))
 
 
 @contextmanager

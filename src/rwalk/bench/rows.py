@@ -1,5 +1,6 @@
 """The rows of a split as Arrow columns, and where each of them lies, for messages."""
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -108,14 +109,19 @@ def plain(table: Any) -> Any:
     return table
 
 
+def opened(file: Path) -> Any:
+    """Open a file as one of Arrow's, whose threads may hold it for longer than Python lives: a file of Python's aborts then."""
+    files.opened(file).close()  # refuses what is no file
+    return pa.OSFile(os.fsencode(file))
+
+
 def read(file: Path) -> Any:
     """Read a parquet file as an Arrow table."""
     try:
-        with files.opened(file) as source:
+        with opened(file) as source:
             parquet = pq.ParquetFile(source)
             names = parquet.schema_arrow.names
             twice = sorted({name for name in names if names.count(name) > 1})
-            # `pq.read_table` has threads that may still hold `source` when Python ends, which aborts the process
             table = None if twice else parquet.read(use_threads=False)
     except (pa.ArrowException, OSError, ValueError) as error:
         came = f"`{file}` cannot be read as a parquet file ({str(error).splitlines()[0]}). Copy or download it again."

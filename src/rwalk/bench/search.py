@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rwalk._errors import printable
+from rwalk._errors import printable, warn
 from rwalk._io import files
 from rwalk.bench.holdout import VALIDATION, early
 from rwalk.bench.imports import check_kept
@@ -70,7 +70,18 @@ def tune(
         check_kept(spec.training.model)
         files.folder(folder)
     search = Search(spec, strengths, learning_rates, seeds, refine)
-    return search.result(lambda specs: outcomes(specs, folder, workers), folder)
+    return search.result(lambda specs: _aloud(outcomes(specs, folder, workers)), folder)
+
+
+def _aloud(found: Iterable[tuple[RunSpec, Outcome]]) -> Iterator[tuple[RunSpec, Outcome]]:
+    """Repeat the warnings of runs in this process, each text once."""
+    said = set[str]()
+    for spec, outcome in found:
+        for text in outcome.warnings:
+            if text not in said:
+                warn(text)
+        said.update(outcome.warnings)
+        yield spec, outcome
 
 
 class Search:

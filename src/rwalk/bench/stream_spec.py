@@ -21,7 +21,7 @@ class StreamSpec:
         kind: as in `rwalk.bench.builtin.STREAMS`.
         data: name or folder of the data set.
         root, label, by, target: as for `rwalk.bench.data.load`.
-        seed: seed of permutations.
+        seed: of what is random about the tasks, such as permutations.
         scenario, tasks: as for the stream's function; None for its default.
         skip: how many of the first tasks to leave out.
         limit, metric: as for `rwalk.bench.limit` and `scored`; None for all examples, and for accuracy or R².
@@ -56,7 +56,7 @@ def _loaded(*arguments: Any, **options: Any) -> DataSet:
 
 @lru_cache(maxsize=2)
 def _made(spec: StreamSpec) -> list[Experience]:
-    by = {"by": spec.by or "domain"} if spec.kind == "domain" else {}
+    by = {"by": spec.by or "domain"} if builtin.takes(spec.kind, "by") else {}
     data = _loaded(spec.data, spec.root, spec.label, **by, target=spec.target)
     whole = builtin.make(spec.kind, data, spec.seed, spec.scenario, tasks=spec.tasks, **by)
     some = whole if spec.limit is None else limit(whole, spec.limit)

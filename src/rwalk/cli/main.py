@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 
 try:
@@ -21,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _forget_sizes()
     console = Console(markup=False, emoji=False, highlight=False)
     words = list(sys.argv[1:] if arguments is None else arguments)
-    with tolerant() as output:
+    with tolerant() as output, warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_args, **_kwargs: complain(f"warning: {message}")
         try:
             return _do(words, console) or _unprinted(output.failure)
         except (ValueError, OSError, ImportError) as error:

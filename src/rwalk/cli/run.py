@@ -13,7 +13,7 @@ from rich.console import Console
 from rwalk import kernels, report
 from rwalk._errors import printable
 from rwalk._io import files
-from rwalk.bench.builtin import parse
+from rwalk.bench.builtin import parse, takes
 from rwalk.bench.optimisation import Training
 from rwalk.bench.pool import Failure, outcomes
 from rwalk.bench.record import Record
@@ -117,9 +117,8 @@ def spec_of(command: Run, words: Sequence[str], name: str, seed: int, tuning: tu
     """Return the run of a method with a seed, at the method's default strength."""
     source, machine, (kind, data) = command.source, command.machine, parse(command.stream)
     root = source.data and source.data.resolve()
-    permutation = seed if kind == "permuted" else 0
     options = {name: value for name, value in vars(source).items() if name != "data"}
-    stream = StreamSpec(kind, data, root, seed=permutation, tuning=tuning, **options)
+    stream = StreamSpec(kind, data, root, seed=seed if takes(kind, "seed") else 0, tuning=tuning, **options)
     return RunSpec(
         stream, rule(command, name) if name in RULES else name, None, seed, Training(**vars(command.training)),
         command.methods.pull, command.methods.average, rehearsal(command, name),
@@ -164,16 +163,24 @@ def labels(runs: Sequence[RunSpec]) -> dict[RunSpec, str]:
 def done(command: Run, runs: Sequence[RunSpec], console: Console, page: LivePage) -> Iterator[tuple[RunSpec, Record | Failure]]:
     """Do runs, print a line at the end of each, and yield each with its record, or why it has none."""
     names, out, machine = labels(runs), command.output.out, command.machine
-    display = Display(console, names, out, page.look)
+    display, warned = Display(console, names, out, page.look), dict[str, str]()
     with display.progress:
         found = outcomes(runs, out.resolve(), machine.workers, machine.address, log=command.output.log, watcher=display)
-        for spec, (result, existed) in found:
+        for spec, (result, existed, warnings) in found:
             display.end(spec)
+            _pass_on(warnings, names[spec], warned)
             if isinstance(result, Record) and not (out / spec.name).exists():  # of a worker without our folder
                 result.save(out)
             print_plain(console, f"{names[spec]}: {_in_words(result, existed)}")
             page.changed()
             yield spec, result
+
+
+def _pass_on(warnings: Sequence[str], name: str, warned: dict[str, str]) -> None:
+    """Print the warnings of a run with its name; a text that another run has brought already, in short."""
+    for text in warnings:
+        complain(f"warning from {name}: {f'the same as from {warned[text]}' if text in warned else text}")
+        warned.setdefault(text, name)
 
 
 def _in_words(result: Record | Failure, existed: bool) -> str:

@@ -29,6 +29,7 @@ class ProtectedParameters:
         looked_at: the parameters that the optimiser held when it was looked at.
         fingerprint: what they were like.
         frozen: those that the optimiser holds and that did not require gradients then.
+        beside: what the optimiser moves beside the protected parameters, by name.
     """
 
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -39,6 +40,7 @@ class ProtectedParameters:
     looked_at: list[Tensor] = field(default_factory=list)
     fingerprint: Any = None
     frozen: list[Tensor] = field(default_factory=list)
+    beside: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def on_cpu(self) -> bool:
@@ -67,6 +69,11 @@ class ProtectedParameters:
         if self.shard_group.groups:
             found = [g if g is None else local(g) for g in found]
         return kernels.StepGradients(found)
+
+    def gradients_beside(self) -> dict[str, Tensor]:
+        """Return the gradients of what the optimiser moves beside the protected parameters; of sparse ones their values."""
+        found = {name: local(p.grad) for name, p in self.beside.items() if p.grad is not None}
+        return {name: g._values() if g.is_sparse else g for name, g in found.items()}
 
     def own_gradients(self) -> kernels.StepGradients:
         """Give each parameter a gradient of its own, and return them: the pull is different for each element."""
@@ -182,7 +189,14 @@ def find_protected(model: nn.Module, optimizer: Optimizer, scope: Scope, known: 
         looked_at=list(now),
         fingerprint=_fingerprint(optimizer, now, parameters, in_optimizer),
         frozen=[p for p in now if not p.requires_grad],
+        beside=_beside(now, found, parameters),
     )
+
+
+def _beside(held: Sequence[Tensor], model: Mapping[str, Tensor], protected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return those of an optimiser's parameters that are not protected, by name or by their place in the optimiser."""
+    names, mine = {id(p): name for name, p in model.items()}, {id(p) for p in protected.values()}
+    return {names.get(id(p), f"parameter {i} of the optimiser"): p for i, p in enumerate(held) if id(p) not in mine}
 
 
 def grow_state(

@@ -1,6 +1,5 @@
 """One optimiser step: it is checked, observed by the rule, and followed by the pull and the average."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -8,20 +7,24 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rwalk import gradients, kernels
+from rwalk._errors import warn
 from rwalk.consolidation import proximal
 from rwalk.consolidation.memory import Memory
 from rwalk.consolidation.misuse import note_first_step, refuse_lent
 from rwalk.consolidation.overshoot import OvershootCheck
 from rwalk.consolidation.protected import refuse_sparse, shares_memory
 from rwalk.consolidation.settings import Nonfinite, Pull
+from rwalk.consolidation.step_layout import StepLayout
 from rwalk.consolidation.turns import take_turn
 from rwalk.consolidation.validity import ACCEPTED, PendingCheck, loss_scale, refuse_capture, scaler_scale, skip_flag
 from rwalk.rules.base import Step
 
 UNTOUCHED = kernels.RuleUpdate()
 """What a rule updates that looks at nothing in each step."""
-ANCHOR = ("point", "omega")
-"""The columns that an anchor has."""
+
+
+PATIENCE = 10
+"""Steps in a row that may be left out before a warning."""
 
 
 class OpenStep(NamedTuple):
@@ -58,7 +61,7 @@ class StepObserver:
 
     def __init__(self, memory: Memory, pull: Pull, nonfinite: Nonfinite) -> None:
         self.memory, self.pull, self.nonfinite = memory, pull, nonfinite
-        self.skipped = 0
+        self.skipped = self._skipped_in_a_row = 0
         self._open: OpenStep | None = None
         self._averaged: list[str] = []
         self._changed: list[str] = []
@@ -66,10 +69,7 @@ class StepObserver:
         self._overshoot = OvershootCheck()
         self._metrics: tuple[Any, Any, proximal.Metrics] | None = None
         self._checked_optimizer: Optimizer | None = None
-        self._layout: kernels.Layout | None = None
-        self._held: tuple[Any, dict[str, Any], list[int]] = (None, {}, [])
-        self._kept: list[Tensor] = []
-        self._kept_beside: list[Tensor] | None = None
+        self._layout = StepLayout(memory)
         self._measured: gradients.StepMoments | None = None
         self._counted: list[float] = []
 
@@ -115,7 +115,7 @@ class StepObserver:
         memory = self.memory
         compare = memory.rule.walks and memory.steps > 1 and memory.protected.on_cpu and step.skip is None
         strength = self._gradient_pull(optimizer)
-        places = self._laid_out(optimizer, theta, step.made).before(
+        places = self._layout.of(optimizer, theta, step.made).before(
             kernels.BeforeStep(grad, step.squares, step.made.weight, strength, step.scale, step.skip, compare)
         )
         if places:
@@ -141,10 +141,9 @@ class StepObserver:
             self._averaged = [name for name, has in zip(names, step.moved, strict=True) if has]
         made = step.made
         numbers = (made.weight, made.close, made.eps, made.beyond_eps, step.scale, step.skip)
-        if self._layout is not None and not self._layout.still_in_place(theta):
-            self._layout = None
-        layout = self._laid_out(optimizer, theta, made) if self._layout is None else self._layout
-        layout.after(kernels.AfterStep(step.moved, metric, share, step.squares, *numbers))
+        self._layout.after_step(optimizer, theta, made).after(
+            kernels.AfterStep(step.moved, metric, share, step.squares, *numbers)
+        )
         memory.moves.after_step(memory.protected, names, step.moved, memory.rule.walks)
 
     def _take_moments(self, optimizer: Optimizer, grad: kernels.StepGradients, check: PendingCheck) -> None:
@@ -205,7 +204,7 @@ class StepObserver:
             elif self._averaged:
                 memory.turns.take_back(self._averaged, self._counted)
             memory.steps -= 1
-            self.skipped += 1
+            self._skip(pending)
             memory.moves.forget(self._changed)
             pending.raise_if_not_finite()
         elif step is not None and memory.rule.walks:  # the optimiser has not come to the end of its step
@@ -220,60 +219,22 @@ class StepObserver:
     def nbytes(self) -> int:
         """Bytes of the tensors held, on this rank, the gradients of the last step among them."""
         squares = self.memory.squares
-        held = (t for t in (*self.memory.tensors(), *self._kept) if any(t.stride()) or not t.dim())  # the others expand
+        held = (
+            t for t in (*self.memory.tensors(), *self._layout.previous) if any(t.stride()) or not t.dim()
+        )  # the others expand
         return sum(t.nbytes for t in held) + (0 if squares is None else squares.nbytes)
 
     def release(self) -> None:
         """Let go of what only steps need."""
-        self._layout, self._kept, self._kept_beside, self._metrics = None, [], None, None
-        self._held = (None, {}, [])
-
-    def _laid_out(self, optimizer: Optimizer, theta: list[Tensor], made: kernels.RuleUpdate) -> kernels.Layout:
-        """Return the layout of what a step touches: the last one, unless something is elsewhere now."""
-        memory = self.memory
-        names = list(memory.protected.theta)
-        columns: dict[str, Any] = {name: getattr(made, name) for name in ("fisher", "path", "last", "mark", "score")}
-        if made.path is not None:
-            if self._kept_beside is not made.path:
-                self._kept_beside = made.path
-                if not _alike(self._kept, made.path):
-                    self._kept = [torch.empty_like(path) for path in made.path]
-            columns["previous"] = self._kept
-        if memory.anchor.point:
-            columns |= self._anchor_columns(names)
-        if memory.averages:
-            columns["average"] = [memory.tail.average[name] for name in names]
-        layout = kernels.laid_out(self._layout, theta, columns, memory.protected.ascends(optimizer))
-        if layout is not self._layout:
-            self._layout = layout
-            for column, into in (
-                ("average", memory.tail.average),
-                ("point", memory.anchor.point),
-                ("omega", memory.anchor.omega),
-            ):
-                _put_back(columns.get(column), names, into)
-            self._held = memory.anchor, {name: columns[name] for name in ANCHOR if name in columns}, _places(columns)
-        return layout
-
-    def _anchor_columns(self, names: list[str]) -> dict[str, Any]:
-        """Return what the anchor holds; where users have been given it, see whether it is still what was laid out."""
-        anchor, columns, places = self._held
-        if self._layout is None or anchor is not self.memory.anchor:
-            return self.memory.anchor.columns(names)
-        if self.memory.shown:
-            columns = self.memory.anchor.columns(names)
-            if _places(columns) != places:
-                self._layout = None
-        return columns
+        self._layout.release()
+        self._metrics = None
 
     def _gradients(self, optimizer: Optimizer) -> kernels.StepGradients:
         """Return the gradients of the protected parameters, None for those that the optimiser does not move now."""
         memory = self.memory
-        if self._layout is not None and not self._layout.in_place(list(memory.protected.theta.values())):
-            self._layout = None
-        if memory.protected.stale(optimizer, self._layout is not None):
+        if memory.protected.stale(optimizer, self._layout.in_place(list(memory.protected.theta.values()))):
             memory.follow_optimizer(optimizer)
-            self._layout = None
+            self._layout.drop()
         grad = memory.protected.gradients()
         refuse_sparse(grad, memory.protected.theta)
         shared = self.pull == "gradient" and memory.anchor.point and shares_memory(grad)
@@ -285,13 +246,24 @@ class StepObserver:
         if check.on_device and not (self.nonfinite == "skip" and check.bad is not None):
             return check
         if not check.fails():
+            self._skipped_in_a_row = 0
             return check.passed()
         if self.nonfinite == "raise":
             check.raise_if_not_finite()
         elif check.bad is not None:
             optimizer.zero_grad(set_to_none=True)  # an optimiser leaves out parameters without a gradient
-        self.skipped += 1
+        self._skip(check)
         return None
+
+    def _skip(self, check: PendingCheck) -> None:
+        """Count a step that is left out, and warn where nothing else comes."""
+        self.skipped += 1
+        self._skipped_in_a_row += check.bad is not None
+        if self._skipped_in_a_row == PATIENCE:
+            warn(
+                f"{PATIENCE} steps in a row were left out, as gradients were not finite. Once a weight is not finite either, "
+                "no further step will count: go back to weights that are, and lower the learning rate."
+            )
 
     def _check(self, optimizer: Optimizer, grad: kernels.StepGradients) -> PendingCheck:
         """Take a loss scaler's word for a step where there is one, else look at the gradients."""
@@ -299,10 +271,16 @@ class StepObserver:
         if flag is not None:
             return PendingCheck(flag, memory.state)
         protected = memory.protected
-        if not grad.there:
+        beside = protected.gradients_beside() if protected.beside else {}
+        if not grad.there and not beside:
             return PendingCheck(ACCEPTED, memory.state)
-        bad = kernels.nonfinite(grad) if self._layout is None else self._layout.nonfinite(grad)
-        return PendingCheck.of_gradients(bad, memory.state, protected.theta, memory.steps + 1, protected.shard_group)
+        bad = self._layout.nonfinite(grad)
+        if beside:
+            bad = torch.cat(
+                [bad.float(), kernels.nonfinite(kernels.StepGradients(beside.values())).to(bad.device, torch.float32)]
+            )
+        names = [*protected.theta, *beside]
+        return PendingCheck.of_gradients(bad, memory.state, names, memory.steps + 1, protected.shard_group)
 
     def _gradient_pull(self, optimizer: Optimizer) -> float:
         """Return the strength of the pull to add to gradients, 0 for none; warn where it overshoots at the learning rate."""
@@ -313,7 +291,7 @@ class StepObserver:
         return memory.strength
 
     def _metric(self, optimizer: Optimizer, moved: list[bool]) -> kernels.Metric | None:
-        """Return the metric of the proximal pull, after whole layers were pulled in it; None for no pull."""
+        """Return the metric of the proximal pull; None for no pull."""
         memory = self.memory
         if self.pull != "proximal" or not memory.strength or not memory.anchor.point:
             return None
@@ -329,21 +307,5 @@ class StepObserver:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies are made of."""
-        nothing = dict.fromkeys(("_checked_optimizer", "_layout", "_kept_beside", "_metrics", "_open"))
-        return {**vars(self), **nothing, "_kept": [], "_held": (None, {}, [])}
-
-
-def _alike(mine: list[Tensor], like: list[Tensor]) -> bool:
-    """Return whether there is a tensor of the same kind, shape and place beside each."""
-    pairs = zip(mine, like, strict=True) if len(mine) == len(like) else ()
-    return len(mine) == len(like) and all(a.shape == b.shape and a.dtype is b.dtype and a.device == b.device for a, b in pairs)
-
-
-def _places(columns: Mapping[str, Any]) -> list[int]:
-    """Return the addresses of an anchor's tensors."""
-    return [0 if t is None else t.data_ptr() for name in ANCHOR for t in columns.get(name, ())]
-
-
-def _put_back(column: list[Tensor | None] | None, names: list[str], into: dict[str, Tensor]) -> None:
-    """Have a dictionary hold the tensors of a column, which a layout may have moved."""
-    into |= {name: tensor for name, tensor in zip(names, column or (), strict=False) if tensor is not None}
+        nothing = dict.fromkeys(("_checked_optimizer", "_metrics", "_open"))
+        return {**vars(self), **nothing, "_layout": StepLayout(self.memory)}

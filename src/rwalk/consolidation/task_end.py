@@ -113,9 +113,32 @@ def _task_end(memory: Memory, raw: Mapping[str, Tensor], data: Any, loss: Any, l
 def _concluded(memory: Memory, end: TaskEnd) -> tuple[Anchor, Any]:
     """Return the anchor and the state after a task, offloaded."""
     state = memory.offload.fetch(memory.rule, memory.state, list(end.point.values()))
-    anchor, state = memory.rule.conclude(state, end)
+    anchor, state = _checked(memory.rule, memory.rule.conclude(state, end), state)
     anchor = replace(note_bases(anchor, memory.model), origin=type(memory.rule).__name__)
     return memory.offload.keep_anchor(anchor), memory.offload.keep(memory.rule, state)
+
+
+def _checked(rule: Rule[Any], concluded: Any, before: Any) -> tuple[Anchor, Any]:
+    """Return what a rule, perhaps the user's own, has concluded, or refuse what would spoil the next steps."""
+    name = f"`{type(rule).__name__}.conclude`"
+    if not (isinstance(concluded, tuple) and len(concluded) == 2 and isinstance(concluded[0], Anchor)):
+        raise TypeError(f"{name} must return an anchor and the state for the next task, but returned {_form(concluded)}.")
+    anchor, state = concluded
+    if _form(state) != _form(before):
+        raise ValueError(f"{name} must return a state like that of `init`, {_form(before)}, but returned {_form(state)}.")
+    try:
+        anchor.refuse_damage()
+    except ValueError as error:
+        raise ValueError(f"{name} returned an anchor that cannot be used. {error}") from None
+    return anchor, state
+
+
+def _form(value: Any) -> str:
+    """Describe a tuple by how long those of its fields are that are lists."""
+    if not isinstance(value, tuple):
+        return f"`{type(value).__name__}`"
+    fields = [f"a list of {len(field)}" if isinstance(field, list) else "a value" for field in value]
+    return f"`{type(value).__name__}` of ({', '.join(fields)})"
 
 
 def _sums(memory: Memory, data: Any) -> list[float]:

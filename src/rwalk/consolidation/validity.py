@@ -91,7 +91,7 @@ class PendingCheck(NamedTuple):
         return bool(self.flag) if self.answer is None else self.answer.read()
 
     def passed(self) -> "PendingCheck":
-        """Return the doubt of a step that counts."""
+        """Return the check of a step that counts."""
         return self._replace(flag=ACCEPTED)
 
     def raise_if_not_finite(self) -> None:

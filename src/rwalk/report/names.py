@@ -1,6 +1,9 @@
 """Names of methods in sentences, tables and charts."""
 
+import pkgutil
 import re
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 from rwalk.report.summary import Line, MethodComparison
@@ -21,6 +24,7 @@ NAMES = {
     "si": "SI",
     "mas": "MAS",
     "l2": "L2",
+    "task_fisher": "task Fisher",
     "kronecker": "Kronecker",
 }
 REPLAY = "+replay"
@@ -32,6 +36,14 @@ UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u20
 def clean(text: Any) -> str:
     """Replace characters that XML does not allow, or that would disturb the text around them."""
     return UNPRINTABLE.sub("�", str(text))
+
+
+@cache
+def rule_names() -> set[str]:
+    """Return the methods that are rules, which are the names of their modules, without loading these."""
+    spec = find_spec("rwalk.rules")
+    found = pkgutil.iter_modules(spec.submodule_search_locations if spec else ())
+    return {module.name for module in found if module.name[0] != "_"} - {"base"}
 
 
 def method_name(method: str) -> str:

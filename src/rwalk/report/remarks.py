@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from rwalk.report.figures import best_of_each_method, contenders, with_deviation
-from rwalk.report.names import clean, listed, method_name, names
+from rwalk.report.names import clean, listed, method_name, names, rule_names
 from rwalk.report.summary import REFERENCES, Line, MethodComparison, Spread
 
 ENOUGH = 3
@@ -128,13 +128,13 @@ def _class_incremental(comparison: MethodComparison) -> Iterator[str]:
         )
 
 
-DIAGONAL = ("recipe", "rwalk", "ewc", "online_ewc", "ewcpp", "si", "mas", "l2", "task_fisher")
-"""Methods with one number for each weight."""
+MATRICES = {"kronecker"}
+"""The rules that hold more than a number for each weight."""
 
 
 def _hopeless(line: Line, comparison: MethodComparison) -> bool:
     """Return whether a line is class-incremental without stored examples, where no diagonal rule helps."""
-    bare = line.method in DIAGONAL and not (line.stored_examples and line.stored_examples.mean)
+    bare = line.method in {"recipe"} | rule_names() - MATRICES and not (line.stored_examples and line.stored_examples.mean)
     return bare and comparison.setting.get("stream", {}).get("scenario") == "class"
 
 

@@ -1,14 +1,12 @@
 """The commands that repeat the runs of a comparison: those in their records, else what their settings say."""
 
-import pkgutil
 import re
 import shlex
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from rwalk.bench.record import Record
-from rwalk.report.names import REPLAY, method_name
+from rwalk.report.names import REPLAY, method_name, rule_names
 from rwalk.report.summary import MethodComparison
 
 KINDS = ("split", "permuted", "rotated", "domain", "drift")
@@ -75,7 +73,7 @@ def _inexpressible(record: Record) -> str:
         return "`rwalk tune` made it"
     if not record.stream.startswith(tuple(f"{kind}-" for kind in KINDS)) or about.keys() & {"order", "blurry"}:
         return "its stream was made in Python"
-    if not _is_path(method) and method not in {*PLAIN, "default", "recipe", *_rules()}:
+    if not _is_path(method) and method not in {*PLAIN, "default", "recipe", *rule_names()}:
         return "its method was made in Python"
     if ":" in (model := str(record.config["training"].get("model"))) and not _is_path(model):
         return "its model was made in Python"
@@ -91,13 +89,6 @@ def _inexpressible(record: Record) -> str:
 def _is_path(name: str) -> bool:
     """Return whether a method or model is named by an import path that any process finds."""
     return bool(re.fullmatch(r"(?!__main__:)[\w.]+:[\w.]+", name))
-
-
-def _rules() -> set[str]:
-    """Return the names of the rules: those of their modules."""
-    spec = find_spec("rwalk.rules")
-    found = pkgutil.iter_modules(spec.submodule_search_locations if spec else ())
-    return {module.name for module in found if module.name[0] != "_"} - {"base"}
 
 
 def _command(record: Record, seeds: int) -> str:
@@ -116,7 +107,7 @@ def _command(record: Record, seeds: int) -> str:
         "kernels": None if "+" in backend else backend,
         "strength": config.get("strength"), "pull": config.get("pull"), "average": config.get("average"),
         "replay": kept.get("size"), "per": kept.get("per"), "select": kept.get("select"), "replay-batch": kept.get("batch"),
-        **(_fields(method, config.get("rule", {})) if method in _rules() else {}),
+        **(_fields(method, config.get("rule", {})) if method in rule_names() else {}),
         "first-seed": record.seed, "seeds": seeds,
     }  # fmt: skip
     given = [word for name, value in values.items() if value is not None for word in _flag(name, value)]

@@ -3,6 +3,7 @@
 import inspect
 import pkgutil
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from rwalk.rules.base import Rule, Step, TaskEnd
@@ -36,13 +37,21 @@ __all__ = [
 def rules() -> dict[str, type[Rule[Any]]]:
     """Map the name of each rule's file, as in `rwalk run --methods`, to the rule."""
     modules = {m.name: import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__) if m.name[0] != "_"}
-    return {
-        name: kind
-        for name, module in sorted(modules.items())
-        for kind in vars(module).values()
-        if inspect.isclass(kind) and issubclass(kind, Rule) and kind.__module__ == module.__name__
-        if not inspect.isabstract(kind)
-    }
+    return {name: kind for name, module in sorted(modules.items()) for kind in _rules_of(name, module)}
+
+
+def _rules_of(name: str, module: ModuleType) -> list[type[Rule[Any]]]:
+    """Return the rule of a file, or none.
+
+    Raises:
+        ImportError: for a file with several.
+    """
+    classes = [kind for kind in vars(module).values() if inspect.isclass(kind) and kind.__module__ == module.__name__]
+    found = [kind for kind in classes if issubclass(kind, Rule) and not inspect.isabstract(kind)]
+    if len(found) > 1:
+        kinds = ", ".join(kind.__name__ for kind in found)
+        raise ImportError(f"`{name}.py` has the rules {kinds}. Give each a file of its own, whose name is its method's name.")
+    return found
 
 
 def __dir__() -> list[str]:
