@@ -498,3 +498,23 @@ def test_a_call_without_gradients_does_not_count():
     extended = torch.cat([torch.ones(len(x), 1).double(), x], 1)
     inputs = memory.anchor.layers["net.0.weight"].inputs.matrix()
     assert torch.allclose(inputs[0], extended.T @ extended / len(x), rtol=1e-9)
+
+
+def test_a_pull_that_overflows_goes_all_the_way():
+    """Truth: w / (1 + w) where w is infinity."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    memory = Consolidator(model, Kronecker(every=1), strength=1e30, average="none").attach(optimizer)
+    x, y = torch.randn(40, 5), torch.randint(0, 3, (40,))
+    for task in range(2):
+        for _ in range(5):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        if task == 0:
+            memory.consolidate()
+            for omega in memory.anchor.omega.values():
+                omega.mul_(1e30)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), memory.anchor.point[name], rtol=1e-4, atol=1e-5, msg=name)

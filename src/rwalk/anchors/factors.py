@@ -10,6 +10,7 @@ from torch import Tensor
 from rwalk._parameters import state_dtype
 from rwalk.anchors.held import HeldLayer, Product, read_sides
 from rwalk.anchors.spectrum import SecondMoment
+from rwalk.kernels.reference import share_of_way_
 
 
 class Arrangement(NamedTuple):
@@ -153,8 +154,7 @@ class KroneckerFactor(HeldLayer):
         g, a = (side.beside(d, d.dtype) for side in (self.outputs, self.inputs))
 
         def shrink(rows: Tensor, columns: Tensor) -> Tensor:
-            weight = step * rows.unsqueeze(2) * columns.unsqueeze(1)
-            return weight / (1 + weight)
+            return share_of_way_((step * rows.unsqueeze(2) * columns.unsqueeze(1)).reciprocal_())
 
         turned = g.basis @ d
         left = (shrink(g.values, a.rest) - shrink(g.mean, a.rest)) * turned

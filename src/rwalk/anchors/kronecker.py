@@ -19,6 +19,7 @@ from rwalk.anchors.old_factors import current_anchor
 from rwalk.anchors.products import ProductFactor
 from rwalk.distributed import shards
 from rwalk.distributed.shards import ShardGroup
+from rwalk.kernels.reference import share_of_way_
 
 
 class PullSteps(Protocol):
@@ -176,7 +177,7 @@ class KroneckerAnchor(Anchor):
             if name in theta:
                 p = theta[name]
                 w = omega.to(p.device, torch.promote_types(omega.dtype, p.dtype)) * steps.each(name)
-                p.sub_(((w / (1 + w)) * (p - self.point[name].to(w.device, w.dtype))).to(p.dtype))
+                p.sub_((share_of_way_(w.reciprocal_()) * (p - self.point[name].to(w.device, w.dtype))).to(p.dtype))
 
     def _whole(
         self, weight: str, layer: HeldLayer, theta: Mapping[str, Tensor], parameters: Mapping[str, Tensor]

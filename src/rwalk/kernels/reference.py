@@ -96,11 +96,8 @@ def pull_(grad: Tensor, theta: Tensor, point: Tensor, omega: Tensor, strength: f
 
 
 def draw_(theta: Tensor, point: Tensor, omega: Tensor, step: float) -> None:
-    """Move towards the anchor, stably for every step: theta <- (theta + w * point) / (1 + w) with w = step * omega.
-
-    The way towards the point, w / (1 + w), is taken as 1 / (1 + 1 / w), which is exact at both ends: 0 at w = 0, 1 at infinity.
-    """
-    _approach_(theta, point, (omega.to(point.dtype) * step).reciprocal_())
+    """Move towards the anchor, stably for every step: theta <- (theta + w * point) / (1 + w) with w = step * omega."""
+    _approach_(theta, point, share_of_way_((omega.to(point.dtype) * step).reciprocal_()))
 
 
 def draw_scaled_(
@@ -108,12 +105,15 @@ def draw_scaled_(
 ) -> None:
     """Move towards the anchor in Adam's metric: as `draw_`, with w = step * omega / (sqrt(second / correction) + eps)."""
     way = (second.to(point.dtype) / correction).sqrt_().add_(eps)
-    _approach_(theta, point, way.div_(omega.to(point.dtype) * step))
+    _approach_(theta, point, share_of_way_(way.div_(omega.to(point.dtype) * step)))
 
 
-def _approach_(theta: Tensor, point: Tensor, inverse: Tensor) -> None:
-    """Go 1 / (1 + inverse) of the way from theta to the point; `inverse` is used up."""
-    way = inverse.add_(1).reciprocal_()
+def share_of_way_(inverse: Tensor) -> Tensor:
+    """Turn 1 / w into w / (1 + w), the share of the way to the anchor that the pull goes: exactly 0 at w = 0, 1 at infinity."""
+    return inverse.add_(1).reciprocal_()
+
+
+def _approach_(theta: Tensor, point: Tensor, way: Tensor) -> None:
     theta.lerp_(point.to(theta.dtype), way.to(theta.dtype))
 
 
