@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cases import batches, mlp, pairwise, same, tensors, train
-from rwalk import EWC, L2, SI, Consolidator, EWCpp, Kronecker, RWalk
+from cases import assert_same_state, batches, mlp, pairwise, same, tensors, train
+from rwalk import EWC, L2, SI, Consolidator, EWCpp, Kronecker, RWalk, TaskFisher
 from rwalk.rules import rules
 
 ALL = [kind() for kind in rules().values()]
@@ -234,3 +234,66 @@ def test_norms_that_rested_in_training_keep_their_statistics_whatever_the_mode_a
     model.eval()
     with pytest.warns(UserWarning, match="running statistics do not fit"):
         memory.consolidate()
+
+
+@pytest.mark.parametrize("memory_first", [False, True])
+@pytest.mark.parametrize("change", [None, "data", "in place", "loaded"])
+@pytest.mark.parametrize("rule", [None, TaskFisher(), RWalk()], ids=repr)
+def test_a_change_after_loading_is_kept_and_loading_itself_is_none(rule, change, memory_first):
+    """A checkpoint after a task's last step, then the best weights or an EMA: as where nothing was interrupted."""
+    model, memory = begun(rule)
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(memory.state_dict())
+    fresh = other()
+    twin = Consolidator(fresh, rule, average="tail").attach(torch.optim.SGD(fresh.parameters(), lr=0.1))
+    for load, saved in [(twin.load_state_dict, state), (fresh.load_state_dict, weights)][:: 1 if memory_first else -1]:
+        load(saved)
+    if change is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            twin.consolidate()
+            memory.consolidate()
+        assert_same_state(memory, twin)
+        return
+    best = {name: 0.9 * value for name, value in weights.items()}
+    for p in fresh.parameters():
+        if change == "data":
+            p.data.mul_(0.9)
+        elif change == "in place":
+            with torch.no_grad():
+                p.mul_(0.9)
+    if change == "loaded":
+        fresh.load_state_dict(best)
+    with pytest.warns(UserWarning, match="were changed after the last step of the task. They are kept as they are"):
+        twin.consolidate()
+    for name, p in fresh.named_parameters():
+        torch.testing.assert_close(p.detach(), best[name])
+        assert torch.equal(twin.anchor.point[name], p)
+
+
+@pytest.mark.parametrize("rule", [None, TaskFisher()], ids=repr)
+def test_a_memory_loaded_in_a_task_without_the_models_weights_is_told(rule):
+    _, memory = begun(rule)
+    fresh = other()
+    optimizer = torch.optim.SGD(fresh.parameters(), lr=0.1)
+    Consolidator(fresh, rule, average="tail").attach(optimizer).load_state_dict(memory.state_dict())
+    x, y = map(torch.as_tensor, batches(0, 1)[0])
+    F.cross_entropy(fresh(x), y).backward()
+    with pytest.warns(UserWarning, match="The memory was loaded, and the model's weights lie .* Load the weights"):
+        optimizer.step()
+
+
+def other():
+    """A model with other weights than those that `mlp` makes."""
+    model = mlp()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=2)
+    return model
+
+
+def begun(rule):
+    """A model in the middle of its first task."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    memory = Consolidator(model, rule, average="tail").attach(optimizer)
+    train(model, optimizer, batches(0, 12))
+    return model, memory

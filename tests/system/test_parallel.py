@@ -174,9 +174,8 @@ def test_files_hold_whole_tensors_and_come_back_in_parts(on, how, tmp_path):
         assert "4 the same shape" in rank["match"]
         memory = ranked.started("rwalk")[2]
         memory.load(tmp_path / "memory")
-        alike(
-            memory.state_dict(), rank["state"] | {"changed": "\n".join(dict(memory.model.named_parameters()))}, rtol=0, atol=0
-        )
+        state = {key: value for key, value in memory.state_dict().items() if key != "written"}
+        alike(state, rank["state"] | {"changed": "\n".join(dict(memory.model.named_parameters()))}, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])

@@ -126,7 +126,7 @@ def test_a_run_that_fails_is_named_with_its_cause_and_stops_no_other(tmp_path, c
         assert main.main([*sweep, "--workers", workers, "--out", str(tmp_path / workers)]) == 2
         printed, error = capsys.readouterr()
         assert printed.count("failed; the cause comes at the end") == 2
-        assert "finite" in error.split("rwalk: ")[1]
+        assert any("finite" in line for line in error.splitlines())
         assert {"rwalk strength 1e+06 seed 0", "rwalk strength 1e+06 seed 1"} == set(
             re.findall(r"rwalk strength \S+ seed \d", error)
         )
@@ -134,17 +134,15 @@ def test_a_run_that_fails_is_named_with_its_cause_and_stops_no_other(tmp_path, c
         assert "Traceback" not in error
 
 
-@pytest.mark.filterwarnings("always")
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_warning_names_its_run_and_is_printed_in_full_once(tmp_path, capsys, workers):
+def test_a_warning_names_its_run_and_is_printed_in_full_once(tmp_path, workers):
     """Truth: a learner that says the same in each run, twice, and something of its own."""
     (tmp_path / "warns.py").write_text(WARNS)
     sweep = ["run", "split-digits", "--methods", "finetune,warns:Warns", "--seeds", "2", *SMALL]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(tmp_path)
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-        assert main.main([*sweep, "--workers", workers, "--out", str(tmp_path / "out")]) == 0
-    said = [line.removeprefix("rwalk: warning from ") for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    with started([*sweep, "--workers", workers], tmp_path / "out", cwd=tmp_path) as process:
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    said = [line.removeprefix("rwalk: warning from ") for line in error.splitlines() if "warning" in line]
     first, second = (f"warns:Warns seed {seed}" for seed in ((0, 1) if "seed 0" in said[0] else (1, 0)))
     again = f"the same as from {first}"
     assert said[:2] == [f"{first}: The learning rate is high.", f"{first}: With {first[-6:]}."]
@@ -295,5 +293,5 @@ def test_two_threads_that_want_one_run_do_it_once(tmp_path, monkeypatch):
         futures = [threads.submit(pool.run_or_load, run, tmp_path) for _ in range(4)]
         results = [f.result(timeout=60) for f in futures]
     assert len(calls) == 1
-    assert sorted(existed for _, existed in results) == [False, True, True, True]
+    assert sorted(outcome.existed for outcome in results) == [False, True, True, True]
     assert [p.name for p in tmp_path.iterdir()] == [run.name]

@@ -99,10 +99,14 @@ class Anchor(ABC):
         """Return the quadratic at `theta`, without the strength."""
 
     def refuse_damage(self) -> None:
-        """Raise a ValueError unless each point has an importance of its shape, all of it finite and 0 or more."""
+        """Raise a ValueError unless whole layers fit their points, and the other points have an importance that fits."""
         wrong = self.damaged_parts(self.content()) if self.parts else []
         if wrong:
             raise ValueError(f"The anchor's layers {listed(wrong)} do not fit its points. Pass it as it was saved.")
+        self.refuse_odd_importance()
+
+    def refuse_odd_importance(self) -> None:
+        """Raise a ValueError unless each point has an importance of its shape, all of it finite and 0 or more."""
         for name in self.omega if self.parts else self.point:
             point, omega = self.point.get(name), self.omega.get(name)
             if (

@@ -53,19 +53,20 @@ FAR = 0.5
 
 
 def note_first_step(memory: "Memory") -> None:
-    """At a task's first step note which norms rest, and warn if a memory was loaded and the model's weights were not."""
-    note_modes(memory.model)
+    """At a task's first step, and at the first after a memory was loaded, warn if the model's weights were not loaded."""
     loaded, memory.loaded = memory.loaded, False
+    if not memory.steps:
+        note_modes(memory.model)
     if not loaded:
         return
-    theta, point = memory.protected.theta, memory.anchor.point
+    theta, point = memory.protected.theta, {**memory.anchor.point, **memory.tail.average}
     pairs = [(theta[name].detach(), p) for name, p in point.items() if name in theta and theta[name].shape == p.shape]
     moved = sum(float((now.float() - p.to(now.device).float()).square().sum()) for now, p in pairs)
     size = sum(float(p.float().square().sum()) for _, p in pairs)
     if moved > FAR**2 * size:
         warn(
-            f"The memory was loaded, and the model's weights lie {math.sqrt(moved / size) if size else math.inf:.2g} times the "
-            "anchor's size away from it, as new ones do. Load the weights that were saved with the memory, too."
+            f"The memory was loaded, and the model's weights lie {math.sqrt(moved / size) if size else math.inf:.2g} times its "
+            "weights' size away from those, as new ones do. Load the weights that were saved with the memory, too."
         )
 
 
@@ -103,5 +104,5 @@ def accept_changes(memory: "Memory") -> None:
         warn(
             f"The weights {listed(changed)} were changed after the last step of the task. They are kept as they are, "
             "and the average is left out. To have the average, call `consolidate()` right after the last step, before anything "
-            'restores or averages weights; to have no average, pass `average="none"`.'
+            'else moves, restores or averages weights; to have no average, pass `average="none"`.'
         )

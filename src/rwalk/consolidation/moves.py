@@ -7,6 +7,7 @@ A write in place raises a tensor's version, unless it goes past autograd, as thr
 largest tensors are compared too, which finds whatever changes a whole model.
 """
 
+import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,10 +26,11 @@ class Moves:
 
     Args:
         changed: names of parameters that were changed after the last observed step.
+        saved: what `prints` said of the parameters when all this was saved.
     """
 
-    def __init__(self, changed: Iterable[str] = ()) -> None:
-        self._writes = Writes({})
+    def __init__(self, changed: Iterable[str] = (), saved: str = "") -> None:
+        self._writes = Writes({}, saved)
         self._changed = list(changed)
         self._unobserved = True
 
@@ -136,12 +138,17 @@ def _owned(state: Any, places: Collection[int]) -> Any:
 
 
 class Writes:
-    """What parameters were like when they were noted: at first all of `theta`, later those that a step has moved."""
+    """What parameters were like when they were noted: at first all of `theta`, later those that a step has moved.
 
-    def __init__(self, theta: Mapping[str, Tensor]) -> None:
-        largest = sorted((name for name, t in theta.items() if t.numel()), key=lambda name: theta[name].numel())[-TENSORS:]
+    Args:
+        theta: the parameters.
+        saved: what `prints` said of them, where they were noted in another process.
+    """
+
+    def __init__(self, theta: Mapping[str, Tensor], saved: str = "") -> None:
         self._versions = {name: t._version for name, t in theta.items()}
-        self._probes = {name: _some(theta[name]).clone() for name in largest}
+        self._probes = {name: _some(theta[name]).clone() for name in _largest(theta)}
+        self._saved = saved
 
     @property
     def known(self) -> bool:
@@ -159,11 +166,36 @@ class Writes:
         """Name the parameters that have been written to since, all if elements alone tell; comparing waits for a device."""
         seen = self.seen(theta)
         unseen = any(name not in seen and name in theta and _unlike(theta[name], old) for name, old in self._probes.items())
-        return list(theta) if unseen else seen
+        return list(theta) if unseen or _unlike_prints(theta, self._saved) else seen
 
     def seen(self, theta: Mapping[str, Tensor]) -> list[str]:
         """Name those that have been written to in sight of autograd, which waits for nothing."""
         return [name for name, t in theta.items() if self._versions.get(name, t._version) != t._version and t.numel()]
+
+
+def prints(theta: Mapping[str, Tensor]) -> str:
+    """Return a line for each of the largest tensors: its name, its shape and type, and a digest of a few elements."""
+    return "\n".join(f"{name}\t{_print(theta[name])}" for name in _largest(theta))
+
+
+def _print(tensor: Tensor) -> str:
+    elements = _some(tensor).cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return f"{_kind(tensor)} {hashlib.sha256(elements).hexdigest()}"
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{'x'.join(map(str, tensor.shape))} {tensor.dtype}"
+
+
+def _unlike_prints(theta: Mapping[str, Tensor], saved: str) -> bool:
+    """Return whether tensors differ from what `prints` said; one that grew, or is now of another kind, does not say."""
+    lines = (line.split("\t") for line in saved.splitlines())
+    known = [(theta[name], text) for name, text in lines if name in theta]
+    return any(text.startswith(f"{_kind(now)} ") and text != _print(now) for now, text in known)
+
+
+def _largest(theta: Mapping[str, Tensor]) -> list[str]:
+    return sorted((name for name, t in theta.items() if t.numel()), key=lambda name: theta[name].numel())[-TENSORS:]
 
 
 def _some(tensor: Tensor) -> Tensor:

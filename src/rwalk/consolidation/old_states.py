@@ -20,7 +20,12 @@ def upgraded(content: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Ma
         content: what was saved.
         parameters: those of the model, as they are now, by name.
     """
-    return _with_turns(_without_resting(content, parameters))
+    return _with_prints(_with_turns(_without_resting(content, parameters)))
+
+
+def _with_prints(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a state that may have no word of what the weights were like with an empty one."""
+    return {"written": "", **content} if isinstance(content, Mapping) and content.get("format") == 5 else content
 
 
 def _with_turns(content: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from rwalk.consolidation import state_checks
 from rwalk.consolidation.averaging import Tail
 from rwalk.consolidation.measuring import copied, moments_from
 from rwalk.consolidation.memory import Memory
-from rwalk.consolidation.moves import Moves, Writes
+from rwalk.consolidation.moves import Moves, Writes, prints
 from rwalk.consolidation.protected import ProtectedParameters, grow_state
 from rwalk.consolidation.repeats import LastEnd
 from rwalk.consolidation.turns import Turns
@@ -33,6 +33,7 @@ def content(memory: Memory) -> dict[str, Any]:
         "tasks": memory.tasks,
         "steps": memory.steps,
         "changed": "\n".join(memory.changed()),
+        "written": "" if protected.shard_group.groups else prints(protected.theta),
         "last_end": "" if memory.last_end is None else memory.last_end.text(),
         "shapes": {name: list(p.shape) for name, p in parameters.items()},
         "state": state,
@@ -61,10 +62,13 @@ def restore(memory: Memory, saved: Mapping[str, Any]) -> None:
     moments = moments_from(saved["moments"], memory.model, memory.rule, now, anchor)
     memory.tail = Tail.read(copied(mine(saved["tail"]["average"])), saved["tail"]["count"])
     memory.strength, memory.tasks, memory.steps = (saved[key] for key in ("strength", "tasks", "steps"))
-    memory.moves, memory.renewed, memory.protected = Moves(saved["changed"].splitlines()), True, now
+    written = "" if now.shard_group.groups else saved["written"]  # each rank of sharded parameters has other elements
+    noted = memory.averages or memory.rule.walks or not memory.by_element  # to others it makes no difference
+    moves = Moves(saved["changed"].splitlines(), written if noted else "")
+    memory.moves, memory.renewed, memory.protected = moves, True, now
     memory.last_end = LastEnd.read(saved["last_end"]) if saved["last_end"] else None
     memory.anchor, memory.state = memory.offload.keep_anchor(anchor), memory.offload.keep(memory.rule, state)
-    memory.begun = Writes({})
+    memory.begun = Writes({}, "" if memory.steps else written)
     memory.turns = Turns(saved["turns"]["lengths"], saved["turns"]["since"])
     memory.stop_collecting()
     memory.moments = moments

@@ -111,7 +111,7 @@ def _damage(state_dict: Mapping[str, Any], rule: Rule[Any], state: Any) -> list[
     wrong += [n for n in {*average, *count} if not (_tensor(average.get(n), shapes.get(n)) and _whole(count.get(n)))]
     wrong += _damaged_turns(state_dict["turns"], shapes) + _damaged_moments(state_dict["moments"], shapes)
     wrong += [key for key in ("tasks", "steps") if not _whole(state_dict[key])]
-    wrong += [] if type(state_dict["changed"]) is str else ["changed"]
+    wrong += [key for key in ("changed", "written") if type(state_dict[key]) is not str]
     wrong += [] if state_dict["last_end"] == "" or LastEnd.readable(state_dict["last_end"]) else ["last_end"]
     return wrong
 

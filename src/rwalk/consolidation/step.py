@@ -91,7 +91,7 @@ class StepObserver:
         check = self._checked(optimizer, grad)
         if check is None or not grad.there:
             return
-        if not memory.steps:
+        if not memory.steps or memory.loaded:
             note_first_step(memory)
         before, changed = memory.state, memory.moves.noticed(memory.protected) if check.on_device else []
         if check.on_device or not memory.protected.on_cpu:  # otherwise the pass before the step finds foreign moves

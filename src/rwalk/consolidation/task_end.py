@@ -127,7 +127,7 @@ def _checked(rule: Rule[Any], concluded: Any, before: Any) -> tuple[Anchor, Any]
     if _form(state) != _form(before):
         raise ValueError(f"{name} must return a state like that of `init`, {_form(before)}, but returned {_form(state)}.")
     try:
-        anchor.refuse_damage()
+        anchor.refuse_odd_importance()
     except ValueError as error:
         raise ValueError(f"{name} returned an anchor that cannot be used. {error}") from None
     return anchor, state
