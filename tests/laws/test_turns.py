@@ -260,6 +260,57 @@ def test_a_compiled_model_is_measured_too():
     assert_same_layers(*runs)
 
 
+class Counting:
+    """A backend for `torch.compile` that counts how often its graphs run."""
+
+    def __init__(self):
+        self.runs = 0
+
+    def __call__(self, graph, _):
+        def run(*inputs):
+            self.runs += 1
+            return graph.forward(*inputs)
+
+        return run
+
+    def during(self, work, *arguments):
+        before = self.runs
+        work(*arguments)
+        return self.runs - before
+
+
+def compiled_model(in_place, fullgraph):
+    model, counting = Heads(1), Counting()
+    model.on = 0
+    if in_place:
+        model.compile(backend=counting, fullgraph=fullgraph)
+        return model, model, counting
+    return model, torch.compile(model, backend=counting, fullgraph=fullgraph), counting
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_compiled_model_runs_uncompiled_for_measured_forward_passes_and_no_others(in_place, fullgraph):
+    """Evaluation between steps, and another compiled model, stay compiled; both are watched here, and step in turn."""
+    torch.compiler.reset()
+    x = torch.as_tensor(batches(0, 1)[0][0])
+    two = [compiled_model(in_place, fullgraph) for _ in range(2)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model, _, _ in two]
+    memories = [Consolidator(m, Kronecker(m=3)).attach(o) for (_, m, _), o in zip(two, optimizers, strict=True)]
+    for task in range(2):
+        counts = []
+        for batch in batches(task, 7):
+            counts.append([n.during(train, c, o, [batch]) for (_, c, n), o in zip(two, optimizers, strict=True)])
+            with torch.no_grad():
+                assert all(counting.during(called, x) == 1 for _, called, counting in two)
+        assert counts == [[int(n % 3 > 0)] * 2 for n in range(7)]
+        for memory in memories:
+            memory.consolidate()
+            assert set(memory.anchor.layers) == {"trunk.weight", "heads.0.weight"}
+        with torch.no_grad():
+            assert all(counting.during(called, x) == 1 for _, called, counting in two)
+
+
 def test_layers_that_do_not_call_their_modules_are_named_and_held_alone():
     class Direct(torch.nn.Module):
         def __init__(self):

@@ -17,6 +17,7 @@ from rwalk.distributed.ranks import Ranks
 from rwalk.distributed.shards import sharded
 from rwalk.gradients.backward_hooks import no_training, with_gradient
 from rwalk.gradients.batches import first_size
+from rwalk.gradients.eager_calls import EagerCalls
 from rwalk.gradients.function_calls import Rows
 from rwalk.gradients.layer_moments import LayerSums, WeightGradient, warn_of_odd_layers
 from rwalk.gradients.layer_uses import NOTHING_HELD, LayerUses, ModelHook
@@ -72,7 +73,7 @@ class TrainingMoments:
         self._unseen: set[str] = set()
         self._checked = self._missed = False
         self._handles: list[Any] = []
-        self._stance: Any = None
+        self._eager = EagerCalls(model, self._in_training)
         self._group: tuple[Any, ...] = ()  # the ranks of a wrapper that calls the model, where that is not what was given
         self._start_step()
 
@@ -93,7 +94,7 @@ class TrainingMoments:
         if self.open:
             return
         self._start_step()
-        self._stance = torch.compiler.set_stance("force_eager") if _compiled(self._model) else None  # to see hooks
+        self._eager.open()
         self._uses.open(self._note)
         self._handles = [self._root.register_forward_pre_hook(ModelHook(self._count), with_kwargs=True)]
         if not self._checked:
@@ -104,9 +105,7 @@ class TrainingMoments:
     def close(self) -> None:
         """Remove all hooks from the model."""
         self._uses.close()
-        stance, self._stance = self._stance, None
-        if stance is not None:
-            stance.__exit__(None, None, None)
+        self._eager.close()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -114,7 +113,7 @@ class TrainingMoments:
 
     def _count(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         """Note how many examples a forward pass has; one whose gradients were dropped does not count."""
-        if not torch.is_grad_enabled() or no_training(self._root):
+        if not self._in_training():
             return
         if self._step and all(p.grad is None for p in self._parameters.values()):
             self._start_step()
@@ -122,6 +121,10 @@ class TrainingMoments:
         wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
         if wrapper is not None:
             self._group = (wrapper.process_group,)
+
+    def _in_training(self) -> bool:
+        """Return whether a forward pass that begins belongs to a training step."""
+        return torch.is_grad_enabled() and not no_training(self._root)
 
     def _keep_gradient(self, weight: str, gradient: Tensor) -> None:
         known = self._given.get(weight)
@@ -315,8 +318,3 @@ class TrainingMoments:
         """For the rest of the task measure those shared weights alone that so far were no layers, as in earlier versions."""
         shared = [weight for weight, layer in self._uses.layers.items() if layer.head is not None]
         self._odd |= {weight for weight in shared if weight in self.squares and weight not in layers}
-
-
-def _compiled(model: nn.Module) -> bool:
-    """Return whether a model, or a module of it, is compiled."""
-    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
