@@ -297,3 +297,32 @@ def begun(rule):
     memory = Consolidator(model, rule, average="tail").attach(optimizer)
     train(model, optimizer, batches(0, 12))
     return model, memory
+
+
+@pytest.mark.parametrize(("factor", "times"), [(255.0, r"6\.\de\+04"), (0.1, r"0\.01")])
+def test_batches_that_are_not_normalised_as_in_training_are_told(factor, times):
+    """Truth: the variance of what a linear layer gives grows with the square of its inputs' size."""
+    model = mlp()
+    model.insert(1, torch.nn.BatchNorm1d(7).double())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    memory = Consolidator(model).attach(optimizer)
+    train(model, optimizer, batches(0, 120))
+    right = [tuple(map(torch.as_tensor, batch)) for batch in batches(0, 30)]
+    wrong = [(x * factor, y) for x, y in right]
+    said = f"what a BatchNorm gets has {times}.* times the variance that it had in training"
+    with pytest.warns(UserWarning, match=said), memory.averaged(wrong):
+        pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with memory.averaged(right):
+            pass
+        memory.consolidate(right)
+
+
+def test_statistics_that_have_not_settled_tell_nothing():
+    model = mlp()
+    model.insert(1, torch.nn.BatchNorm1d(7).double())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    memory = Consolidator(model).attach(optimizer)
+    train(model, optimizer, [(x * 50, y) for x, y in batches(0, 20)])
+    memory.consolidate([(torch.as_tensor(x * 50), torch.as_tensor(y)) for x, y in batches(0, 20)])

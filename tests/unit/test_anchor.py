@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cases import batches, mlp, train
-from rwalk import EWC, MAS, Anchor, Consolidator, Kronecker, RWalk, TaskFisher
+from rwalk import EWC, L2, MAS, Anchor, Consolidator, Kronecker, RWalk, TaskFisher
 from rwalk.anchors import ElementwiseAnchor
 
 
@@ -284,3 +284,10 @@ def test_an_anchor_in_the_unit_of_tasks_warns_where_importance_has_another():
     made.consolidate()
     with pytest.warns(UserWarning, match="made by TaskFisher, in the unit of one task, and EWC has a unit of its own"):
         Consolidator(model, EWC()).adopt(made.anchor)
+
+
+def test_an_anchor_shows_how_much_it_holds_and_no_tensors():
+    model = torch.nn.Linear(50, 30)
+    memory = Consolidator(model, L2())
+    memory.consolidate()
+    assert repr(memory.anchor) == "ElementwiseAnchor(tensors=2, weights=1,530, origin='L2')"

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -548,3 +549,42 @@ def test_what_an_anchor_matches_is_a_summary():
     memory.estimate()
     said = str(Consolidator(model, L2()).adopt(memory.anchor))
     assert said == "16 the same shape (0.weight, 0.bias, 1.weight, 1.bias, 2.weight and 11 more)"
+
+
+def test_a_second_optimizer_beside_the_first_is_told_and_a_new_one_for_each_task_is_not():
+    model = mlp()
+    parts = [torch.optim.SGD(model[i].parameters(), lr=0.1) for i in (0, 2)]
+    memory = Consolidator(model, RWalk()).attach(parts[0])
+    with pytest.warns(
+        UserWarning, match=r"replaces an optimiser that has made no step .* does not hold `0\.weight`, `0\.bias`"
+    ):
+        memory.attach(parts[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = mlp()
+        memory = Consolidator(model, RWalk())
+        for task, part in enumerate((model, model[2], model[0])):  # all of it, and then what is trained on
+            optimizer = torch.optim.SGD(part.parameters(), lr=0.1)
+            memory.attach(optimizer)
+            train(model, optimizer, batches(task, 3))
+            memory.consolidate()
+
+
+def test_a_consolidator_for_each_of_two_optimizers_holds_its_part():
+    """Truth: at a huge strength the second task ends where the first one did, in both parts."""
+    model = mlp()
+    optimizers = [torch.optim.SGD(model[i].parameters(), lr=0.1) for i in (0, 2)]
+    memories = [Consolidator(model, strength=1e12, only=str(i)).attach(o) for i, o in zip((0, 2), optimizers, strict=True)]
+    ends = []
+    for task in range(2):
+        for x, y in batches(task, 12):
+            model.zero_grad()
+            torch.nn.functional.cross_entropy(model(torch.as_tensor(x)), torch.as_tensor(y)).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        for memory in memories:
+            memory.consolidate()
+        ends.append(copy.deepcopy(model.state_dict()))
+    for name, value in ends[1].items():
+        torch.testing.assert_close(value, ends[0][name], rtol=1e-3, atol=1e-3)
+    assert [sorted(memory.anchor.point) for memory in memories] == [["0.bias", "0.weight"], ["2.bias", "2.weight"]]

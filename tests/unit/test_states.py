@@ -333,3 +333,9 @@ def test_a_memory_that_was_loaded_without_its_weights_is_noticed_at_the_first_st
         memory.attach(optimizer)
         with nullcontext() if name == "both" else pytest.warns(UserWarning, match="Load the weights that were saved with"):
             train(other, optimizer, batches(1, 2))
+
+
+def test_a_models_state_is_not_taken_for_a_memorys():
+    model = mlp()
+    with pytest.raises(ValueError, match="This is no state of a consolidator, but perhaps a model's"):
+        Consolidator(model, RWalk()).load_state_dict(model.state_dict())

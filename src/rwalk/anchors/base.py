@@ -17,7 +17,7 @@ from rwalk.anchors.match import Match, match_names
 from rwalk.distributed import checkpoint, shards
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Anchor(ABC):
     """The quadratic that consolidation adds to the loss, in one of two geometries: `ElementwiseAnchor`, `KroneckerAnchor`.
 
@@ -36,6 +36,12 @@ class Anchor(ABC):
     point: dict[str, Tensor] = field(default_factory=dict)
     omega: dict[str, Tensor] = field(default_factory=dict)
     origin: str = field(default="", kw_only=True)
+
+    def __repr__(self) -> str:
+        """Show how much is held, and no tensors."""
+        weights = sum(point.numel() for point in self.point.values())
+        by = f", origin={self.origin!r}" if self.origin else ""
+        return f"{type(self).__name__}(tensors={len(self)}, weights={weights:,}{by})"
 
     def __len__(self) -> int:
         """Count the tensors held."""

@@ -13,7 +13,7 @@ from rwalk.anchors.base import Anchor
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ElementwiseAnchor(Anchor):
     """The quadratic strength * sum of omega * (theta - point)^2, without a half (equation 8)."""
 

@@ -49,7 +49,7 @@ class HeldNames(NamedTuple):
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class KroneckerAnchor(Anchor):
     """The quadratic strength * sum over layers of tr(D^T G D A), and elementwise for all parameters outside of such layers.
 

@@ -1,6 +1,7 @@
 """Running statistics of BatchNorm, recomputed for averaged weights."""
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
@@ -14,6 +15,13 @@ from rwalk._parameters import bare
 from rwalk.distributed.ranks import Ranks
 from rwalk.distributed.wrappers import full_parameters
 from rwalk.gradients import ModelSnapshot
+
+UNLIKE = 4.0
+"""How many times as large, or as small, half of the variances are at least that come from other inputs."""
+BEGINNING = 1e-4
+"""The share of what running statistics began with that is nothing."""
+TINY = 1e-12
+"""Variances below this are those of a channel that is dead."""
 
 _resting: WeakSet[nn.Module] = WeakSet()
 """Modules that were in eval mode in the first step of the last task."""
@@ -39,18 +47,44 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
     return [buffer for norm in batch_norms(model) for buffer in norm.buffers(recurse=False)]
 
 
-def renew_statistics(model: nn.Module, data: Iterable[Any] | None, forward: Callable[[nn.Module, Any], Any]) -> None:
-    """Bring running statistics in line with new weights, or warn that they are not; see `refresh_batch_norms`."""
-    if not batch_norms(model):
+def renew_statistics(
+    model: nn.Module, data: Iterable[Any] | None, forward: Callable[[nn.Module, Any], Any], near: bool = True
+) -> None:
+    """Bring running statistics in line with new weights, or warn that they are not; see `refresh_batch_norms`.
+
+    Where the weights are `near` those of training, statistics tell inputs that are not like those of training.
+    """
+    norms = batch_norms(model)
+    if not norms:
         return
     if data is not None:
+        known = {norm: norm.running_var.clone() for norm in norms if norm.running_var is not None and _has_settled(norm)}
         refresh_batch_norms(model, data, forward)
+        _warn_of_other_inputs(known if near else {})
         return
     warn(
         "The model has BatchNorm, whose running statistics do not fit the averaged weights. To recompute them, pass "
         "batches of the task: `consolidate(loader)`, `averaged(loader)`, or `data=loader` in `blend` and `path`. Or build the "
         'consolidator with `average="none"`.'
     )
+
+
+def _has_settled(norm: _NormBase) -> bool:
+    """Return whether running statistics are of data, and hardly any longer of what they began with."""
+    count = 0 if norm.num_batches_tracked is None else int(norm.num_batches_tracked)
+    return count > 0 and (norm.momentum is None or (1 - norm.momentum) ** count < BEGINNING)
+
+
+def _warn_of_other_inputs(known: Mapping[_NormBase, Tensor]) -> None:
+    """Warn where variances differ from those of training as no change of weights makes them differ."""
+    for norm, before in known.items():
+        ratio = (norm.running_var.double().clamp(min=TINY) / before.double().clamp(min=TINY)).log()  # type: ignore[union-attr]
+        if float(ratio.abs().median()) > math.log(UNLIKE):
+            warn(
+                f"On the data that was passed, what a BatchNorm gets has {float(ratio.median().exp()):.2g} times the variance "
+                "that it had in training. Pass batches as the model gets them in training, normalised and cropped alike."
+            )
+            return
 
 
 @torch.no_grad()

@@ -181,12 +181,14 @@ class Consolidator(GoingBack, SavedState):
         found = find_protected(memory.model, optimizer, memory.scope, memory.protected.theta)
         refuse_odd(found.theta)
         refuse_nothing(found)
+        waiting = memory.protected.in_optimizer if memory.optimizer is not None and not memory.stepped else frozenset()
         self.detach()
         misuse.warn_of_second_memory(memory, found.theta)
+        misuse.warn_of_second_optimizer(memory, waiting, found.in_optimizer)
         begins = not memory.steps and not found.same(memory.protected)
         memory.follow(found)
         memory.begun = Writes(found.theta) if begins else memory.begun
-        memory.optimizer, memory.last_optimizer = optimizer, weakref.ref(optimizer)
+        memory.optimizer, memory.last_optimizer, memory.stepped = optimizer, weakref.ref(optimizer), False
         memory.watch_next()
         self._watch(optimizer)
         return self

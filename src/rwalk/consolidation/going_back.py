@@ -130,7 +130,7 @@ def go_back(memory: Memory, share: float, way: Way) -> None:
     if share:
         _move({name: theta[name].detach() for name in names}, memory, share, way.by)
     if share or memory.tail.known:
-        renew_statistics(memory.model, way.data, gradients.forward)
+        renew_statistics(memory.model, way.data, gradients.forward, near=False)
     memory.tail.restart()
     memory.moves.note_all(theta)
 

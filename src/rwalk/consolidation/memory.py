@@ -61,6 +61,7 @@ class Memory:
         turned: whether they were pulled in this task, and since the protected parameters were last looked for.
         lent: whether the model has the weights that the task would end with, for a while.
         loaded: whether the state was loaded, and no step made since.
+        stepped: whether the optimiser has made a step since it was attached to.
     """
 
     def __init__(self, model: nn.Module, settings: Settings, scope: Scope, offload: Offload, strict: bool) -> None:
@@ -72,7 +73,7 @@ class Memory:
         self.state: Any = self.rule.init([])
         self.anchor: Anchor = self.rule.anchor_kind()
         self.tail, self.moves, self.turns, self.begun = Tail(), Moves(), Turns(), Writes({})
-        self.shown = self.turned = self.lent = self.loaded = False
+        self.shown = self.turned = self.lent = self.loaded = self.stepped = False
         self.tasks, self.steps = 0, 0
         self.last_end: LastEnd | None = None
         self.squares: gradients.Squares | None = None

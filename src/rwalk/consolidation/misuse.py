@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
@@ -45,6 +45,17 @@ def warn_of_second_memory(memory: "Memory", theta: Mapping[str, Tensor]) -> None
         warn(
             "Another memory has learned tasks of this model, and the new one knows nothing of them, so they are not protected. "
             "Use one consolidator, or one callback, for all tasks; or give the new one what the other has saved."
+        )
+
+
+def warn_of_second_optimizer(memory: "Memory", waiting: Collection[str], now: Collection[str]) -> None:
+    """Warn where an optimiser that has made no step is replaced by one that lacks parameters `waiting` for it."""
+    left = [name for name in memory.protected.parameters if name in waiting and name not in now]
+    if left:
+        warn(
+            f"`attach` replaces an optimiser that has made no step since it was attached to, and the new one does not hold "
+            f"{listed(left)}: they are neither measured nor pulled. One memory watches one optimiser: put all parameters into "
+            "groups of one, or build a consolidator for each optimiser, with `only=` for its part of the model."
         )
 
 

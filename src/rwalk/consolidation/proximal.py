@@ -267,13 +267,13 @@ def _recognised(optimizer: Optimizer) -> list[bool]:
     return [metric.known(optimizer.state[p], p)[1] is not None for metric, p in held]
 
 
-def warn_unknown(optimizer: Optimizer) -> None:
-    """Warn that the proximal pull does not know an optimiser's steps."""
-    kind = type(optimizer).__name__
+def warn_unknown(optimizer: Optimizer, whole_layers: bool) -> None:
+    """Warn that the proximal pull does not know an optimiser's steps; whole layers have no other pull."""
+    kind, remedy = type(optimizer).__name__, "it" if whole_layers else 'it, or pass `pull="gradient"`'
     warn(
         f"The proximal pull does not know how `{kind}` scales each weight's step. Where it does not know, it takes the "
         "learning rate alone for the step, 0 if there is none, so the strength means something else than under Adam: tune "
-        'it, or pass `pull="gradient"`.'
+        f"{remedy}."
     )
 
 

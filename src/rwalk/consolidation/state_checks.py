@@ -76,7 +76,9 @@ def _refuse_origin(state_dict: Mapping[str, Any], rule: Rule[Any], average: str)
     """Refuse a state of another format, averaging or rule."""
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"A state must be a dictionary, but is a `{type(state_dict).__name__}`.")
-    came = state_dict.get("format")
+    if "format" not in state_dict:
+        raise ValueError("This is no state of a consolidator, but perhaps a model's. Pass what `memory.state_dict()` returned.")
+    came = state_dict["format"]
     if came != FORMAT:
         older = type(came) is int and came < FORMAT
         remedy = (

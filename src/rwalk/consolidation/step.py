@@ -101,6 +101,7 @@ class StepObserver:
         step = Step(theta, grad)
         memory.state = memory.rule.observe(memory.state, step)
         memory.steps += 1
+        memory.stepped = True
         skip = check.flag if check.on_device else None
         columns = None if squares is None else [squares.get(name) for name in memory.protected.theta]
         moved = [True] * len(grad) if grad.complete else [g is not None for g in grad]
@@ -303,7 +304,7 @@ class StepObserver:
         if self._checked_optimizer is not optimizer:
             self._checked_optimizer = optimizer
             if proximal.unknown(optimizer):
-                proximal.warn_unknown(optimizer)
+                proximal.warn_unknown(optimizer, not self.memory.by_element)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies are made of."""

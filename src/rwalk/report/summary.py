@@ -197,7 +197,9 @@ def read(folder: str | Path) -> tuple[Records, list[str]]:
     """
     below = sorted(Path(folder).rglob("*")) if Path(folder).is_dir() else []
     if not any(file.suffix == ".json" for file in below):
-        raise FileNotFoundError(printable(f"`{folder}` has no records. Name a folder written by `rwalk run --out`."))
+        raise FileNotFoundError(
+            printable(f"`{folder}` has no records. Name a folder written by `rwalk run --out` or a journal.")
+        )
     records: dict[str, tuple[Path, Record]] = {}
     problems = []
     for file in below:
