@@ -289,5 +289,5 @@ def test_an_anchor_in_the_unit_of_tasks_warns_where_importance_has_another():
 def test_an_anchor_shows_how_much_it_holds_and_no_tensors():
     model = torch.nn.Linear(50, 30)
     memory = Consolidator(model, L2())
-    memory.consolidate()
+    memory.estimate()
     assert repr(memory.anchor) == "ElementwiseAnchor(tensors=2, weights=1,530, origin='L2')"
