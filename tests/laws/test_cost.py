@@ -1,6 +1,7 @@
 """What a step costs, counted: forward and backward calls, hooks, tensors held, large tensors made."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import mlp
-from rwalk import EWC, L2, SI, Consolidator, EWCpp, RWalk, TaskFisher
+from rwalk import EWC, L2, SI, Consolidator, EWCpp, RWalk, TaskFisher, kernels
 
 SIZE = 600
 
@@ -156,4 +157,21 @@ def test_a_step_touches_each_of_its_tensors_and_no_others(rule, first, later):
         for _ in range(3):
             hooks(model, optimizer, memory)
         assert len(hooks(model, optimizer, memory).touched) == expected
+        memory.consolidate()
+
+
+@pytest.mark.parametrize("backend", ["blocked", "auto"])
+def test_under_the_default_no_gradient_is_kept_after_a_step(backend):
+    kernels.use(backend)
+    model = mlp(torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    memory = Consolidator(model).attach(optimizer)
+    for task in range(2):
+        for _ in range(12):
+            model(torch.randn(6, 5)).square().mean().backward()
+            grads = [weakref.ref(p.grad) for p in model.parameters()]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            gc.collect()
+            assert not any(grad() for grad in grads), task
         memory.consolidate()

@@ -375,7 +375,9 @@ class Schedules(RuleBasedStateMachine):
             return
         self.optimizer = new
         self._look()
-        self.memory.attach(new)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`attach` replaces an optimiser that has made no step")
+            self.memory.attach(new)
         self.attached = True
 
     @rule(shape=st.sampled_from(SHAPES))

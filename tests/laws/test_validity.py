@@ -232,11 +232,12 @@ def test_a_skipped_step_is_taken_back_before_parameters_grow_or_join(rule, late)
 def test_a_bad_step_that_is_found_late_is_taken_back_from_rule_and_average(rule, late):
     """The optimiser has made it by then, so that the weights are lost; what the memory holds is not."""
     model, optimizer, memory = ready(rule, average="tail")
-    before = memory.state_dict()
+    before, weights = memory.state_dict(), copy.deepcopy(model.state_dict())
     spoil(model, optimizer, float("nan"))
     optimizer.step()
     with pytest.raises(FloatingPointError, match="one step later"):
         memory.summary()
+    model.load_state_dict(weights)
     other = Consolidator(model, rule, average="tail")
     other.load_state_dict(before)
     assert_same_state(memory, other)

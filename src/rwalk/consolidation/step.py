@@ -259,7 +259,7 @@ class StepObserver:
     def _skip(self, check: PendingCheck) -> None:
         """Count a step that is left out, and warn where nothing else comes."""
         self.skipped += 1
-        self._skipped_in_a_row += check.bad is not None
+        self._skipped_in_a_row += self.nonfinite == "skip" and check.bad is not None
         if self._skipped_in_a_row == PATIENCE:
             warn(
                 f"{PATIENCE} steps in a row were left out, as gradients were not finite. Once a weight is not finite either, "

@@ -48,7 +48,7 @@ class StepLayout:
     def nonfinite(self, grad: kernels.StepGradients) -> Tensor:
         """Return for each parameter a number that is 0 unless an element of its gradient, or its square, is not finite."""
         if self._current is None and not self._memory.by_element:  # whose steps touch nothing else
-            self._current = kernels.laid_out(None, list(self._memory.protected.theta.values()), {})
+            self._current = kernels.laid_out_alone(list(self._memory.protected.theta.values()))
         return kernels.nonfinite(grad) if self._current is None else self._current.nonfinite(grad)
 
     def after_step(self, optimizer: Optimizer, theta: list[Tensor], made: kernels.RuleUpdate) -> kernels.Layout:

@@ -20,7 +20,7 @@ from rwalk.kernels.passes import Column
 from rwalk.kernels.passes import Metric as Metric
 from rwalk.kernels.passes import RuleUpdate as RuleUpdate
 from rwalk.kernels.passes import StepGradients as StepGradients
-from rwalk.kernels.rows import norms_of
+from rwalk.kernels.rows import nonfinite as nonfinite
 
 __all__ = ["BACKENDS", "available", "current", "use"]
 
@@ -98,17 +98,9 @@ def laid_out(
     return Layout(theta, columns, ascends, _modules())
 
 
-def nonfinite(grad: StepGradients) -> Tensor:
-    """Return for each gradient a number that is 0 unless an element of it, or its square, is not finite."""
-    norms = norms_of(grad.there)
-    device = max((n.device for n in norms), key=lambda d: d.type != "cpu", default=torch.device("cpu"))
-    found = torch.stack([n if n.device == device else n.to(device) for n in norms]) if norms else torch.zeros(0)
-    found = found - found
-    if grad.complete:
-        return found
-    whole = torch.zeros(len(grad), dtype=found.dtype, device=device)
-    whole[[i for i, g in enumerate(grad) if g is not None]] = found
-    return whole
+def laid_out_alone(theta: Tensors) -> Layout:
+    """Return a layout of parameters that nothing belongs to, for a look at their gradients: compiling would not pay for it."""
+    return Layout(theta, {}, None, (blocked,))
 
 
 settle_, settled, add_si_importance_ = blocked.settle_, blocked.settled, blocked.add_si_importance_

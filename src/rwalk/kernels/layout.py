@@ -83,14 +83,13 @@ class Layout:
         if grad.sizes != self._sizes:
             refuse_sizes(grad, self._sizes)
         if len(self._parts) == 1 and self._parts[0][0].places == list(range(len(grad))):
-            found = self._parts[0][0].nonfinite(grad)
-            return found if isinstance(found, Tensor) else torch.stack(found)
-        bad: list[Any] = [None] * len(grad)
-        for part, _ in self._parts:
-            for i, value in zip(part.places, part.nonfinite(grad), strict=True):
-                bad[i] = value
-        device = max((b.device for b in bad), key=lambda d: d.type != "cpu")
-        return torch.stack([b.to(device, torch.float32) for b in bad])
+            return self._parts[0][0].nonfinite(grad)
+        parts = [(part.places, part.nonfinite(grad)) for part, _ in self._parts]
+        device = next((found.device for _, found in parts if not found.is_cpu), torch.device("cpu"))
+        bad = torch.zeros(len(grad), device=device)
+        for places, found in parts:
+            bad[places] = found.to(device, torch.float32)
+        return bad
 
     def before(self, step: BeforeStep) -> list[int]:
         """Do what is to be done before the step; return the places of parameters that something else has moved."""

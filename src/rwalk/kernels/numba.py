@@ -115,7 +115,7 @@ class AddressTable:
         self._second: list[Tensor | None] = []
         self._seen: list[Tensor | None] = []
 
-    def nonfinite(self, grad: StepGradients) -> list[Tensor] | Tensor:
+    def nonfinite(self, grad: StepGradients) -> Tensor:
         """Return for each of the places a number that is 0 unless an element of its gradient, or its square, is not finite."""
         self._find(grad)
         bad = np.zeros((self._parts(), len(self.places)), np.int64)

@@ -87,10 +87,12 @@ class Pack:
             column[i] = view
         return side_by_side.vector
 
-    def nonfinite(self, grad: StepGradients) -> list[Tensor] | Tensor:
+    def nonfinite(self, grad: StepGradients) -> Tensor:
         """Return for each of the places a number that is 0 unless an element of its gradient, or its square, is not finite."""
         if self._gather(grad):
             norm = torch.linalg.vector_norm(self._grads.vector)
+            if not self._columns:
+                self._gathered = None  # no pass follows, and gradients are not to be kept
             if bool(torch.isfinite(norm)):
                 return torch.zeros(len(self.places), device="cpu")
         return self._alone.nonfinite(grad)

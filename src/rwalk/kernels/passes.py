@@ -204,7 +204,7 @@ class Part(Protocol):
 
     places: list[int]
 
-    def nonfinite(self, grad: StepGradients) -> list[Tensor] | Tensor:
+    def nonfinite(self, grad: StepGradients) -> Tensor:
         """Return for each of the places a number that is 0 unless an element of its gradient, or its square, is not finite."""
 
     def before(self, step: BeforeStep) -> list[int]:

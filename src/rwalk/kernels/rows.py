@@ -43,11 +43,9 @@ class RowByRow:
     ) -> None:
         self.places, self._theta, self._columns, self._pieces = places, theta, columns, pieces
 
-    def nonfinite(self, grad: StepGradients) -> list[Tensor]:
-        """Return the norm of each gradient less itself: 0, or not a number."""
-        found = {i: g for i in self.places if (g := grad[i]) is not None}
-        norms = dict(zip(found, norms_of(list(found.values())), strict=True))
-        return [n - n if (n := norms.get(i)) is not None else ZERO for i in self.places]
+    def nonfinite(self, grad: StepGradients) -> Tensor:
+        """Return for each of the places a number that is 0 unless an element of its gradient, or its square, is not finite."""
+        return nonfinite([grad[i] for i in self.places])
 
     def before(self, step: BeforeStep) -> list[int]:
         """Do what is to be done before the step; return the places of parameters that something else has moved."""
@@ -105,7 +103,20 @@ class RowByRow:
         return AfterRow(self._theta[i], **self._held(i, AFTER), **numbers)
 
 
-ZERO = torch.zeros((), device="cpu")
+def nonfinite(grads: Sequence[Tensor | None]) -> Tensor:
+    """Return for each gradient a number that is 0 unless an element of it, or its square, is not finite."""
+    there = [i for i, g in enumerate(grads) if g is not None]
+    norms = norms_of([g for g in grads if g is not None])
+    if len({n.device for n in norms}) > 1:
+        device = next(n.device for n in norms if n.device.type != "cpu")
+        norms = [n.to(device) for n in norms]
+    found = torch.stack(norms) if norms else torch.zeros(0, device="cpu")
+    found = found - found
+    if len(there) == len(grads):
+        return found
+    whole = torch.zeros(len(grads), dtype=found.dtype, device=found.device)
+    whole[there] = found
+    return whole
 
 
 def norms_of(grads: list[Tensor]) -> list[Tensor]:

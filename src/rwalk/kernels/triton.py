@@ -89,7 +89,7 @@ class DeviceTable:
         self._nothing = torch.zeros((), dtype=torch.int64, device=self._device)
         self._seen: dict[str, list[Tensor | None]] = {}
 
-    def nonfinite(self, grad: StepGradients) -> list[Tensor] | Tensor:
+    def nonfinite(self, grad: StepGradients) -> Tensor:
         """Return for each of the places a number that is 0 unless an element of its gradient, or its square, is not finite."""
         bad = torch.zeros(len(self.places), dtype=torch.int64, device=self._device)
         odd = self._find_gradients(grad)
