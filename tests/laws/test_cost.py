@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import mlp
-from rwalk import EWC, L2, SI, Consolidator, EWCpp, RWalk, TaskFisher, kernels
+from rwalk import EWC, L2, SI, Consolidator, EWCpp, RWalk, TaskFisher
 
 SIZE = 600
 
@@ -160,10 +160,9 @@ def test_a_step_touches_each_of_its_tensors_and_no_others(rule, first, later):
         memory.consolidate()
 
 
-@pytest.mark.parametrize("backend", ["blocked", "auto"])
-def test_under_the_default_no_gradient_is_kept_after_a_step(backend):
-    kernels.use(backend)
-    model = mlp(torch.float32)
+@pytest.mark.parametrize("layers", [2, 60])  # few tensors, and many, which are laid side by side
+def test_under_the_default_no_gradient_is_kept_after_a_step(layers):
+    model = torch.nn.Sequential(*(torch.nn.Linear(5, 5) for _ in range(layers)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     memory = Consolidator(model).attach(optimizer)
     for task in range(2):
@@ -173,5 +172,21 @@ def test_under_the_default_no_gradient_is_kept_after_a_step(backend):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             gc.collect()
-            assert not any(grad() for grad in grads), task
+            assert not any(grad() is not None for grad in grads), task
         memory.consolidate()
+
+
+def test_one_bad_number_among_many_gradients_is_named():
+    model = torch.nn.Sequential(*(torch.nn.Linear(5, 5) for _ in range(60)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    memory = Consolidator(model).attach(optimizer)
+    for bad in (False, False, True):
+        optimizer.zero_grad()
+        model(torch.randn(6, 5)).square().mean().backward()
+        if bad:
+            model[33].bias.grad[2] = torch.nan
+            with pytest.raises(FloatingPointError, match=r"The gradients of `33\.bias` are not finite"):
+                optimizer.step()
+        else:
+            optimizer.step()
+    assert memory.steps == 2

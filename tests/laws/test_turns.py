@@ -67,8 +67,8 @@ def test_between_turns_nothing_is_done_but_to_look_at_the_gradients():
             counts.append(len(ours.names) - len(theirs.names))
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
     assert len(set(counts)) == 1
-    # the four gradients are laid side by side; is their norm finite; a few elements of the three largest tensors are noted
-    assert counts[0] <= 17
+    # are the norms of the gradients finite; a few elements of the three largest tensors are noted
+    assert counts[0] <= 12
 
 
 @pytest.mark.parametrize("model", [mlp, Heads])

@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 
+import loky
 import pytest
 import torch
 from torch import nn
@@ -103,7 +104,8 @@ QUICK = ["run", "split-digits", "--seeds", "1", "--tasks", "2", "--batch-size", 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with the module, which is the current one; the module is imported anew."""
+    """A folder with the module, which is the current one; the module is imported anew, also by workers."""
+    loky.get_reusable_executor(2).shutdown(kill_workers=True)  # those of an earlier test are in its folder
     (tmp_path / "own_things.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     yield tmp_path

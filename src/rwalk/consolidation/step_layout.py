@@ -12,6 +12,8 @@ from rwalk.consolidation.memory import Memory
 
 ANCHOR = ("point", "omega")
 """The columns that an anchor has."""
+MANY = 100
+"""From how many tensors on it pays to lay them out where a step touches nothing but their gradients."""
 
 
 class StepLayout:
@@ -47,7 +49,7 @@ class StepLayout:
 
     def nonfinite(self, grad: kernels.StepGradients) -> Tensor:
         """Return for each parameter a number that is 0 unless an element of its gradient, or its square, is not finite."""
-        if self._current is None and not self._memory.by_element:  # whose steps touch nothing else
+        if self._current is None and not self._memory.by_element and len(grad) >= MANY:
             self._current = kernels.laid_out_alone(list(self._memory.protected.theta.values()))
         return kernels.nonfinite(grad) if self._current is None else self._current.nonfinite(grad)
 
