@@ -39,7 +39,7 @@ def run(script, folder):
         pytest.skip(f"needs {', '.join(missing)}: make test-integrations")
     if "RWALK_DATA" in script.read_text() and not DATA.is_dir():
         pytest.skip("needs real data: set RWALK_DATA")
-    paths = [Path(rwalk.__file__).parents[1], ROOT, Path(__file__).parent]
+    paths = [Path(rwalk.__file__).parents[1], ROOT, Path(__file__).parent, ROOT / "tests"]
     found = {
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "OMP_NUM_THREADS": "1",

@@ -176,8 +176,19 @@ def test_under_the_default_no_gradient_is_kept_after_a_step(layers):
         memory.consolidate()
 
 
-def test_one_bad_number_among_many_gradients_is_named():
-    model = torch.nn.Sequential(*(torch.nn.Linear(5, 5) for _ in range(60)))
+@pytest.fixture(params=[torch.float32, torch.float64], ids=str)
+def default_dtype(request):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.usefixtures("default_dtype")
+@pytest.mark.parametrize("large", [5, 300])  # small tensors are laid side by side, large ones looked at alone
+def test_one_bad_number_among_many_gradients_is_named(large):
+    model = torch.nn.Sequential(torch.nn.Linear(5, large), torch.nn.Linear(large, large), torch.nn.Linear(large, 5))
+    model.extend([torch.nn.Linear(5, 5) for _ in range(60)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     memory = Consolidator(model).attach(optimizer)
     for bad in (False, False, True):

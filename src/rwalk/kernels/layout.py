@@ -86,7 +86,7 @@ class Layout:
             return self._parts[0][0].nonfinite(grad)
         parts = [(part.places, part.nonfinite(grad)) for part, _ in self._parts]
         device = next((found.device for _, found in parts if not found.is_cpu), torch.device("cpu"))
-        bad = torch.zeros(len(grad), device=device)
+        bad = torch.zeros(len(grad), dtype=torch.float32, device=device)
         for places, found in parts:
             bad[places] = found.to(device, torch.float32)
         return bad
