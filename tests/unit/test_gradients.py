@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import threading
 
 import pytest
 import torch
@@ -784,3 +785,31 @@ def test_several_backward_passes_through_one_graph_spoil_one_step_only(bias):
     model.zero_grad()
     F.cross_entropy(model(x), y).backward()
     close(squares.take(), want)
+
+
+def test_settings_of_the_process_end_with_the_last_of_two_threads_whatever_their_order():
+    """Truth: what was set before; the first to come is the first to go."""
+
+    def settings():
+        fused = torch.backends.cuda.flash_sdp_enabled()
+        return torch._dynamo.eval_frame._stance.stance, torch.backends.cudnn.enabled, fused
+
+    def measure(came, go):
+        with isolated(mlp()):
+            came.set()
+            assert go.wait(60)
+
+    import torch._dynamo
+
+    before, inside = settings(), ("force_eager", False, False)
+    events = [(threading.Event(), threading.Event()) for _ in range(2)]
+    threads = [threading.Thread(target=measure, args=pair) for pair in events]
+    for thread, (came, _) in zip(threads, events, strict=True):
+        thread.start()
+        assert came.wait(60)
+        assert settings() == inside
+    for thread, (_, go) in zip(threads, events, strict=True):
+        assert settings() == inside
+        go.set()
+        thread.join(60)
+    assert settings() == before != inside

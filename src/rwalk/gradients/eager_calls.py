@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from rwalk.gradients.layer_uses import ModelHook
+from rwalk.gradients.shared import UNCOMPILED
 
 
 class EagerCalls:
@@ -20,7 +20,7 @@ class EagerCalls:
     def __init__(self, model: nn.Module, measured: Callable[[], bool]) -> None:
         self._model, self._measured = model, measured
         self._undo: list[Callable[[], None]] = []
-        self._stances: list[Any] = []
+        self._entered: list[bool] = []
 
     def open(self) -> None:
         """Begin, with all modules that are compiled now."""
@@ -39,12 +39,13 @@ class EagerCalls:
         self._undo.clear()
 
     def _enter(self, *_: Any) -> None:
-        self._stances.append(torch.compiler.set_stance("force_eager") if self._measured() else None)
+        self._entered.append(self._measured())
+        if self._entered[-1]:
+            UNCOMPILED.__enter__()
 
     def _leave(self, *_: Any) -> None:
-        stance = self._stances.pop()
-        if stance is not None:
-            stance.__exit__(None, None, None)
+        if self._entered and self._entered.pop():  # nothing was entered where an earlier hook has failed
+            UNCOMPILED.__exit__()
 
     def _replace(self, module: nn.Module, compiled: Callable[..., Any]) -> Callable[[], None]:
         """Let a module's compiled call choose; copies of modules have none of either. Return what undoes it."""
@@ -52,7 +53,7 @@ class EagerCalls:
         def call(*args: Any, **kwargs: Any) -> Any:
             if not self._measured():
                 return compiled(*args, **kwargs)
-            with torch.compiler.set_stance("force_eager"):
+            with UNCOMPILED:
                 return compiled(*args, **kwargs)
 
         def undo() -> None:

@@ -11,10 +11,10 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
 
 from rwalk._parameters import bare
+from rwalk.gradients.shared import PLAIN_ATTENTION, UNCOMPILED, WITHOUT_CUDNN
 
 models_in_isolation: WeakSet[nn.Module] = WeakSet()
 """Models inside `isolated`, whose hooks for training do nothing."""
@@ -229,10 +229,10 @@ def isolated(model: nn.Module, *others: Any) -> Iterator[ModelSnapshot]:
         stack.enter_context(torch.random.fork_rng(devices=sorted(devices)))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels of attention cannot be mapped over examples
-        stack.enter_context(_without_cudnn())  # it has no backward for RNNs in evaluation mode
+        stack.enter_context(PLAIN_ATTENTION)
+        stack.enter_context(WITHOUT_CUDNN)
         if "torch._dynamo" in sys.modules:  # anything may be compiled: a module in its place, a method, a function it calls
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(UNCOMPILED)
         if not nested:
             stack.callback(models_in_isolation.discard, root)
         with _evaluating(root):
@@ -276,14 +276,3 @@ def differentiable(parameters: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for p in frozen:
             p.requires_grad_(False)
-
-
-@contextmanager
-def _without_cudnn() -> Iterator[None]:
-    """Disable cuDNN; `torch.backends.cudnn.flags` would also set TF32, and fail if a user has set it for one operator."""
-    before = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.enabled = before

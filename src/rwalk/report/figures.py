@@ -87,7 +87,7 @@ COLUMNS = (
            lambda line: line.over_seeds(lambda r: r.final_bits), "", digits=3, better="lower"),
     Column("Neighbours kept", "of a pretrained model's features, share of nearest neighbours that is left in the end, %",
            lambda line: line.over_seeds(lambda r: r.neighbours), "", 100, better="higher"),
-    Column("Training,\u00a0s", "seconds of training in a run, in the first of a process with its start",
+    Column("Training,\u00a0s", "seconds of training in a run, and of starting up in the first of a process",
            lambda line: line.over_seeds(lambda r: r.timings.get("train_seconds")), "time s", deviation=False),
     Column("Step time", "CPU time of a step over that of fine-tuning", lambda line: line.step_ratio, "step", digits=2,
            deviation=False),
