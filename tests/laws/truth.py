@@ -181,11 +181,11 @@ class Truth:
     def conclude(self):
         """Return False where a scale is no more than what rounding left, and nothing can be said."""
         self.tasks += bool(self.steps or not self.tasks)
-        sure = getattr(self, "_" + self.kind.lower())()
+        sure, dropped = getattr(self, "_" + self.kind.lower())(), self.dropped
         for held in self.held.values():
             if held["omega"] is not None:
                 held["slack"] = held["slack"] + self.coarse * held["omega"]
-            if self.average == "tail" and held.count and not self.dropped:
+            if self.average == "tail" and held.count and not dropped:
                 held.theta = held.average.copy()
             held["point"] = held.theta.copy()
             held.seen, held.count, held.ended = 0, 0, False
