@@ -26,7 +26,7 @@ def hooked(model):
 
 
 class Operations(TorchDispatchMode):
-    """Lists operations but for `detach`, an alias that releases of PyTorch take more or less often."""
+    """Lists operations, except `detach`: how often PyTorch calls it depends on its version."""
 
     def __init__(self):
         super().__init__()

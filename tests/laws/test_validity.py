@@ -50,17 +50,22 @@ def test_bad_numbers_raise_name_parameter_and_step_and_change_nothing(rule, valu
     assert all(torch.isfinite(omega).all() for omega in memory.anchor.omega.values())
 
 
-@pytest.mark.parametrize("rule", [*RULES, None], ids=repr)
-def test_skipping_leaves_out_the_step_as_if_it_had_not_been(rule):
-    model, optimizer, memory = ready(rule, nonfinite="skip")
-    twin, their_optimizer, theirs = ready(rule, nonfinite="skip")
-    spoil(model, optimizer, float("nan"))
+def skips_a_step_without_a_trace(make):
+    """Demand that a bad step changes nothing in one of two equal trainings; return the memory of that one."""
+    (model, optimizer, memory), (twin, their_optimizer, theirs) = make(), make()
+    spoil(model, optimizer, math.nan)
     optimizer.step()
     for m, o in ((model, optimizer), (twin, their_optimizer)):
         train(m, o, batches(1, 5))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     assert_same_state(memory, theirs)
     assert memory.skipped == 1
+    return memory
+
+
+@pytest.mark.parametrize("rule", [*RULES, None], ids=repr)
+def test_skipping_leaves_out_the_step_as_if_it_had_not_been(rule):
+    memory = skips_a_step_without_a_trace(lambda: ready(rule, nonfinite="skip"))
     assert memory.summary().figures["steps left out"] == 1
 
 
@@ -88,15 +93,7 @@ def test_gradients_that_are_not_protected_are_looked_at_too(rule):
         assert_same_state(memory, fresh)
         assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     other.grad = None
-    model, optimizer, memory = begun(nonfinite="skip")
-    twin, their_optimizer, theirs = begun(nonfinite="skip")
-    spoil(model, optimizer, math.nan)
-    optimizer.step()
-    for m, o in ((model, optimizer), (twin, their_optimizer)):
-        train(m, o, batches(1, 5))
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
-    assert_same_state(memory, theirs)
-    assert memory.skipped == 1
+    skips_a_step_without_a_trace(lambda: begun(nonfinite="skip"))
 
 
 def test_sparse_gradients_that_are_not_protected_are_looked_at_too():

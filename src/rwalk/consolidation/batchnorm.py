@@ -17,11 +17,11 @@ from rwalk.distributed.wrappers import full_parameters
 from rwalk.gradients import ModelSnapshot
 
 UNLIKE = 4.0
-"""How many times as large, or as small, half of the variances are at least that come from other inputs."""
+"""Where half of a norm's variances are this many times larger or smaller than in training, its inputs are others."""
 BEGINNING = 1e-4
-"""The share of what running statistics began with that is nothing."""
+"""Running statistics have settled once less than this share of them is what they began with."""
 TINY = 1e-12
-"""Variances below this are those of a channel that is dead."""
+"""A channel with a smaller variance is dead."""
 
 _resting: WeakSet[nn.Module] = WeakSet()
 """Modules that were in eval mode in the first step of the last task."""
@@ -58,9 +58,10 @@ def renew_statistics(
     if not norms:
         return
     if data is not None:
-        known = {norm: norm.running_var.clone() for norm in norms if norm.running_var is not None and _has_settled(norm)}
+        settled = [norm for norm in norms if near and _has_settled(norm)]
+        known = {norm: norm.running_var.clone() for norm in settled if norm.running_var is not None}
         refresh_batch_norms(model, data, forward)
-        _warn_of_other_inputs(known if near else {})
+        _warn_of_other_inputs(known)
         return
     warn(
         "The model has BatchNorm, whose running statistics do not fit the averaged weights. To recompute them, pass "

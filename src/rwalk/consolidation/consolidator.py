@@ -181,10 +181,9 @@ class Consolidator(GoingBack, SavedState):
         found = find_protected(memory.model, optimizer, memory.scope, memory.protected.theta)
         refuse_odd(found.theta)
         refuse_nothing(found)
-        waiting = memory.protected.in_optimizer if memory.optimizer is not None and not memory.stepped else frozenset()
+        misuse.warn_of_second_optimizer(memory, found.in_optimizer)
         self.detach()
         misuse.warn_of_second_memory(memory, found.theta)
-        misuse.warn_of_second_optimizer(memory, waiting, found.in_optimizer)
         begins = not memory.steps and not found.same(memory.protected)
         memory.follow(found)
         memory.begun = Writes(found.theta) if begins else memory.begun

@@ -48,9 +48,12 @@ def warn_of_second_memory(memory: "Memory", theta: Mapping[str, Tensor]) -> None
         )
 
 
-def warn_of_second_optimizer(memory: "Memory", waiting: Collection[str], now: Collection[str]) -> None:
-    """Warn where an optimiser that has made no step is replaced by one that lacks parameters `waiting` for it."""
-    left = [name for name in memory.protected.parameters if name in waiting and name not in now]
+def warn_of_second_optimizer(memory: "Memory", now: Collection[str]) -> None:
+    """Warn where an optimiser that has made no step is about to be replaced by one that lacks some of its parameters."""
+    if memory.optimizer is None or memory.stepped:
+        return
+    held = memory.protected.in_optimizer
+    left = [name for name in memory.protected.parameters if name in held and name not in now]
     if left:
         warn(
             f"`attach` replaces an optimiser that has made no step since it was attached to, and the new one does not hold "
@@ -64,7 +67,7 @@ FAR = 0.5
 
 
 def note_first_step(memory: "Memory") -> None:
-    """At a task's first step, and at the first after a memory was loaded, warn if the model's weights were not loaded."""
+    """At a task's first step note which norms rest; at the first after a memory was loaded, warn if the weights were not."""
     loaded, memory.loaded = memory.loaded, False
     if not memory.steps:
         note_modes(memory.model)

@@ -26,7 +26,7 @@ class Moves:
 
     Args:
         changed: names of parameters that were changed after the last observed step.
-        saved: what `prints` said of the parameters when all this was saved.
+        saved: what `digests` said of the parameters when all this was saved.
     """
 
     def __init__(self, changed: Iterable[str] = (), saved: str = "") -> None:
@@ -54,7 +54,8 @@ class Moves:
         if not rule.walks or not steps:
             return state
         theta: list[Any] = protected.blocks()
-        places = moved(state, theta, self._suspects(protected))
+        places, names = moved(state, theta, self._suspects(protected)), list(protected.theta)
+        self.note_changed(names[i] for i in places)
         return rule.resume(_owned(state, places), theta, places) if places else state
 
     def after_step(self, protected: ProtectedParameters, names: list[str], moved: list[bool], walks: bool) -> None:
@@ -142,7 +143,7 @@ class Writes:
 
     Args:
         theta: the parameters.
-        saved: what `prints` said of them, where they were noted in another process.
+        saved: what `digests` said of them, where they were noted in another process.
     """
 
     def __init__(self, theta: Mapping[str, Tensor], saved: str = "") -> None:
@@ -166,19 +167,19 @@ class Writes:
         """Name the parameters that have been written to since, all if elements alone tell; comparing waits for a device."""
         seen = self.seen(theta)
         unseen = any(name not in seen and name in theta and _unlike(theta[name], old) for name, old in self._probes.items())
-        return list(theta) if unseen or _unlike_prints(theta, self._saved) else seen
+        return list(theta) if unseen or _unlike_digests(theta, self._saved) else seen
 
     def seen(self, theta: Mapping[str, Tensor]) -> list[str]:
         """Name those that have been written to in sight of autograd, which waits for nothing."""
         return [name for name, t in theta.items() if self._versions.get(name, t._version) != t._version and t.numel()]
 
 
-def prints(theta: Mapping[str, Tensor]) -> str:
+def digests(theta: Mapping[str, Tensor]) -> str:
     """Return a line for each of the largest tensors: its name, its shape and type, and a digest of a few elements."""
-    return "\n".join(f"{name}\t{_print(theta[name])}" for name in _largest(theta))
+    return "\n".join(f"{name}\t{_digest(theta[name])}" for name in _largest(theta))
 
 
-def _print(tensor: Tensor) -> str:
+def _digest(tensor: Tensor) -> str:
     elements = _some(tensor).cpu().contiguous().view(torch.uint8).numpy().tobytes()
     return f"{_kind(tensor)} {hashlib.sha256(elements).hexdigest()}"
 
@@ -187,11 +188,11 @@ def _kind(tensor: Tensor) -> str:
     return f"{'x'.join(map(str, tensor.shape))} {tensor.dtype}"
 
 
-def _unlike_prints(theta: Mapping[str, Tensor], saved: str) -> bool:
-    """Return whether tensors differ from what `prints` said; one that grew, or is now of another kind, does not say."""
+def _unlike_digests(theta: Mapping[str, Tensor], saved: str) -> bool:
+    """Return whether tensors differ from what `digests` said; one that grew, or is now of another kind, does not say."""
     lines = (line.split("\t") for line in saved.splitlines())
     known = [(theta[name], text) for name, text in lines if name in theta]
-    return any(text.startswith(f"{_kind(now)} ") and text != _print(now) for now, text in known)
+    return any(text.startswith(f"{_kind(now)} ") and text != _digest(now) for now, text in known)
 
 
 def _largest(theta: Mapping[str, Tensor]) -> list[str]:

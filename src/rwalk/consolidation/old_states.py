@@ -20,11 +20,11 @@ def upgraded(content: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Ma
         content: what was saved.
         parameters: those of the model, as they are now, by name.
     """
-    return _with_prints(_with_turns(_without_resting(content, parameters)))
+    return _with_digests(_with_turns(_without_resting(content, parameters)))
 
 
-def _with_prints(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a state that may have no word of what the weights were like with an empty one."""
+def _with_digests(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Give a state of format 5 that was saved before there were digests of the weights an empty entry for them."""
     return {"written": "", **content} if isinstance(content, Mapping) and content.get("format") == 5 else content
 
 

@@ -12,7 +12,7 @@ from rwalk.consolidation import state_checks
 from rwalk.consolidation.averaging import Tail
 from rwalk.consolidation.measuring import copied, moments_from
 from rwalk.consolidation.memory import Memory
-from rwalk.consolidation.moves import Moves, Writes, prints
+from rwalk.consolidation.moves import Moves, Writes, digests
 from rwalk.consolidation.protected import ProtectedParameters, grow_state
 from rwalk.consolidation.repeats import LastEnd
 from rwalk.consolidation.turns import Turns
@@ -33,7 +33,7 @@ def content(memory: Memory) -> dict[str, Any]:
         "tasks": memory.tasks,
         "steps": memory.steps,
         "changed": "\n".join(memory.changed()),
-        "written": "" if protected.shard_group.groups else prints(protected.theta),
+        "written": "" if protected.shard_group.groups else digests(protected.theta),
         "last_end": "" if memory.last_end is None else memory.last_end.text(),
         "shapes": {name: list(p.shape) for name, p in parameters.items()},
         "state": state,

@@ -21,8 +21,6 @@ from rwalk.rules.base import Step
 
 UNTOUCHED = kernels.RuleUpdate()
 """What a rule updates that looks at nothing in each step."""
-
-
 PATIENCE = 10
 """Steps in a row that may be left out before a warning."""
 
@@ -220,9 +218,8 @@ class StepObserver:
     def nbytes(self) -> int:
         """Bytes of the tensors held, on this rank, the gradients of the last step among them."""
         squares = self.memory.squares
-        held = (
-            t for t in (*self.memory.tensors(), *self._layout.previous) if any(t.stride()) or not t.dim()
-        )  # the others expand
+        every = (*self.memory.tensors(), *self._layout.previous)
+        held = (t for t in every if any(t.stride()) or not t.dim())  # the others expand
         return sum(t.nbytes for t in held) + (0 if squares is None else squares.nbytes)
 
     def release(self) -> None:

@@ -1,6 +1,7 @@
 """Compiled models at measured steps: their forward passes run uncompiled, as a graph calls no hooks that came later."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -20,7 +21,7 @@ class EagerCalls:
     def __init__(self, model: nn.Module, measured: Callable[[], bool]) -> None:
         self._model, self._measured = model, measured
         self._undo: list[Callable[[], None]] = []
-        self._entered: list[bool] = []
+        self._entered: list[ExitStack] = []
 
     def open(self) -> None:
         """Begin, with all modules that are compiled now."""
@@ -39,13 +40,13 @@ class EagerCalls:
         self._undo.clear()
 
     def _enter(self, *_: Any) -> None:
-        self._entered.append(self._measured())
-        if self._entered[-1]:
-            UNCOMPILED.__enter__()
+        self._entered.append(ExitStack())
+        if self._measured():
+            self._entered[-1].enter_context(UNCOMPILED)
 
     def _leave(self, *_: Any) -> None:
-        if self._entered and self._entered.pop():  # nothing was entered where an earlier hook has failed
-            UNCOMPILED.__exit__()
+        if self._entered:  # nothing was entered where an earlier hook has failed
+            self._entered.pop().close()
 
     def _replace(self, module: nn.Module, compiled: Callable[..., Any]) -> Callable[[], None]:
         """Let a module's compiled call choose; copies of modules have none of either. Return what undoes it."""

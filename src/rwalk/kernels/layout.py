@@ -86,10 +86,11 @@ class Layout:
             return self._parts[0][0].nonfinite(grad)
         parts = [(part.places, part.nonfinite(grad)) for part, _ in self._parts]
         device = next((found.device for _, found in parts if not found.is_cpu), torch.device("cpu"))
-        bad = torch.zeros(len(grad), dtype=torch.float32, device=device)
+        bad: list[Any] = [None] * len(grad)
         for places, found in parts:
-            bad[places] = found.to(device, torch.float32)
-        return bad
+            for i, value in zip(places, found.to(device, torch.float32), strict=True):
+                bad[i] = value
+        return torch.stack(bad)
 
     def before(self, step: BeforeStep) -> list[int]:
         """Do what is to be done before the step; return the places of parameters that something else has moved."""

@@ -105,18 +105,16 @@ class RowByRow:
 
 def nonfinite(grads: Sequence[Tensor | None]) -> Tensor:
     """Return for each gradient a number that is 0 unless an element of it, or its square, is not finite."""
-    there = [i for i, g in enumerate(grads) if g is not None]
     norms = norms_of([g for g in grads if g is not None])
-    if len({n.device for n in norms}) > 1:
-        device = next(n.device for n in norms if n.device.type != "cpu")
-        norms = [n.to(device) for n in norms]
-    found = torch.stack(norms) if norms else torch.zeros(0, device="cpu")
-    found = found - found
-    if len(there) == len(grads):
-        return found
-    whole = torch.zeros(len(grads), dtype=found.dtype, device=found.device)
-    whole[there] = found
-    return whole
+    if not norms:
+        return torch.zeros(len(grads), device="cpu")
+    device = next((n.device for n in norms if n.device.type != "cpu"), norms[0].device)
+    norms = [n if n.device == device else n.to(device) for n in norms]
+    if len(norms) < len(grads):
+        left, nothing = iter(norms), torch.zeros((), device=device)
+        norms = [nothing if g is None else next(left) for g in grads]
+    stacked = torch.stack(norms)
+    return stacked - stacked
 
 
 def norms_of(grads: list[Tensor]) -> list[Tensor]:
