@@ -100,8 +100,10 @@ METHODS: dict[str, Any] = {
     "EWC": EWC(samples=1000),
     "SI": SI(),
     "recipe": "recipe",
+    "default": "default",
     "A-GEM": "agem",
     "replay": "replay",
+    "replay beside the default": "default",
     "Avalanche's RWalkPlugin": None,
     "joint": None,
 }
@@ -140,7 +142,7 @@ def one(name: str, target: Target, seed: int, out: Path, device: str = "cpu") ->
     """Return the record of one run: from disk if it is there, else by running it."""
     tasks, method, training, strength = target.stream(), METHODS[name], target.training, target.strengths.get(name)
     if method is not None:
-        replay = KEPT if method in ("agem", "replay") else None
+        replay = KEPT if method == "agem" or name.startswith("replay") else None
         return run_or_load(RunSpec(tasks, method, strength, seed, training, replay=replay, device=device), out).result
     added = {"strength": strength}
     config = RunSpec(tasks, training=training).configuration | added

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -69,6 +70,36 @@ def test_between_turns_nothing_is_done_but_to_look_at_the_gradients():
     assert len(set(counts)) == 1
     # are the norms of the gradients finite; a few elements of the three largest tensors are noted
     assert counts[0] <= 12
+
+
+def deep(layers):
+    """A network of equal layers, in its second task, one step before it is measured and before it is pulled."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(8, 64), *(torch.nn.Linear(64, 64) for _ in range(layers)), torch.nn.Linear(64, 4)
+    )
+    _, optimizer, memory = attached(Kronecker(m=2, every=2), model, torch.optim.Adam, fused=True, lr=1e-3)
+    data = [(x.astype(np.float32), y) for x, y in batches(0, 8, size=100, inputs=8)]
+    train(model, optimizer, data)
+    memory.consolidate()
+    return model, optimizer, data
+
+
+@pytest.mark.parametrize("layers", [2, 12])
+def test_a_device_is_waited_for_as_often_whatever_the_number_of_layers(layers):
+    """Each number that Python reads, and each eigenproblem, which the CPU solves, is such a wait."""
+    model, optimizer, data = deep(layers)
+    counts = []
+    for batch in data:
+        with Operations() as seen:
+            train(model, optimizer, [batch])
+        kinds = Counter(name.split(".")[1] for name in seen.names)
+        counts.append((kinds["_local_scalar_dense"], kinds["_linalg_eigh"], kinds["linalg_qr"]))
+    (numbers, *solved), (read, *none) = counts[4], counts[5]  # a measured step, and one after which the layers are pulled
+    assert numbers <= 4
+    assert solved == [1, 0]
+    assert read <= 4
+    assert none == [0, 0]
 
 
 @pytest.mark.parametrize("model", [mlp, Heads])

@@ -1,11 +1,14 @@
 """Leading directions of sums of outer products, against NumPy's eigenvalues in float64."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from rwalk.anchors.factors import Arrangement, KroneckerFactor
-from rwalk.anchors.spectrum import MOST_ROWS, SecondMoment, Spectrum
+from rwalk.anchors.incremental import MOST_ROWS, fewer_rows
+from rwalk.anchors.spectrum import SecondMoment, Spectrum, add_sums
 
 
 def summed(rows, rank, groups=1, steps=1):
@@ -75,6 +78,60 @@ def test_many_rows_of_a_convolution_show_the_same_directions():
     overlap = (exact.basis[0, :4] @ followed.basis[0].T).square().sum(1)
     assert (overlap > 0.99).all()
     assert torch.allclose(followed.values[0, :4], exact.values[0, :4], rtol=0.1)
+
+
+@pytest.mark.parametrize("n", [41, 200, 1000])
+def test_fewer_rows_never_make_up_more_than_there_is(n):
+    rows = rows_of(DECAY, n)
+    fewer = fewer_rows(rows, 12)
+    missing = rows[0].T @ rows[0] - fewer[0].T @ fewer[0]
+    assert fewer.shape[1] < n
+    assert torch.linalg.eigvalsh(missing).min() > -1e-12
+    assert missing.trace() < 0.1 * rows.square().sum()
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("name", ["decaying", "zeros", "one direction"])
+def test_fewer_rows_show_the_same_directions_at_every_scale_in_single_precision(name, scale):
+    rows = (rows_of(SPECTRA[name]) * scale).float()
+    fewer = fewer_rows(rows, 12)
+    exact, found = (np.linalg.svd(part[0].double().numpy(), full_matrices=False) for part in (rows, fewer))
+    count = min(4, int((SPECTRA[name] > 0).sum()))
+    assert np.allclose(np.linalg.norm(exact[2][:count] @ found[2].T, axis=1), 1, atol=1e-2)
+    assert np.allclose(found[1][:count], exact[1][:count], rtol=0.05)
+
+
+def test_rows_of_zeros_stay_zeros():
+    fewer = fewer_rows(torch.zeros(1, 100, 40), 12)
+    assert fewer.shape[1] < 100
+    assert not fewer.any()
+
+
+def test_a_few_rows_wait_and_no_more():
+    total, counts = SecondMoment.zeros(1, 40, 12, torch.zeros(0).double()), []
+    rows = rows_of(DECAY, n=300)
+    for part in rows.split(3, 1):
+        step = SecondMoment.zeros(1, 40, 12, rows)
+        step.add(part)
+        total.add_sum(step, 1.0)
+        counts.append(total.total.shape[1])
+    assert max(counts) == 30, "half as many as the 20 directions that are followed"
+    exact, found = summed(rows, None).spectrum(1.0, 12), total.spectrum(1.0, 12)
+    assert torch.allclose(found.values, exact.values, rtol=0.02)
+
+
+def test_sums_that_are_joined_together_are_what_they_are_alone():
+    parts = [rows_of(DECAY, groups=groups, seed=seed) for seed, groups in enumerate((1, 1, 3))]
+    pairs = [(summed(p, rank, len(p)), summed(p, rank, len(p), 4)) for p, rank in zip(parts, (12, None, 12), strict=True)]
+    alone = [(copy.copy(mine), other) for mine, other in pairs]
+    for mine, other in alone:
+        mine.total, mine.trace = mine.total.clone(), mine.trace.clone()
+        mine.add_sum(other, 0.25)
+    add_sums([(mine, other, 0.25) for mine, other in pairs])
+    for (mine, _), (single, _) in zip(pairs, alone, strict=True):
+        one, two = (m.spectrum(1.0, 12).matrix() for m in (mine, single))
+        assert torch.allclose(one, two, atol=1e-12)
+        assert torch.equal(mine.trace, single.trace)
 
 
 def test_groups_have_spectra_of_their_own():

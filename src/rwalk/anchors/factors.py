@@ -139,31 +139,31 @@ class KroneckerFactor(HeldLayer):
         return (outputs.times(d) * inputs.times(d.mT).mT).sum()
 
     def moves(
-        self, weight: str, theta: Mapping[str, Tensor], point: Mapping[str, Tensor], steps: Mapping[str, float]
+        self, weight: str, theta: Mapping[str, Tensor], point: Mapping[str, Tensor], steps: Mapping[str, Tensor | float]
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield what to take off bias and weight: see `HeldLayer.moves`."""
         move = self.proximal_move(self.displacement(weight, theta, point), steps[weight])
         yield from zip(self.names(weight), self.arrangement.split(move, point[weight].shape), strict=True)
 
-    def proximal_move(self, d: Tensor, step: float) -> Tensor:
+    def proximal_move(self, d: Tensor, step: Tensor | float) -> Tensor:
         """Return what to take off D for the minimum of step / 2 * tr(D'^T G D' A) + |D' - D|^2 / 2 over D'.
 
         In the two eigenbases that is w / (1 + w) of each entry, with w = step * g_i * a_j. Directions that are not known all
         have one g or a, so that only the known ones need products: 4 * inputs * outputs * (rank of G + rank of A) operations.
         """
         g, a = (side.beside(d, d.dtype) for side in (self.outputs, self.inputs))
-
-        def shrink(rows: Tensor, columns: Tensor) -> Tensor:
-            return share_of_way_((step * rows.unsqueeze(2) * columns.unsqueeze(1)).reciprocal_())
-
+        rows, columns = (torch.cat([side.values, side.mean, side.rest], 1) for side in (g, a))
+        shares = share_of_way_((step * rows.unsqueeze(2) * columns.unsqueeze(1)).reciprocal_())
+        known, mean, rest = range(3)  # directions, what all others have, and the same for each coordinate
+        parts = shares.split([g.values.shape[1], 1, g.rest.shape[1]], 1)
+        s = [part.split([a.values.shape[1], 1, a.rest.shape[1]], 2) for part in parts]
         turned = g.basis @ d
-        left = (shrink(g.values, a.rest) - shrink(g.mean, a.rest)) * turned
-        move = shrink(g.rest, a.rest) * d
+        left = (s[known][rest] - s[mean][rest]) * turned
+        move: Tensor = s[rest][rest] * d
         if a.basis.shape[1]:
-            right = (shrink(g.rest, a.values) - shrink(g.rest, a.mean)) * (a.basis @ d.mT).mT
-            known = shrink(g.values, a.values) - shrink(g.mean, a.values) - shrink(g.values, a.mean) + shrink(g.mean, a.mean)
-            left = left + (known * (turned @ a.basis.mT)) @ a.basis
-            move.baddbmm_(right, a.basis)
+            both = s[known][known] - s[mean][known] - s[known][mean] + s[mean][mean]
+            left = torch.baddbmm(left, both * (turned @ a.basis.mT), a.basis)
+            move.baddbmm_((s[rest][known] - s[rest][mean]) * (a.basis @ d.mT).mT, a.basis)
         return move.baddbmm_(g.basis.mT, left)
 
     def followed(self, weight: str, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> "KroneckerFactor | None":

@@ -112,7 +112,7 @@ class HeldLayer(ABC):
 
     @abstractmethod
     def moves(
-        self, weight: str, theta: Mapping[str, Tensor], point: Mapping[str, Tensor], steps: Mapping[str, float]
+        self, weight: str, theta: Mapping[str, Tensor], point: Mapping[str, Tensor], steps: Mapping[str, Tensor | float]
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield what to take off parameters for a proximal pull, to be taken off before the next one is asked for.
 

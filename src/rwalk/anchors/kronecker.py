@@ -28,7 +28,7 @@ class PullSteps(Protocol):
     def each(self, name: str) -> Tensor | float:
         """Return the step of each element of a parameter."""
 
-    def mean(self, name: str) -> float:
+    def mean(self, name: str) -> Tensor | float:
         """Return one number for all of a parameter."""
 
 

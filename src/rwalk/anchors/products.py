@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rwalk._parameters import state_dtype
 from rwalk.anchors.held import HeldLayer, Product, read_sides
+from rwalk.anchors.incremental import small_eigenpairs
 from rwalk.anchors.spectrum import Spectrum
 
 LEAST = 1e-30
@@ -87,7 +88,7 @@ class ProductFactor(HeldLayer):
         return total.clamp(min=0) * self.arrangement.scale**2
 
     def moves(
-        self, weight: str, theta: Mapping[str, Tensor], point: Mapping[str, Tensor], steps: Mapping[str, float]
+        self, weight: str, theta: Mapping[str, Tensor], point: Mapping[str, Tensor], steps: Mapping[str, Tensor | float]
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield what to take off one factor with the other one as it is, then what to take off that one.
 
@@ -100,14 +101,14 @@ class ProductFactor(HeldLayer):
             seen = a.times(pair.down.mT)
             kernel = pair.down @ seen
             off = pair.up_moved @ kernel + pair.up_then @ (pair.down_moved @ seen)
-            yield weight, _block_move(off, kernel, g, steps[weight] * square)
+            yield weight, _block_move(off, kernel, g, float(steps[weight]) * square)
         if steps.get(self.arrangement.down):
             pair = self._pair(weight, theta, point)
             g, a = self._sides(pair.up)
             seen = g.times(pair.up)
             kernel = pair.up.mT @ seen
             off = pair.down_moved.mT @ kernel + pair.down_then.mT @ (pair.up_moved.mT @ seen)
-            yield self.arrangement.down, _block_move(off, kernel, a, steps[self.arrangement.down] * square).T
+            yield self.arrangement.down, _block_move(off, kernel, a, float(steps[self.arrangement.down]) * square).T
 
     def _diagonals(self, weight: str, point: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Return for each factor the diagonals of the two matrices whose product is its quadratic, its own side's first."""
@@ -189,7 +190,7 @@ def _block_move(off: Tensor, kernel: Tensor, side: Spectrum, step: float) -> Ten
         side: the matrix that belongs to the rows of X.
         step: the length of the step.
     """
-    values, basis = torch.linalg.eigh(((kernel + kernel.mT) / 2).double())
+    [(values, basis)] = small_eigenpairs([((kernel + kernel.mT) / 2).double()])
     known = values > len(values[0]) * torch.finfo(kernel.dtype).eps * values[:, -1:]
     values, basis = torch.where(known, values, 1.0).to(off.dtype), torch.where(known.unsqueeze(1), basis, 0.0).to(off.dtype)
 

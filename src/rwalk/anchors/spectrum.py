@@ -1,22 +1,16 @@
 """Symmetric matrices by their leading directions, with one value for all others, and sums of outer products to find them in."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rwalk.anchors.incremental import OVERSAMPLING, eigenpairs, fewer_rows, joined_rows
 from rwalk.distributed.ranks import Ranks
-
-OVERSAMPLING = 8
-"""How many more directions are followed while a matrix is summed up than are kept of it."""
-MOST_ROWS = 4096
-"""How many rows are looked at, at most, to follow directions: of more of them, as of a convolution, every n-th one."""
-BLOCK = 1024
-"""Rows of the probe that are drawn at a time, so that a longer one begins with a shorter one."""
 
 
 class Spectrum(NamedTuple):
@@ -83,7 +77,7 @@ class SecondMoment:
 
     Args:
         total: the exact sum, (groups, size, size); its leading directions as rows that are as long as the roots of their
-            eigenvalues, (groups, most, size) at most; or its diagonal, (groups, size).
+            eigenvalues, and a few rows that wait to be joined with them, (groups, n, size); or its diagonal, (groups, size).
         trace: its trace, (groups,).
         most: how many directions are followed; None where the sum is exact or a diagonal.
     """
@@ -106,12 +100,11 @@ class SecondMoment:
 
     def add(self, rows: Tensor) -> None:
         """Add x x^T for each of (groups, n, size) rows."""
+        self.trace.add_(rows.square().sum((1, 2)))
         if self.most is not None:
-            rows = _fewer(rows, self.most)
-            self.total = _merged(self.total, rows, self.most)
+            self._join(fewer_rows(rows, self.most), 2 * self.most)
         else:
             self.total.baddbmm_(rows.mT, rows)
-        self.trace.add_(rows.square().sum((1, 2)))
 
     def add_diagonal(self, diagonal: Tensor) -> None:
         """Add to a sum that is a diagonal."""
@@ -120,11 +113,7 @@ class SecondMoment:
 
     def add_sum(self, other: "SecondMoment", factor: float) -> None:
         """Add another sum of the same kind, multiplied by a number."""
-        if self.most is None:
-            self.total.add_(other.total, alpha=factor)
-        else:
-            self.total = _merged(self.total, other.total * math.sqrt(factor), self.most)
-        self.trace.add_(other.trace, alpha=factor)
+        add_sums([(self, other, factor)])
 
     def reduce(self, ranks: Ranks) -> None:
         """Add up over ranks."""
@@ -133,11 +122,16 @@ class SecondMoment:
             ranks.sum_(self.total)
             return
         groups, count, size = self.total.shape
-        every = self.total.new_zeros(ranks.size, groups, self.most, size)
+        every = self.total.new_zeros(ranks.size, groups, 2 * self.most, size)
         every[ranks.number, :, :count] = self.total
         self.total = self.total[:, :0]
         for part in ranks.sum_(every):
-            self.total = _merged(self.total, part, self.most)
+            self._join(part, self.most)
+
+    def _join(self, rows: Tensor, wait: int) -> None:
+        """Add rows to those of the leading directions, and find these anew if there are then more than may `wait`."""
+        both = torch.cat([self.total, rows], 1)
+        [self.total] = [both] if both.shape[1] <= wait else joined_rows([both], [self.most or 0])
 
     def scaled(self, factor: float) -> "SecondMoment":
         """Multiply the sum by a number."""
@@ -147,10 +141,10 @@ class SecondMoment:
         """Write the sum into the leading block of one of more coordinates."""
         total = self.total
         if other.most is not None and self.most is None:
-            values, basis = _eigenpairs(total.double())
+            values, basis = eigenpairs(total.double())
             total = (basis * values.sqrt().unsqueeze(1)).mT.to(total.dtype)
         if other.most is not None:
-            other.total = _merged(other.total, F.pad(total, (0, other.total.shape[2] - total.shape[2])), other.most)
+            other._join(F.pad(total, (0, other.total.shape[2] - total.shape[2])), other.most)
         else:
             other.total[tuple(map(slice, total.shape))] = total
         other.trace.copy_(self.trace)
@@ -172,10 +166,27 @@ class SecondMoment:
         trace = self.trace.double() if old is None else self.trace.double() + old.diagonal().sum(1)
         wide = self.total.double()
         if self.most is None:
-            values, basis = _eigenpairs(wide if old is None else wide + old.matrix())
+            values, basis = eigenpairs(wide if old is None else wide + old.matrix())
         else:
             values, basis = _of_directions(wide, old)
         return _leading(values, basis, trace, share, rank).to_dtype(self.total.dtype)
+
+
+def add_sums(pairs: Sequence[tuple[SecondMoment, SecondMoment, float]]) -> None:
+    """Add to each sum another one of the same kind, multiplied by a number; the directions of all are found together."""
+    followed = [(mine, other, factor, mine.most) for mine, other, factor in pairs if mine.most is not None]
+    wide = []
+    for mine, other, factor, most in followed:
+        mine.total = torch.cat([mine.total, other.total * math.sqrt(factor)], 1)
+        if mine.total.shape[1] > most + most // 2:  # a few rows wait
+            wide.append((mine, most))
+    totals = joined_rows([mine.total for mine, _ in wide], [most for _, most in wide])
+    for (mine, _), total in zip(wide, totals, strict=True):
+        mine.total = total
+    for mine, other, factor in pairs:
+        if mine.most is None:
+            mine.total.add_(other.total, alpha=factor)
+        mine.trace.add_(other.trace, alpha=factor)
 
 
 class _Wide(NamedTuple):
@@ -203,12 +214,6 @@ def _leading(values: Tensor, basis: Tensor, trace: Tensor, share: float, rank: i
     return _Wide(basis[:, :, :kept].mT, values[:, :kept], others / max(size - kept, 1) if kept < size else others * 0)
 
 
-def _eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues, largest first and 0 where rounding has made them negative, and eigenvectors as columns."""
-    values, basis = torch.linalg.eigh((matrix + matrix.mT) / 2)
-    return values.flip(1).clamp(min=0), basis.flip(2)
-
-
 def _of_directions(rows: Tensor, earlier: Spectrum | None) -> tuple[Tensor, Tensor]:
     """Return eigenpairs of a sum that is known by its directions, joined with an earlier matrix that is too."""
     if earlier is not None:
@@ -218,41 +223,3 @@ def _of_directions(rows: Tensor, earlier: Spectrum | None) -> tuple[Tensor, Tens
     if earlier is not None:  # what it has in all directions alike
         values = values + (basis.square() * earlier.rest.unsqueeze(1)).sum(2)
     return values, basis.mT
-
-
-def _merged(total: Tensor, rows: Tensor, most: int) -> Tensor:
-    """Return the leading directions of two sums together: an incremental singular value decomposition (Brand 2002)."""
-    both = torch.cat([total, rows], 1)
-    if both.shape[1] <= most:
-        return both
-    _, vectors = torch.linalg.eigh(both @ both.mT)
-    leading: Tensor = vectors[:, :, -most:].mT @ both
-    return leading
-
-
-def _fewer(rows: Tensor, most: int) -> Tensor:
-    """Return rows whose sum has nearly the same leading directions, where there are many.
-
-    By a random projection and one power iteration (Halko, Martinsson, Tropp 2011, arXiv 0909.4061).
-    """
-    step = (rows.shape[1] // MOST_ROWS) | 1
-    if step > 1:
-        rows = rows[:, ::step] * math.sqrt(rows.shape[1] / rows[:, ::step].shape[1])
-    if rows.shape[1] <= 2 * most:
-        return rows
-    found = rows.mT @ (rows @ probe(rows.shape[2], most, rows.dtype, rows.device))
-    basis, _ = torch.linalg.qr(found)
-    inside = rows @ basis
-    values, vectors = torch.linalg.eigh(inside.mT @ inside)
-    leading: Tensor = values.clamp(min=0).sqrt().unsqueeze(2) * (basis @ vectors).mT
-    return leading
-
-
-@lru_cache(maxsize=64)
-def probe(size: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a random (size, width) matrix, the same in every process."""
-    blocks = [
-        torch.randn(BLOCK, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
-        for seed in range(-(-size // BLOCK))
-    ]
-    return torch.cat(blocks)[:size].to(device, dtype)

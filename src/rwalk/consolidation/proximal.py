@@ -122,32 +122,36 @@ class DeferredSteps:
         metrics: reads the optimiser.
         names: of the parameters, in the order of `metrics`.
         lengths: the sum over steps of 2 * strength * learning rate, for those that have moved.
-        mean: takes the sum and the number of elements of a parameter's part on this rank; returns the mean of all of it.
+        mean: takes a parameter's part on this rank; returns the mean of all of it.
     """
 
     def __init__(
-        self, metrics: Metrics, names: Sequence[str], lengths: Mapping[str, float], mean: Callable[[float, int], float]
+        self, metrics: Metrics, names: Sequence[str], lengths: Mapping[str, float], mean: Callable[[Tensor], Tensor | float]
     ) -> None:
         self._place = {name: i for i, name in enumerate(names)}
         self._lengths, self._mean = lengths, mean
         self._metric = metrics.read([name in lengths for name in names], 1.0).counted()
 
-    def _denominator(self, name: str) -> Tensor | None:
-        i = self._place[name]
-        second, correction = self._metric.second[i], self._metric.correction[i]
-        return None if second is None else (second / correction).sqrt_().add_(self._metric.eps[i])
-
     def each(self, name: str) -> Tensor | float:
         """Return the step of each element of a parameter."""
-        denominator = self._denominator(name)
-        return self._lengths[name] if denominator is None else self._lengths[name] / denominator
-
-    def mean(self, name: str) -> float:
-        """Return one number for all of a parameter, from the mean of Adam's denominators."""
-        denominator = self._denominator(name)
-        if denominator is None:
+        second, correction, eps = self._of(name)
+        if second is None:
             return self._lengths[name]
-        return self._lengths[name] / self._mean(float(denominator.sum()), denominator.numel())
+        denominator: Tensor = (second / correction).sqrt_().add_(eps)
+        return self._lengths[name] / denominator
+
+    def mean(self, name: str) -> Tensor | float:
+        """Return one number for all of a parameter, from the mean of Adam's denominators; no device is waited for."""
+        second, correction, eps = self._of(name)
+        if second is None:
+            return self._lengths[name]
+        denominator: Tensor | float = self._mean(second.sqrt()) / correction**0.5 + eps
+        return self._lengths[name] / denominator
+
+    def _of(self, name: str) -> tuple[Tensor | None, Any, float]:
+        """Return a parameter's second moment, None if it has none, by what to divide it, and what to add to its root."""
+        i = self._place[name]
+        return self._metric.second[i], self._metric.correction[i], self._metric.eps[i]
 
 
 class GroupMetric(NamedTuple):

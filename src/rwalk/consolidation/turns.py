@@ -47,8 +47,10 @@ class Turns:
 def pull_steps(protected: ProtectedParameters, metrics: proximal.Metrics, lengths: Mapping[str, float]) -> PullSteps:
     """Return how long the steps of a pull are that makes up for several steps of an optimiser."""
 
-    def mean(total: float, count: int) -> float:
-        total, every = protected.shard_group.sums([total, count])
+    def mean(part: Tensor) -> Tensor | float:
+        if not protected.shard_group.groups:
+            return part.mean()
+        total, every = protected.shard_group.sums([float(part.sum()), part.numel()])
         return total / every
 
     return proximal.DeferredSteps(metrics, list(protected.theta), lengths, mean)

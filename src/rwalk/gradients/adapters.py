@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from rwalk._errors import warn
 from rwalk._parameters import listed, state_dtype
 from rwalk.anchors.held import Product
+from rwalk.anchors.incremental import probe
 from rwalk.anchors.kronecker import HeldNames
-from rwalk.anchors.spectrum import probe
 from rwalk.distributed.shards import sharded
 from rwalk.gradients.layer_moments import LayerRows, MeasuredLayer, flat_rows, is_transposed_linear
 

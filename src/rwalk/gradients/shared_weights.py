@@ -70,10 +70,9 @@ class SharedSums(LayerSums):
         else:
             self.head.add(part, with_inputs)
 
-    def add_sums(self, other: Self, factor: float) -> None:
-        """Add other sums, their gradients' squares multiplied by a factor."""
-        super().add_sums(other, factor)
-        self.head.add_sums(other.head, factor)
+    def joining(self, other: Self, factor: float) -> list[tuple[SecondMoment, SecondMoment, float]]:
+        """Return what is to be added for both: see `LayerSums.joining`."""
+        return [*super().joining(other, factor), *self.head.joining(other.head, factor)]
 
     def reduce(self, ranks: Ranks) -> None:
         """Add up over ranks."""
