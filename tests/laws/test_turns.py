@@ -87,19 +87,17 @@ def deep(layers):
 
 @pytest.mark.parametrize("layers", [2, 12])
 def test_a_device_is_waited_for_as_often_whatever_the_number_of_layers(layers):
-    """Each number that Python reads, and each eigenproblem, which the CPU solves, is such a wait."""
+    """Each number that Python reads, and each eigenproblem, is such a wait."""
     model, optimizer, data = deep(layers)
     counts = []
     for batch in data:
         with Operations() as seen:
             train(model, optimizer, [batch])
         kinds = Counter(name.split(".")[1] for name in seen.names)
-        counts.append((kinds["_local_scalar_dense"], kinds["_linalg_eigh"], kinds["linalg_qr"]))
-    (numbers, *solved), (read, *none) = counts[4], counts[5]  # a measured step, and one after which the layers are pulled
-    assert numbers <= 4
-    assert solved == [1, 0]
-    assert read <= 4
-    assert none == [0, 0]
+        counts.append((kinds["_local_scalar_dense"], kinds["_linalg_eigh"] + kinds["_linalg_svd"] + kinds["linalg_qr"]))
+    for numbers, solved in counts[4:6]:  # a measured step, and one after which the layers are pulled
+        assert numbers <= 4
+        assert not solved
 
 
 @pytest.mark.parametrize("model", [mlp, Heads])

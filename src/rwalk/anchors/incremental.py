@@ -10,10 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-MOST_ROWS = 4096
+MOST_ROWS = 512
 """How many rows are looked at, at most: of more of them, as of a convolution, every n-th one."""
-OVERSAMPLING = 8
-"""How many more directions are followed than count."""
 BLOCK = 1024
 """Rows of the probe that are drawn at a time, so that a longer one begins with a shorter one."""
 
@@ -24,35 +22,37 @@ def eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(1).clamp(min=0), basis.flip(2)
 
 
-def joined_rows(sums: Sequence[Tensor], most: Sequence[int]) -> list[Tensor]:
-    """Return the leading directions of sums, as many of each as are asked for (Brand 2002).
+def joined_rows(sums: Sequence[Tensor], most: int) -> list[Tensor]:
+    """Return the leading directions of sums as `most` rows each; those of equal shapes are found together (Brand 2002).
 
     Args:
-        sums: rows whose outer products make up each sum, (groups, n, size).
-        most: how many rows to return for each, at most.
+        sums: rows whose outer products make up each sum, more than `most`: (groups, n, size).
+        most: how many directions count.
     """
-    wide = [i for i, rows in enumerate(sums) if rows.shape[1] > most[i]]
+    alike: dict[object, list[int]] = {}
+    for i, rows in enumerate(sums):
+        alike.setdefault((rows.shape[:2], rows.dtype, rows.device), []).append(i)
     found = list(sums)
-    for i, (_, vectors) in zip(wide, small_eigenpairs([sums[i] @ sums[i].mT for i in wide]), strict=True):
-        found[i] = vectors[:, :, -most[i] :].mT @ sums[i]
+    for places in alike.values():
+        turns = _leading(torch.stack([sums[i] @ sums[i].mT for i in places]), most)
+        for i, turn in zip(places, turns, strict=True):
+            found[i] = turn.mT @ sums[i]
     return found
 
 
-def small_eigenpairs(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Return eigenvalues of small symmetric matrices, smallest first, and eigenvectors as columns.
+def _leading(gram: Tensor, most: int) -> Tensor:
+    """Return orthonormal columns, nearly the leading eigenvectors of symmetric matrices, without waiting for a device.
 
-    They are found on the CPU, which needs 0.1 ms for one of 50 x 50. All of a size go there and back together, so that a
-    device is waited for once.
+    By three steps of subspace iteration. On permuted MNIST, where ten rows come at a time, what such columns have followed
+    holds 0.9995 of what eigenvectors have.
     """
-    alike: dict[object, list[int]] = {}
-    for i, matrix in enumerate(matrices):
-        alike.setdefault((matrix.shape, matrix.dtype, matrix.device), []).append(i)
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    for places in alike.values():
-        every = torch.stack([matrices[i] for i in places])
-        solved = (part.to(every.device).unbind() for part in torch.linalg.eigh(every.cpu()))
-        found |= zip(places, zip(*solved, strict=True), strict=True)
-    return [found[i] for i in range(len(matrices))]
+    exact = gram if gram.device.type == "mps" else gram.double()
+    exact = exact / exact.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=torch.finfo(exact.dtype).tiny)[..., None, None]
+    columns = probe(gram.shape[-1], most, exact.dtype, exact.device).expand(*gram.shape[:-1], most)
+    for _ in range(3):
+        columns = exact @ columns
+        columns = columns @ _inverse_root(columns.mT @ columns).mT
+    return columns.to(gram.dtype)
 
 
 def fewer_rows(rows: Tensor, most: int) -> Tensor:
@@ -70,20 +70,22 @@ def fewer_rows(rows: Tensor, most: int) -> Tensor:
         rows = rows[:, ::step] * math.sqrt(rows.shape[1] / rows[:, ::step].shape[1])
     if rows.shape[1] <= 2 * most:
         return rows
-    projected = rows @ probe(rows.shape[2], most + OVERSAMPLING, rows.dtype, rows.device)
-    root = _root(projected.mT @ projected)
-    unit = torch.eye(root.shape[2], dtype=root.dtype, device=root.device)
-    fewer: Tensor = torch.linalg.solve_triangular(root, unit, upper=False) @ (projected.mT @ rows)
+    projected = rows @ probe(rows.shape[2], min(2 * most, rows.shape[2]), rows.dtype, rows.device)
+    fewer: Tensor = _inverse_root(projected.mT @ projected) @ (projected.mT @ rows)
     return fewer
 
 
-def _root(gram: Tensor) -> Tensor:
-    """Return a triangular L with L L^T = gram, to rounding; what is added in place lets directions of no length pass."""
+def _inverse_root(gram: Tensor) -> Tensor:
+    """Return the inverse of a triangular L with L L^T = gram, to rounding.
+
+    What is added to the diagonal, in place, lets directions of no length pass: they become no longer than others.
+    """
     info = torch.finfo(gram.dtype)
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    diagonal.add_(diagonal.sum(1, keepdim=True), alpha=gram.shape[2] * info.eps).add_(info.tiny)
-    lower: Tensor = torch.linalg.cholesky_ex(gram).L
-    return lower
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_(diagonal.sum(-1, keepdim=True), alpha=gram.shape[-1] * info.eps).add_(info.tiny)
+    unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    inverse: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, unit, upper=False)
+    return inverse
 
 
 @lru_cache(maxsize=64)

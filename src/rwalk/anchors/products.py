@@ -9,7 +9,6 @@ from torch import Tensor
 
 from rwalk._parameters import state_dtype
 from rwalk.anchors.held import HeldLayer, Product, read_sides
-from rwalk.anchors.incremental import small_eigenpairs
 from rwalk.anchors.spectrum import Spectrum
 
 LEAST = 1e-30
@@ -190,7 +189,7 @@ def _block_move(off: Tensor, kernel: Tensor, side: Spectrum, step: float) -> Ten
         side: the matrix that belongs to the rows of X.
         step: the length of the step.
     """
-    [(values, basis)] = small_eigenpairs([((kernel + kernel.mT) / 2).double()])
+    values, basis = (t.to(kernel.device) for t in torch.linalg.eigh(((kernel + kernel.mT) / 2).double().cpu()))  # it is small
     known = values > len(values[0]) * torch.finfo(kernel.dtype).eps * values[:, -1:]
     values, basis = torch.where(known, values, 1.0).to(off.dtype), torch.where(known.unsqueeze(1), basis, 0.0).to(off.dtype)
 

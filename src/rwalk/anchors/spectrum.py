@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rwalk.anchors.incremental import OVERSAMPLING, eigenpairs, fewer_rows, joined_rows
+from rwalk.anchors.incremental import eigenpairs, fewer_rows, joined_rows
 from rwalk.distributed.ranks import Ranks
+
+OVERSAMPLING = 8
+"""How many more directions are followed while a matrix is summed up than are kept of it."""
 
 
 class Spectrum(NamedTuple):
@@ -100,7 +103,7 @@ class SecondMoment:
 
     def add(self, rows: Tensor) -> None:
         """Add x x^T for each of (groups, n, size) rows."""
-        self.trace.add_(rows.square().sum((1, 2)))
+        self.trace.add_(torch.linalg.vector_norm(rows, dim=(1, 2)).square())  # no tensor as large as the rows
         if self.most is not None:
             self._join(fewer_rows(rows, self.most), 2 * self.most)
         else:
@@ -131,7 +134,7 @@ class SecondMoment:
     def _join(self, rows: Tensor, wait: int) -> None:
         """Add rows to those of the leading directions, and find these anew if there are then more than may `wait`."""
         both = torch.cat([self.total, rows], 1)
-        [self.total] = [both] if both.shape[1] <= wait else joined_rows([both], [self.most or 0])
+        [self.total] = [both] if both.shape[1] <= wait else joined_rows([both], self.most or 0)
 
     def scaled(self, factor: float) -> "SecondMoment":
         """Multiply the sum by a number."""
@@ -174,19 +177,18 @@ class SecondMoment:
 
 def add_sums(pairs: Sequence[tuple[SecondMoment, SecondMoment, float]]) -> None:
     """Add to each sum another one of the same kind, multiplied by a number; the directions of all are found together."""
-    followed = [(mine, other, factor, mine.most) for mine, other, factor in pairs if mine.most is not None]
-    wide = []
-    for mine, other, factor, most in followed:
-        mine.total = torch.cat([mine.total, other.total * math.sqrt(factor)], 1)
-        if mine.total.shape[1] > most + most // 2:  # a few rows wait
-            wide.append((mine, most))
-    totals = joined_rows([mine.total for mine, _ in wide], [most for _, most in wide])
-    for (mine, _), total in zip(wide, totals, strict=True):
-        mine.total = total
+    wide: dict[int, list[SecondMoment]] = {}
     for mine, other, factor in pairs:
+        mine.trace.add_(other.trace, alpha=factor)
         if mine.most is None:
             mine.total.add_(other.total, alpha=factor)
-        mine.trace.add_(other.trace, alpha=factor)
+            continue
+        mine.total = torch.cat([mine.total, other.total * math.sqrt(factor)], 1)
+        if mine.total.shape[1] > mine.most + mine.most // 2:  # a few rows wait
+            wide.setdefault(mine.most, []).append(mine)
+    for most, sums in wide.items():
+        for mine, total in zip(sums, joined_rows([m.total for m in sums], most), strict=True):
+            mine.total = total
 
 
 class _Wide(NamedTuple):

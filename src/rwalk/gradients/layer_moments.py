@@ -16,7 +16,7 @@ from rwalk.anchors.spectrum import SecondMoment, add_sums
 from rwalk.distributed.ranks import Ranks
 from rwalk.distributed.wrappers import module_class
 from rwalk.gradients.comparison import CANCELLED, GradientFit
-from rwalk.gradients.layer_rules import at_once, patches
+from rwalk.gradients.layer_rules import at_once, windows
 
 
 class MeasuredLayer(NamedTuple):
@@ -252,13 +252,13 @@ def flat_rows(_: nn.Module, x: Tensor) -> Tensor:
 
 
 def _patches(module: Any, x: Tensor) -> Tensor:
-    rows: Tensor = patches(module, x).transpose(0, 1).flatten(1, 2)
-    return rows
+    """Return the patches of all examples, with one copy, along whose rows memory runs."""
+    x = windows(module, x).movedim(0, 1 + len(module.kernel_size))
+    return x.reshape(module.groups, -1, x.shape[1 + len(module.kernel_size) :].numel()).mT
 
 
 def _channels(module: Any, g: Tensor) -> Tensor:
-    rows: Tensor = g.flatten(2).unflatten(1, (module.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
-    return rows
+    return g.transpose(0, 1).reshape(module.groups, -1, g.numel() // g.shape[1]).mT
 
 
 def _tokens(_: nn.Module, x: Tensor) -> Tensor:

@@ -189,13 +189,19 @@ def _conv(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Gather:
 
 def patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
     """Unfold a convolution's input to (examples, groups, places, inputs of a group * kernel)."""
+    x = windows(module, x)
+    places = math.prod(x.shape[2 + len(module.kernel_size) :])
+    return x.reshape(x.shape[0], module.groups, -1, places).mT
+
+
+def windows(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    """Return a view of a convolution's input as (examples, channels, *kernel, *places)."""
     x = F.pad(x, _padding(module), mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
     dims = len(module.kernel_size)
     settings = zip(module.kernel_size, module.stride, module.dilation, strict=True)
     for i, (size, stride, dilation) in enumerate(settings):
         x = x.unfold(2 + i, dilation * (size - 1) + 1, stride)[..., ::dilation]
-    x = x.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
-    return x.reshape(x.shape[0], module.groups, -1, math.prod(x.shape[-dims:])).mT
+    return x.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
 
 
 def _padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
