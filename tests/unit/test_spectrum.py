@@ -90,6 +90,13 @@ def test_fewer_rows_never_make_up_more_than_there_is(n):
     assert missing.trace() < 0.1 * rows.square().sum()
 
 
+def test_as_many_rows_as_there_are_columns_make_up_everything():
+    rows = rows_of(DECAY)
+    fewer = fewer_rows(rows, 25)
+    assert fewer.shape == (1, 40, 40)
+    assert torch.allclose(fewer[0].T @ fewer[0], rows[0].T @ rows[0], atol=1e-10)
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 @pytest.mark.parametrize("name", ["decaying", "zeros", "one direction"])
 def test_fewer_rows_show_the_same_directions_at_every_scale_in_single_precision(name, scale):
