@@ -16,12 +16,6 @@ BLOCK = 1024
 """Rows of the probe that are drawn at a time, so that a longer one begins with a shorter one."""
 
 
-def eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues, largest first and 0 where rounding has made them negative, and eigenvectors as columns."""
-    values, basis = torch.linalg.eigh((matrix + matrix.mT) / 2)
-    return values.flip(1).clamp(min=0), basis.flip(2)
-
-
 def joined_rows(sums: Sequence[Tensor], most: int) -> list[Tensor]:
     """Return the leading directions of sums as `most` rows each; those of equal shapes are found together (Brand 2002).
 
@@ -34,13 +28,13 @@ def joined_rows(sums: Sequence[Tensor], most: int) -> list[Tensor]:
         alike.setdefault((rows.shape[:2], rows.dtype, rows.device), []).append(i)
     found = list(sums)
     for places in alike.values():
-        turns = _leading(torch.stack([sums[i] @ sums[i].mT for i in places]), most)
+        turns = _leading_columns(torch.stack([sums[i] @ sums[i].mT for i in places]), most)
         for i, turn in zip(places, turns, strict=True):
             found[i] = turn.mT @ sums[i]
     return found
 
 
-def _leading(gram: Tensor, most: int) -> Tensor:
+def _leading_columns(gram: Tensor, most: int) -> Tensor:
     """Return orthonormal columns, nearly the leading eigenvectors of symmetric matrices, without waiting for a device.
 
     By three steps of subspace iteration. On permuted MNIST, where ten rows come at a time, what such columns have followed

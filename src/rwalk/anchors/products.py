@@ -94,20 +94,21 @@ class ProductFactor(HeldLayer):
         Each is the exact minimum over one factor, so that no strength overshoots: see `HeldLayer.moves`.
         """
         square = self.arrangement.scale**2
-        if steps.get(weight):
+        lengths = {name: float(step) * square for name, step in steps.items()}
+        if lengths.get(weight):
             pair = self._pair(weight, theta, point)
             g, a = self._sides(pair.up)
             seen = a.times(pair.down.mT)
             kernel = pair.down @ seen
             off = pair.up_moved @ kernel + pair.up_then @ (pair.down_moved @ seen)
-            yield weight, _block_move(off, kernel, g, float(steps[weight]) * square)
-        if steps.get(self.arrangement.down):
+            yield weight, _block_move(off, kernel, g, lengths[weight])
+        if lengths.get(self.arrangement.down):
             pair = self._pair(weight, theta, point)
             g, a = self._sides(pair.up)
             seen = g.times(pair.up)
             kernel = pair.up.mT @ seen
             off = pair.down_moved.mT @ kernel + pair.down_then.mT @ (pair.up_moved.mT @ seen)
-            yield self.arrangement.down, _block_move(off, kernel, a, float(steps[self.arrangement.down]) * square).T
+            yield self.arrangement.down, _block_move(off, kernel, a, lengths[self.arrangement.down]).T
 
     def _diagonals(self, weight: str, point: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Return for each factor the diagonals of the two matrices whose product is its quadratic, its own side's first."""
@@ -189,7 +190,8 @@ def _block_move(off: Tensor, kernel: Tensor, side: Spectrum, step: float) -> Ten
         side: the matrix that belongs to the rows of X.
         step: the length of the step.
     """
-    values, basis = (t.to(kernel.device) for t in torch.linalg.eigh(((kernel + kernel.mT) / 2).double().cpu()))  # it is small
+    solved = torch.linalg.eigh(((kernel + kernel.mT) / 2).cpu().double())  # it is small
+    values, basis = (t.to(kernel.device) for t in solved)
     known = values > len(values[0]) * torch.finfo(kernel.dtype).eps * values[:, -1:]
     values, basis = torch.where(known, values, 1.0).to(off.dtype), torch.where(known.unsqueeze(1), basis, 0.0).to(off.dtype)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rwalk.anchors.incremental import eigenpairs, fewer_rows, joined_rows
+from rwalk.anchors.incremental import fewer_rows, joined_rows
 from rwalk.distributed.ranks import Ranks
 
 OVERSAMPLING = 8
@@ -144,7 +144,7 @@ class SecondMoment:
         """Write the sum into the leading block of one of more coordinates."""
         total = self.total
         if other.most is not None and self.most is None:
-            values, basis = eigenpairs(total.double())
+            values, basis = _eigenpairs(total.double())
             total = (basis * values.sqrt().unsqueeze(1)).mT.to(total.dtype)
         if other.most is not None:
             other._join(F.pad(total, (0, other.total.shape[2] - total.shape[2])), other.most)
@@ -169,16 +169,20 @@ class SecondMoment:
         trace = self.trace.double() if old is None else self.trace.double() + old.diagonal().sum(1)
         wide = self.total.double()
         if self.most is None:
-            values, basis = eigenpairs(wide if old is None else wide + old.matrix())
+            values, basis = _eigenpairs(wide if old is None else wide + old.matrix())
         else:
             values, basis = _of_directions(wide, old)
         return _leading(values, basis, trace, share, rank).to_dtype(self.total.dtype)
 
 
-def add_sums(pairs: Sequence[tuple[SecondMoment, SecondMoment, float]]) -> None:
-    """Add to each sum another one of the same kind, multiplied by a number; the directions of all are found together."""
+Addition = tuple[SecondMoment, SecondMoment, float]
+"""A sum, another one of the same kind that is to be added to it, and what to multiply that by."""
+
+
+def add_sums(additions: Sequence[Addition]) -> None:
+    """Add many sums to others; the directions of all are found together."""
     wide: dict[int, list[SecondMoment]] = {}
-    for mine, other, factor in pairs:
+    for mine, other, factor in additions:
         mine.trace.add_(other.trace, alpha=factor)
         if mine.most is None:
             mine.total.add_(other.total, alpha=factor)
@@ -214,6 +218,12 @@ def _leading(values: Tensor, basis: Tensor, trace: Tensor, share: float, rank: i
     kept = needed if rank is None else min(needed, rank)
     others = (total - held[:, kept - 1 : kept] if kept else total).clamp(min=0)
     return _Wide(basis[:, :, :kept].mT, values[:, :kept], others / max(size - kept, 1) if kept < size else others * 0)
+
+
+def _eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues, largest first and 0 where rounding has made them negative, and eigenvectors as columns."""
+    values, basis = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    return values.flip(1).clamp(min=0), basis.flip(2)
 
 
 def _of_directions(rows: Tensor, earlier: Spectrum | None) -> tuple[Tensor, Tensor]:

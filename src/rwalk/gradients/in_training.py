@@ -13,7 +13,7 @@ from rwalk._errors import warn
 from rwalk._parameters import bare, grow_tensor, listed, state_dtype, zero
 from rwalk.anchors.factors import Moments
 from rwalk.anchors.kronecker import HeldNames
-from rwalk.anchors.spectrum import SecondMoment, add_sums
+from rwalk.anchors.spectrum import Addition, add_sums
 from rwalk.distributed.ranks import Ranks
 from rwalk.distributed.shards import sharded
 from rwalk.gradients.backward_hooks import no_training, with_gradient
@@ -213,12 +213,12 @@ class TrainingMoments:
 
     def commit(self, step: StepMoments) -> None:
         """Add a step that counts."""
-        pairs: list[tuple[SecondMoment, SecondMoment, float]] = []
+        additions: list[Addition] = []
         for weight, sums in step.layers.items():
             if weight not in self.layers:
                 self.layers[weight] = sums_of(sums.layer, self._rank)
-            pairs += self.layers[weight].joining(sums, step.factor)
-        add_sums(pairs)
+            additions += self.layers[weight].joining(sums, step.factor)
+        add_sums(additions)
         for name, square in step.squares.items():
             known = self.squares.get(name)
             self.squares[name] = square if known is None else known.add_(square)

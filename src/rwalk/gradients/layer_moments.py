@@ -12,7 +12,7 @@ from rwalk._errors import warn
 from rwalk._parameters import listed, state_dtype
 from rwalk.anchors.factors import Arrangement, Moments
 from rwalk.anchors.held import Product
-from rwalk.anchors.spectrum import SecondMoment, add_sums
+from rwalk.anchors.spectrum import Addition, SecondMoment, add_sums
 from rwalk.distributed.ranks import Ranks
 from rwalk.distributed.wrappers import module_class
 from rwalk.gradients.comparison import CANCELLED, GradientFit
@@ -151,7 +151,7 @@ class LayerSums:
         """Add other sums, their gradients' squares multiplied by a factor."""
         add_sums(self.joining(other, factor))
 
-    def joining(self, other: Self, factor: float) -> list[tuple[SecondMoment, SecondMoment, float]]:
+    def joining(self, other: Self, factor: float) -> list[Addition]:
         """Count the rows of other sums; return what `add_sums` is to add, so that it can be done for many layers at once."""
         self.rows += other.rows
         return [(self.inputs, other.inputs, 1.0), (self.outputs, other.outputs, factor)]

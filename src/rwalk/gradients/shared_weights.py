@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rwalk.anchors.factors import Moments
-from rwalk.anchors.spectrum import SecondMoment
+from rwalk.anchors.spectrum import Addition, SecondMoment
 from rwalk.distributed.ranks import Ranks
 from rwalk.gradients.layer_moments import LayerRows, LayerSums, MeasuredLayer
 
@@ -70,7 +70,7 @@ class SharedSums(LayerSums):
         else:
             self.head.add(part, with_inputs)
 
-    def joining(self, other: Self, factor: float) -> list[tuple[SecondMoment, SecondMoment, float]]:
+    def joining(self, other: Self, factor: float) -> list[Addition]:
         """Return what is to be added for both: see `LayerSums.joining`."""
         return [*super().joining(other, factor), *self.head.joining(other.head, factor)]
 
