@@ -14,7 +14,7 @@ from rwalk.anchors.held import Product
 from rwalk.anchors.incremental import probe
 from rwalk.anchors.kronecker import HeldNames
 from rwalk.distributed.shards import sharded
-from rwalk.gradients.layer_moments import LayerRows, MeasuredLayer, flat_rows, is_transposed_linear
+from rwalk.gradients.layer_kinds import LayerRows, MeasuredLayer, flat_rows, is_transposed_linear
 
 WARNED: WeakSet[nn.Module] = WeakSet()
 """Layers with adapters of another kind, which were named in a warning."""

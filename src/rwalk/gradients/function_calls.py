@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from rwalk.distributed.wrappers import module_class
-from rwalk.gradients.layer_moments import LayerKind, LayerRows, MeasuredLayer
+from rwalk.gradients.layer_kinds import LayerKind, LayerRows, MeasuredLayer
 
 Rows = Callable[[Sequence[Tensor | None]], Iterator[LayerRows]]
 """Takes the gradients of a use's outputs, None where there is none, and yields what the use contributes."""

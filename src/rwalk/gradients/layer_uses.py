@@ -23,7 +23,7 @@ from rwalk.gradients.function_calls import (
     plain_rows,
     takes_gradients,
 )
-from rwalk.gradients.layer_moments import (
+from rwalk.gradients.layer_kinds import (
     LAYER_KINDS,
     SCALED_EMBEDDING,
     TRANSPOSED_LINEAR,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rwalk.gradients.layer_moments import LayerRows, MeasuredLayer
+from rwalk.gradients.layer_kinds import LayerRows, MeasuredLayer
 
 Recurrent = nn.LSTM | nn.GRU | nn.RNN
 

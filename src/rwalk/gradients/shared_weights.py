@@ -9,7 +9,8 @@ from torch import Tensor
 from rwalk.anchors.factors import Moments
 from rwalk.anchors.spectrum import Addition, SecondMoment
 from rwalk.distributed.ranks import Ranks
-from rwalk.gradients.layer_moments import LayerRows, LayerSums, MeasuredLayer
+from rwalk.gradients.layer_kinds import LayerRows, MeasuredLayer
+from rwalk.gradients.layer_moments import LayerSums
 
 
 def sums_of(layer: MeasuredLayer, rank: int | None) -> LayerSums:
