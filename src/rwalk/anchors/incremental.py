@@ -11,6 +11,8 @@ from torch import Tensor
 
 DRAWN = 512
 """How many rows are drawn of those of a convolution."""
+IN_CACHE = 2**19
+"""Elements that are squared at a time on a CPU, so that they stay in the cache."""
 BLOCK = 1024
 """Rows of the probe that are drawn at a time, so that a longer one begins with a shorter one."""
 
@@ -80,8 +82,23 @@ def drawn_rows(rows: Tensor, squares: Tensor) -> Tensor:
     chosen = torch.searchsorted(squares.cumsum(1), places).clamp_(max=rows.shape[1] - 1)
     length = squares.gather(1, chosen)
     scale = torch.where(length > 0, (total / DRAWN / length).sqrt(), 0)
-    found = rows[:, chosen[0]] if len(rows) == 1 else rows.gather(1, chosen.unsqueeze(2).expand(-1, -1, rows.shape[2]))
-    return found * scale.unsqueeze(2)
+    if rows.stride(2) == 1 and len(rows) == 1:
+        found: Tensor = rows[:, chosen[0]]
+    else:
+        found = rows.mT.gather(2, chosen.unsqueeze(1).expand(-1, rows.shape[2], -1)).mT
+    found.mul_(scale.unsqueeze(2))
+    return found
+
+
+def squared_lengths(rows: Tensor) -> Tensor:
+    """Return the squared length of each of (groups, n, size) rows, along which memory may run or not."""
+    if rows.stride(2) == 1 or not rows.is_cpu:
+        lengths: Tensor = torch.linalg.vector_norm(rows, dim=2)
+        return lengths.square_()
+    total = rows.new_zeros(rows.shape[:2])
+    for part in rows.split(max(1, IN_CACHE // max(1, total.numel())), 2):
+        total.add_(part.square().sum(2))
+    return total
 
 
 @lru_cache(maxsize=8)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rwalk.anchors.incremental import drawn_rows, fewer_rows, joined_rows
+from rwalk.anchors.incremental import drawn_rows, fewer_rows, joined_rows, squared_lengths
 from rwalk.distributed.ranks import Ranks
 
 MANY = 1024
-"""More rows than this, as of a convolution, are not all looked at."""
+"""So many rows, or more, as of a convolution, are not all looked at."""
 OVERSAMPLING = 8
 """How many more directions are followed while a matrix is summed up than are kept of it."""
 
@@ -105,10 +105,10 @@ class SecondMoment:
 
     def add(self, rows: Tensor, counting: Tensor | None = None) -> None:
         """Add x x^T for each of (groups, n, size) rows; only for those that count, where `counting` has 1 and not 0, (n,)."""
-        squares = torch.linalg.vector_norm(rows, dim=2).square()
+        squares = squared_lengths(rows)
         squares = squares if counting is None else squares * counting
         self.trace.add_(squares.sum(1))
-        if self.most is not None and rows.shape[1] > MANY:
+        if self.most is not None and rows.shape[1] >= MANY:
             rows = drawn_rows(rows, squares)
         elif counting is not None:
             rows = rows * counting.unsqueeze(1)
