@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import Heads, assert_same_state, batches, mlp, tensors, train
-from rwalk import Consolidator, Kronecker
+from rwalk import Consolidator, Kronecker, RWalk
 
 
 def attached(rule=None, model=None, make=torch.optim.SGD, strength=0.1, average=None, **options):
@@ -530,3 +530,54 @@ def test_a_task_of_which_no_step_was_measured_says_so():
     train(model, optimizer, batches(0, 3))
     with pytest.warns(UserWarning, match="No step of this task was measured"):
         memory.consolidate()
+
+
+def test_what_rests_in_the_step_of_a_turn_is_averaged_and_nobody_else_is_blamed():
+    """Two heads learn by turns; a warning would be an error."""
+    model, optimizer, memory = attached(Kronecker(every=4), model=Heads())
+    for task in range(2):
+        seen = []
+        for n, batch in enumerate(batches(task, 8)):
+            model.on = n % 2
+            train(model, optimizer, [batch])
+            seen.append([p.detach().clone() for p in model.parameters()])
+        memory.consolidate()
+    for p, first, second in zip(model.parameters(), seen[3], seen[7], strict=True):
+        assert torch.allclose(p, first + 4 / 5 * (second - first), rtol=1e-12)
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_what_somebody_changes_while_it_rests_is_noticed_though_a_turn_comes_after_it(loaded):
+    model, optimizer, memory = attached(Kronecker(every=4), model=Heads(), strength=1e-9)
+    train(model, optimizer, batches(1, 4))
+    memory.consolidate()
+    for n, batch in enumerate(batches(0, 6)):
+        model.on = int(n > 1)
+        if n == 3 and loaded:
+            torch.nn.init.constant_(model.heads[0].weight, 0.3)
+        train(model, optimizer, [batch])
+    if loaded:
+        with pytest.warns(UserWarning, match=r"`heads\.0\.weight`.* changed after the last step"):
+            memory.consolidate()
+        assert torch.allclose(model.heads[0].weight, torch.full_like(model.heads[0].weight, 0.3), rtol=1e-6)
+    else:
+        memory.consolidate()
+
+
+@pytest.mark.parametrize("by_element", [True, False])
+@pytest.mark.parametrize("after", [3, 5, 8])
+def test_what_is_frozen_stays_where_it_is(after, by_element):
+    """At the pull of the turn in which it is frozen, and at the task's end, which gives all others their average."""
+    rule = RWalk() if by_element else Kronecker(every=4)
+    model, optimizer, memory = attached(rule, strength=2.0, average="tail")
+    train(model, optimizer, batches(0, 6))
+    memory.consolidate()
+    train(model, optimizer, batches(1, after))
+    model[0].requires_grad_(False)
+    before = [p.detach().clone() for p in model[0].parameters()]
+    train(model, optimizer, batches(2, 9 - after))
+    last = model[2].weight.detach().clone()
+    memory.consolidate()
+    assert all(torch.equal(p, b) for p, b in zip(model[0].parameters(), before, strict=True))
+    assert torch.equal(memory.anchor.point["0.weight"], model[0].weight)
+    assert not torch.equal(model[2].weight, last)
