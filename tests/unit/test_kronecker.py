@@ -518,3 +518,39 @@ def test_a_pull_that_overflows_goes_all_the_way():
                 omega.mul_(1e30)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), memory.anchor.point[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("how", ["frozen weights", "no learning rate for weights", "no learning rate for biases"])
+@pytest.mark.parametrize("adam", [False, True])
+def test_a_bias_whose_weight_makes_no_step_is_pulled_alone_and_what_makes_none_stays(how, adam):
+    """To the minimum over the bias of step / 2 * v^T kron(G, A) v + |b' - b|^2 / 2, wherever the weight is."""
+    model, optimizer, memory, truth = consolidated(rule=measured_on_data(labels="exact", every=2), average="none")
+    train(model, optimizer, batches(9, 1))  # the weights leave the anchor, too
+    lrs = {"weight": 0.0 if how == "no learning rate for weights" else 0.1, "bias": 0.0 if how.endswith("biases") else 0.1}
+    groups = [{"params": [p for n, p in model.named_parameters() if key in n], "lr": lr} for key, lr in lrs.items()]
+    optimizer = (torch.optim.Adam if adam else torch.optim.SGD)(groups)
+    memory.detach()
+    memory.attach(optimizer)
+    for layer in (model[0], model[2]):
+        layer.weight.requires_grad_(how != "frozen weights")
+    memory._memory.turns.reset()
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    twin = copy.deepcopy((model, optimizer))
+    for stream in (batches(1, 1), batches(2, 1)):
+        train(model, optimizer, stream)
+        train(*twin, stream)
+    now, theta, point = dict(model.named_parameters()), dict(twin[0].named_parameters()), memory.anchor.point
+    for weight, bias in LAYERS.items():
+        if how.endswith("biases"):
+            assert torch.equal(now[bias], start[bias])
+            assert not torch.equal(now[weight], theta[weight])
+            continue
+        assert torch.equal(now[weight], start[weight])
+        second = twin[1].state[theta[bias]]["exp_avg_sq"] / (1 - 0.999**2) if adam else None
+        step = 2 * 0.02 * 0.2 / (float(second.sqrt().mean()) + 1e-8 if adam else 1)
+        v = torch.as_tensor(stacked(theta[bias] - point[bias], theta[weight] - point[weight]))
+        ours = torch.arange(0, len(v), len(v) // len(theta[bias]))
+        k = step * torch.as_tensor(truth[weight])
+        move = torch.linalg.solve(k[ours][:, ours] + torch.eye(len(ours)), -(k @ v)[ours])
+        assert not torch.allclose(move, torch.zeros(()).double(), atol=1e-6)
+        assert torch.allclose(now[bias], theta[bias] + move, rtol=1e-8, atol=1e-12)

@@ -168,7 +168,7 @@ class KroneckerAnchor(Anchor):
             parameters: the parameters themselves, which may be sharded: then layers are pulled as a whole on each rank.
         """
         for weight, layer in self.layers.items():
-            lengths = {name: steps.mean(name) for name in layer.leading(weight) if name in theta}
+            lengths = {name: steps.mean(name) for name in layer.pulled_for(weight, theta)}
             if lengths:
                 for name, move in layer.moves(weight, *self._whole(weight, layer, theta, parameters), lengths):
                     if name in theta:
@@ -183,12 +183,13 @@ class KroneckerAnchor(Anchor):
         self, weight: str, layer: HeldLayer, theta: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
     ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Return a layer's parameters and their point; gathered from all ranks where they are sharded, with a point of zero."""
+        still = {name: shards.local(parameters[name]) for name in layer.leading(weight) if name in parameters}
+        here = still | {name: theta[name] for name in layer.names(weight) if name in theta}
         if not shards.sharded(parameters.get(weight)):
-            still = {name: parameters[name] for name in layer.leading(weight) if name in parameters}
-            return still | {name: theta[name] for name in layer.names(weight) if name in theta}, self.point
+            return here, self.point
         moved: dict[str, Tensor] = {}
         for name in layer.names(weight):
-            part = theta[name] - self.point[name] if name in theta else torch.zeros_like(self.point[name])
+            part = here[name] - self.point[name] if name in here else torch.zeros_like(self.point[name])
             whole: Any = shards.full_tensor(shards.as_dtensor(part, parameters[name]))
             moved[name] = whole
         return moved, {name: torch.zeros_like(d) for name, d in moved.items()}
@@ -200,7 +201,7 @@ class KroneckerAnchor(Anchor):
 
     def whole_penalty(self, theta: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> float | Tensor:
         """Return the sum of tr(D^T G D A) over layers, also where they are sharded."""
-        held = [(w, layer) for w, layer in self.layers.items() if not theta.keys().isdisjoint(layer.leading(w))]
+        held = [(w, layer) for w, layer in self.layers.items() if layer.pulled_for(w, theta)]
         return sum((layer.penalty_at(w, *self._whole(w, layer, theta, parameters)) for w, layer in held), 0.0)
 
     def kept(self, away: Callable[[Tensor], Tensor], narrow: Callable[[Tensor], Tensor]) -> "KroneckerAnchor":

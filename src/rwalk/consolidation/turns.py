@@ -75,7 +75,8 @@ def take_turn(memory: "Memory", metrics: proximal.Metrics | None) -> None:
     lengths, anchor = memory.turns.lengths, memory.anchor
     moved = {name: memory.protected.theta[name].detach() for name in turning(memory)}
     if metrics is not None and isinstance(anchor, KroneckerAnchor) and any(lengths.values()):
-        anchor.draw(moved, pull_steps(memory.protected, metrics, lengths), memory.protected.parameters)
+        pulled = {name: p for name, p in moved.items() if lengths[name]}
+        anchor.draw(pulled, pull_steps(memory.protected, metrics, lengths), memory.protected.parameters)
     if memory.averages:
         memory.tail.take(moved)
     memory.turns.reset()
