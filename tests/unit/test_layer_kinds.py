@@ -1,6 +1,7 @@
 """Second moments of every kind of layer against explicit rows, in float64, as training measures them and as data does."""
 
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -163,6 +164,46 @@ def test_a_convolution_that_pads_by_itself():
     delta = delta.flatten(2).permute(0, 2, 1).reshape(-1, 2, 3).numpy()
     a, g = second_moments(patches(F.pad(x, (0, 1, 1, 2)), layer), delta, 3, 2)
     assert_layer(memory.anchor.layers["layer.weight"], a, g, unit(a, g))
+
+
+class Meeting(nn.Linear):
+    """A layer that tells when it has begun, and waits for another one before it ends."""
+
+    begun, other = None, None
+
+    def forward(self, x):
+        self.begun.set()
+        assert self.other.wait(30)
+        return F.linear(x, self.weight, self.bias)
+
+
+def test_two_threads_measure_as_if_alone_and_leave_functions_as_they_were():
+    torch.manual_seed(0)
+    plain, x, y = F.linear, torch.randn(2, 6, 4).double(), torch.randn(2, 6).double()
+    models = [Read(Meeting(4, 3).double(), lambda layer, x: layer(x)) for _ in range(2)]
+    alone = [Read(nn.Linear(4, 3).double(), lambda layer, x: layer(x)) for _ in range(2)]
+    memories, (first, second, ended) = {}, (threading.Event() for _ in range(3))
+    models[0].layer.begun, models[0].layer.other = first, second  # the first one ends while the second is at work
+    models[1].layer.begun, models[1].layer.other = second, ended
+    models[0].register_forward_hook(lambda *_: ended.set())
+    models[1].register_forward_pre_hook(lambda *_: first.wait(30) and None)
+
+    def train(n):
+        memories[n] = measured(models[n], (x[n],), y[n], ["layer.weight", "layer.bias"])
+
+    for model, other in zip(models, alone, strict=True):
+        other.load_state_dict(model.state_dict())
+    threads = [threading.Thread(target=train, args=(n,)) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert F.linear is plain
+    for n, other in enumerate(alone):
+        truth = measured(other, (x[n],), y[n], ["layer.weight", "layer.bias"])
+        ours, theirs = (memory.anchor.layers["layer.weight"] for memory in (memories[n], truth))
+        assert torch.equal(ours.inputs.matrix(), theirs.inputs.matrix())
+        assert torch.equal(ours.outputs.matrix(), theirs.outputs.matrix())
 
 
 def test_a_layer_that_gives_another_weight_to_its_function_is_held_alone_with_a_warning():
