@@ -129,22 +129,22 @@ def test_the_penalty_is_the_dense_quadratic_form():
     assert memory.summary().figures["share held in layers"] == 1
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize(("momentum", "dampening"), [(0.0, 0.0), (0.5, 0.0), (0.5, 0.7), (0.0, 0.7)])
 @pytest.mark.parametrize("every", [1, 3])
-def test_the_pull_is_the_dense_proximal_step(every, momentum):
+def test_the_pull_is_the_dense_proximal_step(every, momentum, dampening):
     """(I + 2 * lr * strength * K) d_new = d for each layer, with all learning rates since the last pull."""
     model, _, memory, truth = consolidated(rule=measured_on_data(labels="exact", every=every), average="none")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=momentum)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=momentum, dampening=dampening)
     memory.attach(optimizer)
     point = {n: p.clone() for n, p in memory.anchor.point.items()}
     other = copy.deepcopy(model)
-    plain = torch.optim.SGD(other.parameters(), lr=0.3, momentum=momentum)
-    behind = 0.0
+    plain = torch.optim.SGD(other.parameters(), lr=0.3, momentum=momentum, dampening=dampening)
+    behind, reach = 0.0, (1 - dampening) / (1 - momentum) if momentum else 1.0
 
     def draw(behind):
         for weight, bias in LAYERS.items():
             theta = dict(other.named_parameters())
-            k = np.eye(len(truth[weight])) + 2 * 0.02 / (1 - momentum) * behind * truth[weight]
+            k = np.eye(len(truth[weight])) + 2 * 0.02 * reach * behind * truth[weight]
             d = np.linalg.solve(k, stacked(theta[bias] - point[bias], theta[weight] - point[weight])).reshape(
                 theta[weight].shape[0], -1
             )
