@@ -1,5 +1,6 @@
 """Second moments of every kind of layer against explicit rows, in float64, as training measures them and as data does."""
 
+import copy
 import itertools
 import threading
 
@@ -116,6 +117,23 @@ def test_convolution(layer):
     delta = delta.flatten(2).permute(0, 2, 1).reshape(-1, layer.groups, layer.out_channels // layer.groups).numpy()
     a, g = second_moments(patches(x, layer), delta, 3, layer.groups)
     assert_layer(memory.anchor.layers["layer.weight"], a, g, unit(a, g))
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("layer", CONVOLUTIONS, ids=str)
+def test_a_convolution_over_an_empty_batch_adds_nothing(layer, rank):
+    """As where no region of an image was proposed."""
+    size = {1: (7,), 2: (25, 6), 3: (3, 4, 3)}[len(layer.kernel_size)]
+    x, y = torch.randn(3, layer.in_channels, *size).double(), torch.randn(3).double()
+    sides = []
+    for empty in (True, False):
+        extra = 0 if empty else None  # how many of the examples the layer is given once more
+        model = Read(
+            copy.deepcopy(layer), lambda layer, x, n=extra: layer(x) + (0 if n is None else layer(x[:n]).sum())
+        ).double()
+        found = measured(model, (x,), y, {"layer.weight", "layer.bias"}, Kronecker(rank=rank)).anchor.layers["layer.weight"]
+        sides.append([found.inputs.matrix(), found.outputs.matrix()])
+    assert all(torch.allclose(one, other, rtol=1e-12) for one, other in zip(*sides, strict=True))
 
 
 class Plain(nn.Linear):
@@ -323,6 +341,26 @@ RECURRENT = [
     (nn.GRU, {"batch_first": True, "bidirectional": True, "num_layers": 2}),
     (nn.RNN, {"nonlinearity": "relu"}),
 ]
+
+
+@pytest.mark.parametrize(("kind", "options"), RECURRENT)
+def test_the_first_state_may_be_named_as_may_the_input(kind, options):
+    torch.manual_seed(0)
+    layer = kind(3, 4, **options).double()
+    x, y, start = torch.randn(5, 6, 3).double(), torch.randn(5).double(), layer(torch.randn(5, 6, 3).double())[1]
+    start = tuple(s.detach() for s in start) if kind is nn.LSTM else start.detach()
+    calls = {
+        "by place": lambda layer, x: layer(x, start),
+        "state by name": lambda layer, x: layer(x, hx=start),
+        "state first": lambda layer, x: layer(hx=start, input=x),
+    }
+    names, first = {f"layer.{n}" for n, _ in layer.named_parameters()}, None
+    for read in calls.values():
+        memory = measured(Read(copy.deepcopy(layer), lambda layer, x, read=read: read(layer, x)[0]), (x,), y, names)
+        sides = [m for held in memory.anchor.layers.values() for m in (held.inputs.matrix(), held.outputs.matrix())]
+        first = sides if first is None else first
+        assert all(torch.equal(one, other) for one, other in zip(first, sides, strict=True))
+    assert len(first) == 2 * sum(n.startswith("layer.weight") for n in names)
 
 
 @pytest.mark.parametrize(("kind", "options"), RECURRENT)
