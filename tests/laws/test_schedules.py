@@ -297,7 +297,7 @@ class Schedules(RuleBasedStateMachine):
             self.memory.consolidate()
         assert len(said) == dropped
         assert all("changed after the last step" in str(warning.message) for warning in said)
-        assume(self.truth.conclude())
+        assume(self.truth.conclude({name for name, p in self._named().items() if not p.requires_grad}))
         self.known = True
         after = self._theta()
         for name, held in self.truth.held.items():

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import Heads, assert_same_state, batches, mlp, tensors, train
-from rwalk import Consolidator, Kronecker
+from rwalk import Consolidator, Kronecker, RWalk
 
 
 def attached(rule=None, model=None, make=torch.optim.SGD, strength=0.1, average=None, **options):
@@ -200,31 +200,150 @@ def test_a_step_that_a_scaler_leaves_out_is_no_part_of_it():
     assert_same_layers(*runs)
 
 
-def test_passes_whose_gradients_are_dropped_do_not_count():
+def loss_of(model, x, y):
+    return F.cross_entropy(model(torch.as_tensor(x)), torch.as_tensor(y))
+
+
+@pytest.mark.parametrize("none", [True, False])
+def test_passes_whose_gradients_are_dropped_do_not_count(none):
     runs = []
     for dropped in (True, False):
         model, optimizer, memory = attached(WHOLE)
         for x, y in batches(0, 4):
             if dropped:
-                F.cross_entropy(model(torch.as_tensor(10 * x)), torch.as_tensor(y)).backward()
-            optimizer.zero_grad()
+                loss_of(model, 10 * x, y).backward()
+            optimizer.zero_grad(set_to_none=none)
             model(torch.as_tensor(np.concatenate([x, x])))  # nor does an evaluation, with gradients or without
             with torch.no_grad():
                 model(torch.as_tensor(x))
-            train(model, optimizer, [(x, y)])
+            loss_of(model, x, y).backward()
+            optimizer.step()
         memory.consolidate()
         runs.append(memory)
     assert_same_layers(*runs)
 
 
-def test_several_batches_of_one_step_are_one():
+def adversarial(model, x, y):
+    """Move inputs up the loss, as FGSM does."""
+    x = torch.as_tensor(x).clone().requires_grad_()
+    (g,) = torch.autograd.grad(loss_of(model, x, y), x)
+    return (x + 0.5 * g.sign()).detach()
+
+
+@pytest.mark.parametrize("none", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_passes_that_move_inputs_do_not_count_wherever_gradients_are_zeroed(none, first, parts):
+    """With parts, each has a pass of its own that moves its inputs, while the gradients of those before are there."""
+    runs = []
+    for apart in (False, True):
+        model, optimizer, memory = attached(WHOLE)
+        for task in range(2):
+            for x, y in batches(task, 3):
+                if first:
+                    optimizer.zero_grad(set_to_none=none)
+                for n, (a, b) in enumerate(zip(np.split(x, parts), np.split(y, parts), strict=True)):
+                    moved = adversarial(copy.deepcopy(model) if apart else model, a, b)
+                    loss = loss_of(model, moved, b) / parts
+                    if not first and n == 0:
+                        optimizer.zero_grad(set_to_none=none)
+                    loss.backward()
+                optimizer.step()
+            memory.consolidate()
+            assert all(layer.tasks == task + 1 for layer in memory.anchor.layers.values())
+        runs.append(memory)
+    assert_same_layers(*runs)
+
+
+@pytest.mark.parametrize("none", [True, False])
+def test_steps_that_are_skipped_leave_no_trace_however_gradients_are_zeroed(none):
+    runs = []
+    for skipped in (True, False):
+        model, optimizer, memory = attached(WHOLE)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1000)
+        for n, (x, y) in enumerate(batches(0, 6)):
+            for bad in [True, False] if skipped and n in (0, 3) else [False]:
+                optimizer.zero_grad(set_to_none=none)
+                scaler.scale(loss_of(model, 5 * x if bad else x, y)).backward()
+                if bad:
+                    model[0].bias.grad[0] = float("inf")  # as where one element alone overflows
+                scaler.step(optimizer)
+                scaler.update(2.0**8)
+        memory.consolidate()
+        runs.append(memory)
+    assert_same_layers(*runs)
+
+
+@pytest.mark.parametrize("none", [True, False])
+@pytest.mark.parametrize("how", ["batches", "one backward pass", "one graph", "batches and a look"])
+def test_several_passes_of_one_step_are_one(how, none):
     runs = []
     for parts in (1, 3):
         model, optimizer, memory = attached(WHOLE)
         for x, y in batches(0, 4):
+            optimizer.zero_grad(set_to_none=none)
+            pairs = list(zip(np.split(x, parts), np.split(y, parts), strict=True))
+            if parts == 1:
+                loss_of(model, x, y).backward()
+            elif how == "one backward pass":
+                sum(loss_of(model, a, b) / parts for a, b in pairs).backward()
+            elif how == "one graph":
+                loss = loss_of(model, x, y) / parts
+                for _ in range(parts):
+                    loss.backward(retain_graph=True)
+            else:
+                for a, b in pairs:
+                    (loss_of(model, a, b) / parts).backward()
+            if how == "batches and a look" and parts > 1:
+                torch.autograd.grad(loss_of(model, 10 * x, y), list(model.parameters()))
+            optimizer.step()
+        memory.consolidate()
+        runs.append(memory)
+    assert_same_layers(*runs)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_term_on_weights_with_a_backward_pass_of_its_own_is_found(before):
+    model, optimizer, _ = attached(WHOLE)
+    (x, y), term = batches(0, 1)[0], lambda: model[0].weight.square().sum()
+    for loss in (term, lambda: loss_of(model, x, y)) if before else (lambda: loss_of(model, x, y), term):
+        loss().backward()
+    with pytest.warns(UserWarning, match=r"other gradients than inputs and outputs give \(`0\.weight`\)"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_loop_that_calls_submodules_counts_examples_too(parts):
+    """So that a small last batch counts no more than elsewhere."""
+    runs = []
+    for inside in (True, False):
+        model, optimizer, memory = attached(WHOLE)
+        for x, y in [*batches(0, 4), *batches(1, 1, size=2)]:
             optimizer.zero_grad()
             for a, b in zip(np.split(x, parts), np.split(y, parts), strict=True):
-                (F.cross_entropy(model(torch.as_tensor(a)), torch.as_tensor(b)) / parts).backward()
+                a, b = torch.as_tensor(a), torch.as_tensor(b)
+                output = model[2](torch.tanh(model[0](a))) if inside else model(a)
+                (F.cross_entropy(output, b) / parts).backward()
+            optimizer.step()
+        memory.consolidate()
+        runs.append(memory)
+    assert_same_layers(*runs)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_model_that_is_checkpointed_as_a_whole_is_measured_as_without(reentrant, parts):
+    from torch.utils.checkpoint import checkpoint
+
+    runs = []
+    for kept in (True, False):
+        model, optimizer, memory = attached(WHOLE)
+        for x, y in batches(0, 4):
+            optimizer.zero_grad()
+            for a, b in zip(np.split(x, parts), np.split(y, parts), strict=True):
+                a = torch.as_tensor(a).requires_grad_()
+                output = model(a) if kept else checkpoint(model, a, use_reentrant=reentrant)
+                (F.cross_entropy(output, torch.as_tensor(b)) / parts).backward()
             optimizer.step()
         memory.consolidate()
         runs.append(memory)
@@ -411,3 +530,54 @@ def test_a_task_of_which_no_step_was_measured_says_so():
     train(model, optimizer, batches(0, 3))
     with pytest.warns(UserWarning, match="No step of this task was measured"):
         memory.consolidate()
+
+
+def test_what_rests_in_the_step_of_a_turn_is_averaged_and_nobody_else_is_blamed():
+    """Two heads learn by turns; a warning would be an error."""
+    model, optimizer, memory = attached(Kronecker(every=4), model=Heads())
+    for task in range(2):
+        seen = []
+        for n, batch in enumerate(batches(task, 8)):
+            model.on = n % 2
+            train(model, optimizer, [batch])
+            seen.append([p.detach().clone() for p in model.parameters()])
+        memory.consolidate()
+    for p, first, second in zip(model.parameters(), seen[3], seen[7], strict=True):
+        assert torch.allclose(p, first + 4 / 5 * (second - first), rtol=1e-12)
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_what_somebody_changes_while_it_rests_is_noticed_though_a_turn_comes_after_it(loaded):
+    model, optimizer, memory = attached(Kronecker(every=4), model=Heads(), strength=1e-9)
+    train(model, optimizer, batches(1, 4))
+    memory.consolidate()
+    for n, batch in enumerate(batches(0, 6)):
+        model.on = int(n > 1)
+        if n == 3 and loaded:
+            torch.nn.init.constant_(model.heads[0].weight, 0.3)
+        train(model, optimizer, [batch])
+    if loaded:
+        with pytest.warns(UserWarning, match=r"`heads\.0\.weight`.* changed after the last step"):
+            memory.consolidate()
+        assert torch.allclose(model.heads[0].weight, torch.full_like(model.heads[0].weight, 0.3), rtol=1e-6)
+    else:
+        memory.consolidate()
+
+
+@pytest.mark.parametrize("by_element", [True, False])
+@pytest.mark.parametrize("after", [3, 5, 8])
+def test_what_is_frozen_stays_where_it_is(after, by_element):
+    """At the pull of the turn in which it is frozen, and at the task's end, which gives all others their average."""
+    rule = RWalk() if by_element else Kronecker(every=4)
+    model, optimizer, memory = attached(rule, strength=2.0, average="tail")
+    train(model, optimizer, batches(0, 6))
+    memory.consolidate()
+    train(model, optimizer, batches(1, after))
+    model[0].requires_grad_(False)
+    before = [p.detach().clone() for p in model[0].parameters()]
+    train(model, optimizer, batches(2, 9 - after))
+    last = model[2].weight.detach().clone()
+    memory.consolidate()
+    assert all(torch.equal(p, b) for p, b in zip(model[0].parameters(), before, strict=True))
+    assert torch.equal(memory.anchor.point["0.weight"], model[0].weight)
+    assert not torch.equal(model[2].weight, last)

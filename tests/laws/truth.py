@@ -178,14 +178,14 @@ class Truth:
 
     # A task's end
 
-    def conclude(self):
-        """Return False where a scale is no more than what rounding left, and nothing can be said."""
+    def conclude(self, frozen=()):
+        """Return False where a scale is no more than what rounding left, and nothing can be said; what is frozen stays."""
         self.tasks += bool(self.steps or not self.tasks)
         sure, dropped = getattr(self, "_" + self.kind.lower())(), self.dropped
-        for held in self.held.values():
+        for name, held in self.held.items():
             if held["omega"] is not None:
                 held["slack"] = held["slack"] + self.coarse * held["omega"]
-            if self.average == "tail" and held.count and not dropped:
+            if self.average == "tail" and held.count and not dropped and name not in frozen:
                 held.theta = held.average.copy()
             held["point"] = held.theta.copy()
             held.seen, held.count, held.ended = 0, 0, False

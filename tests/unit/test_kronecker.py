@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from cases import assert_same_state, batches, mlp, train
 from rwalk import EWC, Anchor, Consolidator, Kronecker, KroneckerAnchor, bench
 from rwalk.anchors import ElementwiseAnchor
+from rwalk.distributed.shards import ALONE
 
 LAYERS = {"0.weight": "0.bias", "2.weight": "2.bias"}
 ESTIMATED = 300**0.5  # a task that was only estimated counts for 300 steps
@@ -129,22 +130,22 @@ def test_the_penalty_is_the_dense_quadratic_form():
     assert memory.summary().figures["share held in layers"] == 1
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize(("momentum", "dampening"), [(0.0, 0.0), (0.5, 0.0), (0.5, 0.7), (0.0, 0.7)])
 @pytest.mark.parametrize("every", [1, 3])
-def test_the_pull_is_the_dense_proximal_step(every, momentum):
+def test_the_pull_is_the_dense_proximal_step(every, momentum, dampening):
     """(I + 2 * lr * strength * K) d_new = d for each layer, with all learning rates since the last pull."""
     model, _, memory, truth = consolidated(rule=measured_on_data(labels="exact", every=every), average="none")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=momentum)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=momentum, dampening=dampening)
     memory.attach(optimizer)
     point = {n: p.clone() for n, p in memory.anchor.point.items()}
     other = copy.deepcopy(model)
-    plain = torch.optim.SGD(other.parameters(), lr=0.3, momentum=momentum)
-    behind = 0.0
+    plain = torch.optim.SGD(other.parameters(), lr=0.3, momentum=momentum, dampening=dampening)
+    behind, reach = 0.0, (1 - dampening) / (1 - momentum) if momentum else 1.0
 
     def draw(behind):
         for weight, bias in LAYERS.items():
             theta = dict(other.named_parameters())
-            k = np.eye(len(truth[weight])) + 2 * 0.02 / (1 - momentum) * behind * truth[weight]
+            k = np.eye(len(truth[weight])) + 2 * 0.02 * reach * behind * truth[weight]
             d = np.linalg.solve(k, stacked(theta[bias] - point[bias], theta[weight] - point[weight])).reshape(
                 theta[weight].shape[0], -1
             )
@@ -538,3 +539,134 @@ def test_a_pull_that_overflows_goes_all_the_way():
                 omega.mul_(1e30)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), memory.anchor.point[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("how", ["frozen weights", "no learning rate for weights", "no learning rate for biases"])
+@pytest.mark.parametrize("adam", [False, True])
+def test_a_bias_whose_weight_makes_no_step_is_pulled_alone_and_what_makes_none_stays(how, adam):
+    """To the minimum over the bias of step / 2 * v^T kron(G, A) v + |b' - b|^2 / 2, wherever the weight is."""
+    model, optimizer, memory, truth = consolidated(rule=measured_on_data(labels="exact", every=2), average="none")
+    train(model, optimizer, batches(9, 1))  # the weights leave the anchor, too
+    lrs = {"weight": 0.0 if how == "no learning rate for weights" else 0.1, "bias": 0.0 if how.endswith("biases") else 0.1}
+    groups = [{"params": [p for n, p in model.named_parameters() if key in n], "lr": lr} for key, lr in lrs.items()]
+    optimizer = (torch.optim.Adam if adam else torch.optim.SGD)(groups)
+    memory.detach()
+    memory.attach(optimizer)
+    for layer in (model[0], model[2]):
+        layer.weight.requires_grad_(how != "frozen weights")
+    memory._memory.turns.reset()
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    twin = copy.deepcopy((model, optimizer))
+    for stream in (batches(1, 1), batches(2, 1)):
+        train(model, optimizer, stream)
+        train(*twin, stream)
+    now, theta, point = dict(model.named_parameters()), dict(twin[0].named_parameters()), memory.anchor.point
+    for weight, bias in LAYERS.items():
+        if how.endswith("biases"):
+            assert torch.equal(now[bias], start[bias])
+            assert not torch.equal(now[weight], theta[weight])
+            continue
+        assert torch.equal(now[weight], start[weight])
+        second = twin[1].state[theta[bias]]["exp_avg_sq"] / (1 - 0.999**2) if adam else None
+        step = 2 * 0.02 * 0.2 / (float(second.sqrt().mean()) + 1e-8 if adam else 1)
+        v = torch.as_tensor(stacked(theta[bias] - point[bias], theta[weight] - point[weight]))
+        ours = torch.arange(0, len(v), len(v) // len(theta[bias]))
+        k = step * torch.as_tensor(truth[weight])
+        move = torch.linalg.solve(k[ours][:, ours] + torch.eye(len(ours)), -(k @ v)[ours])
+        assert not torch.allclose(move, torch.zeros(()).double(), atol=1e-6)
+        assert torch.allclose(now[bias], theta[bias] + move, rtol=1e-8, atol=1e-12)
+
+
+def partly_odd(tasks=2, term=True):
+    """A model whose first layer has a term on its weight in the loss from the second task on, and its squared gradients."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    memory = Consolidator(model, Kronecker(m=1, every=1, rank=None, share=1.0), 0.02, average="none").attach(optimizer)
+    train(model, optimizer, batches(0, 5))
+    memory.consolidate()
+    first, squares = dict(memory.anchor.layers), []
+    for task in range(1, tasks):
+        found = []
+        for n, (x, y) in enumerate(data(task, 5)):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            (loss + (0.3 * model[0].weight.square().sum() if term else 0)).backward()
+            found.append([p.grad.square() for p in model[0].parameters()])
+            if term and task == 1 and n == 0:
+                with pytest.warns(UserWarning, match=r"other gradients than inputs and outputs give \(`0\.weight`\)"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+        memory.consolidate()
+        squares.append([sum(g) / 5 for g in zip(*found, strict=True)])
+    return model, optimizer, memory, first["0.weight"], squares
+
+
+def test_a_layer_that_no_longer_fits_is_held_by_both_what_it_was_and_one_by_one():
+    model, optimizer, memory, first, squares = partly_odd(tasks=3)
+    truth = {"0.weight": 0.0, "0.bias": 0.0}
+    for weight, bias in squares:
+        unit = torch.cat([weight.flatten(), bias]).mean() * 5**0.5
+        truth = {"0.weight": truth["0.weight"] + weight / unit, "0.bias": truth["0.bias"] + bias / unit}
+    anchor = memory.anchor
+    assert anchor.omega.keys() == truth.keys()
+    assert all(torch.allclose(anchor.omega[n], o, rtol=1e-9) for n, o in truth.items())
+    assert (anchor.layers["0.weight"].tasks, anchor.layers["2.weight"].tasks) == (1, 3)
+    assert np.allclose(kron(anchor.layers["0.weight"]), kron(first), rtol=1e-10)
+    dense = {w: kron(layer) for w, layer in anchor.layers.items()}
+    dense["0.weight"] = dense["0.weight"] + np.diag(stacked(truth["0.bias"], truth["0.weight"]))
+    importance, totals = anchor.importance(), anchor.totals(ALONE)
+    for weight, bias in LAYERS.items():
+        assert np.allclose(stacked(importance[bias], importance[weight]), np.diag(dense[weight]), rtol=1e-9)
+        assert totals[weight] + totals[bias] == pytest.approx(np.trace(dense[weight]), rel=1e-9)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+    moved = {n: p - anchor.point[n] for n, p in model.named_parameters()}
+    vectors = {w: stacked(moved[b], moved[w]) for w, b in LAYERS.items()}
+    assert float(memory.penalty()) == pytest.approx(0.02 * sum(v @ dense[w] @ v for w, v in vectors.items()), rel=1e-9)
+    other = copy.deepcopy(model)
+    plain = torch.optim.SGD(other.parameters(), lr=0.1)
+    train(model, optimizer, batches(7, 1))
+    train(other, plain, batches(7, 1))
+    step, point, free = 2 * 0.02 * 0.1, anchor.point, dict(other.named_parameters())
+    d = stacked(free["0.bias"] - point["0.bias"], free["0.weight"] - point["0.weight"])
+    d = np.linalg.solve(np.eye(len(d)) + step * kron(first), d)  # one after the other
+    d = d / (1 + step * stacked(truth["0.bias"], truth["0.weight"]))
+    now = dict(model.named_parameters())
+    assert np.allclose(stacked(now["0.bias"] - point["0.bias"], now["0.weight"] - point["0.weight"]), d, rtol=1e-8, atol=1e-12)
+
+
+def test_what_is_held_by_both_is_saved_followed_and_renamed(tmp_path):
+    model, optimizer, memory, _, _ = partly_odd()
+    memory.anchor.save(tmp_path / "anchor.safetensors")
+    for anchor in (Anchor.load(tmp_path / "anchor.safetensors"), memory.anchor.renamed({n: n for n in memory.anchor.point})):
+        assert all(torch.equal(o, anchor.importance()[n]) for n, o in memory.anchor.importance().items())
+    without = memory.anchor.renamed({n: f"new.{n}" for n in memory.anchor.point if n != "0.weight"})  # the bias remains
+    assert "new.0.weight" not in without.layers
+    assert torch.allclose(without.importance()["new.0.bias"], memory.anchor.importance()["0.bias"], rtol=1e-12)
+    resumed = Consolidator(copy.deepcopy(model), memory.rule, 0.02, average="none")
+    step = torch.optim.SGD(resumed.model.parameters(), lr=0.1)
+    resumed.load_state_dict(memory.state_dict())
+    resumed.attach(step)
+    for m, o, c in ((model, optimizer, memory), (resumed.model, step, resumed)):
+        train(m, o, batches(3, 3))
+        c.consolidate()
+    assert_same_state(memory, resumed)
+    assert memory.anchor.layers["0.weight"].tasks == 1
+    before = memory.anchor.importance()
+    wide = torch.nn.Linear(5, 9).double()
+    with torch.no_grad():
+        wide.weight[:7], wide.bias[:7] = model[0].weight, model[0].bias
+    grown = {"0.weight": wide.weight.detach(), "0.bias": wide.bias.detach()}
+    grown |= {n: p.detach() for n, p in model.named_parameters() if n not in grown}
+    after = memory.anchor.align(grown).importance()
+    assert torch.allclose(after["0.weight"][:7], before["0.weight"], rtol=1e-9)
+    assert not after["0.weight"][7:].any()
+
+
+def test_a_layer_that_fits_is_not_held_one_by_one():
+
+    _, _, memory, _, _ = partly_odd(term=False)
+    assert memory.anchor.layers["0.weight"].tasks == 2
+    assert not memory.anchor.omega

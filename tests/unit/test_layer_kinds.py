@@ -1,6 +1,8 @@
 """Second moments of every kind of layer against explicit rows, in float64, as training measures them and as data does."""
 
+import copy
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -117,6 +119,23 @@ def test_convolution(layer):
     assert_layer(memory.anchor.layers["layer.weight"], a, g, unit(a, g))
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("layer", CONVOLUTIONS, ids=str)
+def test_a_convolution_over_an_empty_batch_adds_nothing(layer, rank):
+    """As where no region of an image was proposed."""
+    size = {1: (7,), 2: (25, 6), 3: (3, 4, 3)}[len(layer.kernel_size)]
+    x, y = torch.randn(3, layer.in_channels, *size).double(), torch.randn(3).double()
+    sides = []
+    for empty in (True, False):
+        extra = 0 if empty else None  # how many of the examples the layer is given once more
+        model = Read(
+            copy.deepcopy(layer), lambda layer, x, n=extra: layer(x) + (0 if n is None else layer(x[:n]).sum())
+        ).double()
+        found = measured(model, (x,), y, {"layer.weight", "layer.bias"}, Kronecker(rank=rank)).anchor.layers["layer.weight"]
+        sides.append([found.inputs.matrix(), found.outputs.matrix()])
+    assert all(torch.allclose(one, other, rtol=1e-12) for one, other in zip(*sides, strict=True))
+
+
 class Plain(nn.Linear):
     """A class of one's own that does nothing of its own."""
 
@@ -163,6 +182,46 @@ def test_a_convolution_that_pads_by_itself():
     delta = delta.flatten(2).permute(0, 2, 1).reshape(-1, 2, 3).numpy()
     a, g = second_moments(patches(F.pad(x, (0, 1, 1, 2)), layer), delta, 3, 2)
     assert_layer(memory.anchor.layers["layer.weight"], a, g, unit(a, g))
+
+
+class Meeting(nn.Linear):
+    """A layer that tells when it has begun, and waits for another one before it ends."""
+
+    begun, other = None, None
+
+    def forward(self, x):
+        self.begun.set()
+        assert self.other.wait(30)
+        return F.linear(x, self.weight, self.bias)
+
+
+def test_two_threads_measure_as_if_alone_and_leave_functions_as_they_were():
+    torch.manual_seed(0)
+    plain, x, y = F.linear, torch.randn(2, 6, 4).double(), torch.randn(2, 6).double()
+    models = [Read(Meeting(4, 3).double(), lambda layer, x: layer(x)) for _ in range(2)]
+    alone = [Read(nn.Linear(4, 3).double(), lambda layer, x: layer(x)) for _ in range(2)]
+    memories, (first, second, ended) = {}, (threading.Event() for _ in range(3))
+    models[0].layer.begun, models[0].layer.other = first, second  # the first one ends while the second is at work
+    models[1].layer.begun, models[1].layer.other = second, ended
+    models[0].register_forward_hook(lambda *_: ended.set())
+    models[1].register_forward_pre_hook(lambda *_: first.wait(30) and None)
+
+    def train(n):
+        memories[n] = measured(models[n], (x[n],), y[n], ["layer.weight", "layer.bias"])
+
+    for model, other in zip(models, alone, strict=True):
+        other.load_state_dict(model.state_dict())
+    threads = [threading.Thread(target=train, args=(n,)) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert F.linear is plain
+    for n, other in enumerate(alone):
+        truth = measured(other, (x[n],), y[n], ["layer.weight", "layer.bias"])
+        ours, theirs = (memory.anchor.layers["layer.weight"] for memory in (memories[n], truth))
+        assert torch.equal(ours.inputs.matrix(), theirs.inputs.matrix())
+        assert torch.equal(ours.outputs.matrix(), theirs.outputs.matrix())
 
 
 def test_a_layer_that_gives_another_weight_to_its_function_is_held_alone_with_a_warning():
@@ -283,6 +342,26 @@ RECURRENT = [
     (nn.GRU, {"batch_first": True, "bidirectional": True, "num_layers": 2}),
     (nn.RNN, {"nonlinearity": "relu"}),
 ]
+
+
+@pytest.mark.parametrize(("kind", "options"), RECURRENT)
+def test_the_first_state_may_be_named_as_may_the_input(kind, options):
+    torch.manual_seed(0)
+    layer = kind(3, 4, **options).double()
+    x, y, start = torch.randn(5, 6, 3).double(), torch.randn(5).double(), layer(torch.randn(5, 6, 3).double())[1]
+    start = tuple(s.detach() for s in start) if kind is nn.LSTM else start.detach()
+    calls = {
+        "by place": lambda layer, x: layer(x, start),
+        "state by name": lambda layer, x: layer(x, hx=start),
+        "state first": lambda layer, x: layer(hx=start, input=x),
+    }
+    names, first = {f"layer.{n}" for n, _ in layer.named_parameters()}, None
+    for read in calls.values():
+        memory = measured(Read(copy.deepcopy(layer), lambda layer, x, read=read: read(layer, x)[0]), (x,), y, names)
+        sides = [m for held in memory.anchor.layers.values() for m in (held.inputs.matrix(), held.outputs.matrix())]
+        first = sides if first is None else first
+        assert all(torch.equal(one, other) for one, other in zip(first, sides, strict=True))
+    assert len(first) == 2 * sum(n.startswith("layer.weight") for n in names)
 
 
 @pytest.mark.parametrize(("kind", "options"), RECURRENT)

@@ -673,6 +673,27 @@ def test_an_adapter_whose_weight_is_used_elsewhere_too_is_held_one_by_one():
     assert set(memory.anchor.omega) == {UP, DOWN}
 
 
+def test_an_adapter_that_is_used_elsewhere_too_in_a_later_task_is_held_by_both():
+    model, optimizer, memory = trained(net())
+    before = memory.anchor.layers[UP]
+    for x, y in batches(1, 3):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(torch.as_tensor(x)), torch.as_tensor(y))
+        (loss + model.first.lora_B.one.weight.square().sum()).backward()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*other gradients than inputs and outputs give")
+            optimizer.step()
+    memory.consolidate()
+    assert set(memory.anchor.omega) == {UP, DOWN}
+    layer = memory.anchor.layers[UP]
+    assert (layer.tasks, layer.arrangement) == (1, before.arrangement)
+    apart = KroneckerAnchor(memory.anchor.point, {}, memory.anchor.layers).importance()
+    for name in (UP, DOWN):
+        both = apart[name] + memory.anchor.omega[name]
+        assert torch.allclose(memory.anchor.importance()[name], both, rtol=1e-12)
+        assert memory.anchor.omega[name].any()
+
+
 class Sizes(TorchDispatchMode):
     """Notes the largest tensor that operations have made, views of a weight excepted."""
 

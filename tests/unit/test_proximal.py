@@ -17,6 +17,11 @@ OPTIMIZERS = {
     "sgd": (lambda p: optim.SGD(p, lr=0.1), "lr"),
     "momentum": (lambda p: optim.SGD(p, lr=0.02, momentum=0.8), "lr / (1 - momentum)"),
     "nesterov": (lambda p: optim.SGD(p, lr=0.02, momentum=0.8, nesterov=True), "lr / (1 - momentum)"),
+    "dampened": (
+        lambda p: optim.SGD(p, lr=0.02, momentum=0.8, dampening=0.6),
+        "lr * (1 - dampening) / (1 - momentum)",
+    ),
+    "dampening alone": (lambda p: optim.SGD(p, lr=0.02, dampening=0.6), "lr"),
     "adam": (lambda p: optim.Adam(p, lr=0.01), "lr / (sqrt(v) + eps), per coordinate"),
     "amsgrad": (lambda p: optim.Adam(p, lr=0.01, amsgrad=True), "lr / (sqrt(v) + eps), per coordinate"),
     "adamw": (lambda p: optim.AdamW(p, lr=0.01, betas=(0.8, 0.95)), "lr / (sqrt(v) + eps), per coordinate"),
@@ -27,6 +32,8 @@ OPTIMIZERS = {
 
 def metric_by_hand(name, optimizer, parameter):
     group = optimizer.param_groups[0]
+    if name == "dampened":
+        return 0.02 * (1 - 0.6) / (1 - 0.8)
     if name in ("momentum", "nesterov"):
         return 0.02 / (1 - 0.8)
     if name in ("adam", "amsgrad", "adamw"):

@@ -218,6 +218,20 @@ def test_the_pull_is_the_dense_minimiser_with_few_directions_too(groups, rank, g
     assert float(layer.penalty(d)) == pytest.approx(float(dense), rel=1e-10)
 
 
+@pytest.mark.parametrize(("groups", "rank", "grown"), [(1, 3, False), (1, None, False), (3, 2, False), (1, 3, True)])
+@pytest.mark.parametrize("step", [0.7, 1e9, torch.tensor(0.7).double()])
+def test_a_bias_alone_is_pulled_to_the_dense_minimiser(groups, rank, grown, step):
+    """Minimum of step / 2 * tr(D'^T G D' A) + |D' - D|^2 / 2 over the first column of D'."""
+    layer = factor(groups, rank, grown=grown)
+    d = torch.randn(groups, layer.outputs.size, layer.inputs.size).double()
+    left = d[:, :, 0].flatten() - layer.bias_move(d, step)
+    for k in range(groups):
+        g, a = layer.outputs.matrix()[k], layer.inputs.matrix()[k]
+        others = g @ d[k, :, 1:] @ a[1:, 0]
+        truth = torch.linalg.solve(torch.eye(len(g)) + step * a[0, 0] * g, d[k, :, 0] - step * others)
+        assert torch.allclose(left.view(groups, -1)[k], truth, rtol=1e-6 if grown else 1e-7)
+
+
 def test_a_diagonal_is_pulled_element_by_element_on_its_side():
     torch.manual_seed(0)
     outputs = factor().outputs

@@ -98,7 +98,7 @@ class KroneckerFactor(HeldLayer):
     arrangement: Arrangement
 
     def leading(self, weight: str) -> list[str]:
-        """Name the weight alone."""
+        """Name the weight: a bias is pulled along, or alone where the weight has not moved."""
         return [weight]
 
     def totals(self, weight: str, point: Mapping[str, Tensor]) -> list[float]:  # noqa: ARG002
@@ -141,8 +141,13 @@ class KroneckerFactor(HeldLayer):
     def moves(
         self, weight: str, theta: Mapping[str, Tensor], point: Mapping[str, Tensor], steps: Mapping[str, Tensor | float]
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield what to take off bias and weight: see `HeldLayer.moves`."""
-        move = self.proximal_move(self.displacement(weight, theta, point), steps[weight])
+        """Yield what to take off bias and weight, or off the bias alone: see `HeldLayer.moves`."""
+        d = self.displacement(weight, theta, point)
+        if weight not in steps:
+            for bias, step in steps.items():
+                yield bias, self.bias_move(d, step)
+            return
+        move = self.proximal_move(d, steps[weight])
         yield from zip(self.names(weight), self.arrangement.split(move, point[weight].shape), strict=True)
 
     def proximal_move(self, d: Tensor, step: Tensor | float) -> Tensor:
@@ -165,6 +170,20 @@ class KroneckerFactor(HeldLayer):
             left = torch.baddbmm(left, both * (turned @ a.basis.mT), a.basis)
             move.baddbmm_((s[rest][known] - s[rest][mean]) * (a.basis @ d.mT).mT, a.basis)
         return move.baddbmm_(g.basis.mT, left)
+
+    def bias_move(self, d: Tensor, step: Tensor | float) -> Tensor:
+        """Return what to take off the bias for the minimum of `proximal_move` where the rest of D stays as it is.
+
+        Half the gradient is G (D A e_0 + a_00 (b' - b)), so each entry in G's eigenbasis has a minimum of its own.
+        """
+        g, a = (side.beside(d, d.dtype) for side in (self.outputs, self.inputs))
+        off, corner = a.times(d.mT).mT[:, :, :1], a.diagonal()[:, :1]
+
+        def shrink(values: Tensor) -> Tensor:
+            return (step * values).reciprocal_().add_(corner).reciprocal_().unsqueeze(2)
+
+        others = (shrink(g.values) - shrink(g.mean)) * (g.basis @ off)
+        return (shrink(g.rest) * off).baddbmm_(g.basis.mT, others).flatten()
 
     def followed(self, weight: str, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> "KroneckerFactor | None":
         """Follow parameters that changed: see `HeldLayer.followed`."""

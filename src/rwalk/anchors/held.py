@@ -1,7 +1,7 @@
 """What an anchor holds as a whole: the quadratic tr(D^T G D A) of a layer, whatever its parameters make of D."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -110,6 +110,11 @@ class HeldLayer(ABC):
     def leading(self, weight: str) -> list[str]:
         """Name the parameters that the layer is pulled for, once they have moved; others are pulled along."""
 
+    def pulled_for(self, weight: str, moved: Collection[str]) -> list[str]:
+        """Name those of the parameters that have moved that the layer is pulled for: its bias only where no other has."""
+        leading = [name for name in self.leading(weight) if name in moved]
+        return leading or [name for name in self.names(weight) if name in moved]
+
     @abstractmethod
     def moves(
         self, weight: str, theta: Mapping[str, Tensor], point: Mapping[str, Tensor], steps: Mapping[str, Tensor | float]
@@ -120,7 +125,7 @@ class HeldLayer(ABC):
             weight: the layer's name.
             theta: the parameters as they are, by name.
             point: the parameters after earlier tasks.
-            steps: the lengths of the steps of those `leading` parameters that have moved.
+            steps: the lengths of the steps of those parameters that the layer is pulled for.
         """
 
     @abstractmethod

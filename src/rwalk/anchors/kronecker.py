@@ -55,7 +55,8 @@ class KroneckerAnchor(Anchor):
 
     Args:
         point: the parameters after earlier tasks, by name.
-        omega: the importance of those parameters that are outside of layers, by name.
+        omega: the importance of those parameters that are outside of layers, by name; and of those in a layer what tasks have
+            measured in which they could not be measured as one. Such a parameter is held by both.
         layers: the layers, by the names of their weights, and adapters, by the names of their factors `up`.
     """
 
@@ -70,7 +71,7 @@ class KroneckerAnchor(Anchor):
 
     @property
     def elementwise(self) -> ElementwiseAnchor:
-        """The parameters that are held by importance alone."""
+        """What is held by importance, element by element."""
         point = {name: self.point[name].to(state_dtype(self.point[name])) for name in self.omega}
         return ElementwiseAnchor(point, self.omega)
 
@@ -81,9 +82,9 @@ class KroneckerAnchor(Anchor):
 
     def importance(self) -> dict[str, Tensor]:
         """Return the quadratic's diagonal, by name."""
-        found = dict(self.omega)
+        found = self.omega
         for weight, layer in self.layers.items():
-            found |= zip(layer.names(weight), layer.importance(weight, self.point), strict=True)
+            found = _added(found, self._spread(weight, layer))
         return {name: found[name] for name in self.point}
 
     def align(self, theta: Mapping[str, Tensor]) -> "KroneckerAnchor":
@@ -97,7 +98,7 @@ class KroneckerAnchor(Anchor):
             followed = layer.followed(weight, self.point, point)
             if followed is None:
                 spread = self._spread(weight, layer)
-                omega |= ElementwiseAnchor({n: self.point[n] for n in spread}, spread).align(theta).omega
+                omega = _added(omega, ElementwiseAnchor({n: self.point[n] for n in spread}, spread).align(theta).omega)
             else:
                 layers[weight] = followed
         return replace(self, point=point, omega=omega, layers=layers)
@@ -116,7 +117,7 @@ class KroneckerAnchor(Anchor):
         for weight, layer in self.layers.items():
             renamed = layer.renamed(weight, names)
             if renamed is None:
-                omega |= {names[n]: o for n, o in self._spread(weight, layer).items() if n in names}
+                omega = _added(omega, {names[n]: o for n, o in self._spread(weight, layer).items() if n in names})
             else:
                 layers[names[weight]] = renamed
         return replace(self, point=point, omega=omega, layers=layers)
@@ -138,7 +139,7 @@ class KroneckerAnchor(Anchor):
         whole: Any = {name: shards.full_tensor(self.point[name]) for w, layer in products.items() for name in layer.names(w)}
         spread = [zip(layer.names(w), layer.importance(w, whole), strict=True) for w, layer in products.items()]
         layers = {weight: layer for weight, layer in self.layers.items() if weight not in products}
-        return replace(self, omega={**self.omega, **dict(chain(*spread))}, layers=layers)
+        return replace(self, omega=_added(self.omega, dict(chain(*spread))), layers=layers)
 
     def _spread(self, weight: str, layer: HeldLayer) -> dict[str, Tensor]:
         """Return the importance of each element of a layer's parameters, by name."""
@@ -156,7 +157,8 @@ class KroneckerAnchor(Anchor):
         """Return the sum of the importance of each parameter: see `Anchor.totals`."""
         found = self.elementwise.totals(shard_group)
         for weight, layer in self.layers.items():
-            found |= zip(layer.names(weight), layer.totals(weight, self.point), strict=True)
+            for name, total in zip(layer.names(weight), layer.totals(weight, self.point), strict=True):
+                found[name] = found.get(name, 0.0) + total
         return {name: found[name] for name in self.point}
 
     def draw(self, theta: Mapping[str, Tensor], steps: PullSteps, parameters: Mapping[str, Tensor]) -> None:
@@ -168,7 +170,7 @@ class KroneckerAnchor(Anchor):
             parameters: the parameters themselves, which may be sharded: then layers are pulled as a whole on each rank.
         """
         for weight, layer in self.layers.items():
-            lengths = {name: steps.mean(name) for name in layer.leading(weight) if name in theta}
+            lengths = {name: steps.mean(name) for name in layer.pulled_for(weight, theta)}
             if lengths:
                 for name, move in layer.moves(weight, *self._whole(weight, layer, theta, parameters), lengths):
                     if name in theta:
@@ -183,24 +185,25 @@ class KroneckerAnchor(Anchor):
         self, weight: str, layer: HeldLayer, theta: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
     ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Return a layer's parameters and their point; gathered from all ranks where they are sharded, with a point of zero."""
+        still = {name: shards.local(parameters[name]) for name in layer.leading(weight) if name in parameters}
+        here = still | {name: theta[name] for name in layer.names(weight) if name in theta}
         if not shards.sharded(parameters.get(weight)):
-            still = {name: parameters[name] for name in layer.leading(weight) if name in parameters}
-            return still | {name: theta[name] for name in layer.names(weight) if name in theta}, self.point
+            return here, self.point
         moved: dict[str, Tensor] = {}
         for name in layer.names(weight):
-            part = theta[name] - self.point[name] if name in theta else torch.zeros_like(self.point[name])
+            part = here[name] - self.point[name] if name in here else torch.zeros_like(self.point[name])
             whole: Any = shards.full_tensor(shards.as_dtensor(part, parameters[name]))
             moved[name] = whole
         return moved, {name: torch.zeros_like(d) for name, d in moved.items()}
 
     @torch.no_grad()
     def penalty(self, theta: Mapping[str, Tensor]) -> float | Tensor:
-        """Return the sum of tr(D^T G D A) over layers, and of omega * (theta - point)^2 over the rest, without the strength."""
+        """Return the sum of tr(D^T G D A) over layers, and of omega * (theta - point)^2, without the strength."""
         return self.whole_penalty(theta, theta) + self.elementwise.penalty(theta)
 
     def whole_penalty(self, theta: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> float | Tensor:
         """Return the sum of tr(D^T G D A) over layers, also where they are sharded."""
-        held = [(w, layer) for w, layer in self.layers.items() if not theta.keys().isdisjoint(layer.leading(w))]
+        held = [(w, layer) for w, layer in self.layers.items() if layer.pulled_for(w, theta)]
         return sum((layer.penalty_at(w, *self._whole(w, layer, theta, parameters)) for w, layer in held), 0.0)
 
     def kept(self, away: Callable[[Tensor], Tensor], narrow: Callable[[Tensor], Tensor]) -> "KroneckerAnchor":
@@ -224,8 +227,7 @@ class KroneckerAnchor(Anchor):
         content = current_anchor(content)
         point = content["point"]
         layers = {weight: _read(entry, weight, point) for weight, entry in content["layers"].items()}
-        anchor = cls(point, {}, layers)
-        return replace(anchor, omega={n: o for n, o in content["omega"].items() if n not in anchor.inside})
+        return cls(point, dict(content["omega"]), layers)
 
     @classmethod
     def damaged_parts(cls, content: Mapping[str, Any]) -> list[str]:
@@ -251,6 +253,12 @@ def joined_layer(moments: Moments, cut: Cut, unit: float, earlier: HeldLayer | N
     """Join what was measured of a layer, or of an adapter, with what earlier tasks left: see `HeldLayer.of`."""
     kind = ProductFactor if isinstance(moments.arrangement, Product) else KroneckerFactor
     return kind.of(moments, cut, unit, earlier, fade)
+
+
+def _added(omega: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add importance of whole parameters to what is there, by name."""
+    there: dict[str, Any] = {name: shards.full_tensor(omega[name]) for name in more if name in omega}
+    return {**omega, **{name: there[name].to(o) + o if name in there else o for name, o in more.items()}}
 
 
 def _important(omega: Mapping[str, Tensor]) -> frozenset[str]:

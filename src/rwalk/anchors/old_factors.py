@@ -12,7 +12,9 @@ def current_anchor(content: Mapping[str, Any]) -> Mapping[str, Any]:
     if "every" not in content or not isinstance(content["layers"], Mapping):
         return content
     layers = {weight: _current_layer(entry) for weight, entry in content["layers"].items()}
-    omega = {name: o * UNIT for name, o in content["omega"].items()}
+    inside = [*layers, *(entry.get("bias") for entry in layers.values() if isinstance(entry, Mapping))]
+    # it had the diagonals of layers, too
+    omega = {name: o * UNIT for name, o in content["omega"].items() if name not in inside}
     return {"point": content["point"], "omega": omega, "layers": layers}
 
 

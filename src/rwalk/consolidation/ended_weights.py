@@ -48,7 +48,7 @@ def ended(memory: Memory, always: bool = False) -> Iterator[dict[str, Tensor]]:
         take_last_turn(memory)
         raw = {**theta, **dict(zip(written, before, strict=False))}
         raw |= {name: theta[name].detach().clone() for name in turned if name in theta}
-        tail.put_in(theta)
+        tail.put_in({name: p for name, p in theta.items() if memory.protected.parameters[name].requires_grad})
         yield raw
 
 

@@ -50,8 +50,9 @@ def follow_merged(memory: "Memory") -> None:
         layers |= {up: replace(held[up], base=base.value) for up in base.ups if merged}
     if lost or layers != anchor.layers:
         gone = {name for up in lost for name in held[up].names(up)}
-        point = {name: p for name, p in point.items() if name not in gone}
-        memory.anchor = replace(anchor, point=point, layers={w: layer for w, layer in layers.items() if w not in gone})
+        point, omega = ({n: t for n, t in column.items() if n not in gone} for column in (point, anchor.omega))
+        kept = {w: layer for w, layer in layers.items() if w not in gone}
+        memory.anchor = replace(anchor, point=point, omega=omega, layers=kept)
         _warn_of_lost(lost)
 
 

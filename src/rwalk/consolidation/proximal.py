@@ -51,7 +51,7 @@ class Metrics:
         groups = [GroupMetric.of(self._optimizer, group) for group in self._optimizer.param_groups]
         second, made = self._moments(groups, moved)
         there, correction = _corrections([m.beta or 0.0 for m in groups], self._group, made)
-        scaled, along = [m.step(factor) for m in groups], [factor * m.rate / (1 - m.momentum) for m in groups]
+        scaled, along = [m.step(factor) for m in groups], [factor * m.rate * m.reach for m in groups]
         if len(groups) == 1 and not any(map(is_, second, repeat(None))):
             step = scaled * len(second)
         else:
@@ -62,10 +62,7 @@ class Metrics:
 
     def lengths(self, factor: float) -> list[float]:
         """Return for each parameter `factor` times the length of a step, before it is divided by a second moment."""
-        each = [
-            factor * rate(group) * _unit(group) / (1 - _momentum(self._optimizer, group))
-            for group in self._optimizer.param_groups
-        ]
+        each = [factor * rate(group) * _unit(group) * _reach(self._optimizer, group) for group in self._optimizer.param_groups]
         return each * len(self._group) if len(each) == 1 else [each[k] for k in self._group]
 
     def _moments(self, groups: Sequence["GroupMetric"], moved: Sequence[bool]) -> tuple[list[Tensor | None], list[Any]]:
@@ -159,7 +156,7 @@ class GroupMetric(NamedTuple):
 
     Args:
         rate: the learning rate.
-        momentum: that of SGD.
+        reach: how many times the learning rate a steady step is long, under SGD's momentum.
         beta: the decay of Adam's second moment, 0 where that is not corrected; None for an optimiser without.
         eps: what Adam adds to the root of its second moment.
         count: the steps that have been made, for an optimiser that counts them by group.
@@ -168,7 +165,7 @@ class GroupMetric(NamedTuple):
     """
 
     rate: float
-    momentum: float
+    reach: float
     beta: float | None
     eps: float
     count: Any = None
@@ -178,11 +175,11 @@ class GroupMetric(NamedTuple):
     @classmethod
     def of(cls, optimizer: Optimizer, group: dict[str, Any]) -> "GroupMetric":
         """Read a group's."""
-        lr, momentum, count = rate(group), _momentum(optimizer, group), _first(group, STEP_COUNTS)
+        lr, reach, count = rate(group), _reach(optimizer, group), _first(group, STEP_COUNTS)
         if not _adaptive(optimizer, group):
-            return cls(lr, momentum, None, 0.0)
+            return cls(lr, reach, None, 0.0)
         beta = 0.0 if _first(group, CORRECTIONS) is False else float(group["betas"][1])
-        return cls(lr, momentum, beta, float(group["eps"]), count, _unit(group), bool(group.get("amsgrad")))
+        return cls(lr, reach, beta, float(group["eps"]), count, _unit(group), bool(group.get("amsgrad")))
 
     def known(self, state: Mapping[str, Any], parameter: Tensor) -> tuple[Any, Tensor | None]:
         """Return the steps made and the second moment that a parameter's step is divided by, None if either is unknown."""
@@ -285,6 +282,15 @@ def _momentum(optimizer: Optimizer, group: dict[str, Any]) -> float:
     return float(group["momentum"]) if isinstance(optimizer, SGD) else 0.0
 
 
+def _dampening(optimizer: Optimizer, group: dict[str, Any]) -> float:
+    """Return what SGD's momentum leaves out of each gradient."""
+    return float(group["dampening"]) if _momentum(optimizer, group) else 0.0
+
+
+def _reach(optimizer: Optimizer, group: dict[str, Any]) -> float:
+    return (1 - _dampening(optimizer, group)) / (1 - _momentum(optimizer, group))
+
+
 def rate(group: dict[str, Any]) -> float:
     """Return the learning rate of a parameter group as its optimiser has warmed it up or found it, 0 where there is none."""
     return float(group.get("scheduled_lr", group.get("lr")) or 0.0) * float(group["d"] if _searches(group) else 1.0)
@@ -298,4 +304,5 @@ def metric(optimizer: Optimizer, whole_layers: bool = False) -> str:
     if any(_recognised(optimizer)) or isinstance(optimizer, Adam | AdamW | NAdam):
         doubt = f"{doubt}, otherwise {lr}" if doubt else ""
         return f"{lr} / (sqrt(v) + eps), per coordinate" + ", but one mean for each layer" * whole_layers + doubt
-    return (f"{lr} / (1 - momentum)" if any(_momentum(optimizer, group) for group in groups) else lr) + doubt
+    damped = " * (1 - dampening)" if any(_dampening(optimizer, group) for group in groups) else ""
+    return (f"{lr}{damped} / (1 - momentum)" if any(_momentum(optimizer, group) for group in groups) else lr) + doubt

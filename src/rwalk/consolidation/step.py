@@ -15,7 +15,7 @@ from rwalk.consolidation.overshoot import OvershootCheck
 from rwalk.consolidation.protected import refuse_sparse, shares_memory
 from rwalk.consolidation.settings import Nonfinite, Pull
 from rwalk.consolidation.step_layout import StepLayout
-from rwalk.consolidation.turns import take_turn
+from rwalk.consolidation.turns import take_turn, turning
 from rwalk.consolidation.validity import ACCEPTED, PendingCheck, loss_scale, refuse_capture, scaler_scale, skip_flag
 from rwalk.rules.base import Step
 
@@ -168,10 +168,15 @@ class StepObserver:
         memory.turns.add(names, step.moved, lengths)
         self._averaged = [name for name, has in zip(names, step.moved, strict=True) if has]
         self._counted = [length for length, has in zip(lengths, step.moved, strict=True) if has]
+        moved, foreign = step.moved, list[str]()
         if memory.turns.since >= memory.rule.pull_every and (self._pending is None or not self._pending.fails()):
-            take_turn(memory, memory.protected.theta, metrics)
+            resting = {*turning(memory)} - {*self._averaged}
+            foreign = [name for name in memory.moves.noticed(memory.protected) if name in resting]
+            take_turn(memory, metrics)
             self._averaged = []
-        memory.moves.after_step(memory.protected, names, step.moved, walks=False)
+            moved = [has or name in resting for name, has in zip(names, moved, strict=True)]
+        memory.moves.after_step(memory.protected, names, moved, walks=False)
+        memory.moves.note_changed(foreign)
         memory.watch_next()
 
     def _read_metrics(self, optimizer: Optimizer) -> proximal.Metrics:

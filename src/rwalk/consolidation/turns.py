@@ -57,21 +57,27 @@ def pull_steps(protected: ProtectedParameters, metrics: proximal.Metrics, length
     return proximal.DeferredSteps(metrics, list(protected.theta), lengths, mean)
 
 
-def take_turn(memory: "Memory", theta: Mapping[str, Tensor], metrics: proximal.Metrics | None) -> None:
+def turning(memory: "Memory") -> list[str]:
+    """Name the parameters that a turn pulls and averages: those that have moved since the last one, unless frozen meanwhile."""
+    parameters = memory.protected.parameters
+    return [name for name in memory.turns.lengths if name in parameters and parameters[name].requires_grad]
+
+
+def take_turn(memory: "Memory", metrics: proximal.Metrics | None) -> None:
     """Pull the parameters that have moved since the last time, then take them into the average.
 
     Args:
         memory: holds anchor, average and what has been counted.
-        theta: the parameters that may be written to, by name.
         metrics: reads the optimiser's metric; None for no pull.
     """
     if not memory.turned:
         follow_merged(memory)
         memory.turned = True
     lengths, anchor = memory.turns.lengths, memory.anchor
-    moved = {name: theta[name] for name in lengths if name in theta}
+    moved = {name: memory.protected.theta[name].detach() for name in turning(memory)}
     if metrics is not None and isinstance(anchor, KroneckerAnchor) and any(lengths.values()):
-        anchor.draw(moved, pull_steps(memory.protected, metrics, lengths), memory.protected.parameters)
+        pulled = {name: p for name, p in moved.items() if lengths[name]}
+        anchor.draw(pulled, pull_steps(memory.protected, metrics, lengths), memory.protected.parameters)
     if memory.averages:
         memory.tail.take(moved)
     memory.turns.reset()
@@ -79,7 +85,7 @@ def take_turn(memory: "Memory", theta: Mapping[str, Tensor], metrics: proximal.M
 
 def take_last_turn(memory: "Memory") -> None:
     """Take a turn when a task ends, if there were steps since the last one."""
-    turns, theta = memory.turns, memory.protected.theta
+    turns = memory.turns
     if not turns.lengths:
         return
     metrics = None
@@ -94,6 +100,4 @@ def take_last_turn(memory: "Memory") -> None:
         )
         turns.reset()
         return
-    parameters = memory.protected.parameters  # those that were frozen meanwhile stay as they are
-    writable = [name for name in turns.lengths if name in theta and parameters[name].requires_grad]
-    take_turn(memory, {name: theta[name].detach() for name in writable}, metrics)
+    take_turn(memory, metrics)

@@ -11,6 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from rwalk.distributed.wrappers import module_class
 from rwalk.gradients.layer_kinds import LayerKind, LayerRows, MeasuredLayer
+from rwalk.gradients.shared import HeardFunction
 
 Rows = Callable[[Sequence[Tensor | None]], Iterator[LayerRows]]
 """Takes the gradients of a use's outputs, None where there is none, and yields what the use contributes."""
@@ -22,6 +23,9 @@ FUNCTIONS: dict[type[nn.Module], str] = {
     nn.Linear: "linear", nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d",
 }  # fmt: skip
 """The function of `torch.nn.functional` that layers of each class call."""
+
+HEARD = {name: HeardFunction(name) for name in FUNCTIONS.values()}
+"""These functions, by name."""
 
 
 def layer_class(module: nn.Module) -> type[nn.Module]:
@@ -44,7 +48,7 @@ def takes_gradients(output: Any) -> bool:
 
 
 class FunctionCalls:
-    """While a module runs, a function in `torch.nn.functional` also tells who called it.
+    """While a module runs, a function in `torch.nn.functional` also tells of its calls in the same thread.
 
     Args:
         name: the function.
@@ -53,24 +57,21 @@ class FunctionCalls:
 
     def __init__(self, name: str, noted: Noted) -> None:
         self._name, self._noted = name, noted
-        self._plain: list[Any] = []
 
     def enter(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
         """Begin a call of the module."""
-        plain = getattr(F, self._name)
-        self._plain.append(plain)
-
-        def telling(input: Tensor, weight: Tensor, *settings: Any, **named: Any) -> Tensor:  # named as in torch
-            output: Tensor = plain(input, weight, *settings, **named)
-            rows = self._rows(module, input, weight, settings, named) if takes_gradients(output) else None
-            return output if rows is None else self._noted([output], rows)[0]
-
-        setattr(F, self._name, telling)
+        HEARD[self._name].listen(self, partial(self._tell, module))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
         """End it."""
-        if self._plain:
-            setattr(F, self._name, self._plain.pop())
+        HEARD[self._name].leave(self)
+
+    def _tell(self, module: nn.Module, output: Tensor, args: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+        """Note a call of the function."""
+        x, weight, *settings = *args, *(named[key] for key in ("input", "weight") if key in named)
+        others = {key: value for key, value in named.items() if key not in ("input", "weight")}
+        rows = self._rows(module, x, weight, tuple(settings), others) if takes_gradients(output) else None
+        return output if rows is None else self._noted([output], rows)[0]
 
     def _rows(self, module: Any, x: Tensor, weight: Tensor, settings: tuple[Any, ...], named: Mapping[str, Any]) -> Rows | None:
         """Return what the gradient of the output will tell; None if the weight is not one to measure."""

@@ -23,6 +23,25 @@ from rwalk.gradients.function_calls import Rows
 from rwalk.gradients.layer_moments import LayerSums, WeightGradient, warn_of_odd_layers
 from rwalk.gradients.layer_uses import NOTHING_HELD, LayerUses, ModelHook
 from rwalk.gradients.shared_weights import sums_of
+from rwalk.gradients.step_passes import StepPasses, backward_pass
+
+
+class Use(NamedTuple):
+    """A use of a layer that waits for the gradients of its outputs.
+
+    Args:
+        rows: what these will tell.
+        shapes: of the outputs.
+        number: of the forward pass that it belongs to.
+        size: how many examples that one has.
+        within: the backward pass within which it was computed again, as under checkpointing; -1 for none.
+    """
+
+    rows: Rows
+    shapes: list[torch.Size]
+    number: int
+    size: int
+    within: int
 
 
 class StepMoments(NamedTuple):
@@ -79,11 +98,7 @@ class TrainingMoments:
         self._start_step()
 
     def _start_step(self) -> None:
-        self._step: dict[str, LayerSums] = {}
-        self._sizes: list[int] = []
-        self._came: set[int] = set()
-        self._made: dict[str, WeightGradient] = {}
-        self._given: dict[str, Tensor] = {}
+        self._passes = StepPasses(self._parameters.values())
 
     @property
     def open(self) -> bool:
@@ -113,12 +128,10 @@ class TrainingMoments:
         self._start_step()
 
     def _count(self, _: nn.Module, args: Any, kwargs: Any) -> None:
-        """Note how many examples a forward pass has; one whose gradients were dropped does not count."""
+        """Note how many examples a forward pass has."""
         if not self._in_training():
             return
-        if self._step and all(p.grad is None for p in self._parameters.values()):
-            self._start_step()
-        self._sizes.append(first_size((args, kwargs)) or 1)
+        self._passes.calls.append(first_size((args, kwargs)) or 1)
         wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
         if wrapper is not None:
             self._group = (wrapper.process_group,)
@@ -128,14 +141,14 @@ class TrainingMoments:
         return torch.is_grad_enabled() and not no_training(self._root)
 
     def _keep_gradient(self, weight: str, gradient: Tensor) -> None:
-        known = self._given.get(weight)
-        self._given[weight] = gradient.detach().clone() if known is None else known + gradient.detach()
+        self._passes.during().keep(weight, gradient)
 
     def _note(self, outputs: list[Tensor], rows: Rows) -> list[Tensor]:
         """Wait for the gradients of the outputs of a use."""
         if not no_training(self._root):
             waiting = [with_gradient(y) for y in outputs if y.requires_grad]
-            collect = partial(self._collect, rows, [y.shape for y in outputs], len(self._sizes))
+            use = Use(rows, [y.shape for y in outputs], *self._passes.use(outputs[0]), backward_pass())
+            collect = partial(self._collect, use)
             if len(waiting) == len(outputs) == 1:
                 waiting[0].register_hook(lambda g: collect([g]))
             elif len(waiting) == len(outputs):
@@ -143,21 +156,22 @@ class TrainingMoments:
         return outputs
 
     @torch.no_grad()
-    def _collect(self, rows: Rows, shapes: Sequence[torch.Size], number: int, came: Sequence[Tensor | None]) -> None:
-        """Add what the gradients of a use in the forward pass of this number tell."""
+    def _collect(self, use: Use, came: Sequence[Tensor | None]) -> None:
+        """Add what the gradients of a use tell."""
         if not self.open or no_training(self._root):
             return
-        self._came.add(number)
-        gradients = [None if g is None else g.reshape(shape) for g, shape in zip(came, shapes, strict=True)]
+        sums = self._passes.during(backward_pass() if use.within < 0 else use.within)
+        sums.count(use.number, use.size)
+        gradients = [None if g is None else g.reshape(shape) for g, shape in zip(came, use.shapes, strict=True)]
         kind = next((g.device.type for g in gradients if g is not None), "cpu")
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-            for part in rows(gradients):
+            for part in use.rows(gradients):
                 weight = part.layer.weight
-                if weight not in self._step:
-                    self._step[weight] = sums_of(self._uses.layers[weight], self._rank)
-                self._step[weight].add(part)
+                if weight not in sums.layers:
+                    sums.layers[weight] = sums_of(self._uses.layers[weight], self._rank)
+                sums.layers[weight].add(part)
                 if not self._checked and weight not in self._odd and not part.dropped:
-                    self._made.setdefault(weight, WeightGradient(part.layer)).add(part)
+                    sums.made.setdefault(weight, WeightGradient(part.layer)).add(part)
 
     def take(self, grad: Mapping[str, Tensor | None], loss_scale: float, grad_scale: float) -> StepMoments | None:
         """Return what the step that is about to be made has told, and remove the hooks.
@@ -170,9 +184,9 @@ class TrainingMoments:
             loss_scale: what the loss was multiplied by.
             grad_scale: what `grad` is still multiplied by.
         """
-        layers = self._step
-        examples = sum(size for n, size in enumerate(self._sizes, start=1) if n in self._came) or 1
-        if not self._missed and not layers and not self._sizes and self._uses.layers:
+        sums = self._passes.end()
+        layers, examples = sums.layers, sums.examples
+        if not self._missed and not layers and not self._passes.calls and self._uses.layers:
             self._missed = True
             return None
         if layers:
@@ -193,7 +207,7 @@ class TrainingMoments:
         """At the first measured step of a task, find weights whose gradients are not those of their layers."""
         if self._checked or not any(g is not None for g in grad.values()):
             return
-        odd = [w for w, made in self._made.items() if w in self._given and not made.fits(self._given[w])]
+        odd = [weight for weight in self._uses.layers if weight in self._passes.odd]
         self._checked = True
         self._odd |= {*odd}
         for weight in odd:

@@ -120,7 +120,7 @@ class LayerKind(NamedTuple):
         """Yield what a use of a layer contributes, in pieces where that takes much memory."""
         if hasattr(module, "kernel_size"):
             x, g = (t if t.dim() == len(module.kernel_size) + 2 else t.unsqueeze(0) for t in (x, g))
-            places = g[0, 0].numel()
+            places = g.shape[2:].numel()
             count = at_once(g.device, module.in_channels * math.prod(module.kernel_size) * places)
             pieces = list(zip(x.split(count), g.split(count), strict=True))
         else:
@@ -145,12 +145,13 @@ def flat_rows(_: nn.Module, x: Tensor) -> Tensor:
 
 def _patches(module: Any, x: Tensor) -> Tensor:
     """Return the patches of all examples, with one copy, along whose rows memory runs."""
-    x = windows(module, x).movedim(0, 1 + len(module.kernel_size))
-    return x.reshape(module.groups, -1, x.shape[1 + len(module.kernel_size) :].numel()).mT
+    last = 1 + len(module.kernel_size)
+    x = windows(module, x).movedim(0, last)
+    return x.reshape(module.groups, x.shape[:last].numel() // module.groups, x.shape[last:].numel()).mT
 
 
 def _channels(module: Any, g: Tensor) -> Tensor:
-    return g.transpose(0, 1).reshape(module.groups, -1, g.numel() // g.shape[1]).mT
+    return g.transpose(0, 1).reshape(module.groups, g.shape[1] // module.groups, g.numel() // g.shape[1]).mT
 
 
 def _tokens(_: nn.Module, x: Tensor) -> Tensor:

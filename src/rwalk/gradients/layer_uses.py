@@ -235,7 +235,8 @@ def _recurrent(
     used: Mapping[str, tuple[MeasuredLayer, LayerKind]], noted: Noted, module: Any, args: Any, kwargs: Any, output: Any
 ) -> Any:
     """Note the use of a recurrent module; one of sequences of different lengths is not noted."""
-    x, start = (*args, *kwargs.values(), None)[:2]
+    named = {**dict(zip(("input", "hx"), args, strict=False)), **kwargs}
+    x, start = named["input"], named.get("hx")
     if isinstance(x, PackedSequence) or not takes_gradients(output[0]):
         return output
     layers = {key: layer for key, (layer, _) in used.items()}

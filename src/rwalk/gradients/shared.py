@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from threading import Lock
+from threading import Lock, local
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
@@ -43,6 +45,56 @@ def _without_cudnn() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.enabled = before
+
+
+Listener = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
+"""Takes what a function has returned, and its arguments; returns what takes the place of the first."""
+
+
+class HeardFunction:
+    """A function of `torch.nn.functional` that tells the listeners of the thread that calls it.
+
+    It is replaced when the first of all threads begins to listen, and put back when the last has left.
+
+    Args:
+        name: the function.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name, self._of_thread, self._setting = name, local(), SharedSetting(self._replaced)
+
+    @property
+    def _listeners(self) -> list[tuple[object, Listener]]:
+        found: list[tuple[object, Listener]] = self._of_thread.__dict__.setdefault("listeners", [])
+        return found
+
+    def listen(self, owner: object, listener: Listener) -> None:
+        """Tell a listener of this thread's calls, too."""
+        self._setting.__enter__()
+        self._listeners.append((owner, listener))
+
+    def leave(self, owner: object) -> None:
+        """Tell this thread's last listener no more; one that never came, as an earlier hook has failed, does not leave."""
+        if self._listeners and self._listeners[-1][0] is owner:
+            self._listeners.pop()
+            self._setting.__exit__()
+
+    @contextmanager
+    def _replaced(self) -> Iterator[None]:
+        plain = getattr(F, self._name)
+
+        def telling(*args: Any, **named: Any) -> Any:
+            output = plain(*args, **named)
+            for _, listener in tuple(self._listeners):
+                output = listener(output, args, named)
+            return output
+
+        setattr(F, self._name, telling)
+        try:
+            yield
+        finally:
+            if getattr(F, self._name) is telling:
+                setattr(F, self._name, plain)
 
 
 UNCOMPILED = SharedSetting(lambda: torch.compiler.set_stance("force_eager"))

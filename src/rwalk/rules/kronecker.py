@@ -7,7 +7,7 @@ directions, in a unit of each task's own.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, get_args
 
@@ -58,7 +58,8 @@ class Kronecker(Rule[TaskLengths]):
     A is the mean of x x^T over a layer's inputs x, with a 1 for the bias, and G the mean over examples of the sum of d d^T for
     the gradients d at its outputs; over tasks A is averaged and G summed. All other parameters are held by their mean squared
     gradients. Each task counts in its own unit: the mean element of the diagonal is 1 / sqrt(mean steps per task). A layer
-    that an adopted anchor holds weight by weight stays so. Of a LoRA adapter the product of the two factors is held. A weight
+    that an adopted anchor holds weight by weight stays so, and so does one that could not be measured as a whole in a later
+    task, beside what earlier ones have measured of it. Of a LoRA adapter the product of the two factors is held. A weight
     that embeddings and linear layers share is one layer, whose product of two matrices has the trace of the sum over both.
 
     Args:
@@ -139,7 +140,8 @@ class Kronecker(Rule[TaskLengths]):
         """Join the task's matrices with those of earlier tasks, and its importance of all other parameters to theirs."""
         anchor = KroneckerAnchor.of(end.anchor)
         fresh = end.factors(self.labels, self.samples, self.rank)
-        inside = {*anchor.inside, *(n for w, m in fresh.items() for n in m.arrangement.names(w))}
+        together = {n for w, m in fresh.items() for n in m.arrangement.names(w)}
+        inside = (anchor.inside | together) - _apart(anchor, end, together)
         alone = end.alone(self.labels, self.samples, [name for name in end.point if name not in inside])
         if state.now and end.squares is not None and not fresh and not alone:
             warn(
@@ -154,7 +156,8 @@ class Kronecker(Rule[TaskLengths]):
         cut = Cut(self.share, self.rank)
         layers = {w: f.faded(fade) for w, f in anchor.layers.items() if w not in fresh}
         layers |= {w: joined_layer(m, cut, unit, anchor.layers.get(w), fade) for w, m in fresh.items()}
-        omega = {n: _joined(anchor.omega.get(n), fade, alone.get(n), other, end.point[n]) for n in end.point if n not in inside}
+        held = [n for n in end.point if n not in inside or n in anchor.inside & anchor.omega.keys()]
+        omega = {n: _joined(anchor.omega.get(n), fade, alone.get(n), other, end.point[n]) for n in held}
         check_finite(omega, "Look at the size of the gradients.")
         copied = copy if end.shard_group.groups else exact_copy  # parts on several ranks have one precision
         point = {name: copied(p) for name, p in end.point.items()}
@@ -170,6 +173,12 @@ class Kronecker(Rule[TaskLengths]):
         """Return which share of the weights is held in layers."""
         inside = sum(anchor.point[n].numel() for n in KroneckerAnchor.of(anchor).inside)
         return {"share held in layers": inside / max(sum(t.numel() for t in theta.values()), 1)}
+
+
+def _apart(anchor: KroneckerAnchor, end: TaskEnd, together: Collection[str]) -> set[str]:
+    """Name the parameters of earlier layers that this task has measured one by one, as it could not measure the layer."""
+    measured = anchor.omega if end.squares is None else end.squares
+    return {name for name in measured if name in anchor.inside and name not in together}
 
 
 def _unit(fresh: Mapping[str, Moments]) -> float:
