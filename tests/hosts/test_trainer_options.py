@@ -8,8 +8,20 @@ import torch
 
 pytest.importorskip("transformers", reason="needs Transformers: make test-integrations")
 
-from test_transformers import EXACT, arguments, batches, bert, by_hand, classified, mean_over_the_step, same, sentences, trainer
-from transformers import Trainer
+from test_transformers import (
+    EXACT,
+    arguments,
+    batches,
+    bert,
+    by_hand,
+    classified,
+    gpt,
+    mean_over_the_step,
+    same,
+    sentences,
+    trainer,
+)
+from transformers import BertForMaskedLM, Trainer, TrainerCallback
 
 from rwalk import EWC, Consolidator, Distillation, RWalk, Snapshot, warm_head
 from rwalk.integrations.transformers import ConsolidationCallback, protect
@@ -112,6 +124,66 @@ def test_old_answers_are_part_of_the_loss_in_training_alone(tmp_path):
             float(torch.nn.functional.cross_entropy(plain.logits, batches(data)[0]["labels"]))
         )
     same(callback.memory, by_hand(other, TASKS, Consolidator(other, RWalk(), 0.5), loss=by_hand_loss), rtol=1e-7, atol=1e-9)
+
+
+class Noting(Trainer):
+    """Notes the losses that it gets."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.noted = [*getattr(self, "noted", []), float(loss.detach())]
+        return loss
+
+
+def few_labels(kind):
+    """A model, and eight examples whose labels mostly do not count, or are several for each."""
+    torch.manual_seed(4)
+    ids = torch.randint(1, 20, (8, 8))
+    if kind == "causal":
+        return gpt(), ids, torch.where(torch.arange(8) > 5, ids, -100)
+    if kind == "masked":
+        return bert(kind=BertForMaskedLM), ids, torch.where(torch.arange(8) == torch.arange(8).unsqueeze(1), ids, -100)
+    model = bert()
+    model.config.problem_type = "multi_label_classification"
+    return model, ids, (torch.rand(8, 3) < 0.5).double()
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked", "several"])
+def test_the_term_is_the_mean_over_rows_however_many_labels_count(tmp_path, kind):
+    model, ids, labels = few_labels(kind)
+    old, data = copy.deepcopy(model), [{"input_ids": a, "labels": b} for a, b in zip(ids, labels, strict=True)]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    keep = Distillation(old, weight=2.0)
+    term = float(keep({"input_ids": ids}, model.eval()(input_ids=ids)).detach())
+    assert term > 1e-3
+    for parts in (1, 2):
+        settings = {"per_device_train_batch_size": 8 // parts, "gradient_accumulation_steps": parts, "num_train_epochs": 1}
+        losses = []
+        for callbacks in ([], [ConsolidationCallback(RWalk(), distill=keep)]):
+            args = arguments(tmp_path, learning_rate=0.0, **settings, **ORDER)
+            one = Noting(copy.deepcopy(model), args, train_dataset=data, callbacks=callbacks)
+            one.train()
+            losses.append(sum(one.noted))
+        assert losses[1] - losses[0] == pytest.approx(term, rel=1e-5)
+
+
+class Interrupt(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_training_leaves_no_term_in_the_models_loss(tmp_path):
+    model = bert()
+    callback = ConsolidationCallback(RWalk(), distill=Distillation(model, 5.0))
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, model, TASKS[0], [callback, Interrupt()]).train()
+    assert float(model.train()(**batches(TASKS[0])[0]).loss.detach()) == float(
+        model.eval()(**batches(TASKS[0])[0]).loss.detach()
+    )
+    model.train()(input_ids=batches(TASKS[0])[0]["input_ids"])  # without labels, so without a loss
+    trainer(tmp_path, model, TASKS[0], [], label_smoothing_factor=0.1).train()
 
 
 def test_what_is_kept_is_in_the_logs_of_evaluations(tmp_path):

@@ -310,6 +310,32 @@ def test_a_model_that_computes_its_loss_has_the_term_added_in_training_alone(ite
     assert torch.equal(model(**batch, labels=labels)["loss"], plain["loss"])  # the hook is gone
 
 
+def test_the_term_counts_by_the_micro_batchs_share_of_the_steps_labels():
+    model, batch = Encoder(nn.Linear(5, 4)), tokens()
+    keep = Distillation(model)
+    model = moved(model)
+    labels = torch.full((8, 5), -100)
+    labels[:, 0], labels[:3, 1] = 1, 2  # 11 of 40
+    plain = model(**batch, labels=labels)
+    term = keep(batch, plain)
+    assert float(term.detach()) > 0
+    for first_counts, items, share in ((True, 11, 1), (True, torch.tensor(44), 0.25), (False, 3, 1)):
+        with keep.in_loss(model, first_counts=first_counts):
+            both = model(**batch, labels=labels, num_items_in_batch=items)
+        torch.testing.assert_close(both["loss"], plain["loss"] + share * term)
+
+
+def test_the_term_is_added_only_while_it_is_wanted():
+    model, batch, wanted = Encoder(nn.Linear(5, 4)), tokens(), [True]
+    keep, labels = Distillation(model), batch["input_ids"] % 4
+    model = moved(model)
+    with keep.in_loss(model, active=lambda: wanted[0]):
+        with_term = model(**batch, labels=labels)["loss"]
+        wanted[0] = False
+        assert model(**batch, labels=labels)["loss"] < with_term
+        assert model(**batch)["loss"] is None
+
+
 def test_a_weight_or_temperature_out_of_range_is_refused():
     for wrong in ({"weight": -1}, {"temperature": 0}, {"weight": float("nan")}):
         with pytest.raises(ValueError, match="`weight` must be 0 or more"):

@@ -1,6 +1,7 @@
 """Hugging Face's `Trainer` with a memory: each `train()` is a task, and checkpoints include the memory."""
 
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -79,7 +80,8 @@ class ConsolidationCallback(HostCallback, TrainerCallback):
         if self._warm_head is not False and saved is None:
             self._warm(trainer, None if self._warm_head is True else self._warm_head)
         if self._distill is not None:
-            self._during.enter_context(self._distill.in_loss(trainer.model))
+            counted = not getattr(trainer, "_loss_shifts_labels", False)
+            self._during.enter_context(self._distill.in_loss(trainer.model, _while_training(trainer), counted))
         memory = self.begin(wrapped if ranks else trainer.model, kwargs["optimizer"])
         if saved is not None:
             memory.load(saved)
@@ -154,10 +156,29 @@ def _warn_of_finished(folder: str, state: Any) -> None:
 
 def _running_trainer() -> tuple[Trainer, str | None]:
     """Return the running Trainer and the folder that it resumes from; callbacks find these only in its stack frame."""
+    known = _training_frame().f_locals
+    return known["self"], known["resume_from_checkpoint"]
+
+
+def _training_frame() -> Any:
+    """Return the stack frame of the running Trainer's loop."""
     frame: Any = sys._getframe()
     while not ("resume_from_checkpoint" in frame.f_locals and isinstance(frame.f_locals.get("self"), Trainer)):
         frame = frame.f_back
-    return frame.f_locals["self"], frame.f_locals["resume_from_checkpoint"]
+    return frame
+
+
+def _while_training(trainer: Trainer) -> Callable[[], bool]:
+    """Return a function that tells from any thread whether a Trainer is in the training that runs now in this one."""
+    loop, thread, owner = _training_frame().f_code, threading.get_ident(), weakref.ref(trainer)
+
+    def active() -> bool:
+        frame = sys._current_frames().get(thread)
+        while frame is not None and not (frame.f_code is loop and frame.f_locals.get("self") is owner()):
+            frame = frame.f_back
+        return frame is not None
+
+    return active
 
 
 def _saved(folder: str) -> Path:
