@@ -36,6 +36,15 @@ def train(folder, model, tasks, callback, **options):
     return callback.memory
 
 
+class Interrupt(TrainerCallback):
+    def __init__(self, after=1):
+        self.after = after
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.after:
+            raise KeyboardInterrupt
+
+
 def weights(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -91,6 +100,41 @@ def test_a_head_of_an_earlier_task_is_not_fitted_anew(tmp_path):
     with pytest.raises(ValueError, match=r"fitted for an earlier task.*model.classifier = heads\[task\]"):
         train(tmp_path, model, TASKS[1:], callback)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(("again", "options"), [("resumed", {}), ("resumed", {"exclude": "classifier"}), ("loaded", {})])
+def test_a_shared_head_is_not_fitted_anew_after_resuming_or_by_a_new_callback(tmp_path, again, options):
+    model, save = bert(), {"save_strategy": "epoch"}
+    callbacks = [ConsolidationCallback(warm_head=True, **options), Interrupt(after=8)]
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, model, TASKS[0], callbacks, mean_over_the_step, **save).train()
+    model, callback = bert(), ConsolidationCallback(warm_head=True, **options)
+    trainer(tmp_path, model, TASKS[0], [callback], mean_over_the_step, **save).train(resume_from_checkpoint=True)
+    if again == "loaded":
+        callback.memory.save(tmp_path / "memory.safetensors")
+        memory = Consolidator(model)
+        memory.load(tmp_path / "memory.safetensors")
+        callback = ConsolidationCallback(memory, warm_head=True)
+    before = weights(model)
+    with pytest.raises(ValueError, match="fitted for an earlier task"):
+        train(tmp_path, model, TASKS[1:], callback)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_head_that_was_only_there_when_a_model_was_protected_is_fitted(tmp_path):
+    model = bert()
+    memory = protect(model, TASKS[0], EWC(labels="sample"))
+    before = weights(model)
+    trainer(tmp_path, model, TASKS[0], [ConsolidationCallback(memory, warm_head=True)], learning_rate=0.0).train()
+    assert not torch.equal(before["classifier.weight"], model.classifier.weight)
+
+
+def test_a_head_of_several_labels_for_each_example_is_fitted_to_yes_and_no(tmp_path):
+    model, ids, labels = few_labels("several")
+    other, data = copy.deepcopy(model), [{"input_ids": a, "labels": b} for a, b in zip(ids, labels, strict=True)]
+    trainer(tmp_path, model, data, [ConsolidationCallback(RWalk(), warm_head=True)], learning_rate=0.0).train()
+    warm_head(other, [{"input_ids": ids, "labels": labels}], loss=torch.nn.functional.binary_cross_entropy_with_logits)
+    torch.testing.assert_close(weights(model), weights(other))
 
 
 def test_a_checkpoint_with_nothing_left_to_train_is_said_to_be_one(tmp_path):
@@ -167,11 +211,6 @@ def test_the_term_is_the_mean_over_rows_however_many_labels_count(tmp_path, kind
             one.train()
             losses.append(sum(one.noted))
         assert losses[1] - losses[0] == pytest.approx(term, rel=1e-5)
-
-
-class Interrupt(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        raise KeyboardInterrupt
 
 
 def test_an_interrupted_training_leaves_no_term_in_the_models_loss(tmp_path):
