@@ -158,6 +158,47 @@ def test_outputs_that_cannot_be_compared_are_refused():
         Snapshot(model, [X]).kept(net(5))
 
 
+def test_what_is_no_batch_has_one_column_or_is_not_finite_is_refused():
+    model = net()
+    for wrong in (X, torch.utils.data.TensorDataset(X)):
+        with pytest.raises(TypeError, match="must yield batches"):
+            Snapshot(model, wrong)
+    snapshot = Snapshot(model, X.split(20))
+    with pytest.raises(ValueError, match='one number.*`read="features"`'):
+        Snapshot(net(1), [X])
+    assert len(Snapshot(net(1), [X], read="features")) == 40
+    model[4].bias.data[1] = float("inf")
+    for attempt in (lambda: Snapshot(model, [X]), snapshot.kept):
+        with pytest.raises(FloatingPointError, match="not finite in (40|20) of"):
+            attempt()
+
+
+def test_feature_maps_are_averaged_over_their_places():
+    class Map(nn.Module):
+        def forward(self, x):
+            return Output(last_hidden_state=x.reshape(-1, 2, 3, 1))
+
+    assert torch.equal(Snapshot(Map(), [X])._before, X.reshape(-1, 2, 3).mean(2))
+
+
+def test_rows_are_taken_while_they_come_and_evenly_spread():
+    seen, x = [], torch.arange(2000.0).unsqueeze(1) * torch.tensor([1.0, -1.0]) + torch.tensor([1.0, 3.0])
+
+    class Rows(nn.Module):
+        def forward(self, x):
+            seen.append(x)
+            return x
+
+    one, parts = (Snapshot(Rows(), x.split(size), rows=50) for size in (2000, 7))
+    assert torch.equal(one._before, parts._before)
+    assert len(parts) == 50
+    steps = parts._before[:, 0].diff()
+    assert float(steps.min()) >= 32
+    assert float(steps.max()) <= 64
+    assert parts._before[0, 0] == 1
+    assert parts._before[-1, 0] > 1900
+
+
 # warm_head
 
 
