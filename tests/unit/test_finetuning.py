@@ -164,12 +164,12 @@ def test_what_is_no_batch_has_one_column_or_is_not_finite_is_refused():
         with pytest.raises(TypeError, match="must yield batches"):
             Snapshot(model, wrong)
     snapshot = Snapshot(model, X.split(20))
-    with pytest.raises(ValueError, match='one number.*`read="features"`'):
+    with pytest.raises(ValueError, match=r'one number.*`read="features"`'):
         Snapshot(net(1), [X])
     assert len(Snapshot(net(1), [X], read="features")) == 40
     model[4].bias.data[1] = float("inf")
     for attempt in (lambda: Snapshot(model, [X]), snapshot.kept):
-        with pytest.raises(FloatingPointError, match="not finite in (40|20) of"):
+        with pytest.raises(FloatingPointError, match=r"not finite in (40|20) of"):
             attempt()
 
 
