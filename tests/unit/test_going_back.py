@@ -378,7 +378,7 @@ def test_the_best_share_keeps_most_within_a_margin():
     scores = iter([90.0, float("nan"), 89.5, float("nan")])
     curve = memory.path(lambda m: next(scores), (0, 0.3, 0.6, 0.9))
     assert curve.best(within=1.0) == 0.6
-    for wrong in (-1.0, float("nan")):
+    for wrong in (-1.0, float("nan"), "1"):
         with pytest.raises(ValueError, match="`within` says how much worse"):
             curve.best(within=wrong)
     with pytest.raises(ValueError, match="All values of value are nan"):

@@ -68,7 +68,7 @@ class Curve:
             ValueError: if there is no such metric, or no value that is a number; if `within` is negative, or in percent where
                 the values are fractions.
         """
-        if not within >= 0:
+        if (plain := number(within)) is None or not plain >= 0:
             raise ValueError(f"`within` says how much worse a value may be, 0 or more, but is {within!r}.")
         if not self.shares:
             raise ValueError("The curve has no shares, so that none is the best. Pass some to `path`.")
@@ -76,16 +76,17 @@ class Curve:
         if name not in self.metrics:
             raise ValueError(f"The curve has the values {', '.join(self.metrics)}, and no {name!r}. Pass one of these names.")
         place = self.metrics.index(name)
-        pairs = [(share, row[place] * (1 if higher else -1)) for share, row in zip(self.shares, self.values, strict=True)]
-        known = {share: value for share, value in pairs if not math.isnan(value)}
+        column = [row[place] * (1 if higher else -1) for row in self.values]
+        known = [(share, value) for share, value in zip(self.shares, column, strict=True) if not math.isnan(value)]
         if not known:
             raise ValueError(f"All values of {name} are nan, so that no share is the best. Look at what `evaluate` returns.")
-        if within >= 1 and all(0 <= abs(value) <= 1 for value in known.values()):
+        if within >= 1 and all(0 <= abs(value) <= 1 for _, value in known):
             raise ValueError(
                 f"All values lie between 0 and 1, so that `within={within}` accepts every share. For one point of an accuracy "
                 "that is a fraction pass `within=0.01`."
             )
-        return max(share for share, value in known.items() if value >= max(known.values()) - within)
+        best = max(value for _, value in known)
+        return max(share for share, value in known if value >= best - within)
 
     def __str__(self) -> str:
         """Lay the curve out as a table of plain text."""
