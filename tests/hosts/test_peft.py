@@ -14,7 +14,7 @@ import peft
 import transformers
 
 from cases import assert_same_state
-from rwalk import Consolidator, Kronecker
+from rwalk import Consolidator, Distillation, Kronecker
 from rwalk.anchors.products import ProductFactor
 from rwalk.gradients import adapters
 
@@ -277,3 +277,14 @@ def test_an_anchor_is_adopted_by_new_adapters_of_the_merged_model():
     assert float(other.penalty()) == pytest.approx(0, abs=1e-20)
     train(again, optimizer, 1, 10)
     assert float(other.penalty()) == pytest.approx(0.1 * moved_penalty(other.anchor, before, again), rel=1e-6)
+
+
+def test_old_answers_are_those_without_adapters_and_what_is_frozen_stays_frozen():
+    model, ids = adapted(), tokens(0)
+    model.add_adapter("two", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "two"])
+    for name, p in model.named_parameters():
+        p.requires_grad_(".two." in name)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    Distillation(model)({"input_ids": ids}, model(input_ids=ids)).backward()
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before

@@ -8,8 +8,20 @@ import torch
 
 pytest.importorskip("transformers", reason="needs Transformers: make test-integrations")
 
-from test_transformers import EXACT, arguments, batches, bert, by_hand, classified, mean_over_the_step, same, sentences, trainer
-from transformers import Trainer
+from test_transformers import (
+    EXACT,
+    arguments,
+    batches,
+    bert,
+    by_hand,
+    classified,
+    gpt,
+    mean_over_the_step,
+    same,
+    sentences,
+    trainer,
+)
+from transformers import BertForMaskedLM, Trainer, TrainerCallback
 
 from rwalk import EWC, Consolidator, Distillation, RWalk, Snapshot, warm_head
 from rwalk.integrations.transformers import ConsolidationCallback, protect
@@ -22,6 +34,15 @@ def train(folder, model, tasks, callback, **options):
     for data in tasks:
         trainer(folder, model, data, [callback], mean_over_the_step, **ORDER | options).train()
     return callback.memory
+
+
+class Interrupt(TrainerCallback):
+    def __init__(self, after=1):
+        self.after = after
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.after:
+            raise KeyboardInterrupt
 
 
 def weights(model):
@@ -81,6 +102,41 @@ def test_a_head_of_an_earlier_task_is_not_fitted_anew(tmp_path):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize(("again", "options"), [("resumed", {}), ("resumed", {"exclude": "classifier"}), ("loaded", {})])
+def test_a_shared_head_is_not_fitted_anew_after_resuming_or_by_a_new_callback(tmp_path, again, options):
+    model, save = bert(), {"save_strategy": "epoch"}
+    callbacks = [ConsolidationCallback(warm_head=True, **options), Interrupt(after=8)]
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, model, TASKS[0], callbacks, mean_over_the_step, **save).train()
+    model, callback = bert(), ConsolidationCallback(warm_head=True, **options)
+    trainer(tmp_path, model, TASKS[0], [callback], mean_over_the_step, **save).train(resume_from_checkpoint=True)
+    if again == "loaded":
+        callback.memory.save(tmp_path / "memory.safetensors")
+        memory = Consolidator(model)
+        memory.load(tmp_path / "memory.safetensors")
+        callback = ConsolidationCallback(memory, warm_head=True)
+    before = weights(model)
+    with pytest.raises(ValueError, match="fitted for an earlier task"):
+        train(tmp_path, model, TASKS[1:], callback)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_head_that_was_only_there_when_a_model_was_protected_is_fitted(tmp_path):
+    model = bert()
+    memory = protect(model, TASKS[0], EWC(labels="sample"))
+    before = weights(model)
+    trainer(tmp_path, model, TASKS[0], [ConsolidationCallback(memory, warm_head=True)], learning_rate=0.0).train()
+    assert not torch.equal(before["classifier.weight"], model.classifier.weight)
+
+
+def test_a_head_of_several_labels_for_each_example_is_fitted_to_yes_and_no(tmp_path):
+    model, ids, labels = few_labels("several")
+    other, data = copy.deepcopy(model), [{"input_ids": a, "labels": b} for a, b in zip(ids, labels, strict=True)]
+    trainer(tmp_path, model, data, [ConsolidationCallback(RWalk(), warm_head=True)], learning_rate=0.0).train()
+    warm_head(other, [{"input_ids": ids, "labels": labels}], loss=torch.nn.functional.binary_cross_entropy_with_logits)
+    torch.testing.assert_close(weights(model), weights(other))
+
+
 def test_a_checkpoint_with_nothing_left_to_train_is_said_to_be_one(tmp_path):
     model, callback = bert(), ConsolidationCallback()
     trainer(tmp_path, model, TASKS[0], [callback], mean_over_the_step, save_strategy="epoch").train()
@@ -112,6 +168,61 @@ def test_old_answers_are_part_of_the_loss_in_training_alone(tmp_path):
             float(torch.nn.functional.cross_entropy(plain.logits, batches(data)[0]["labels"]))
         )
     same(callback.memory, by_hand(other, TASKS, Consolidator(other, RWalk(), 0.5), loss=by_hand_loss), rtol=1e-7, atol=1e-9)
+
+
+class Noting(Trainer):
+    """Notes the losses that it gets."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.noted = [*getattr(self, "noted", []), float(loss.detach())]
+        return loss
+
+
+def few_labels(kind):
+    """A model, and eight examples whose labels mostly do not count, or are several for each."""
+    torch.manual_seed(4)
+    ids = torch.randint(1, 20, (8, 8))
+    if kind == "causal":
+        return gpt(), ids, torch.where(torch.arange(8) > 5, ids, -100)
+    if kind == "masked":
+        return bert(kind=BertForMaskedLM), ids, torch.where(torch.arange(8) == torch.arange(8).unsqueeze(1), ids, -100)
+    model = bert()
+    model.config.problem_type = "multi_label_classification"
+    return model, ids, (torch.rand(8, 3) < 0.5).double()
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked", "several"])
+def test_the_term_is_the_mean_over_rows_however_many_labels_count(tmp_path, kind):
+    model, ids, labels = few_labels(kind)
+    old, data = copy.deepcopy(model), [{"input_ids": a, "labels": b} for a, b in zip(ids, labels, strict=True)]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    keep = Distillation(old, weight=2.0)
+    term = float(keep({"input_ids": ids}, model.eval()(input_ids=ids)).detach())
+    assert term > 1e-3
+    for parts in (1, 2):
+        settings = {"per_device_train_batch_size": 8 // parts, "gradient_accumulation_steps": parts, "num_train_epochs": 1}
+        losses = []
+        for callbacks in ([], [ConsolidationCallback(RWalk(), distill=keep)]):
+            args = arguments(tmp_path, learning_rate=0.0, **settings, **ORDER)
+            one = Noting(copy.deepcopy(model), args, train_dataset=data, callbacks=callbacks)
+            one.train()
+            losses.append(sum(one.noted))
+        assert losses[1] - losses[0] == pytest.approx(term, rel=1e-5)
+
+
+def test_an_interrupted_training_leaves_no_term_in_the_models_loss(tmp_path):
+    model = bert()
+    callback = ConsolidationCallback(RWalk(), distill=Distillation(model, 5.0))
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, model, TASKS[0], [callback, Interrupt()]).train()
+    assert float(model.train()(**batches(TASKS[0])[0]).loss.detach()) == float(
+        model.eval()(**batches(TASKS[0])[0]).loss.detach()
+    )
+    model.train()(input_ids=batches(TASKS[0])[0]["input_ids"])  # without labels, so without a loss
+    trainer(tmp_path, model, TASKS[0], [], label_smoothing_factor=0.1).train()
 
 
 def test_what_is_kept_is_in_the_logs_of_evaluations(tmp_path):

@@ -158,6 +158,47 @@ def test_outputs_that_cannot_be_compared_are_refused():
         Snapshot(model, [X]).kept(net(5))
 
 
+def test_what_is_no_batch_has_one_column_or_is_not_finite_is_refused():
+    model = net()
+    for wrong in (X, torch.utils.data.TensorDataset(X)):
+        with pytest.raises(TypeError, match="must yield batches"):
+            Snapshot(model, wrong)
+    snapshot = Snapshot(model, X.split(20))
+    with pytest.raises(ValueError, match=r'one number.*`read="features"`'):
+        Snapshot(net(1), [X])
+    assert len(Snapshot(net(1), [X], read="features")) == 40
+    model[4].bias.data[1] = float("inf")
+    for attempt in (lambda: Snapshot(model, [X]), snapshot.kept):
+        with pytest.raises(FloatingPointError, match=r"not finite in (40|20) of"):
+            attempt()
+
+
+def test_feature_maps_are_averaged_over_their_places():
+    class Map(nn.Module):
+        def forward(self, x):
+            return Output(last_hidden_state=x.reshape(-1, 2, 3, 1))
+
+    assert torch.equal(Snapshot(Map(), [X])._before, X.reshape(-1, 2, 3).mean(2))
+
+
+def test_rows_are_taken_while_they_come_and_evenly_spread():
+    seen, x = [], torch.arange(2000.0).unsqueeze(1) * torch.tensor([1.0, -1.0]) + torch.tensor([1.0, 3.0])
+
+    class Rows(nn.Module):
+        def forward(self, x):
+            seen.append(x)
+            return x
+
+    one, parts = (Snapshot(Rows(), x.split(size), rows=50) for size in (2000, 7))
+    assert torch.equal(one._before, parts._before)
+    assert len(parts) == 50
+    steps = parts._before[:, 0].diff()
+    assert float(steps.min()) >= 32
+    assert float(steps.max()) <= 64
+    assert parts._before[0, 0] == 1
+    assert parts._before[-1, 0] > 1900
+
+
 # warm_head
 
 
@@ -227,6 +268,138 @@ def test_heads_that_are_none_and_data_without_labels_are_refused():
     with pytest.raises(FloatingPointError, match="not finite"):
         warm_head(model, [(X, Y)])
     assert torch.equal(before["4.weight"], model[4].weight)
+
+
+class Ends(nn.Module):
+    """What comes after a head: a second one, another sign, or a form of the same logits."""
+
+    def __init__(self, end):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.aux, self.end = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3), end
+        self.double()
+
+    def forward(self, x):
+        hidden = self.body(x).tanh()
+        logits = self.head(hidden)
+        if self.end == "aux":
+            self.beside = self.aux(hidden.detach())
+        return {"aux": logits, "minus": -logits, "log": logits.log_softmax(1), "logits": logits}[self.end]
+
+
+@pytest.mark.parametrize("end", ["aux", "minus"])
+def test_the_layer_called_last_is_refused_where_the_model_returns_something_else(end):
+    model = Ends(end)
+    before = bits(model)
+    with pytest.raises(ValueError, match=f"called last, `{'aux' if end == 'aux' else 'head'}`, does not give .* Pass `head=`"):
+        warm_head(model, [(X, Y)])
+    assert equal(before, bits(model))
+    warm_head(model, [(X, Y)], "head")
+    tiny = Ends(end)
+    with torch.no_grad():
+        for p in (*tiny.head.parameters(), *tiny.aux.parameters()):
+            p.mul_(1e-5)  # so that all losses are nearly the same
+    with pytest.raises(ValueError, match="does not give what the model returns"):
+        warm_head(tiny, [(X, Y)])
+
+
+def test_a_model_that_returns_logarithms_of_probabilities_is_fitted_as_one_of_logits():
+    model, other = Ends("log"), Ends("logits")
+    assert warm_head(model, [(X, Y)]) == warm_head(other, [(X, Y)])
+    torch.testing.assert_close(bits(model), bits(other))
+
+
+class Shifted(Encoder):
+    """Its loss is that of the labels after each token."""
+
+    def forward(self, input_ids, labels=None):
+        output = super().forward(input_ids)
+        loss = None if labels is None else F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return Output(logits=output.logits, loss=loss)
+
+
+@pytest.mark.parametrize("head", [None, "score"])
+def test_a_model_whose_own_loss_is_another_one_is_refused_without_a_loss(head):
+    model, ids = Shifted(nn.Linear(5, 12)), tokens()["input_ids"]
+    before = bits(model)
+    with pytest.raises(ValueError, match=r"model's own loss is .*shifts the labels"):
+        warm_head(model, [{"input_ids": ids, "labels": ids}], head)
+    assert equal(before, bits(model))
+    warm_head(model, [{"input_ids": ids, "labels": ids}], head, loss=F.cross_entropy)
+
+
+def test_a_head_whose_weights_are_the_embeddings_is_refused():
+    model, batch = Encoder(nn.Linear(5, 12, bias=False)), tokens()
+    model.score.weight = model.embed.weight
+    with pytest.raises(ValueError, match="has weights that `embed` has as well"):
+        warm_head(model, [batch | {"labels": batch["input_ids"]}])
+
+
+def test_what_takes_no_part_in_a_head_stays_and_modes_buffers_and_the_random_state_too():
+    class Head(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+            self.original = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self[2](self[1](self[0](x)))
+
+    model = nn.Sequential(nn.Linear(6, 8), Head()).double()
+    before, state = bits(model), torch.get_rng_state()
+    left = warm_head(model, [(X, Y)], "1")
+    after = bits(model)
+    assert {name for name in before if not torch.equal(before[name], after[name])} <= {
+        f"1.{k}.{n}" for k in (0, 2) for n in ("weight", "bias")
+    }
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(module.training for module in model.modules())
+    assert left == pytest.approx(float(F.cross_entropy(model.eval()(X), Y).detach()))
+
+
+def test_several_labels_for_each_example_are_yes_or_no():
+    model, other, y = net(), net(), (X[:, :3] > 0).double()
+    left = warm_head(model, [(X, y)])
+    assert left == warm_head(other, [(X, y)], loss=F.binary_cross_entropy_with_logits)
+    assert equal(bits(model), bits(other))
+    numbers = net()
+    warm_head(numbers, [(X, y), (X, 2 * y)], penalty=0)  # no yes or no
+    both = torch.cat([y, 2 * y])
+    rows = numbers.eval()(torch.cat([X, X]))
+    assert float((rows - both).mean().detach()) == pytest.approx(0, abs=1e-4)  # least squares with a bias
+
+
+def test_labels_of_any_whole_type_are_classes():
+    lefts = [warm_head(net(), [(X, y)]) for y in (Y, Y.int(), Y.to(torch.uint8))]
+    assert lefts[0] == lefts[1] == lefts[2]
+    model = net(2)
+    with torch.inference_mode():
+        assert warm_head(model, [(X * 1, X[:, 0] > 0)]) < 0.69
+
+
+def test_labels_that_fit_no_loss_are_refused_in_words():
+    class Everywhere(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.unsqueeze(1).expand(-1, 4, -1))
+
+    model = nn.Sequential(Everywhere(6, 3), nn.Flatten()).double()
+    with pytest.raises(
+        ValueError, match=r"gives outputs of shape \(40, 4, 3\) for labels of shape \(40,\).*leave `warm_head` out"
+    ):
+        warm_head(model, [(X, Y)], "0")
+    with pytest.raises(ValueError, match=r"one output cannot tell classes apart.*pass `loss=`"):
+        warm_head(net(1), [(X, Y % 2)])
+    with pytest.raises(ValueError, match="go from 0 to 3, and the head has 3 outputs"):
+        warm_head(net(), [(X[:20], Y[:20]), (X, Y + 1)])
+    with pytest.raises(ValueError, match=r"one row of logits for each label.*floats of 0 and 1"):
+        warm_head(net(), [(X, torch.ones(40, 3).long())])
+    with pytest.raises(ValueError, match="which are numbers"):
+        warm_head(net(), [(X, X[:, 0])])
+    with pytest.raises(ValueError, match="All labels are -100"):
+        warm_head(net(), [(X, Y * 0 - 100)])
+    with pytest.raises(TypeError, match="`data` must yield batches"):
+        warm_head(net(), (X, Y))
+    with pytest.raises(ValueError, match="no parameters that its output depends on"):
+        warm_head(net(), [(X, Y)], "3")
 
 
 # Distillation
@@ -308,6 +481,32 @@ def test_a_model_that_computes_its_loss_has_the_term_added_in_training_alone(ite
     share = 1 if items is None else int(batch["attention_mask"].sum()) / items
     torch.testing.assert_close(both["loss"], plain["loss"] + share * term)
     assert torch.equal(model(**batch, labels=labels)["loss"], plain["loss"])  # the hook is gone
+
+
+def test_the_term_counts_by_the_micro_batchs_share_of_the_steps_labels():
+    model, batch = Encoder(nn.Linear(5, 4)), tokens()
+    keep = Distillation(model)
+    model = moved(model)
+    labels = torch.full((8, 5), -100)
+    labels[:, 0], labels[:3, 1] = 1, 2  # 11 of 40
+    plain = model(**batch, labels=labels)
+    term = keep(batch, plain)
+    assert float(term.detach()) > 0
+    for first_counts, items, share in ((True, 11, 1), (True, torch.tensor(44), 0.25), (False, 3, 1)):
+        with keep.in_loss(model, first_counts=first_counts):
+            both = model(**batch, labels=labels, num_items_in_batch=items)
+        torch.testing.assert_close(both["loss"], plain["loss"] + share * term)
+
+
+def test_the_term_is_added_only_while_it_is_wanted():
+    model, batch, wanted = Encoder(nn.Linear(5, 4)), tokens(), [True]
+    keep, labels = Distillation(model), batch["input_ids"] % 4
+    model = moved(model)
+    with keep.in_loss(model, active=lambda: wanted[0]):
+        with_term = model(**batch, labels=labels)["loss"]
+        wanted[0] = False
+        assert model(**batch, labels=labels)["loss"] < with_term
+        assert model(**batch)["loss"] is None
 
 
 def test_a_weight_or_temperature_out_of_range_is_refused():

@@ -203,6 +203,82 @@ def test_a_marked_model_can_be_gone_back_to_in_its_first_task(rule):
     assert memory.tasks == 1
 
 
+@pytest.mark.parametrize("rule", [RWalk(), Kronecker()], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize("how", ["attached", "thawed", "loaded"])
+def test_what_is_trained_only_later_in_a_marked_task_begins_where_it_is(rule, how):
+    model = net()
+    start = values(model)
+    model[0].requires_grad_(False)
+    memory = Consolidator(model, rule)
+    memory.mark()
+    optimizer = train(model, memory)
+    if how == "loaded":
+        state, memory = memory.state_dict(), Consolidator(model, rule)
+        memory.load_state_dict(state)
+    memory.attach(optimizer)
+    model[0].requires_grad_(True)
+    if how == "thawed":
+        F.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+    else:
+        memory.detach()
+        train(model, memory)
+    assert not torch.equal(model[0].weight, start["0.weight"])
+    memory.blend(1.0)
+    assert same(values(model), start)
+
+
+def test_what_joins_after_a_first_task_has_no_way_back_until_the_next_one_ends():
+    model = net()
+    model[0].requires_grad_(False)
+    memory = Consolidator(model, RWalk())
+    memory.mark()
+    train(model, memory)
+    end(memory)
+    model[0].requires_grad_(True)
+    train(model, memory)
+    assert "0.weight" not in memory.anchor.point
+
+
+def test_modes_come_back_and_nothing_is_trained_or_changed_inside_evaluate():
+    model = net()
+    memory = Consolidator(model, RWalk())
+    memory.mark()
+    optimizer = train(model, memory)
+    memory.attach(optimizer)
+    model[2].eval()
+    before, seen = bits(model, memory), []
+
+    def evaluate(current):
+        seen.append(current.training)
+        current.eval()
+        for refused in (optimizer.step, memory.consolidate, memory.mark, lambda: memory.path(evaluate)):
+            with pytest.raises(RuntimeError, match="in the `evaluate` of `path`"):
+                refused()
+        return float(memory.penalty())
+
+    memory.path(evaluate, (0.0, 1.0))
+    with pytest.raises(ZeroDivisionError):
+        memory.path(lambda m: m.eval() and 1 / 0)
+    assert seen == [True, True]
+    assert [m.training for m in model] == [True, True, False, True]
+    assert same(before, bits(model, memory))
+    optimizer.step()
+    assert memory.steps == 6
+
+
+def test_values_that_are_no_numbers_are_refused_at_the_first_share():
+    model = net()
+    memory = Consolidator(model, RWalk())
+    memory.mark()
+    train(model, memory)
+    for wrong in (None, {"a": None}, torch.ones(2), "high"):
+        seen = []
+        with pytest.raises(TypeError, match="`evaluate` must return a number"):
+            memory.path(lambda m, wrong=wrong, seen=seen: seen.append(m) or wrong)
+        assert len(seen) == 1
+
+
 def test_what_is_left_out_of_going_back_stays():
     model = net()
     memory = Consolidator(model, RWalk())
@@ -299,6 +375,16 @@ def test_the_best_share_keeps_most_within_a_margin():
     assert curve.best(within=0.5, metric="old", higher=False) == 1
     with pytest.raises(ValueError, match="values bits, old, and no 'new'"):
         curve.best(metric="new")
+    scores = iter([90.0, float("nan"), 89.5, float("nan")])
+    curve = memory.path(lambda m: next(scores), (0, 0.3, 0.6, 0.9))
+    assert curve.best(within=1.0) == 0.6
+    for wrong in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="`within` says how much worse"):
+            curve.best(within=wrong)
+    with pytest.raises(ValueError, match="All values of value are nan"):
+        memory.path(lambda m: float("nan"), (0, 1)).best()
+    with pytest.raises(ValueError, match="has no shares"):
+        memory.path(lambda m: 0.0, ()).best()
     fractions = iter([0.9, 0.4])
     with pytest.raises(ValueError, match=r"within=0\.01"):
         memory.path(lambda m: next(fractions), (0, 1)).best()

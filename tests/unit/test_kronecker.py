@@ -328,6 +328,26 @@ def test_a_file_keeps_the_anchor_and_a_state_what_the_pull_is_behind_with(tmp_pa
     assert memory.state_bytes == sum(t.nbytes for t in [*held, *sums, *(t for c in columns for t in c.values())])
 
 
+@pytest.mark.parametrize("steps", [31, 45, 55])
+def test_rows_that_wait_to_be_joined_go_on_waiting_in_a_state(steps):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(90, 70), torch.nn.Tanh(), torch.nn.Linear(70, 3)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    memory = Consolidator(model).attach(optimizer)
+    chance = torch.Generator().manual_seed(0)
+    data = [(torch.randn(4, 90, generator=chance).double(), torch.randint(3, (4,), generator=chance)) for _ in range(80)]
+    train(model, optimizer, data[:steps])
+    other = copy.deepcopy(model)
+    other_optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    resumed = Consolidator(other)
+    resumed.load_state_dict(memory.state_dict())
+    resumed.attach(other_optimizer)
+    for m, o, c in ((model, optimizer, memory), (other, other_optimizer, resumed)):
+        train(m, o, data[steps:])
+        c.consolidate()
+    assert_same_state(memory, resumed)
+
+
 def test_adopted_layers_keep_their_quadratic_under_other_names_and_grow():
     _, _, memory, _ = consolidated()
     wide = torch.nn.ModuleDict({"a": torch.nn.Linear(6, 9), "b": torch.nn.Linear(9, 4)}).double()

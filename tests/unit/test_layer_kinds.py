@@ -247,7 +247,8 @@ def test_embedding(padding):
     g = d.T @ d / 5
     layer = memory.anchor.layers["layer.weight"]
     assert layer.inputs.basis.numel() == 0  # a diagonal is kept as one
-    assert_layer(layer, a[None], g[None], unit(a[None], g[None]))
+    seen = a.any(1)  # tokens that never come have no part in the unit
+    assert_layer(layer, a[None], g[None], unit(a[None][:, seen][:, :, seen], g[None]))
 
 
 class Conv1D(nn.Module):
@@ -465,3 +466,50 @@ def test_data_and_training_measure_the_same_on_one_batch(make):
         assert torch.allclose(layer.inputs.matrix(), mine.inputs.matrix(), rtol=1e-9, atol=1e-12)
         # a task that was only estimated counts for 300 steps
         assert torch.allclose(layer.outputs.matrix() * 300**0.5, mine.outputs.matrix(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding", "convolution"])
+def test_rows_without_a_gradient_such_as_those_of_padding_have_no_part_in_the_mean_of_inputs(kind):
+    torch.manual_seed(0)
+    counts = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 1, 1]]).double()
+    if kind == "linear":
+        layer, x = nn.Linear(4, 2), torch.randn(5, 3, 4).double()
+    elif kind == "embedding":
+        layer, x = nn.Embedding(6, 2), torch.randint(0, 6, (5, 3))
+    else:
+        layer, x = nn.Conv1d(4, 2, 1), torch.randn(5, 4, 3).double()
+    places = (lambda out: out.mT) if kind == "convolution" else lambda out: out
+    model = Read(layer, lambda layer, x: places(layer(x)) * counts.unsqueeze(2)).double()
+    memory = measured(model, (x,), torch.randn(5).double(), {n for n, _ in model.named_parameters()})
+    rows = F.one_hot(x, 6).double() if kind == "embedding" else torch.cat([torch.ones(5, 3, 1), places(x)], 2)
+    kept = rows[counts.bool()]
+    found = memory.anchor.layers["layer.weight"].inputs.matrix()[0]
+    assert torch.allclose(found, kept.T @ kept / len(kept), rtol=1e-9)
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam], ids=["SGD", "Adam"])
+def test_tokens_that_never_come_change_nothing(make):
+    """Neither the unit, which is a mean over elements, nor the length of an embedding's pull under Adam."""
+
+    def learned(vocabulary):
+        embedding = nn.Embedding(vocabulary, 4)
+        model = nn.Sequential(embedding, nn.Flatten(), nn.Linear(12, 3)).double()
+        with torch.no_grad():
+            embedding.weight[:6] = torch.linspace(-1, 1, 24).view(6, 4)
+            model[2].weight.copy_(torch.linspace(-1, 1, 36).view(3, 12))
+            model[2].bias.zero_()
+        optimizer = make(model.parameters(), lr=0.05)
+        memory = Consolidator(model, strength=5.0).attach(optimizer)
+        chance = torch.Generator().manual_seed(1)
+        for step in range(40):
+            x, y = torch.randint(6, (8, 3), generator=chance), torch.randint(3, (8,), generator=chance)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            if step == 19:
+                memory.consolidate()
+        return float(memory.penalty()), embedding.weight[:6], model[2].weight
+
+    (few, *weights), (many, *others) = learned(6), learned(600)
+    assert few == pytest.approx(many, rel=1e-9) != 0
+    assert all(torch.allclose(w, o, rtol=1e-9) for w, o in zip(weights, others, strict=True))

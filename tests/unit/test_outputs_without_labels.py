@@ -191,6 +191,35 @@ def test_every_rule_takes_such_a_reader(rule):
     assert read.penalty() > 0
 
 
+class Placed(nn.Module):
+    """Logits for each token of a sequence, with padding that nothing but `attention_mask` tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.places, self.words, self.mix = nn.Embedding(6, 4), nn.Embedding(9, 4), nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, input_ids, attention_mask):
+        hidden = self.words(input_ids) + self.places(torch.arange(input_ids.shape[1]).expand_as(input_ids))
+        return SimpleNamespace(logits=self.mix(hidden.sin()))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [EWC(labels="sample"), EWC(labels="output"), MAS(), Kronecker(measure="data"), Kronecker(labels="output")],
+    ids=lambda r: f"{type(r).__name__} {getattr(r, 'labels', '')}",
+)
+def test_without_labels_padding_has_no_importance(rule):
+    torch.manual_seed(0)
+    model, ids = Placed(), torch.randint(9, (8, 6))
+    memory = Consolidator(model, rule)
+    mask = torch.tensor([1, 1, 1, 1, 0, 0]).repeat(8, 1)
+    memory.estimate([{"input_ids": ids, "attention_mask": mask}])
+    places = memory.anchor.importance()["places.weight"].sum(1)
+    assert (places[:4] > 0).all()
+    assert (places[4:] == 0).all()
+
+
 def test_a_single_input_comes_as_it_is():
     model, x = mlp(), x_of(4)
     want = gradients_of(nn.Sequential(model), [x])("norm", torch.abs)

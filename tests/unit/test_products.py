@@ -528,6 +528,23 @@ def test_where_the_base_has_taken_an_adapter_up_the_whole_weight_stays_held(dtyp
     assert truth > 0
 
 
+@pytest.mark.parametrize("anew", [True, False], ids=["merged", "in place"])
+def test_products_are_held_as_they_were_where_adapters_count_more_or_less_now(anew):
+    model, optimizer, memory = trained()
+    before, layers = whole_weights(model), dict(memory.anchor.layers)
+    for layer in (model.first, model.second):
+        if anew:
+            merged(layer)
+            reset(layer)
+        layer.scaling["one"] = 0.5
+    train(model, optimizer, batches(1, 10))
+    truth = 0.0
+    for (name, then), now in zip(before.items(), whole_weights(model).values(), strict=True):
+        d, layer = now - then, layers[f"{name}.lora_B.one.weight"]
+        truth += float(torch.trace(d.T @ layer.outputs.matrix()[0] @ d @ layer.inputs.matrix()[0]))
+    assert float(memory.penalty()) == pytest.approx(0.1 * truth, rel=1e-9) != 0
+
+
 def test_merging_for_a_while_changes_nothing():
     model, optimizer, memory = trained()
     anchor = memory.anchor

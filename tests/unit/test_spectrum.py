@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rwalk.anchors.factors import Arrangement, KroneckerFactor
-from rwalk.anchors.incremental import MOST_ROWS, fewer_rows
+from rwalk.anchors.incremental import DRAWN, drawn_rows, fewer_rows
 from rwalk.anchors.spectrum import SecondMoment, Spectrum, add_sums
 
 
@@ -73,11 +73,35 @@ def test_what_has_fewer_directions_than_are_followed_is_exact(name):
 
 
 def test_many_rows_of_a_convolution_show_the_same_directions():
-    rows = rows_of(DECAY, n=3 * MOST_ROWS)[:, torch.randperm(3 * MOST_ROWS, generator=torch.Generator().manual_seed(0))]
+    rows = rows_of(DECAY, n=3 * DRAWN)[:, torch.randperm(3 * DRAWN, generator=torch.Generator().manual_seed(0))]
     exact, followed = summed(rows, None).spectrum(1.0, 12), summed(rows, 12).spectrum(1.0, 12)
     overlap = (exact.basis[0, :4] @ followed.basis[0].T).square().sum(1)
     assert (overlap > 0.99).all()
     assert torch.allclose(followed.values[0, :4], exact.values[0, :4], rtol=0.1)
+
+
+@pytest.mark.parametrize("examples", [64, 128, 147])
+def test_rows_are_drawn_at_all_places_of_an_image(examples):
+    """Each place has a direction of its own; rows at even distances would see some places alone."""
+    places = torch.eye(49).double() * torch.linspace(1, 3, 49)
+    rows = places.repeat(examples, 1).unsqueeze(0)
+    found = summed(rows, 40).spectrum(1.0, 40)
+    exact = rows[0].T @ rows[0]
+    assert float((found.basis[0] @ exact @ found.basis[0].T).trace()) > 0.95 * float(exact.diagonal().sort().values[-40:].sum())
+
+
+def test_rows_are_drawn_where_there_is_something():
+    """One row of fifty has a gradient, as where a sequence is read at one place."""
+    rows = torch.zeros(2, 6400, 30).double()
+    rows[:, ::50] = rows_of(DECAY[:30], n=128, groups=2)
+    squares = rows.square().sum(2)
+    drawn = drawn_rows(rows, squares)
+    assert drawn.shape == (2, DRAWN, 30)
+    assert torch.allclose(drawn.square().sum((1, 2)), squares.sum(1), rtol=1e-9)
+    for group, exact in zip(drawn, rows, strict=True):
+        off = group.T @ group - exact.T @ exact
+        assert off.norm() < 0.1 * (exact.T @ exact).norm()
+    assert not drawn_rows(torch.zeros(1, 6400, 30), torch.zeros(1, 6400)).any()
 
 
 @pytest.mark.parametrize("n", [41, 200, 1000])

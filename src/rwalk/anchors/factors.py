@@ -73,9 +73,9 @@ class Moments(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """How many elements the layer has."""
-        groups, inputs = len(self.inputs.total), self.inputs.total.shape[-1]
-        return groups * inputs * self.outputs.total.shape[-1]
+        """How many elements the layer has; of an embedding those of the tokens that came, whatever the vocabulary."""
+        inputs = int(self.inputs.total.count_nonzero()) if self.inputs.total.dim() == 2 else self.inputs.total.shape[-1]
+        return len(self.outputs.total) * inputs * self.outputs.total.shape[-1]
 
 
 class Cut(NamedTuple):

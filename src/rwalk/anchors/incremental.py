@@ -3,15 +3,16 @@
 A sum is held by rows that are as long as the roots of its eigenvalues, and by a few more that wait to be joined with them.
 """
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-MOST_ROWS = 512
-"""How many rows are looked at, at most: of more of them, as of a convolution, every n-th one."""
+DRAWN = 512
+"""How many rows are drawn of those of a convolution."""
+IN_CACHE = 2**19
+"""Elements that are squared at a time on a CPU, so that they stay in the cache."""
 BLOCK = 1024
 """Rows of the probe that are drawn at a time, so that a longer one begins with a shorter one."""
 
@@ -59,14 +60,52 @@ def fewer_rows(rows: Tensor, most: int) -> Tensor:
         rows: (groups, n, size).
         most: how many directions count; up to twice as many rows stay as they are.
     """
-    step = (rows.shape[1] // MOST_ROWS) | 1
-    if step > 1:
-        rows = rows[:, ::step] * math.sqrt(rows.shape[1] / rows[:, ::step].shape[1])
     if rows.shape[1] <= 2 * most:
         return rows
     projected = rows @ probe(rows.shape[2], min(2 * most, rows.shape[2]), rows.dtype, rows.device)
     fewer: Tensor = _inverse_root(projected.mT @ projected) @ (projected.mT @ rows)
     return fewer
+
+
+def drawn_rows(rows: Tensor, squares: Tensor) -> Tensor:
+    """Draw some of many rows by their squared lengths, scaled so that their sum of outer products is that of all on average.
+
+    They are spread evenly over the total, with a little chance: rows at even distances would show always the same places of
+    an image (Frieze, Kannan, Vempala 2004, "Fast Monte-Carlo algorithms for finding low-rank approximations").
+
+    Args:
+        rows: (groups, n, size).
+        squares: the squared length of each of them, (groups, n); 0 for those that do not count.
+    """
+    total = squares.sum(1, keepdim=True)
+    places = (_steps(rows.dtype, rows.device) * total).expand(len(rows), -1).contiguous()
+    chosen = torch.searchsorted(squares.cumsum(1), places).clamp_(max=rows.shape[1] - 1)
+    length = squares.gather(1, chosen)
+    scale = torch.where(length > 0, (total / DRAWN / length).sqrt(), 0)
+    if rows.stride(2) == 1 and len(rows) == 1:
+        found: Tensor = rows[:, chosen[0]]
+    else:
+        found = rows.mT.gather(2, chosen.unsqueeze(1).expand(-1, rows.shape[2], -1)).mT
+    found.mul_(scale.unsqueeze(2))
+    return found
+
+
+def squared_lengths(rows: Tensor) -> Tensor:
+    """Return the squared length of each of (groups, n, size) rows, along which memory may run or not."""
+    if rows.stride(2) == 1 or not rows.is_cpu:
+        lengths: Tensor = torch.linalg.vector_norm(rows, dim=2)
+        return lengths.square_()
+    total = rows.new_zeros(rows.shape[:2])
+    for part in rows.split(max(1, IN_CACHE // max(1, total.numel())), 2):
+        total.add_(part.square().sum(2))
+    return total
+
+
+@lru_cache(maxsize=8)
+def _steps(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return increasing numbers between 0 and 1, one at random in each of as many equal parts as rows are drawn."""
+    chance = torch.rand(DRAWN, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    return ((torch.arange(DRAWN) + chance) / DRAWN).to(device, dtype)
 
 
 def _inverse_root(gram: Tensor) -> Tensor:

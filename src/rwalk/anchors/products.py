@@ -59,6 +59,10 @@ class ProductFactor(HeldLayer):
         up, down = (point[name].to(vector) for name in self.names(weight))
         return (up * (down * vector).sum(1)).sum(1) * self.arrangement.scale
 
+    def multiplied(self, scale: float) -> "ProductFactor":
+        """Return the adapter with another scale."""
+        return replace(self, arrangement=self.arrangement._replace(scale=scale))
+
     def leading(self, weight: str) -> list[str]:
         """Name both factors."""
         return self.names(weight)

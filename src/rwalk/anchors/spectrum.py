@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rwalk.anchors.incremental import fewer_rows, joined_rows
+from rwalk.anchors.incremental import drawn_rows, fewer_rows, joined_rows, squared_lengths
 from rwalk.distributed.ranks import Ranks
 
+MANY = 1024
+"""So many rows, or more, as of a convolution, are not all looked at."""
 OVERSAMPLING = 8
 """How many more directions are followed while a matrix is summed up than are kept of it."""
 
@@ -101,9 +103,15 @@ class SecondMoment:
         """Start a sum that is a diagonal."""
         return cls(like.new_zeros(1, size), like.new_zeros(1))
 
-    def add(self, rows: Tensor) -> None:
-        """Add x x^T for each of (groups, n, size) rows."""
-        self.trace.add_(torch.linalg.vector_norm(rows, dim=(1, 2)).square())  # no tensor as large as the rows
+    def add(self, rows: Tensor, counting: Tensor | None = None) -> None:
+        """Add x x^T for each of (groups, n, size) rows; only for those that count, where `counting` has 1 and not 0, (n,)."""
+        squares = squared_lengths(rows)
+        squares = squares if counting is None else squares * counting
+        self.trace.add_(squares.sum(1))
+        if self.most is not None and rows.shape[1] >= MANY:
+            rows = drawn_rows(rows, squares)
+        elif counting is not None:
+            rows = rows * counting.unsqueeze(1)
         if self.most is not None:
             self._join(fewer_rows(rows, self.most), 2 * self.most)
         else:
@@ -143,13 +151,14 @@ class SecondMoment:
     def put_into(self, other: "SecondMoment") -> None:
         """Write the sum into the leading block of one of more coordinates."""
         total = self.total
-        if other.most is not None and self.most is None:
+        if other.most is None:
+            other.total[tuple(map(slice, total.shape))] = total
+        elif self.most is None:
             values, basis = _eigenpairs(total.double())
             total = (basis * values.sqrt().unsqueeze(1)).mT.to(total.dtype)
-        if other.most is not None:
             other._join(F.pad(total, (0, other.total.shape[2] - total.shape[2])), other.most)
-        else:
-            other.total[tuple(map(slice, total.shape))] = total
+        else:  # rows that wait go on waiting
+            other.total = F.pad(total, (0, other.total.shape[2] - total.shape[2]))
         other.trace.copy_(self.trace)
 
     def spectrum(self, share: float, rank: int | None, earlier: Spectrum | None = None, factor: float = 0.0) -> Spectrum:

@@ -154,7 +154,7 @@ class Consolidator(GoingBack, SavedState):
 
     @property
     def skipped(self) -> int:
-        """How many steps were left out, by a loss scaler or because gradients were not finite."""
+        """How many steps were left out: by a fused optimiser for its loss scaler, or because gradients were not finite."""
         return self._observer.skipped
 
     @torch.inference_mode(False)

@@ -3,6 +3,7 @@
 Interpolation of weights: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models" (WiSE-FT), arXiv 2109.01903.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Curve:
     metrics: tuple[str, ...] = ("value",)
 
     def best(self, within: float = 1.0, metric: str | None = None, higher: bool = True) -> float:
-        """Return the largest share whose value is at most `within` worse than the best: it keeps most.
+        """Return the largest share whose value is at most `within` worse than the best: it keeps most. A nan is never best.
 
         Args:
             within: in the unit of the values.
@@ -64,18 +65,27 @@ class Curve:
             higher: whether larger values are better.
 
         Raises:
-            ValueError: if there is no such metric, or if `within` is in percent and the values are fractions.
+            ValueError: if there is no such metric, or no value that is a number; if `within` is negative, or in percent where
+                the values are fractions.
         """
+        if not within >= 0:
+            raise ValueError(f"`within` says how much worse a value may be, 0 or more, but is {within!r}.")
+        if not self.shares:
+            raise ValueError("The curve has no shares, so that none is the best. Pass some to `path`.")
         name = self.metrics[0] if metric is None else metric
         if name not in self.metrics:
             raise ValueError(f"The curve has the values {', '.join(self.metrics)}, and no {name!r}. Pass one of these names.")
-        column = [row[self.metrics.index(name)] * (1 if higher else -1) for row in self.values]
-        if within >= 1 and all(0 <= abs(value) <= 1 for value in column):
+        place = self.metrics.index(name)
+        pairs = [(share, row[place] * (1 if higher else -1)) for share, row in zip(self.shares, self.values, strict=True)]
+        known = {share: value for share, value in pairs if not math.isnan(value)}
+        if not known:
+            raise ValueError(f"All values of {name} are nan, so that no share is the best. Look at what `evaluate` returns.")
+        if within >= 1 and all(0 <= abs(value) <= 1 for value in known.values()):
             raise ValueError(
                 f"All values lie between 0 and 1, so that `within={within}` accepts every share. For one point of an accuracy "
                 "that is a fraction pass `within=0.01`."
             )
-        return max(share for share, value in zip(self.shares, column, strict=True) if value >= max(column) - within)
+        return max(share for share, value in known.items() if value >= max(known.values()) - within)
 
     def __str__(self) -> str:
         """Lay the curve out as a table of plain text."""
@@ -101,16 +111,31 @@ class EvenSteps(NamedTuple):
 def evaluated(memory: Memory, evaluate: Callable[[nn.Module], Any], shares: Sequence[float], way: Way) -> Curve:
     """Evaluate models on the way back, and restore every bit of the one there is; see `Consolidator.path`."""
     shares = tuple(map(check_share, shares))
+    modes = [(module, module.training) for module in memory.model.modules()]
     rows = []
     for share in shares:
         with weights_kept(memory, always=True):
             go_back(memory, share, way)
-            found = evaluate(memory.model)
-        rows.append(dict(found) if isinstance(found, Mapping) else {"value": found})
+            memory.lent = True
+            try:
+                rows.append(_numbers(evaluate(memory.model)))
+            finally:
+                memory.lent = False
+                for module, mode in modes:
+                    module.training = mode
     metrics = tuple(rows[0]) if rows else ()
     if any(tuple(row) != metrics for row in rows):
         raise ValueError("`evaluate` returned values of different names for different shares. Return the same names each time.")
-    return Curve(shares, tuple(tuple(float(value) for value in row.values()) for row in rows), metrics)
+    return Curve(shares, tuple(tuple(row.values()) for row in rows), metrics)
+
+
+def _numbers(found: Any) -> dict[str, float]:
+    """Return what `evaluate` has returned as numbers by name."""
+    try:
+        return {name: float(value) for name, value in (found if isinstance(found, Mapping) else {"value": found}).items()}
+    except (TypeError, ValueError, RuntimeError):
+        kind = type(found).__name__
+        raise TypeError(f"`evaluate` must return a number, or several by name, but returned a `{kind}`.") from None
 
 
 def check_share(value: Any) -> float:
@@ -198,7 +223,8 @@ class GoingBack:
     def mark(self) -> None:
         """Remember where the weights are, of all parameters without an anchor, as what `path` and `blend` go back to.
 
-        Call it before the first task of a pretrained model; nothing is held by it.
+        Call it before the first task of a pretrained model; nothing is held by it. Parameters that are trained only later in
+        that task, such as frozen ones, begin where they are then.
         """
         self._observer.resolve()
         self._memory.mark()
@@ -213,7 +239,9 @@ class GoingBack:
         exclude: Named | None = None,
         data: Iterable[Any] | None = None,
     ) -> Curve:
-        """Evaluate models between the weights as they are and the anchor, and restore every bit; see `blend`.
+        """Evaluate models between the weights as they are and the anchor, and restore every bit and mode; see `blend`.
+
+        Inside `evaluate`, a step of the watched optimiser is refused, and so is what changes, saves or copies the memory.
 
         Args:
             evaluate: called with the model at each share; returns a number, or several by name. It may refit a head.

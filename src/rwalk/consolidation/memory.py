@@ -59,7 +59,8 @@ class Memory:
         begun: what the parameters were like when the task began, as far as that is known.
         turns: how far the weights have gone since they were last pulled, where that is not done at each step.
         turned: whether they were pulled in this task, and since the protected parameters were last looked for.
-        lent: whether the model has the weights that the task would end with, for a while.
+        lent: whether the model has other weights for a while, such as those that the task would end with.
+        marked: whether what joins in this task begins where it is.
         loaded: whether the state was loaded, and no step made since.
         stepped: whether the optimiser has made a step since it was attached to.
     """
@@ -73,7 +74,7 @@ class Memory:
         self.state: Any = self.rule.init([])
         self.anchor: Anchor = self.rule.anchor_kind()
         self.tail, self.moves, self.turns, self.begun = Tail(), Moves(), Turns(), Writes({})
-        self.shown = self.turned = self.lent = self.loaded = self.stepped = False
+        self.shown = self.turned = self.lent = self.marked = self.loaded = self.stepped = False
         self.tasks, self.steps = 0, 0
         self.last_end: LastEnd | None = None
         self.squares: gradients.Squares | None = None
@@ -125,7 +126,7 @@ class Memory:
         self.anchor, self.state, self.last_end, self.moves, self.moments = anchor, state, last_end, moves, moments
         self.tasks, self.steps, self.renewed, self.turns = self.tasks + bool(counts), 0, False, Turns()
         self.tail.restart()
-        self.shown = self.turned = False
+        self.shown = self.turned = self.marked = False
         note_learned(self)
         self.watch_next()
         self.renew()
@@ -180,6 +181,9 @@ class Memory:
         lost = self._lost(now)
         state, moves = self._followed_state(now, lost)
         anchor = self.anchor.align({name: p for name, p in now.theta.items() if name not in lost})
+        if self.marked:
+            joins = {name: p for name, p in now.theta.items() if name not in self.protected.theta}
+            anchor = anchor.begun(joins, bool(now.shard_group.groups))
         tail = self.tail.followed(now.theta, lost) if self.averages else self.tail
         anchor, state = self.offload.keep_anchor(anchor), self.offload.keep(self.rule, state)
         self.collect_squares(now)
@@ -262,6 +266,7 @@ class Memory:
         """Remember where parameters are that have no anchor; see `Consolidator.mark`."""
         self.widen(() if self.protected.theta else self.scope.trainable(self.model))
         self.anchor = self.offload.keep_anchor(self.anchor.begun(self.theta(), bool(self.protected.shard_group.groups)))
+        self.marked = not self.tasks
 
     def of_my_kind(self, anchor: Anchor, now: ProtectedParameters) -> Anchor:
         """Return an anchor that the rule can hold to for some parameters, with the same quadratic."""

@@ -13,7 +13,7 @@ from rwalk._parameters import bare, listed, named_parameters
 from rwalk.anchors.base import Anchor
 from rwalk.anchors.kronecker import KroneckerAnchor
 from rwalk.anchors.products import ProductFactor
-from rwalk.gradients.adapters import ProbedBase, probed_bases
+from rwalk.gradients.adapters import ProbedBase, adapter_scales, probed_bases
 
 if TYPE_CHECKING:
     from rwalk.consolidation.memory import Memory
@@ -23,16 +23,18 @@ MOST = 8
 
 
 def note_bases(anchor: Anchor, model: nn.Module) -> Anchor:
-    """Return an anchor that knows what the weights of layers with adapters are like now."""
+    """Return an anchor that knows what adapters are multiplied by now, and what the weights of their layers are like."""
     if not isinstance(anchor, KroneckerAnchor) or not (held := _products(anchor)):
         return anchor
-    layers = {up: replace(held[up], base=base.value) for base in _bases(model, held) for up in base.ups}
+    scales = adapter_scales(bare(model), _names(model, held))
+    held = {up: layer.multiplied(scales.get(up, layer.arrangement.scale)) for up, layer in held.items()}
+    layers = held | {up: replace(held[up], base=base.value) for base in _bases(model, held) for up in base.ups}
     return replace(anchor, layers={**anchor.layers, **layers})
 
 
 def follow_merged(memory: "Memory") -> None:
     """Let an adapter's product at the point be 0 where the layer's own weight has taken it up since; drop what fits no more."""
-    anchor = memory.anchor
+    anchor = memory.anchor = _rescaled(memory.anchor, memory.model)
     held = {up: layer for up, layer in _products(anchor).items() if layer.base is not None}
     if not held or not isinstance(anchor, KroneckerAnchor):
         return
@@ -54,6 +56,23 @@ def follow_merged(memory: "Memory") -> None:
         _warn_of_lost(lost)
 
 
+def _rescaled(anchor: Anchor, model: nn.Module) -> Anchor:
+    """Return an anchor with the products as they were, where adapters are multiplied by other numbers now."""
+    if not isinstance(anchor, KroneckerAnchor) or not (held := _products(anchor)):
+        return anchor
+    scales = adapter_scales(bare(model), _names(model, held))
+    changed = {up: new for up, new in scales.items() if new and new != held[up].arrangement.scale}
+    if not changed:
+        return anchor
+    point = {up: anchor.point[up] * (held[up].arrangement.scale / new) for up, new in changed.items()}
+    layers = {up: held[up].multiplied(new) for up, new in changed.items()}
+    return replace(anchor, point={**anchor.point, **point}, layers={**anchor.layers, **layers})
+
+
+def _names(model: nn.Module, held: Mapping[str, ProductFactor]) -> dict[int, str]:
+    return {id(p): name for name, p in named_parameters(model, held).items()}
+
+
 def _products(anchor: Anchor) -> dict[str, ProductFactor]:
     layers = anchor.layers if isinstance(anchor, KroneckerAnchor) else {}
     return {up: layer for up, layer in layers.items() if isinstance(layer, ProductFactor)}
@@ -61,7 +80,7 @@ def _products(anchor: Anchor) -> dict[str, ProductFactor]:
 
 def _bases(model: nn.Module, held: Mapping[str, ProductFactor]) -> Iterator[ProbedBase]:
     """Yield the weights of layers with adapters that are held, with the names of these adapters."""
-    yield from probed_bases(bare(model), {id(p): name for name, p in named_parameters(model, held).items()})
+    yield from probed_bases(bare(model), _names(model, held))
 
 
 def _merged(base: ProbedBase, held: Mapping[str, ProductFactor], point: Mapping[str, Tensor]) -> list[str] | None:

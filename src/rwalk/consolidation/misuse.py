@@ -88,8 +88,8 @@ def refuse_lent(memory: "Memory") -> None:
     """Raise a RuntimeError for what may not happen while the model has weights for a while."""
     if memory.lent:
         raise RuntimeError(
-            "Inside `with memory.averaged():` the model has other weights for a while, so that no step is made there, and the "
-            "memory is not changed, saved or copied. Leave the block first."
+            "Inside `with memory.averaged():` and in the `evaluate` of `path` the model has other weights for a while, so that "
+            "no step is made there, and the memory is not changed, saved or copied. Leave the block first, or the function."
         )
 
 

@@ -119,7 +119,7 @@ class DeferredSteps:
         metrics: reads the optimiser.
         names: of the parameters, in the order of `metrics`.
         lengths: the sum over steps of 2 * strength * learning rate, for those that have moved.
-        mean: takes a parameter's part on this rank; returns the mean of all of it.
+        mean: takes a parameter's part on this rank; returns the mean over all of it that the optimiser moves.
     """
 
     def __init__(

@@ -69,6 +69,7 @@ def restore(memory: Memory, saved: Mapping[str, Any]) -> None:
     memory.last_end = LastEnd.read(saved["last_end"]) if saved["last_end"] else None
     memory.anchor, memory.state = memory.offload.keep_anchor(anchor), memory.offload.keep(memory.rule, state)
     memory.begun = Writes({}, "" if memory.steps else written)
+    memory.marked = bool(anchor.point) and not memory.tasks and not any(anchor.totals(now.shard_group).values())
     memory.turns = Turns(saved["turns"]["lengths"], saved["turns"]["since"])
     memory.stop_collecting()
     memory.moments = moments

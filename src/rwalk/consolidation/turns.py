@@ -48,10 +48,11 @@ def pull_steps(protected: ProtectedParameters, metrics: proximal.Metrics, length
     """Return how long the steps of a pull are that makes up for several steps of an optimiser."""
 
     def mean(part: Tensor) -> Tensor | float:
+        """Return the mean over the elements that the optimiser has moved, without those of tokens that never came."""
         if not protected.shard_group.groups:
-            return part.mean()
-        total, every = protected.shard_group.sums([float(part.sum()), part.numel()])
-        return total / every
+            return part.sum() / part.count_nonzero().clamp_(min=1)
+        total, moved = protected.shard_group.sums([float(part.sum()), int(part.count_nonzero())])
+        return total / max(moved, 1)
 
     return proximal.DeferredSteps(metrics, list(protected.theta), lengths, mean)
 

@@ -4,8 +4,9 @@ Hinton, Vinyals, Dean 2015 (arXiv 1503.02531); as a penalty on forgetting Li and
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +15,15 @@ from torch import Tensor, nn
 from rwalk import gradients
 from rwalk._parameters import bare, state_dtype
 from rwalk.finetuning.rows import Read, read_rows, without_labels
+from rwalk.gradients.likelihood import IGNORED
 
 
 class Distillation:
     """weight * KL(softmax(old / T) || softmax(new / T)) * T^2, the mean over rows: `loss = loss + distill(x, model(x))`.
 
-    The old model is a frozen copy in eval mode; with PEFT the same model without its adapters, which takes no memory. It costs
-    one forward pass a step. A consolidator beside it sees the gradient of the whole loss.
+    The old model is a frozen copy in eval mode; with PEFT the same model without its adapters, which takes no memory, and with
+    the modules of before `get_peft_model` in place of its `modules_to_save`, such as a head. It costs one forward pass a step.
+    A consolidator beside it sees the gradient of the whole loss.
 
     Args:
         model: the network as it should stay, before it is trained further.
@@ -62,6 +65,7 @@ class Distillation:
             return
         adapted: Any = self._adapted
         modes = [(module, module.training) for module in adapted.modules()]
+        flags = [(p, p.requires_grad) for p in adapted.parameters()]
         adapted.eval()
         try:
             with adapted.disable_adapter():
@@ -69,35 +73,57 @@ class Distillation:
         finally:
             for module, mode in modes:
                 module.training = mode
+            for p, required in flags:  # PEFT unfreezes whatever adapter is active
+                p.requires_grad = required
 
     @contextmanager
-    def in_loss(self, model: nn.Module) -> Iterator[None]:
+    def in_loss(self, model: nn.Module, active: Callable[[], bool] = lambda: True, first_counts: bool = True) -> Iterator[None]:
         """Add the term to the loss that a model computes itself, in train mode, as Hugging Face's do.
+
+        Args:
+            model: the network.
+            active: whether the term is to be added now; asked in each forward pass.
+            first_counts: whether `num_items_in_batch` counts the first label of each row; not where labels are shifted.
 
         Raises:
             RuntimeError: in a forward pass without such a loss.
         """
-        handle = bare(model).register_forward_hook(self._added, with_kwargs=True)
+        hook = partial(self._added, torch.compiler.disable(active), first_counts)
+        handle = bare(model).register_forward_hook(hook, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
 
-    def _added(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not model.training or not torch.is_grad_enabled() or not self.weight:
+    def _added(
+        self,
+        active: Callable[[], bool],
+        first_counts: bool,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> Any:
+        if not model.training or not torch.is_grad_enabled() or not self.weight or not active():
             return None
         if not isinstance(getattr(output, "loss", None), Tensor):
             raise RuntimeError(
                 "The model's output has no loss that the term could be added to. In a loop or a `compute_loss` of your own, "
                 "add `distill(batch, output)` to the loss."
             )
-        tokens = kwargs.get("num_items_in_batch")
         batch = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"} or (args, None)
-        term = self(batch, output)
-        if tokens is not None:  # Trainer sums the losses of a step's micro-batches, each over the number of all its tokens
-            term = term * (len(read_rows(output, batch, self._read).values) / float(tokens))
-        output["loss"] = output.loss + term
+        output["loss"] = output.loss + _share_of_step(kwargs, first_counts) * self(batch, output)
         return output
+
+
+def _share_of_step(kwargs: Mapping[str, Any], first_counts: bool) -> float:
+    """Return the share of a step's labels that are in this micro-batch: Trainer adds up the losses of all of them."""
+    items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+    shifted = kwargs.get("shift_labels")
+    if items is None or not isinstance(labels, Tensor):
+        return 1.0
+    counted = shifted if isinstance(shifted, Tensor) else labels if first_counts else labels[..., 1:]
+    return int((counted != IGNORED).sum()) / (float(items) or 1.0)
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

@@ -3,32 +3,64 @@
 Kumar et al. 2022, "Fine-tuning can distort pretrained features and underperform out-of-distribution" (LP-FT), arXiv 2202.10054.
 """
 
-from collections.abc import Callable, Iterable
-from itertools import islice
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rwalk import gradients
 from rwalk._errors import printable
 from rwalk._parameters import bare
-from rwalk.gradients.batches import examples
+from rwalk.consolidation.task_end import refuse_data
+from rwalk.finetuning.head_checks import (
+    FirstBatch,
+    Loss,
+    models_loss,
+    refuse_labels,
+    refuse_shared,
+    rows_and_labels,
+    suggested,
+    used_parameters,
+)
+from rwalk.gradients.batches import ExampleBatch, examples
+from rwalk.gradients.isolation import differentiable
 from rwalk.gradients.likelihood import IGNORED
 from rwalk.gradients.texts import readable
+
+NO_BATCH = "The data have no batch. Pass a loader of the task's examples with their labels."
+
+
+class Call(NamedTuple):
+    """A call of a model.
+
+    Args:
+        head: the module that was called within it: the one that was named, or the last linear layer.
+        inputs: what that got.
+        batch: what the model got.
+        output: what it returned.
+    """
+
+    head: nn.Module
+    inputs: Tensor
+    batch: ExampleBatch
+    output: Any
 
 
 class Features(NamedTuple):
     """What a head is fitted on.
 
     Args:
-        inputs: what came into the head, one row for each label.
+        head: the head.
+        inputs: what came into it, one row for each label.
         labels: what should come out of it.
+        loss: the loss that the model computes itself; None if it computes none.
     """
 
+    head: nn.Module
     inputs: Tensor
     labels: Tensor
+    loss: Loss | None
 
 
 def warm_head(
@@ -36,21 +68,23 @@ def warm_head(
     data: Iterable[Any],
     head: nn.Module | str | None = None,
     *,
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    loss: Loss | None = None,
     penalty: float = 1.0,
     steps: int = 100,
 ) -> float:
     """Fit a model's head on its features as they are, before the rest is trained: `warm_head(model, loader)`.
 
-    One pass over the data without gradients, then L-BFGS on the head alone. All other weights, modes, buffers and gradients
-    stay as they are. The features of all data are held in memory meanwhile.
+    One pass over the data without gradients, then L-BFGS on the head alone, in eval mode. All other weights, modes, buffers
+    and gradients stay as they are. The features of all data are held in memory meanwhile.
 
     Args:
         model: the network.
         data: batches `(inputs, labels)`, or mappings with "labels".
         head: the head, as a module or by name; the linear layer that is called last if None. What comes out of it must be the
             logits, or the predictions.
-        loss: of outputs and labels, a mean; cross-entropy for whole numbers, squared error for others if None.
+        loss: of outputs and labels, a mean. If None, cross-entropy for whole numbers; for floats the binary one if they have
+            two dimensions and are all 0 or 1, several labels for each example, and else squared error. A model that computes a
+            loss of its own must compute the same.
         penalty: weight of half the squared norm of the head's weights over the number of rows, as scikit-learn's 1 / C.
         steps: how many steps of L-BFGS at most.
 
@@ -58,10 +92,17 @@ def warm_head(
         The mean loss over the data that is left, without the penalty.
 
     Raises:
-        ValueError: if there is no such head or no data, or inputs and labels do not fit.
+        ValueError: if there is no such head or no data, if inputs and labels do not fit, if a head that was not passed does
+            not give what the model returns, or the head shares weights with other modules.
     """
-    found, features = _features(model, data, _find_head(model, head))
-    return _fit(found, features, loss or _loss_for(features.labels), penalty / len(features.labels), steps)
+    refuse_data(data)
+    named = _find_head(model, head)
+    with gradients.isolated(model) as kept, gradients.noted_calls(bare(model), named) as calls:
+        features = _features(model, _calls(kept, bare(model), data, named, calls), named is None, loss)
+        if loss is None:
+            with torch.no_grad():
+                refuse_labels(features.inputs, features.head(features.inputs), features.labels)
+        return _fit(features, loss or features.loss or suggested(features.labels), penalty / len(features.labels), steps)
 
 
 def called_head(model: nn.Module, data: Iterable[Any], head: nn.Module | str | None = None) -> nn.Module:
@@ -70,8 +111,13 @@ def called_head(model: nn.Module, data: Iterable[Any], head: nn.Module | str | N
     Raises:
         ValueError: if there is none.
     """
-    named = _find_head(model, head)
-    return named or _features(model, islice(iter(data), 1), None)[0]
+    named, root = _find_head(model, head), bare(model)
+    if named is not None:
+        return named
+    with gradients.isolated(model) as kept, gradients.noted_calls(root) as calls:
+        for call in _calls(kept, root, data, None, calls):
+            return call.head
+    raise ValueError(NO_BATCH)
 
 
 def _find_head(model: nn.Module, head: nn.Module | str | None) -> nn.Module | None:
@@ -87,82 +133,74 @@ def _find_head(model: nn.Module, head: nn.Module | str | None) -> nn.Module | No
     return head
 
 
-def _features(model: nn.Module, data: Iterable[Any], head: nn.Module | None) -> tuple[nn.Module, Features]:
-    """Return a model's head, found if it was not named, and what comes into it for each label."""
-    root = bare(model)
+@torch.no_grad()
+def _calls(kept: gradients.ModelSnapshot, root: nn.Module, data: Any, head: nn.Module | None, calls: Any) -> Iterator[Call]:
+    """Yield what each batch of labelled data makes of a model; `calls` receives the calls of its layers."""
     device = next((p.device for p in root.parameters()), torch.device("cpu"))
-    inputs, labels = [], []
-    with gradients.isolated(model) as kept, torch.no_grad(), gradients.noted_calls(root, head) as calls:
-        for batch in examples((readable(root, raw) for raw in data), None, device):
-            calls.clear()
-            kept.call(lambda m, b: m(*b.args, **b.kwargs), root, batch)
-            if not calls:
-                raise ValueError("The model calls no such head. Pass `head=`, the module whose outputs are the logits.")
-            head, came = calls[-1]
-            rows, wanted = _rows(came, batch.target)
+    for batch in examples((readable(root, raw) for raw in data), None, device):
+        calls.clear()
+        output = kept.call(lambda m, b: m(*b.args, **b.kwargs), root, batch)
+        found = [(module, inputs) for module, inputs in calls if head is None or module is head]
+        if not found:
+            raise ValueError("The model calls no such head. Pass `head=`, the module whose outputs are the logits.")
+        head, came = found[-1]
+        yield Call(head, came, batch, output)
+
+
+def _features(model: nn.Module, calls: Iterator[Call], check: bool, loss: Loss | None) -> Features:
+    """Return a model's head, and what comes into it for each label; `check` that a head which was found is its last part."""
+    inputs: list[Tensor] = []
+    labels: list[Tensor] = []
+    root, own, call = bare(model), None, None
+    for call in calls:
+        rows, wanted = rows_and_labels(call.inputs, call.batch.target)
+        if not inputs and len(wanted):
+            batch = FirstBatch(rows, wanted, call.batch.target, call.output, call.batch.target_in_inputs)
+            own = _checked(root, call.head, batch, check, loss)
+        if len(wanted):
             inputs.append(rows)
             labels.append(wanted)
-    if head is None or not inputs:
-        raise ValueError("The data have no batch. Pass a loader of the task's examples with their labels.")
-    return head, Features(torch.cat(inputs), torch.cat(labels))
+    if call is None:
+        raise ValueError(NO_BATCH)
+    if not inputs:
+        raise ValueError(f"All labels are {IGNORED}, which count for nothing. Pass data with labels that count.")
+    return Features(call.head, torch.cat(inputs), torch.cat(labels), own)
 
 
-def _rows(inputs: Tensor, target: Any) -> tuple[Tensor, Tensor]:
-    """Return inputs of a head and labels, one row for each label that counts."""
-    if not isinstance(target, Tensor):
-        raise ValueError('There is a batch without labels. Yield pairs `(inputs, labels)` or mappings with "labels".')
-    if target.dim() > 1 and inputs.shape[: target.dim()] == target.shape:  # one label for each token
-        inputs, target = inputs.flatten(0, target.dim() - 1), target.flatten()
-    if len(inputs) != len(target):
-        raise ValueError(
-            f"The head gets {len(inputs)} rows for {len(target)} labels. Pass `head=`, the module that gets one row for each."
-        )
-    counts = target != IGNORED if target.dim() == 1 and not target.is_floating_point() else slice(None)
-    return inputs[counts], target[counts]
+@torch.no_grad()
+def _checked(root: nn.Module, head: nn.Module, batch: FirstBatch, found: bool, loss: Loss | None) -> Loss | None:
+    """Return the loss that a model computes itself of its head's outputs, if any; raise a ValueError for what is no head."""
+    made = head(batch.inputs)
+    if loss is None:
+        refuse_labels(batch.inputs, made, batch.labels)
+    with differentiable(head.parameters()):
+        refuse_shared(root, head, used_parameters(head, batch.inputs))
+    name = next(name for name, module in root.named_modules() if module is head) if found else None
+    return models_loss(made, batch, name, loss)
 
 
-def _loss_for(labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the loss that labels suggest."""
-    if not labels.is_floating_point():
-        return F.cross_entropy
-    return lambda output, y: F.mse_loss(output.reshape(y.shape), y.to(output.dtype))
-
-
-def _fit(head: nn.Module, features: Features, loss: Callable[[Tensor, Tensor], Tensor], penalty: float, steps: int) -> float:
+def _fit(features: Features, loss: Loss, penalty: float, steps: int) -> float:
     """Minimise the penalised loss over a head's parameters; return the loss alone."""
-    parameters = list(head.parameters())
-    before = [(p, p.grad, p.requires_grad, p.detach().clone()) for p in parameters]
-    try:
-        for p in parameters:
-            p.grad = None
-            p.requires_grad_(True)
-        left = _minimise(head, parameters, features, loss, penalty, steps)
-    except BaseException:
-        for p, *_, value in before:
-            p.detach().copy_(value)
-        raise
-    finally:
-        for p, grad, required, _ in before:
-            p.requires_grad_(required)
-            p.grad = grad
-    return left
+    head = features.head
+    with differentiable(head.parameters()):
+        parameters = used_parameters(head, features.inputs)
+        before = [p.detach().clone() for p in parameters]
+        try:
+            return _minimise(features, parameters, loss, penalty, steps)
+        except BaseException:
+            for p, value in zip(parameters, before, strict=True):
+                p.detach().copy_(value)
+            raise
 
 
-@torch.enable_grad()
-def _minimise(
-    head: nn.Module,
-    parameters: list[nn.Parameter],
-    features: Features,
-    loss: Callable[[Tensor, Tensor], Tensor],
-    penalty: float,
-    steps: int,
-) -> float:
+def _minimise(features: Features, parameters: list[nn.Parameter], loss: Loss, penalty: float, steps: int) -> float:
+    head = features.head
     optimizer = torch.optim.LBFGS(parameters, max_iter=steps, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         total = loss(head(features.inputs), features.labels)
-        total = total + penalty / 2 * torch.stack([p.square().sum() for p in parameters if p.dim() > 1]).sum()
+        total = total + penalty / 2 * sum(p.square().sum() for p in parameters if p.dim() > 1)
         total.backward()
         return total
 

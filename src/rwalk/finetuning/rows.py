@@ -31,7 +31,7 @@ def read_rows(output: Any, batch: Any, read: Read | None, logits: bool | None = 
     """Return the rows of an output.
 
     Without `read` these are the output's `logits`; its `sentence_embedding`; of an encoder the mean of its last hidden states
-    over the tokens that count; or the output itself, if it is a tensor.
+    over the tokens that count, or over the places of a feature map; or the output itself, if it is a tensor.
 
     Args:
         output: what the model returned.
@@ -54,10 +54,12 @@ def read_rows(output: Any, batch: Any, read: Read | None, logits: bool | None = 
 
 
 def _mean_of_tokens(output: Any, inputs: Any) -> Tensor | None:
-    """Return the mean of an encoder's last hidden states over the tokens that count; None for other outputs."""
+    """Return the mean of an encoder's last hidden states over the tokens that count, or places; None for other outputs."""
     hidden, mask = entry(output, "last_hidden_state"), _mask(inputs)
     if isinstance(output, Tensor) or not isinstance(hidden, Tensor):
         return None
+    if hidden.dim() > 3:  # (examples, channels, height, width)
+        return hidden.flatten(2).mean(2)
     if mask is None:
         return hidden.mean(1)
     weight = mask.to(hidden).unsqueeze(-1)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rwalk import gradients
 from rwalk._parameters import bare, state_dtype
+from rwalk.consolidation.task_end import refuse_data
 from rwalk.finetuning.rows import OutputRows, Read, read_rows, untouched, without_labels
 
 NEIGHBOURS = 10
@@ -53,8 +54,9 @@ class Snapshot:
         rows: how many rows are looked at, at most, evenly spread over the examples, or tokens that count.
 
     Raises:
-        ValueError: if there are fewer than three rows.
-        TypeError: if nothing can be read from the output.
+        ValueError: if there are fewer than three rows, or each of them is one number.
+        TypeError: if nothing can be read from the output, or the inputs are no batches.
+        FloatingPointError: if there are outputs that are not finite.
     """
 
     def __init__(
@@ -67,11 +69,18 @@ class Snapshot:
         rows: int = 500,
     ) -> None:
         self._model, self._read, self._logits, self._most = model, read, logits, rows
+        if not isinstance(inputs, tuple):  # of batches, as `x.split(32)` returns
+            refuse_data(inputs)
         self._inputs = [without_labels(batch) for batch in inputs]
         self._before, self.logits = self._look(model)
         if len(self._before) < 3:
             raise ValueError(
                 f"The inputs give {len(self._before)} rows of output, and comparing needs three or more. Pass more inputs."
+            )
+        if self._before.shape[1] == 1:
+            raise ValueError(
+                "Each row of output is one number, and the similarity of two numbers is only their sign. Pass "
+                '`read="features"`, or a function that returns what lies before.'
             )
 
     def __len__(self) -> int:
@@ -102,17 +111,22 @@ class Snapshot:
 
     def _look(self, model: nn.Module) -> tuple[Tensor, bool]:
         """Return the rows of a model, evenly spread, and whether they are logits."""
-        found = []
+        found: list[Tensor] = []
+        logits, every, count = False, 1, 0
         with untouched(model) as call, gradients.noted_calls(bare(model)) as calls:
             for batch in self._inputs:
                 rows, logits = self._rows_of(call(batch), batch, calls)
                 calls.clear()
-                found.append(rows.to(state_dtype(rows)).cpu())
+                _refuse_infinite(rows)
+                found.append(rows[-count % every :: every].to("cpu", state_dtype(rows), copy=True))
+                count += len(rows)
+                while sum(map(len, found)) > 2 * max(self._most, 1):  # each second one is enough
+                    found, every = [torch.cat(found)[::2].clone()], 2 * every
         if not found:
             raise ValueError("There are no inputs. Pass batches of examples that the model is to stay good at.")
-        every = torch.cat(found)
-        places = torch.linspace(0, len(every) - 1, min(self._most, len(every))).round().long()
-        return every[places], logits
+        whole = torch.cat(found)
+        places = torch.linspace(0, len(whole) - 1, min(self._most, len(whole))).round().long()
+        return whole[places], logits
 
     def _rows_of(self, output: Any, batch: Any, calls: list[tuple[Any, Tensor]]) -> OutputRows:
         """Return the rows of an output, or of what came into the linear layer that was called last."""
@@ -121,6 +135,16 @@ class Snapshot:
         if not calls:
             raise ValueError('The model calls no linear layer, so that there are no "features". Pass a function as `read=`.')
         return read_rows(calls[-1][1], batch, None, self._logits)
+
+
+def _refuse_infinite(rows: Tensor) -> None:
+    """Raise a FloatingPointError for rows that cannot be compared."""
+    odd = int((~torch.isfinite(rows)).any(1).sum())
+    if odd:
+        raise FloatingPointError(
+            f"The model's outputs are not finite in {odd} of {len(rows)} rows, so there is nothing to compare. Look at its "
+            "weights; if classes are masked, pass `read=`, a function that leaves them out."
+        )
 
 
 def _similarities(rows: Tensor) -> Tensor:

@@ -123,7 +123,8 @@ def adapter_rows(
         args: what it was called with.
         kwargs: what it was called with by name.
     """
-    working = [(adapters[key], _drops(module, key)) for key in _active(module, kwargs) if key in adapters]
+    active = [key for key in _active(module, kwargs) if key in adapters]
+    working = [(_scaled(adapters[key], float(module.scaling[key])), _drops(module, key)) for key in active]
     working = [(a, drops) for a, drops in working if a.parameter.requires_grad and a.down is not None and a.down.requires_grad]
     if not working:
         return None
@@ -136,6 +137,11 @@ def adapter_rows(
                 yield from (LayerRows(adapter, inputs, deltas, dropped) for adapter, dropped in working)
 
     return rows
+
+
+def _scaled(adapter: MeasuredLayer, scale: float) -> MeasuredLayer:
+    """Return an adapter as it is multiplied now."""
+    return adapter._replace(arrangement=adapter.arrangement._replace(scale=scale))  # type: ignore[call-arg]
 
 
 def _active(module: Any, kwargs: Mapping[str, Any]) -> list[str]:
@@ -167,6 +173,17 @@ class ProbedBase(NamedTuple):
     value: Tensor
     vector: Tensor
     eps: float
+
+
+def adapter_scales(root: nn.Module, names: Mapping[int, str]) -> dict[str, float]:
+    """Return what the products of adapters are multiplied by now, by the names of their factors `up`.
+
+    Args:
+        root: the model.
+        names: the names of the parameters of adapters, by their ids.
+    """
+    pairs: Any = (pair for pair in _pairs(root) if pair.usual and id(pair.up) in names)
+    return {names[id(pair.up)]: float(pair.module.scaling[pair.key]) for pair in pairs}
 
 
 def probed_bases(root: nn.Module, names: Mapping[int, str]) -> Iterator[ProbedBase]:

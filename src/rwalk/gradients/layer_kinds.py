@@ -85,6 +85,13 @@ class LayerRows(NamedTuple):
         down = layer.down.detach().to(state_dtype(layer.down))
         return self._replace(inputs=self.inputs.to(down.dtype) @ down.T * layer.arrangement.scale)
 
+    def counting(self) -> Tensor:
+        """Return 1 for each row that has a gradient, and 0 for others, such as those of padding, (n,).
+
+        The Fisher information has nothing of the others, so A is the mean over those that have one.
+        """
+        return self.deltas.any(2).any(0).to(state_dtype(self.deltas))
+
     def gradient(self) -> Tensor:
         """Return the gradient of the weight as a matrix D."""
         deltas = self.deltas.to(state_dtype(self.deltas))

@@ -23,7 +23,7 @@ class LayerSums:
         rank: how many directions will be kept; None for all.
 
     Attributes:
-        rows: how many rows of inputs there were.
+        rows: how many rows of inputs there were whose outputs had a gradient; a tensor once there are any.
     """
 
     def __init__(self, layer: MeasuredLayer, rank: int | None) -> None:
@@ -34,7 +34,7 @@ class LayerSums:
         else:
             self.inputs = SecondMoment.zeros(layer.arrangement.groups, layer.width, rank, like)
         self.outputs = self._empty_outputs(like)
-        self.rows = 0.0
+        self.rows: Tensor | float = 0.0
 
     def _empty_outputs(self, like: Tensor) -> SecondMoment:
         return SecondMoment.zeros(self.layer.arrangement.groups, self.layer.height, self._rank, like)
@@ -42,22 +42,21 @@ class LayerSums:
     @property
     def used(self) -> bool:
         """Whether any row reached the layer."""
-        return self.rows > 0
+        return float(self.rows) > 0
 
     def add(self, part: LayerRows, with_inputs: bool = True) -> None:
         """Add what a use contributes."""
         if with_inputs:
-            self.add_inputs(part.inputs)
+            self.add_inputs(part.inputs, part.counting())
         self.add_deltas(part.deltas)
 
-    def add_inputs(self, inputs: Tensor) -> None:
-        """Add rows of inputs, or tokens."""
+    def add_inputs(self, inputs: Tensor, counting: Tensor) -> None:
+        """Add rows of inputs, or tokens; only those that count, where `counting` has 1 and not 0."""
+        self.rows = self.rows + counting.sum()
         if self.layer.one_hot:
-            self.inputs.add_diagonal(torch.bincount(inputs, minlength=self.layer.width).unsqueeze(0))
-            self.rows += len(inputs)
+            self.inputs.add_diagonal(torch.bincount(inputs, counting, minlength=self.layer.width).unsqueeze(0))
         else:
-            self.inputs.add(self.layer.extended(inputs.to(self.inputs.total.dtype)))
-            self.rows += inputs.shape[1]
+            self.inputs.add(self.layer.extended(inputs.to(self.inputs.total.dtype)), counting)
 
     def add_deltas(self, deltas: Tensor) -> None:
         """Add rows of gradients of outputs."""
@@ -69,14 +68,14 @@ class LayerSums:
 
     def joining(self, other: Self, factor: float) -> list[Addition]:
         """Count the rows of other sums; return what `add_sums` is to add, so that it can be done for many layers at once."""
-        self.rows += other.rows
+        self.rows = self.rows + other.rows
         return [(self.inputs, other.inputs, 1.0), (self.outputs, other.outputs, factor)]
 
     def reduce(self, ranks: Ranks) -> None:
         """Add up over ranks."""
         self.inputs.reduce(ranks)
         self.outputs.reduce(ranks)
-        self.rows = ranks.sums([self.rows], self.inputs.total.device)[0]
+        self.rows = ranks.sums([float(self.rows)], self.inputs.total.device)[0]
 
     def scaled(self, factor: float) -> Self:
         """Return the sums multiplied by a number, while the count of rows stays."""
@@ -95,7 +94,7 @@ class LayerSums:
 
     def content(self, size: int = 1) -> dict[str, Any]:
         """Return the sums, multiplied by a number of ranks, as tensors and plain values."""
-        return {"rows": self.rows * size, "sums": self.scaled(size)._sides(), **self.layer.key()}
+        return {"rows": float(self.rows) * size, "sums": self.scaled(size)._sides(), **self.layer.key()}
 
     def read(self, content: Mapping[str, Any], size: int = 1) -> None:
         """Continue from this rank's share of a `content`.
@@ -122,7 +121,7 @@ class LayerSums:
 
     def moments(self, examples: float) -> Moments:
         """Return the means over rows of inputs and over a number of examples."""
-        return Moments(self.layer.arrangement, self.inputs.scaled(1 / self.rows), self.outputs.scaled(1 / examples))
+        return Moments(self.layer.arrangement, self.inputs.scaled(1 / float(self.rows)), self.outputs.scaled(1 / examples))
 
 
 def _squares(rows: Tensor) -> Tensor:

@@ -13,7 +13,14 @@ from rwalk.gradients.directions import output_rows, random_scores, refuse_consta
 from rwalk.gradients.independence import compare_examples, precision, refuse_without_gradient
 from rwalk.gradients.isolation import ModelSnapshot, differentiable
 from rwalk.gradients.likelihood import IGNORED, Likelihood, named_distribution
-from rwalk.gradients.outputs import find_likelihood, given_inputs, own_loss, read_output, refuse_probabilities
+from rwalk.gradients.outputs import (
+    find_likelihood,
+    given_inputs,
+    own_loss,
+    read_output,
+    refuse_probabilities,
+    without_padding,
+)
 from rwalk.rules.base import Objective
 
 SURE = 0.02
@@ -236,14 +243,15 @@ class Scores:
             TypeError: if the output has no logits.
             ValueError: if they do not fit the targets.
         """
-        if self.likelihood is not None:
-            return self.likelihood.scores(self.objective, self._values(output, inputs), target, size)
-        if self.loss is not None:
+        if self.likelihood is None and self.loss is not None:
             score = self._user_loss(output, inputs, target).reshape(1, 1)
-        elif self.objective == "output":
-            score = random_scores(self._values(output, inputs), size)
-        else:
-            score = output_rows(self._values(output, inputs)).square().sum(1, keepdim=True)
+            return score, torch.ones_like(score)
+        z = self._values(output, inputs)
+        if target is None or self.likelihood is None:
+            z = without_padding(z, inputs)
+        if self.likelihood is not None:
+            return self.likelihood.scores(self.objective, z, target, size)
+        score = random_scores(z, size) if self.objective == "output" else output_rows(z).square().sum(1, keepdim=True)
         return score, torch.ones_like(score)
 
 

@@ -64,6 +64,14 @@ def _takes_inputs(logits: Callable[..., Tensor]) -> bool:
     return len(places) > 1
 
 
+def without_padding(z: Tensor, inputs: Any) -> Tensor:
+    """Return an output for each token with 0, which has no gradient, at the places of padding, which `attention_mask` names."""
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) and "decoder_input_ids" not in inputs else None
+    if not isinstance(mask, Tensor) or z.dim() != 3 or mask.shape != z.shape[:2]:
+        return z
+    return torch.where(mask.bool().unsqueeze(2), z, 0)
+
+
 def given_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Return a model's arguments as a batch holds them: a mapping of keywords, a tuple, or the only one."""
     return kwargs or (args[0] if len(args) == 1 else args)

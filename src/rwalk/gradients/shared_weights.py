@@ -62,7 +62,7 @@ class SharedSums(LayerSums):
     @property
     def used(self) -> bool:
         """Whether any row reached one of the layers."""
-        return self.rows > 0 or self.head.rows > 0
+        return super().used or self.head.used
 
     def add(self, part: LayerRows, with_inputs: bool = True) -> None:
         """Add what a use of either kind contributes."""
@@ -120,7 +120,8 @@ class SharedSums(LayerSums):
 
 def _means(sums: LayerSums, examples: float) -> tuple[SecondMoment, SecondMoment]:
     """Return the means over rows of inputs and over a number of examples; zero where no row came."""
-    return sums.inputs.scaled(1 / sums.rows if sums.rows else 0.0), sums.outputs.scaled(1 / examples)
+    rows = float(sums.rows)
+    return sums.inputs.scaled(1 / rows if rows else 0.0), sums.outputs.scaled(1 / examples)
 
 
 def _trace(moment: SecondMoment) -> float:

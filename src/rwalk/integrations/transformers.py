@@ -1,6 +1,7 @@
 """Hugging Face's `Trainer` with a memory: each `train()` is a task, and checkpoints include the memory."""
 
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ from transformers.trainer_utils import RemoveColumnsCollator
 
 from rwalk import Consolidator
 from rwalk._errors import printable, warn
-from rwalk._parameters import bare
+from rwalk._parameters import bare, named_parameters, state_dtype
 from rwalk.distributed.shards import sharded
 from rwalk.finetuning import Distillation, warm_head
 from rwalk.finetuning.head import called_head
@@ -38,8 +39,9 @@ class ConsolidationCallback(HostCallback, TrainerCallback):
     Args:
         rule: how importance is measured; None for the recommended one; or a `Consolidator`, such as `protect` returns.
         strength: factor of the penalty; see `Consolidator`.
-        warm_head: True, or the head as a module or by name: fit it on the task's data before each task; see `rwalk.warm_head`.
-            Each task needs a head of its own, as in `model.classifier = heads[task]`.
+        warm_head: True, or the head as a module or by name: fit it on the task's data before each task; see `rwalk.warm_head`,
+            which takes labels of several classes for each example, too. Each task needs a head of its own, as in
+            `model.classifier = heads[task]`.
         distill: adds its term to the model's own loss; make it of the model as it was before all tasks.
         loss, logits: for rules that measure on data, as in `Consolidator.consolidate`. Without `loss`, rules that take the
             data's labels, such as `EWC(labels="true")`, take the model's own: of a language model, the mean over tokens. For
@@ -76,27 +78,42 @@ class ConsolidationCallback(HostCallback, TrainerCallback):
         self._during.close()
         if saved is not None and state.global_step >= state.max_steps:
             _warn_of_finished(str(folder), state)
-        if self._warm_head is not False and saved is None:
-            self._warm(trainer, None if self._warm_head is True else self._warm_head)
+        model = wrapped if ranks else trainer.model
+        memory = self.bind(model)
+        if self._warm_head is not False:
+            self._warm(trainer, None if self._warm_head is True else self._warm_head, saved is None)
         if self._distill is not None:
-            self._during.enter_context(self._distill.in_loss(trainer.model))
-        memory = self.begin(wrapped if ranks else trainer.model, kwargs["optimizer"])
+            counted = not getattr(trainer, "_loss_shifts_labels", False)
+            self._during.enter_context(self._distill.in_loss(trainer.model, _while_training(trainer), counted))
+        self.begin(model, kwargs["optimizer"])
         if saved is not None:
             memory.load(saved)
 
-    def _warm(self, trainer: Trainer, head: str | nn.Module | None) -> None:
-        """Fit the head on all of a trainer's data, in order, without a trace in the random state."""
+    def _warm(self, trainer: Trainer, head: str | nn.Module | None, fit: bool) -> None:
+        """Fit the head on all of a trainer's data, in order, without a trace in the random state; or only note which it is."""
         batch_size = trainer.args.per_device_eval_batch_size
         with torch.random.fork_rng():
             data = _LabelledBatches(_loader(trainer.model, trainer.train_dataset, trainer.data_collator, batch_size))
             module = called_head(trainer.model, data, head)
-            if any(earlier() is module for earlier in self._fitted):
+            if fit and (any(earlier() is module for earlier in self._fitted) or self._learned(module)):
                 raise ValueError(
                     "The head was fitted for an earlier task, and fitting it anew would forget that one. Give each task a head "
                     "of its own, as in `model.classifier = heads[task]`; where all tasks share one, leave `warm_head` out."
                 )
-            warm_head(trainer.model, data, module)
+            if fit:
+                warm_head(trainer.model, data, head)
         self._fitted.append(weakref.ref(module))
+
+    def _learned(self, head: nn.Module) -> bool:
+        """Return whether a head is as the last task that was trained has left it."""
+        memory = self.memory._memory
+        if not memory.tasks or (memory.last_end is not None and not memory.last_end.observed):  # or was estimated only
+            return False
+        names = {id(p): name for name, p in named_parameters(memory.model).items()}
+        pairs = [(p.detach(), memory.anchor.point.get(names.get(id(p), ""))) for p in head.parameters()]
+        return all(
+            point is not None and torch.equal(p.to(state_dtype(p)), point.to(p.device, state_dtype(p))) for p, point in pairs
+        )
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Save the memory in the checkpoint."""
@@ -154,10 +171,29 @@ def _warn_of_finished(folder: str, state: Any) -> None:
 
 def _running_trainer() -> tuple[Trainer, str | None]:
     """Return the running Trainer and the folder that it resumes from; callbacks find these only in its stack frame."""
+    known = _training_frame().f_locals
+    return known["self"], known["resume_from_checkpoint"]
+
+
+def _training_frame() -> Any:
+    """Return the stack frame of the running Trainer's loop."""
     frame: Any = sys._getframe()
     while not ("resume_from_checkpoint" in frame.f_locals and isinstance(frame.f_locals.get("self"), Trainer)):
         frame = frame.f_back
-    return frame.f_locals["self"], frame.f_locals["resume_from_checkpoint"]
+    return frame
+
+
+def _while_training(trainer: Trainer) -> Callable[[], bool]:
+    """Return a function that tells from any thread whether a Trainer is in the training that runs now in this one."""
+    loop, thread, owner = _training_frame().f_code, threading.get_ident(), weakref.ref(trainer)
+
+    def active() -> bool:
+        frame = sys._current_frames().get(thread)
+        while frame is not None and not (frame.f_code is loop and frame.f_locals.get("self") is owner()):
+            frame = frame.f_back
+        return frame is not None
+
+    return active
 
 
 def _saved(folder: str) -> Path:
