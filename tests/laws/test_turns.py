@@ -581,3 +581,13 @@ def test_what_is_frozen_stays_where_it_is(after, by_element):
     assert all(torch.equal(p, b) for p, b in zip(model[0].parameters(), before, strict=True))
     assert torch.equal(memory.anchor.point["0.weight"], model[0].weight)
     assert not torch.equal(model[2].weight, last)
+
+
+def test_a_model_that_is_frozen_as_a_whole_once_it_has_learned_still_gets_its_average():
+    (model, optimizer, memory), (frozen, other, same) = (attached(Kronecker(every=4), average="tail") for _ in range(2))
+    for m, o in ((model, optimizer), (frozen, other)):
+        train(m, o, batches(0, 8))
+    frozen.requires_grad_(False)
+    for each in (memory, same):
+        each.consolidate()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), frozen.parameters(), strict=True))

@@ -207,7 +207,7 @@ def test_the_pull_is_the_dense_minimiser_with_few_directions_too(groups, rank, g
     layer = factor(groups, rank, grown=grown)
     shape = groups, layer.outputs.size, layer.inputs.size
     d, step = torch.randn(shape).double(), 0.7
-    left = d - layer.proximal_move(d, step)
+    left = d - layer.proximal_move(d.clone(), step)
     for k in range(groups):
         dense = torch.kron(layer.outputs.matrix()[k], layer.inputs.matrix()[k])
         truth = torch.linalg.solve(torch.eye(len(dense)) + step * dense, d[k].flatten())
@@ -241,7 +241,7 @@ def test_a_diagonal_is_pulled_element_by_element_on_its_side():
     d = torch.randn(1, 5, 7).double()
     dense = torch.kron(outputs.matrix()[0], torch.diag(counts.total[0]))
     truth = torch.linalg.solve(torch.eye(35) + 0.3 * dense, d.flatten())
-    assert torch.allclose((d - layer.proximal_move(d, 0.3)).flatten(), truth, rtol=1e-10)
+    assert torch.allclose((d - layer.proximal_move(d.clone(), 0.3)).flatten(), truth, rtol=1e-10)
 
 
 def test_what_is_kept_is_no_part_of_something_larger():

@@ -151,7 +151,7 @@ class KroneckerFactor(HeldLayer):
         yield from zip(self.names(weight), self.arrangement.split(move, point[weight].shape), strict=True)
 
     def proximal_move(self, d: Tensor, step: Tensor | float) -> Tensor:
-        """Return what to take off D for the minimum of step / 2 * tr(D'^T G D' A) + |D' - D|^2 / 2 over D'.
+        """Return what to take off D, in its memory, for the minimum of step / 2 * tr(D'^T G D' A) + |D' - D|^2 / 2 over D'.
 
         In the two eigenbases that is w / (1 + w) of each entry, with w = step * g_i * a_j. Directions that are not known all
         have one g or a, so that only the known ones need products: 4 * inputs * outputs * (rank of G + rank of A) operations.
@@ -164,11 +164,12 @@ class KroneckerFactor(HeldLayer):
         s = [part.split([a.values.shape[1], 1, a.rest.shape[1]], 2) for part in parts]
         turned = g.basis @ d
         left = (s[known][rest] - s[mean][rest]) * turned
-        move: Tensor = s[rest][rest] * d
+        along = (a.basis @ d.mT).mT
+        move = d.mul_(s[rest][rest])
         if a.basis.shape[1]:
             both = s[known][known] - s[mean][known] - s[known][mean] + s[mean][mean]
             left = torch.baddbmm(left, both * (turned @ a.basis.mT), a.basis)
-            move.baddbmm_((s[rest][known] - s[rest][mean]) * (a.basis @ d.mT).mT, a.basis)
+            move.baddbmm_((s[rest][known] - s[rest][mean]) * along, a.basis)
         return move.baddbmm_(g.basis.mT, left)
 
     def bias_move(self, d: Tensor, step: Tensor | float) -> Tensor:

@@ -48,8 +48,14 @@ def ended(memory: Memory, always: bool = False) -> Iterator[dict[str, Tensor]]:
         take_last_turn(memory)
         raw = {**theta, **dict(zip(written, before, strict=False))}
         raw |= {name: theta[name].detach().clone() for name in turned if name in theta}
-        tail.put_in({name: p for name, p in theta.items() if memory.protected.parameters[name].requires_grad})
+        tail.put_in({name: theta[name] for name in _trained(memory)})
         yield raw
+
+
+def _trained(memory: Memory) -> list[str]:
+    """Name the parameters that are trained; all of them where everything is frozen, as some do once training has ended."""
+    learning = [name for name, p in memory.protected.parameters.items() if p.requires_grad]
+    return learning or list(memory.protected.parameters)
 
 
 @contextmanager
