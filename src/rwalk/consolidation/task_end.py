@@ -101,6 +101,11 @@ def _task_end(memory: Memory, raw: Mapping[str, Tensor], data: Any, loss: Any, l
     squares = None
     if data is None and memory.moments is not None:
         moments = memory.moments
+        if memory.steps and not moments.examples:
+            warn(
+                "No step of this task was measured, so nothing of it is held. Attach before the task's first forward pass, or "
+                "choose a smaller `m`."
+            )
         factors, squares = lambda *_: moments.moments(), moments.means()
     if data is not None and memory.rule.measures != "nothing":
         measured = gradients.per_example_over(memory.model, parameters, data, loss=loss, logits=logits)

@@ -14,7 +14,6 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from rwalk._errors import warn
 from rwalk._parameters import copy, exact_copy
 from rwalk.anchors.base import Anchor
 from rwalk.anchors.factors import Cut, Moments
@@ -143,11 +142,6 @@ class Kronecker(Rule[TaskLengths]):
         together = {n for w, m in fresh.items() for n in m.arrangement.names(w)}
         inside = (anchor.inside | together) - _apart(anchor, end, together)
         alone = end.alone(self.labels, self.samples, [name for name in end.point if name not in inside])
-        if state.now and end.squares is not None and not fresh and not alone:
-            warn(
-                "No step of this task was measured, so nothing of it is held. Attach before the task's first forward pass, or "
-                "choose a smaller `m`."
-            )
         steps = state.now or (ESTIMATE if fresh or alone else 0)
         after = TaskLengths(0, state.tasks + bool(steps), state.steps + steps)
         root = math.sqrt(after.mean)
