@@ -72,7 +72,8 @@ def test_examples_with_masks_are_measured_together(make, attention, padding):
     theta, want = dict(model.named_parameters()), {"true": 0.0, "norm": 0.0}
     for i in range(5):
         output = model.eval()(**{name: t[i : i + 1] for name, t in batch.items()})
-        for objective, score in (("true", output.loss), ("norm", output.logits.square().sum())):
+        count = batch["attention_mask"][i : i + 1, :, None] if make is llama and "attention_mask" in batch else 1  # no padding
+        for objective, score in (("true", output.loss), ("norm", (output.logits * count).square().sum())):
             grads = torch.autograd.grad(score, [*theta.values()], retain_graph=True)
             want[objective] += torch.cat([g.flatten() for g in grads]).square() / 5
     for objective, expected in want.items():

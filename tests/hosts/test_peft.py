@@ -101,6 +101,7 @@ def test_all_of_lora_is_held_by_products_with_the_matrices_of_the_layers_as_whol
     for (name, (rows, _)), d in zip(seen.items(), deltas, strict=True):
         layer, rows, d = memory.anchor.layers[f"{name}.lora_B.default.weight"], rows.flatten(0, 1), d.flatten(0, 1)
         assert layer.arrangement.scale == 2.0
+        rows = rows[d.any(1)]  # the last place of a sequence predicts nothing
         assert torch.allclose(layer.inputs.matrix()[0], rows.T @ rows / len(rows), rtol=1e-8, atol=1e-10)
         g = d.T @ d / len(x)
         ratios.append(float(g.trace() / layer.outputs.diagonal().sum()))
