@@ -591,3 +591,29 @@ def test_a_model_that_is_frozen_as_a_whole_once_it_has_learned_still_gets_its_av
     for each in (memory, same):
         each.consolidate()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), frozen.parameters(), strict=True))
+
+
+def test_a_measured_step_makes_no_more_tensors_of_a_weights_size_than_any_other():
+    """Neither to measure a layer, nor to see whether its weight has the gradient that follows from it."""
+
+    class Sized(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            fresh = isinstance(found, torch.Tensor) and found._base is None and not function.is_view
+            self.count += fresh and found.numel() == 300 * 200
+            return found
+
+    model = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.Tanh(), torch.nn.Linear(200, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Consolidator(model).attach(optimizer)
+    counts = []
+    for batch in [(torch.randn(8, 300), torch.randint(3, (8,))) for _ in range(4)]:
+        with Sized() as seen:
+            train(model, optimizer, [batch])
+        counts.append(seen.count)
+    assert counts == [counts[1]] * 4
+    assert counts[1] > 0

@@ -20,7 +20,7 @@ from rwalk.gradients.backward_hooks import no_training, with_gradient
 from rwalk.gradients.batches import first_size
 from rwalk.gradients.eager_calls import EagerCalls
 from rwalk.gradients.function_calls import Rows
-from rwalk.gradients.layer_moments import LayerSums, WeightGradient, warn_of_odd_layers
+from rwalk.gradients.layer_moments import LayerSums, WeightGradient, probed, warn_of_odd_layers
 from rwalk.gradients.layer_uses import NOTHING_HELD, LayerUses, ModelHook
 from rwalk.gradients.shared_weights import sums_of
 from rwalk.gradients.step_passes import StepPasses, backward_pass
@@ -141,7 +141,7 @@ class TrainingMoments:
         return torch.is_grad_enabled() and not no_training(self._root)
 
     def _keep_gradient(self, weight: str, gradient: Tensor) -> None:
-        self._passes.during().keep(weight, gradient)
+        self._passes.during().keep(weight, probed(self._uses.layers[weight], gradient))
 
     def _note(self, outputs: list[Tensor], rows: Rows) -> list[Tensor]:
         """Wait for the gradients of the outputs of a use."""
@@ -171,7 +171,7 @@ class TrainingMoments:
                     sums.layers[weight] = sums_of(self._uses.layers[weight], self._rank)
                 sums.layers[weight].add(part)
                 if not self._checked and weight not in self._odd and not part.dropped:
-                    sums.made.setdefault(weight, WeightGradient(part.layer)).add(part)
+                    sums.made.setdefault(weight, WeightGradient(self._uses.layers[weight])).add(part)
 
     def take(self, grad: Mapping[str, Tensor | None], loss_scale: float, grad_scale: float) -> StepMoments | None:
         """Return what the step that is about to be made has told, and remove the hooks.

@@ -92,13 +92,15 @@ class LayerRows(NamedTuple):
         """
         return self.deltas.any(2).any(0).to(state_dtype(self.deltas))
 
-    def gradient(self) -> Tensor:
-        """Return the gradient of the weight as a matrix D."""
-        deltas = self.deltas.to(state_dtype(self.deltas))
-        if self.layer.one_hot:
-            total = deltas.new_zeros(self.layer.width, deltas.shape[2])
-            return total.index_add_(0, self.inputs, deltas[0]).T.unsqueeze(0)
-        return deltas.mT @ self.inputs.to(deltas.dtype)
+    def gradient_times(self, columns: Tensor, turned: bool) -> Tensor:
+        """Return the gradient of the weight as a matrix D, or `turned` as D^T, times some columns; D itself is never made."""
+        deltas = self.deltas.to(columns.dtype)
+        if not self.layer.one_hot:
+            left, right = (deltas, self.inputs.to(columns.dtype))[:: -1 if turned else 1]
+            return left.mT @ (right @ columns)
+        if not turned:
+            return deltas.mT @ columns[self.inputs]
+        return columns.new_zeros(1, self.layer.width, columns.shape[1]).index_add_(1, self.inputs, deltas @ columns)
 
 
 class LayerKind(NamedTuple):

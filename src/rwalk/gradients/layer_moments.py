@@ -1,5 +1,6 @@
 """Second moments of layers: their sums, and what they say of the gradient of a weight."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from rwalk._errors import warn
 from rwalk._parameters import listed, state_dtype
 from rwalk.anchors.factors import Moments
+from rwalk.anchors.incremental import probe
 from rwalk.anchors.spectrum import Addition, SecondMoment, add_sums
 from rwalk.distributed.ranks import Ranks
 from rwalk.gradients.comparison import CANCELLED, GradientFit
@@ -128,8 +130,27 @@ def _squares(rows: Tensor) -> Tensor:
     return rows.to(state_dtype(rows)).square().sum()
 
 
+COLUMNS = 16
+"""Random columns by which gradients of weights are multiplied to be compared."""
+
+
+def _columns(layer: MeasuredLayer) -> Tensor:
+    """Return the columns for a layer's weight: a matrix times them is as long as the matrix, on average."""
+    matrix = layer.arrangement.weight_matrix(layer.parameter)
+    return probe(matrix.shape[2], COLUMNS, state_dtype(matrix), matrix.device) / math.sqrt(COLUMNS)
+
+
+def probed(layer: MeasuredLayer, gradient: Tensor) -> Tensor:
+    """Return the gradient of a layer's weight times some columns, as `WeightGradient` compares it."""
+    columns = _columns(layer)
+    return layer.arrangement.weight_matrix(gradient.detach()).to(columns.dtype) @ columns
+
+
 class WeightGradient:
-    """The gradient of a layer's weight as it follows from inputs and gradients of outputs, over all kinds of its uses."""
+    """The gradient of a layer's weight as it follows from inputs and gradients of outputs, over all kinds of its uses.
+
+    Only its product with a few columns is kept, which shows nearly any difference.
+    """
 
     def __init__(self, layer: MeasuredLayer) -> None:
         self._layer = layer
@@ -139,19 +160,18 @@ class WeightGradient:
     def add(self, part: LayerRows) -> None:
         """Add what one use contributes."""
         part = part.of_weight()
-        gradient = part.gradient()
-        if part.layer.arrangement.transposed != self._layer.arrangement.transposed:
-            gradient = gradient.mT
+        turned = part.layer.arrangement.transposed != self._layer.arrangement.transposed
+        gradient = part.gradient_times(_columns(self._layer), turned)
         self._total = gradient if self._total is None else self._total.add_(gradient)
         norm = part.inputs.numel() if part.layer.one_hot else _squares(part.inputs)
         self._bound = self._bound + _squares(part.deltas) * norm
 
-    def fits(self, gradient: Tensor | None) -> bool:
-        """Return whether the weight has this gradient."""
+    def fits(self, given: Tensor | None) -> bool:
+        """Return whether the weight has a gradient that is `probed` as this; None stands for one of zero."""
         total = self._total
         if total is None:
             return True
-        given = torch.zeros_like(total) if gradient is None else self._layer.arrangement.weight_matrix(gradient)
+        given = torch.zeros_like(total) if given is None else given
         return GradientFit.of(total, given, torch.as_tensor(self._bound)).fits(1.0, CANCELLED)
 
 

@@ -17,7 +17,7 @@ from rwalk.gradients.batches import ExampleBatch, examples
 from rwalk.gradients.costs import ManyClasses, warn_one_by_one
 from rwalk.gradients.function_calls import Rows
 from rwalk.gradients.isolation import ModelSnapshot, isolated
-from rwalk.gradients.layer_moments import WeightGradient, warn_of_odd_layers
+from rwalk.gradients.layer_moments import WeightGradient, probed, warn_of_odd_layers
 from rwalk.gradients.layer_uses import NOTHING_HELD, LayerUses
 from rwalk.gradients.objectives import Scores
 from rwalk.gradients.outputs import given_inputs
@@ -143,7 +143,8 @@ class _Passes:
             found = torch.autograd.grad(score, [*outputs, *fresh.values()], retain_graph=True, allow_unused=True)
             totals = self._add_rows(iter(found[: len(outputs)]), number == 0, fresh)
             for (weight, _), g in zip(fresh.items(), found[len(outputs) :], strict=True):
-                if weight in totals and not totals[weight].fits(g):
+                given = None if g is None else probed(self._uses.layers[weight], g)
+                if weight in totals and not totals[weight].fits(given):
                     self.odd.add(weight)
                 self._compared |= {weight} & totals.keys()
             fresh = {} if number == 0 else fresh
@@ -159,7 +160,7 @@ class _Passes:
                 weight = part.layer.weight
                 self.sums[weight].add(part, with_inputs)
                 if weight in fresh and not part.dropped:
-                    totals.setdefault(weight, WeightGradient(part.layer)).add(part)
+                    totals.setdefault(weight, WeightGradient(self._uses.layers[weight])).add(part)
         return totals
 
 

@@ -19,7 +19,7 @@ class PassSums:
         layers: sums of layers, by the names of their weights.
         sizes: how many examples each forward pass had that the gradients have come from, by its number; see `StepPasses.use`.
         made: the gradients of weights that follow from their layers.
-        given: the gradients that these weights have got.
+        given: the gradients that these weights have got, as `probed` gives them.
     """
 
     layers: dict[str, LayerSums] = field(default_factory=dict)
@@ -40,9 +40,9 @@ class PassSums:
             self.sizes[number] = size
 
     def keep(self, weight: str, gradient: Tensor) -> None:
-        """Keep the gradient of a weight."""
+        """Keep the gradient of a weight, as `probed` gives it."""
         known = self.given.get(weight)
-        self.given[weight] = gradient.detach().clone() if known is None else known + gradient.detach()
+        self.given[weight] = gradient if known is None else known + gradient
 
     def join(self, other: "PassSums") -> None:
         """Add the sums of another pass of the same step, which is used up."""
