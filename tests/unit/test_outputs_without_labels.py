@@ -220,6 +220,44 @@ def test_without_labels_padding_has_no_importance(rule):
     assert (places[4:] == 0).all()
 
 
+def test_layers_that_only_the_reader_calls_are_measured_as_layers():
+    class Headed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = mlp(), nn.Linear(3, 2).double()
+
+        def forward(self, x):
+            return self.head(self.body(x))
+
+    torch.manual_seed(0)
+    model, x = Headed(), x_of(6)
+    rule = Kronecker(measure="data", labels="exact", rank=None, share=1.0)
+    alone, read = Consolidator(copy.deepcopy(model.body), rule), Consolidator(model, rule, exclude="head")
+    alone.estimate([x])
+    read.estimate([x], logits=lambda _, batch: model.body(batch))
+    assert {*read.anchor.layers} == {"body.0.weight", "body.2.weight"}
+    for name, layer in alone.anchor.layers.items():
+        found = read.anchor.layers[f"body.{name}"]
+        close(found.inputs.matrix(), layer.inputs.matrix())
+        close(found.outputs.matrix(), layer.outputs.matrix())
+
+
+def test_layers_that_are_not_seen_at_work_are_named_and_held_one_by_one():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(5, 4).double(), nn.Linear(4, 3).double()
+
+        def forward(self, x):
+            return self.second(F.linear(x, self.first.weight).tanh())
+
+    memory = Consolidator(Functional(), Kronecker(measure="data"))
+    with pytest.warns(UserWarning, match=r"layers of `first\.weight` were not seen at work"):
+        memory.estimate([x_of(6)])
+    assert {*memory.anchor.layers} == {"second.weight"}
+    assert (memory.anchor.omega["first.weight"] > 0).all()
+
+
 def test_a_single_input_comes_as_it_is():
     model, x = mlp(), x_of(4)
     want = gradients_of(nn.Sequential(model), [x])("norm", torch.abs)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 
-from rwalk._errors import warn
-from rwalk._parameters import bare, grow_tensor, listed, state_dtype, zero
+from rwalk._parameters import bare, grow_tensor, state_dtype, zero
 from rwalk.anchors.factors import Moments
 from rwalk.anchors.kronecker import HeldNames
 from rwalk.anchors.spectrum import Addition, add_sums
@@ -20,7 +19,7 @@ from rwalk.gradients.backward_hooks import no_training, with_gradient
 from rwalk.gradients.batches import first_size
 from rwalk.gradients.eager_calls import EagerCalls
 from rwalk.gradients.function_calls import Rows
-from rwalk.gradients.layer_moments import LayerSums, WeightGradient, probed, warn_of_odd_layers
+from rwalk.gradients.layer_moments import LayerSums, WeightGradient, probed, warn_of_odd_layers, warn_of_unseen_layers
 from rwalk.gradients.layer_uses import NOTHING_HELD, LayerUses, ModelHook
 from rwalk.gradients.shared_weights import sums_of
 from rwalk.gradients.step_passes import StepPasses, backward_pass
@@ -218,12 +217,7 @@ class TrainingMoments:
         """Warn, once, of layers that have gradients and were not seen at work."""
         unseen = [name for name in outside if name in self._uses.layers and name not in self._odd | self._unseen]
         self._unseen |= {*unseen}
-        if unseen:
-            warn(
-                f"The layers of {listed(unseen)} were not seen at work, though these weights have gradients: their modules are "
-                "not called, are compiled, or compute with other weights made of them. They are held one by one. If the model "
-                "is compiled, give the compiled one to the consolidator."
-            )
+        warn_of_unseen_layers(unseen)
 
     def commit(self, step: StepMoments) -> None:
         """Add a step that counts."""

@@ -183,3 +183,13 @@ def warn_of_odd_layers(odd: list[str]) -> None:
             "used elsewhere too, or a hook on all modules changes outputs. Such weights are held one by one, as under `EWC`; "
             "what earlier tasks have measured of them stays as it is."
         )
+
+
+def warn_of_unseen_layers(unseen: list[str]) -> None:
+    """Name the layers that could not be measured."""
+    if unseen:
+        warn(
+            f"The layers of {listed(unseen)} were not seen at work, though these weights have gradients: their modules are "
+            "not called, are compiled, or compute with other weights made of them. They are held one by one. If the model "
+            "is compiled, give the compiled one to the consolidator."
+        )

@@ -17,7 +17,7 @@ from rwalk.gradients.batches import ExampleBatch, examples
 from rwalk.gradients.costs import ManyClasses, warn_one_by_one
 from rwalk.gradients.function_calls import Rows
 from rwalk.gradients.isolation import ModelSnapshot, isolated
-from rwalk.gradients.layer_moments import WeightGradient, probed, warn_of_odd_layers
+from rwalk.gradients.layer_moments import WeightGradient, probed, warn_of_odd_layers, warn_of_unseen_layers
 from rwalk.gradients.layer_uses import NOTHING_HELD, LayerUses
 from rwalk.gradients.objectives import Scores
 from rwalk.gradients.outputs import given_inputs
@@ -94,6 +94,7 @@ def _factors(
     odd = ranks.sums([float(weight in passes.odd) for weight in passes.sums], device)
     left_out = {weight for weight, n in zip(passes.sums, odd, strict=True) if n}
     warn_of_odd_layers(sorted(left_out))
+    warn_of_unseen_layers([weight for weight, layer in passes.sums.items() if weight in passes.unseen and not layer.used])
     return {w: layer.moments(count) for w, layer in passes.sums.items() if layer.used and w not in left_out}
 
 
@@ -103,12 +104,13 @@ class _Passes:
     Attributes:
         sums: the sums of each layer, by the name of its weight.
         odd: the layers whose weights have another gradient than their inputs and outputs give.
+        unseen: the layers that were not seen at work, though their weights have gradients.
     """
 
     def __init__(self, root: nn.Module, uses: LayerUses, rank: int | None, scores: Scores, snapshot: ModelSnapshot) -> None:
         self._root, self._uses, self._scores, self._snapshot = root, uses, scores, snapshot
         self.sums = {weight: sums_of(layer, rank) for weight, layer in uses.layers.items()}
-        self.odd: set[str] = set()
+        self.odd, self.unseen = set[str](), set[str]()
         self._compared: set[str] = set()
         self._noted: list[tuple[list[Tensor], Rows]] = []
 
@@ -133,19 +135,21 @@ class _Passes:
         self._uses.open(self._note)
         try:
             output = self._snapshot.call(self._root, *batch.args, **batch.kwargs)
+            scores = self._scores(output, given_inputs(batch.args, batch.kwargs), batch.target, batch.size)  # may call layers
         finally:
             self._uses.close()
-        inputs = given_inputs(batch.args, batch.kwargs)
         outputs = [y for some, _ in self._noted for y in some]
         weights = {w: layer.parameter for w, layer in self._uses.layers.items() if layer.parameter.requires_grad}
         fresh = {w: p for w, p in weights.items() if w not in self._compared} if outputs else {}
-        for number, score in enumerate(_sums(*self._scores(output, inputs, batch.target, batch.size)) if outputs else ()):
+        for number, score in enumerate(_sums(*scores) if outputs else ()):
             found = torch.autograd.grad(score, [*outputs, *fresh.values()], retain_graph=True, allow_unused=True)
             totals = self._add_rows(iter(found[: len(outputs)]), number == 0, fresh)
             for (weight, _), g in zip(fresh.items(), found[len(outputs) :], strict=True):
                 given = None if g is None else probed(self._uses.layers[weight], g)
                 if weight in totals and not totals[weight].fits(given):
                     self.odd.add(weight)
+                elif weight not in totals and given is not None and bool(given.any()):
+                    self.unseen.add(weight)
                 self._compared |= {weight} & totals.keys()
             fresh = {} if number == 0 else fresh
         self._noted.clear()
