@@ -267,3 +267,18 @@ def test_a_grown_layer_keeps_its_quadratic_in_the_old_block(shape):
     after = grown.penalty(grown.arrangement.matrix(wide, long))
     assert float(after) == pytest.approx(float(before), rel=1e-10)  # what is new is free
     assert isinstance(grown.inputs, Spectrum)
+
+
+@pytest.mark.parametrize("n", [50, 700, 3000])
+@pytest.mark.parametrize("rank", [None, 12])
+def test_rows_that_do_not_count_have_no_part_in_a_sum(n, rank):
+    rows = rows_of(SPECTRA["zeros"], n)
+    counting = (torch.arange(n) % 3 != 0).double()
+    found = SecondMoment.zeros(1, 40, rank, rows)
+    found.add(rows, counting)
+    kept = rows[0][counting.bool()]
+    exact = kept.T @ kept
+    spectrum = found.spectrum(1.0, rank)
+    assert float(spectrum.diagonal().sum()) == pytest.approx(float(exact.trace()), rel=1e-9)
+    near = 0.1 if n == 3000 and rank else 1e-9  # of so many, rows are drawn
+    assert (spectrum.matrix()[0] - exact).norm() < near * exact.norm()

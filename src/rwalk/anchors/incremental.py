@@ -50,7 +50,7 @@ def _leading_columns(gram: Tensor, most: int) -> Tensor:
     return columns.to(gram.dtype)
 
 
-def fewer_rows(rows: Tensor, most: int) -> Tensor:
+def fewer_rows(rows: Tensor, most: int, counting: Tensor | None = None) -> Tensor:
     """Return rows whose sum of outer products has nearly the same leading directions, where there are many.
 
     They are orthonormal combinations of all rows, those of a random projection (Halko, Martinsson, Tropp 2011, arXiv
@@ -59,10 +59,13 @@ def fewer_rows(rows: Tensor, most: int) -> Tensor:
     Args:
         rows: (groups, n, size).
         most: how many directions count; up to twice as many rows stay as they are.
+        counting: 1 for each row that counts, and 0 for others, (n,); None where all do.
     """
-    if rows.shape[1] <= 2 * most:
-        return rows
-    projected = rows @ probe(rows.shape[2], min(2 * most, rows.shape[2]), rows.dtype, rows.device)
+    few = rows.shape[1] <= 2 * most
+    projected = rows if few else rows @ probe(rows.shape[2], min(2 * most, rows.shape[2]), rows.dtype, rows.device)
+    projected = projected if counting is None else projected * counting.unsqueeze(1)
+    if few:
+        return projected
     fewer: Tensor = _inverse_root(projected.mT @ projected) @ (projected.mT @ rows)
     return fewer
 

@@ -108,14 +108,12 @@ class SecondMoment:
         squares = squared_lengths(rows)
         squares = squares if counting is None else squares * counting
         self.trace.add_(squares.sum(1))
-        if self.most is not None and rows.shape[1] >= MANY:
-            rows = drawn_rows(rows, squares)
-        elif counting is not None:
-            rows = rows * counting.unsqueeze(1)
-        if self.most is not None:
-            self._join(fewer_rows(rows, self.most), 2 * self.most)
+        if self.most is None:
+            self.total.baddbmm_(rows.mT, rows if counting is None else rows * counting.unsqueeze(1))
+        elif rows.shape[1] >= MANY:
+            self._join(fewer_rows(drawn_rows(rows, squares), self.most), 2 * self.most)
         else:
-            self.total.baddbmm_(rows.mT, rows)
+            self._join(fewer_rows(rows, self.most, counting), 2 * self.most)
 
     def add_diagonal(self, diagonal: Tensor) -> None:
         """Add to a sum that is a diagonal."""
