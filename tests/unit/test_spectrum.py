@@ -280,5 +280,5 @@ def test_rows_that_do_not_count_have_no_part_in_a_sum(n, rank):
     exact = kept.T @ kept
     spectrum = found.spectrum(1.0, rank)
     assert float(spectrum.diagonal().sum()) == pytest.approx(float(exact.trace()), rel=1e-9)
-    near = 0.1 if n == 3000 and rank else 1e-9  # of so many, rows are drawn
+    near = 0.1 if n == 3000 and rank else 1e-9  # only some of so many rows are drawn
     assert (spectrum.matrix()[0] - exact).norm() < near * exact.norm()

@@ -175,16 +175,10 @@ class KroneckerFactor(HeldLayer):
     def bias_move(self, d: Tensor, step: Tensor | float) -> Tensor:
         """Return what to take off the bias for the minimum of `proximal_move` where the rest of D stays as it is.
 
-        Half the gradient is G (D A e_0 + a_00 (b' - b)), so each entry in G's eigenbasis has a minimum of its own.
+        Half the gradient is G (D A e_0 + a_00 (b' - b)).
         """
         g, a = (side.beside(d, d.dtype) for side in (self.outputs, self.inputs))
-        off, corner = a.times(d.mT).mT[:, :, :1], a.diagonal()[:, :1]
-
-        def shrink(values: Tensor) -> Tensor:
-            return (step * values).reciprocal_().add_(corner).reciprocal_().unsqueeze(2)
-
-        others = (shrink(g.values) - shrink(g.mean)) * (g.basis @ off)
-        return (shrink(g.rest) * off).baddbmm_(g.basis.mT, others).flatten()
+        return g.block_move(a.times(d.mT).mT[:, :, :1], a.diagonal()[:, :1], step).flatten()
 
     def followed(self, weight: str, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> "KroneckerFactor | None":
         """Follow parameters that changed: see `HeldLayer.followed`."""

@@ -9,8 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-DRAWN = 512
-"""How many rows are drawn of those of a convolution."""
+MANY, DRAWN = 1024, 512
+"""From how many rows on, such as those of a convolution, only some are drawn, and how many."""
 IN_CACHE = 2**19
 """Elements that are squared at a time on a CPU, so that they stay in the cache."""
 BLOCK = 1024

@@ -11,9 +11,6 @@ from rwalk._parameters import state_dtype
 from rwalk.anchors.held import HeldLayer, Product, read_sides
 from rwalk.anchors.spectrum import Spectrum
 
-LEAST = 1e-30
-"""The least that the inverse of a step's length counts for, so that no strength divides by zero."""
-
 
 class MovedPair(NamedTuple):
     """The two factors of an adapter, and how far they are from the point, each as (1, rows, columns).
@@ -185,8 +182,8 @@ def _placed(side: Spectrum, size: int) -> Spectrum:
 def _block_move(off: Tensor, kernel: Tensor, side: Spectrum, step: float) -> Tensor:
     """Return what to take off a factor X for the minimum of step / 2 * q(X') + |X' - X|^2 / 2 over X'.
 
-    Half the gradient of the quadratic q is side @ (off + (X' - X) @ kernel). So each entry has a minimum of its own in the
-    eigenbases of `side` and `kernel`. Directions of `kernel` that are no more than rounding errors stay as they are.
+    Half the gradient of the quadratic q is side @ (off + (X' - X) @ kernel): in the eigenbasis of `kernel` that is
+    `Spectrum.block_move`. Directions of `kernel` that are no more than rounding errors stay as they are.
 
     Args:
         off: (1, size, rank).
@@ -198,11 +195,4 @@ def _block_move(off: Tensor, kernel: Tensor, side: Spectrum, step: float) -> Ten
     values, basis = (t.to(kernel.device) for t in solved)
     known = values > len(values[0]) * torch.finfo(kernel.dtype).eps * values[:, -1:]
     values, basis = torch.where(known, values, 1.0).to(off.dtype), torch.where(known.unsqueeze(1), basis, 0.0).to(off.dtype)
-
-    def shrink(s: Tensor) -> Tensor:
-        return s.unsqueeze(2) / (max(1 / step, LEAST) + s.unsqueeze(2) * values.unsqueeze(1))
-
-    turned = off @ basis
-    move = shrink(side.rest) * turned
-    move.baddbmm_(side.basis.mT, (shrink(side.values) - shrink(side.mean)) * (side.basis @ turned))
-    return (move @ basis.mT)[0]
+    return (side.block_move(off @ basis, values, step) @ basis.mT)[0]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rwalk.anchors.incremental import drawn_rows, fewer_rows, joined_rows, squared_lengths
+from rwalk.anchors.incremental import MANY, drawn_rows, fewer_rows, joined_rows, squared_lengths
 from rwalk.distributed.ranks import Ranks
 
-MANY = 1024
-"""So many rows, or more, as of a convolution, are not all looked at."""
+LEAST = 1e-30
+"""The least that the inverse of a step's length counts for, so that no strength divides by zero."""
 OVERSAMPLING = 8
 """How many more directions are followed while a matrix is summed up than are kept of it."""
 
@@ -60,6 +60,25 @@ class Spectrum(NamedTuple):
     def scaled(self, factor: float) -> "Spectrum":
         """Multiply the matrices by a number."""
         return Spectrum(self.basis, self.values * factor, self.mean * factor, self.rest * factor)
+
+    def block_move(self, off: Tensor, kernel: Tensor, step: Tensor | float) -> Tensor:
+        """Return what to take off a factor X for the minimum of step / 2 * q(X') + |X' - X|^2 / 2 over X'.
+
+        Half the gradient of the quadratic q is this matrix times (off + (X' - X) * kernel), so that each entry has a minimum of
+        its own in the eigenbasis.
+
+        Args:
+            off: (groups, size, n).
+            kernel: above 0, (groups, n).
+            step: the length of the step.
+        """
+        inverse = (1 / step).clamp(min=LEAST) if isinstance(step, Tensor) else max(1 / step, LEAST)
+
+        def shrink(values: Tensor) -> Tensor:
+            return values.unsqueeze(2) / (inverse + values.unsqueeze(2) * kernel.unsqueeze(1))
+
+        inside = (shrink(self.values) - shrink(self.mean)) * (self.basis @ off)
+        return (shrink(self.rest) * off).baddbmm_(self.basis.mT, inside)
 
     def placed(self, places: Tensor, size: int) -> "Spectrum":
         """Make the matrices part of larger ones that are 0 elsewhere: row i becomes row `places[i]` of `size`."""

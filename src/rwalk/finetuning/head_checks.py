@@ -71,7 +71,7 @@ def rows_and_labels(values: Tensor, target: Any) -> tuple[Tensor, Tensor]:
 
 
 def used_parameters(head: nn.Module, inputs: Tensor) -> list[nn.Parameter]:
-    """List the parameters that a head's output depends on, all of which require gradients.
+    """List the trainable parameters of a head that its output depends on.
 
     Raises:
         ValueError: if there are none.

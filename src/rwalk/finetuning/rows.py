@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rwalk import gradients
 from rwalk._parameters import bare
-from rwalk.gradients.outputs import entry
+from rwalk.gradients.outputs import attention_mask, entry
 
 Read = Callable[..., Tensor]
 """Reads what matters from a model's output: `read(output)`, or `read(output, inputs)`."""
@@ -46,7 +46,7 @@ def read_rows(output: Any, batch: Any, read: Read | None, logits: bool | None = 
     hidden = None if read is not None else _mean_of_tokens(output, inputs)
     found = gradients.read_output(output, read, inputs) if hidden is None else hidden
     named = read is None and not isinstance(output, Tensor) and entry(output, "logits") is found
-    mask = _mask(inputs)
+    mask = attention_mask(inputs)
     flat = found.reshape(-1, found.shape[-1]) if found.dim() > 1 else found.reshape(-1, 1)
     if found.dim() == 3 and mask is not None and mask.shape == found.shape[:2]:
         flat = flat[mask.flatten().bool().to(flat.device)]
@@ -55,7 +55,7 @@ def read_rows(output: Any, batch: Any, read: Read | None, logits: bool | None = 
 
 def _mean_of_tokens(output: Any, inputs: Any) -> Tensor | None:
     """Return the mean of an encoder's last hidden states over the tokens that count, or places; None for other outputs."""
-    hidden, mask = entry(output, "last_hidden_state"), _mask(inputs)
+    hidden, mask = entry(output, "last_hidden_state"), attention_mask(inputs)
     if isinstance(output, Tensor) or not isinstance(hidden, Tensor):
         return None
     if hidden.dim() > 3:  # (examples, channels, height, width)
@@ -64,11 +64,6 @@ def _mean_of_tokens(output: Any, inputs: Any) -> Tensor | None:
         return hidden.mean(1)
     weight = mask.to(hidden).unsqueeze(-1)
     return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
-
-
-def _mask(inputs: Any) -> Tensor | None:
-    found = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    return found if isinstance(found, Tensor) else None
 
 
 @contextmanager

@@ -64,10 +64,16 @@ def _takes_inputs(logits: Callable[..., Tensor]) -> bool:
     return len(places) > 1
 
 
+def attention_mask(inputs: Any) -> Tensor | None:
+    """Return which tokens of a batch are no padding, None where it does not tell."""
+    found = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    return found if isinstance(found, Tensor) else None
+
+
 def without_padding(z: Tensor, inputs: Any) -> Tensor:
     """Return an output for each token with 0, which has no gradient, at the places of padding, which `attention_mask` names."""
-    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) and "decoder_input_ids" not in inputs else None
-    if not isinstance(mask, Tensor) or z.dim() != 3 or mask.shape != z.shape[:2]:
+    mask = attention_mask(inputs)
+    if mask is None or z.dim() != 3 or mask.shape != z.shape[:2] or "decoder_input_ids" in inputs:
         return z
     return torch.where(mask.bool().unsqueeze(2), z, 0)
 

@@ -1,7 +1,5 @@
 """Hugging Face's `Trainer` with a memory: each `train()` is a task, and checkpoints include the memory."""
 
-import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -23,6 +21,7 @@ from rwalk.distributed.shards import sharded
 from rwalk.finetuning import Distillation, warm_head
 from rwalk.finetuning.head import called_head
 from rwalk.integrations._callback import HostCallback
+from rwalk.integrations._trainer import running_trainer, while_training
 from rwalk.rules.base import Rule
 
 __all__ = ["FILE", "ConsolidationCallback", "protect"]
@@ -67,7 +66,7 @@ class ConsolidationCallback(HostCallback, TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Attach to the optimiser, and continue from a checkpoint if Trainer does."""
-        trainer, folder = _running_trainer()
+        trainer, folder = running_trainer()
         _refuse(trainer, self._memory)
         if self.journal is not None:
             _refuse_unscored(trainer, self.journal.metric)
@@ -84,7 +83,7 @@ class ConsolidationCallback(HostCallback, TrainerCallback):
             self._warm(trainer, None if self._warm_head is True else self._warm_head, saved is None)
         if self._distill is not None:
             counted = not getattr(trainer, "_loss_shifts_labels", False)
-            self._during.enter_context(self._distill.in_loss(trainer.model, _while_training(trainer), counted))
+            self._during.enter_context(self._distill.in_loss(trainer.model, while_training(trainer), counted))
         self.begin(model, kwargs["optimizer"])
         if saved is not None:
             memory.load(saved)
@@ -133,11 +132,11 @@ class ConsolidationCallback(HostCallback, TrainerCallback):
             self.memory.load(_saved(state.best_model_checkpoint))  # the weights are those of this checkpoint, too
         self.end(**_arguments(kwargs["train_dataloader"], self.memory.rule, **self._reading))
         if self.journal is not None:
-            trainer, metric = _running_trainer()[0], self.journal.metric
+            trainer, metric = running_trainer()[0], self.journal.metric
             figures = trainer.evaluate()
             self.note({name: figures.get(f"eval_{name}_{metric}") for name in trainer.eval_dataset})
         if self.snapshot is not None:
-            _running_trainer()[0].log(self.snapshot.kept(kwargs["model"]).scalars())
+            running_trainer()[0].log(self.snapshot.kept(kwargs["model"]).scalars())
 
 
 class _Figures(TrainerCallback):
@@ -154,7 +153,7 @@ class _Figures(TrainerCallback):
         state.log_history[-1] |= figures
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        callbacks = _running_trainer()[
+        callbacks = running_trainer()[
             0
         ].callback_handler.callbacks  # callbacks that average or restore weights come before the owner
         if self.owner in callbacks:
@@ -167,33 +166,6 @@ def _warn_of_finished(folder: str, state: Any) -> None:
         f"The checkpoint `{printable(folder)}` is at step {state.global_step} of {state.max_steps}: nothing is left to train, "
         "and the task ends as it is. If that is the checkpoint of an earlier task, give each task an `output_dir` of its own."
     )
-
-
-def _running_trainer() -> tuple[Trainer, str | None]:
-    """Return the running Trainer and the folder that it resumes from; callbacks find these only in its stack frame."""
-    known = _training_frame().f_locals
-    return known["self"], known["resume_from_checkpoint"]
-
-
-def _training_frame() -> Any:
-    """Return the stack frame of the running Trainer's loop."""
-    frame: Any = sys._getframe()
-    while not ("resume_from_checkpoint" in frame.f_locals and isinstance(frame.f_locals.get("self"), Trainer)):
-        frame = frame.f_back
-    return frame
-
-
-def _while_training(trainer: Trainer) -> Callable[[], bool]:
-    """Return a function that tells from any thread whether a Trainer is in the training that runs now in this one."""
-    loop, thread, owner = _training_frame().f_code, threading.get_ident(), weakref.ref(trainer)
-
-    def active() -> bool:
-        frame = sys._current_frames().get(thread)
-        while frame is not None and not (frame.f_code is loop and frame.f_locals.get("self") is owner()):
-            frame = frame.f_back
-        return frame is not None
-
-    return active
 
 
 def _saved(folder: str) -> Path:
